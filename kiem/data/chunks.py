@@ -1,0 +1,246 @@
+"""The chunk directory: Arrow shards and a manifest that says what is in them.
+
+    train/data-00000-of-00002.arrow ...   int32 `input_ids` of a fixed size, memory-mapped
+    test/...                              (both open with datasets.load_from_disk)
+    manifest.json                         options, source, counts, sha256 of every shard
+    tokenizer.json ...                    the tokenizer the ids belong to
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from kiem.data.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
+from kiem.errors import ExitCode, UserError
+from kiem.files import sha256_file, write_json
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+_SHARD_TOKENS = 1 << 26
+_BATCH_ROWS = 1000
+
+
+class SplitWriter:
+    """Writes the chunks of one split as Arrow shards that `datasets` can open.
+
+    Args:
+        folder: the split's folder inside the unfinished chunk directory.
+        chunk_size: tokens in a chunk.
+    """
+
+    def __init__(self, folder: Path, chunk_size: int):
+        folder.mkdir()
+        self._folder = folder
+        self._schema = _schema(chunk_size)
+        self._chunk_size = chunk_size
+        self._shard_rows = max(1, _SHARD_TOKENS // chunk_size)
+        self._rows: list[int] = []
+        self._writer: pa.RecordBatchStreamWriter | None = None
+
+    def write(self, chunks: np.ndarray) -> None:
+        """Appends int32 chunks [num_chunks, chunk_size]."""
+        start = 0
+        while start < len(chunks):
+            if self._writer is None or self._rows[-1] == self._shard_rows:
+                self._next_shard()
+            assert self._writer is not None
+            num_rows = min(len(chunks) - start, self._shard_rows - self._rows[-1], _BATCH_ROWS)
+            values = pa.array(chunks[start : start + num_rows].reshape(-1), type=pa.int32())
+            column = pa.FixedSizeListArray.from_arrays(values, type=self._schema.field(0).type)
+            self._writer.write_batch(pa.record_batch([column], schema=self._schema))
+            self._rows[-1] += num_rows
+            start += num_rows
+
+    def close(self) -> list[dict[str, Any]]:
+        """Finishes the split and returns the manifest's entry of every shard."""
+        if self._writer is None:
+            self._next_shard()
+        assert self._writer is not None
+        self._writer.close()
+        shards = []
+        for index, rows in enumerate(self._rows):
+            name = f"data-{index:05d}-of-{len(self._rows):05d}.arrow"
+            path = self._unfinished(index).rename(self._folder / name)
+            shards.append(
+                {
+                    "file": f"{self._folder.name}/{name}",
+                    "chunks": rows,
+                    "bytes": path.stat().st_size,
+                    "sha256": sha256_file(path),
+                }
+            )
+        _write_datasets_files(self._folder, shards, self._chunk_size)
+        return shards
+
+    def _next_shard(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        path = self._unfinished(len(self._rows))
+        self._writer = pa.ipc.new_stream(str(path), self._schema)
+        self._rows.append(0)
+
+    def _unfinished(self, index: int) -> Path:
+        return self._folder / f"{index:05d}.unfinished"
+
+
+def finish_directory(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes what makes the shards a chunk directory: the manifest and the DatasetDict file."""
+    write_json(folder / "dataset_dict.json", {"splits": ["train", "test"]})
+    write_json(folder / MANIFEST_FILE, {"schema_version": SCHEMA_VERSION, **manifest})
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Returns the manifest of a chunk directory.
+
+    Raises:
+        UserError: the folder is missing, or is not a chunk directory of this version.
+    """
+    if not path.is_dir():
+        raise UserError(
+            "no such chunk directory",
+            where=str(path),
+            fix="Make it with preprocess.py, or correct --dataset-path.",
+            exit_code=ExitCode.NOT_FOUND,
+        )
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+        version = manifest["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"not a chunk directory: no readable {MANIFEST_FILE}",
+            where=str(path),
+            fix="Name a folder that preprocess.py made, such as processed_data/chunked_10k.",
+            exit_code=ExitCode.BAD_INPUT,
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"chunk directory of schema version {version}; this kiem reads {SCHEMA_VERSION}",
+            where=str(path / MANIFEST_FILE),
+            fix="Make it again with preprocess.py --overwrite.",
+            exit_code=ExitCode.BAD_INPUT,
+        )
+    return dict(manifest)
+
+
+def read_tokenizer(path: Path, manifest: dict[str, Any]) -> Tokenizer:
+    """Returns the tokenizer kept in a chunk directory, checked against its manifest.
+
+    Raises:
+        UserError: it is missing or not the one that made the chunks.
+    """
+    file = path / TOKENIZER_FILE
+    try:
+        json_bytes = file.read_bytes()
+    except OSError as error:
+        raise _damaged(file, f"cannot be read ({error.strerror})") from error
+    tokenizer = parse_tokenizer(json_bytes, str(file))
+    if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
+        raise UserError(
+            "this is not the tokenizer that made the chunks (its sha256 differs)",
+            where=str(file),
+            fix="Put the original back, or make the chunk directory again with preprocess.py.",
+            exit_code=ExitCode.TOKENIZER_MISMATCH,
+        )
+    return tokenizer
+
+
+def verify_shards(path: Path, manifest: dict[str, Any]) -> None:
+    """Checks the size and the sha256 of every shard.
+
+    Raises:
+        UserError: a shard is missing or damaged; names it.
+    """
+    for split in ("train", "test"):
+        for shard in manifest["splits"][split]["shards"]:
+            file = path / shard["file"]
+            if not file.is_file():
+                raise _damaged(file, "is missing")
+            if file.stat().st_size != shard["bytes"] or sha256_file(file) != shard["sha256"]:
+                raise _damaged(file, "is damaged (its sha256 differs from the manifest's)")
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The chunks of one split, memory-mapped.
+
+    Attributes:
+        blocks: views into the mapped shards, each int32 [rows, chunk_size].
+        first_rows: number of the first chunk of each block.
+        num_chunks: chunks in the split.
+        chunk_size: tokens in a chunk.
+    """
+
+    blocks: list[np.ndarray]
+    first_rows: np.ndarray
+    num_chunks: int
+    chunk_size: int
+
+    def read(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns chunks by number as an int32 copy [len(numbers), chunk_size]."""
+        which = np.searchsorted(self.first_rows, numbers, side="right") - 1
+        rows = [
+            self.blocks[block][number - self.first_rows[block]]
+            for block, number in zip(which, numbers, strict=True)
+        ]
+        return np.stack(rows)
+
+
+def open_split(path: Path, manifest: dict[str, Any], split: str) -> Chunks:
+    """Maps the shards of a split into memory; nothing is copied."""
+    chunk_size = manifest["options"]["chunk_size"]
+    blocks = [
+        block
+        for shard in manifest["splits"][split]["shards"]
+        for block in _map_shard(path / shard["file"], chunk_size)
+    ]
+    rows = np.array([len(block) for block in blocks], dtype=np.int64)
+    return Chunks(blocks, np.cumsum(rows) - rows, int(rows.sum()), chunk_size)
+
+
+def _map_shard(file: Path, chunk_size: int) -> Iterator[np.ndarray]:
+    try:
+        table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(file, f"cannot be read ({error})") from error
+    for batch in table.column("input_ids").chunks:
+        ids = batch.flatten().to_numpy(zero_copy_only=True)
+        yield ids.reshape(-1, chunk_size)
+
+
+def _schema(chunk_size: int) -> pa.Schema:
+    return pa.schema([("input_ids", pa.list_(pa.int32(), chunk_size))])
+
+
+def _write_datasets_files(folder: Path, shards: list[dict[str, Any]], chunk_size: int) -> None:
+    # The files that datasets.Dataset.save_to_disk writes beside its shards. "Sequence" is the name
+    # that datasets of all versions understand; 4.0 renamed it to "List".
+    value = {"dtype": "int32", "_type": "Value"}
+    feature = {"feature": value, "length": chunk_size, "_type": "Sequence"}
+    info = {"citation": "", "description": "", "homepage": "", "license": ""}
+    write_json(folder / "dataset_info.json", {**info, "features": {"input_ids": feature}})
+    state = {
+        "_data_files": [{"filename": Path(shard["file"]).name} for shard in shards],
+        "_fingerprint": shards[0]["sha256"][:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": folder.name,
+    }
+    write_json(folder / "state.json", state)
+
+
+def _damaged(file: Path, what: str) -> UserError:
+    return UserError(
+        what,
+        where=str(file),
+        fix="Make the chunk directory again with preprocess.py --overwrite.",
+        exit_code=ExitCode.DAMAGED,
+    )

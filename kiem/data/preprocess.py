@@ -1,0 +1,324 @@
+"""Preprocessing from end to end: documents in, a chunk directory out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import kiem
+from kiem.config import PreprocessOptions
+from kiem.data.chunks import SplitWriter, finish_directory, read_manifest, verify_shards
+from kiem.data.packing import Packer
+from kiem.data.sources import Document, Source, read_documents, resolve_source
+from kiem.data.sources import take_words, word_limit
+from kiem.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from kiem.data.tokenizer import vocabulary_size_to_train, write_tokenizer
+from kiem.errors import ExitCode, UserError
+from kiem.files import check_name, format_bytes, new_folder, require_free_space
+
+Split = Literal["train", "test"]
+
+_BATCH_CHARACTERS = 8_000_000
+# Four bytes a token; measured texts have 3 to 5 bytes a token, small vocabularies 2.
+_OUTPUT_BYTES_PER_TEXT_BYTE = 2
+
+
+@dataclass
+class SplitCounts:
+    """What went into one split."""
+
+    documents: int = 0
+    words: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    chunks: int = 0
+    padding_tokens: int = 0
+    bytes_per_source: Counter[str] = field(default_factory=Counter)
+
+
+def preprocess(options: PreprocessOptions, console: Console) -> Path:
+    """Makes a chunk directory of the text that the options name.
+
+    Args:
+        options: all options of preprocess.py.
+        console: where progress and the closing table go.
+
+    Returns:
+        The chunk directory. If it exists already, made of the same text with the same options, it
+        is verified and left as it is.
+
+    Raises:
+        UserError: anything about the options, the text, the Hub or the disk that a person can mend.
+    """
+    _check_options(options)
+    vocabulary_size = vocabulary_size_to_train(options.tokenizer)
+    if options.num_proc is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(options.num_proc)
+    # Before any download: a tokenizer that cannot be had makes the text useless.
+    tokenizer = None if vocabulary_size else load_tokenizer(options.tokenizer)
+    source = resolve_source(options.source, options.dataset_size)
+    folder = options.output_dir / directory_name(options, source)
+    identity = _identity(options, source, tokenizer)
+    if folder.exists() and not options.overwrite:
+        _check_same(folder, identity)
+        console.print(f"{folder} is there already, made of the same text; verified.")
+        return folder
+
+    def documents() -> Iterator[tuple[Split, Document]]:
+        found = read_documents(source, options.text_column)
+        if source.description["kind"] != "hub":
+            found = take_words(found, word_limit(options.dataset_size))
+        return split_documents(found, options.test_split, options.seed)
+
+    started = time.perf_counter()
+    if tokenizer is None:
+        assert vocabulary_size is not None
+        with console.status(f"Training a vocabulary of {vocabulary_size} entries"):
+            texts = (document.text for split, document in documents() if split == "train")
+            tokenizer = train_tokenizer(texts, vocabulary_size)
+    text_bytes = sum(path.stat().st_size for path in source.paths)
+    require_free_space(
+        options.output_dir, _OUTPUT_BYTES_PER_TEXT_BYTE * text_bytes, "the chunk directory"
+    )
+    with new_folder(folder, overwrite=options.overwrite) as unfinished:
+        splits = _write_splits(documents(), tokenizer, options.chunk_size, unfinished, console)
+        write_tokenizer(tokenizer, unfinished)
+        _check_enough(splits, options)
+        pinned = {"sha256": tokenizer.sha256, "origin": tokenizer.origin}
+        manifest = {
+            **identity,
+            "kiem_version": kiem.__version__,
+            "tokenizer": {**pinned, "num_rows": tokenizer.num_rows},
+            "special_ids": {
+                "pad": tokenizer.pad_id,
+                "eos": tokenizer.eos_id,
+                "bos": tokenizer.bos_id,
+            },
+            "splits": splits,
+        }
+        finish_directory(unfinished, manifest)
+    _print_summary(manifest, time.perf_counter() - started, folder, console)
+    return folder
+
+
+def directory_name(options: PreprocessOptions, source: Source) -> str:
+    """Returns the name of the chunk directory: --name, or chunked_ and the size or source."""
+    if options.name is not None:
+        return check_name(options.name, "--name")
+    if source.description["kind"] == "hub" or options.dataset_size is None:
+        return f"chunked_{source.name}"
+    return f"chunked_{source.name}_{options.dataset_size}"
+
+
+def split_documents(
+    documents: Iterable[Document], test_share: float, seed: int
+) -> Iterator[tuple[Split, Document]]:
+    """Assigns every document to train or test by a hash of its text, so equal texts stay together.
+
+    If no hash falls below `test_share`, the text with the lowest hash becomes the test split: there
+    is always a test document. Until the first test document appears, the one with the lowest hash
+    so far is held back for that.
+
+    Args:
+        documents: the documents in order.
+        test_share: share of the documents for testing, in (0, 1).
+        seed: another seed gives another split.
+
+    Yields:
+        The split and the document, each document once.
+    """
+    held: list[Document] = []
+    lowest = float("inf")
+    any_test = False
+    for document in documents:
+        digest = hashlib.sha256(f"{seed}/".encode() + document.text.encode()).digest()
+        position = int.from_bytes(digest[:8], "big") / 2**64
+        if position < test_share:
+            any_test = True
+            for other in held:
+                yield "train", other
+            held = []
+            yield "test", document
+        elif any_test or position > lowest:
+            yield "train", document
+        elif position == lowest:
+            held.append(document)
+        else:
+            for other in held:
+                yield "train", other
+            held, lowest = [document], position
+    for other in held:
+        yield "test", other
+
+
+def _write_splits(
+    documents: Iterator[tuple[Split, Document]],
+    tokenizer: Tokenizer,
+    chunk_size: int,
+    folder: Path,
+    console: Console,
+) -> dict[str, dict[str, Any]]:
+    splits: tuple[Split, ...] = ("train", "test")
+    writers = {split: SplitWriter(folder / split, chunk_size) for split in splits}
+    packers = {split: Packer(chunk_size, tokenizer.pad_id) for split in splits}
+    counts = {split: SplitCounts() for split in splits}
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("Tokenizing")
+        started = time.perf_counter()
+        for batch in _batches(documents):
+            all_ids = tokenizer.encode_batch([document.text for _, document in batch])
+            for (split, document), ids in zip(batch, all_ids, strict=True):
+                packers[split].add([tokenizer.bos_id, *ids, tokenizer.eos_id])
+                _count(counts[split], document, len(ids) + 2)
+            for split in splits:
+                writers[split].write(packers[split].full_chunks())
+            tokens = sum(count.tokens for count in counts.values())
+            done = sum(count.documents for count in counts.values())
+            rate = tokens / (time.perf_counter() - started)
+            progress.update(
+                task, description=f"{done:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s"
+            )
+    entries = {}
+    for split in splits:
+        writers[split].write(packers[split].last_chunk())
+        shards = writers[split].close()
+        count = counts[split]
+        count.chunks = sum(shard["chunks"] for shard in shards)
+        count.padding_tokens = count.chunks * chunk_size - count.tokens
+        assert 0 <= count.padding_tokens < chunk_size, "tokens were lost"
+        entries[split] = {
+            **dataclasses.asdict(count),
+            "bytes_per_source": dict(sorted(count.bytes_per_source.items())),
+            "rejected": {},
+            "shards": shards,
+        }
+    return entries
+
+
+def _batches(
+    documents: Iterator[tuple[Split, Document]],
+) -> Iterator[list[tuple[Split, Document]]]:
+    batch: list[tuple[Split, Document]] = []
+    num_characters = 0
+    for split, document in documents:
+        batch.append((split, document))
+        num_characters += len(document.text)
+        if num_characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
+
+
+def _count(counts: SplitCounts, document: Document, num_tokens: int) -> None:
+    num_bytes = len(document.text.encode())
+    counts.documents += 1
+    counts.words += len(document.text.split())
+    counts.bytes += num_bytes
+    counts.tokens += num_tokens
+    counts.bytes_per_source[document.source] += num_bytes
+
+
+def _check_options(options: PreprocessOptions) -> None:
+    def bad(where: str, what: str, fix: str) -> UserError:
+        return UserError(what, where=where, fix=fix, exit_code=ExitCode.BAD_OPTION)
+
+    if options.chunk_size < 16:
+        raise bad("--chunk-size", f"{options.chunk_size} is too small", "Give at least 16.")
+    if not 0 < options.test_split < 1:
+        raise bad(
+            "--test-split", f"{options.test_split} is not a share", "Give one such as 0.002."
+        )
+    if options.num_proc is not None and options.num_proc < 1:
+        raise bad("--num-proc", f"{options.num_proc} is too few", "Give 1 or more.")
+    if options.text_column != "text" and (
+        options.source == ("sample",) or all(name.endswith(".txt") for name in options.source)
+    ):
+        raise UserError(
+            "has no effect: this source has no columns",
+            where="--text-column",
+            fix="Leave it out, or give .jsonl, .jsonl.gz or .parquet files with --source.",
+            exit_code=ExitCode.NO_EFFECT,
+        )
+
+
+def _identity(
+    options: PreprocessOptions, source: Source, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """What a chunk directory is made of, as the manifest records it."""
+    return {
+        "options": {
+            "dataset_size": options.dataset_size,
+            "chunk_size": options.chunk_size,
+            "test_split": options.test_split,
+            "seed": options.seed,
+            "text_column": options.text_column,
+            "tokenizer": tokenizer.sha256 if tokenizer else options.tokenizer,
+        },
+        "source": source.description,
+    }
+
+
+def _check_same(folder: Path, identity: dict[str, Any]) -> None:
+    manifest = read_manifest(folder)
+    different = [
+        f"--{name.replace('_', '-')} was {manifest['options'].get(name)!r}"
+        for name, value in identity["options"].items()
+        if manifest["options"].get(name) != value
+    ]
+    if manifest["source"] != identity["source"]:
+        different.append("--source was other text")
+    if different:
+        raise UserError(
+            f"this chunk directory was made differently: {'; '.join(different)}",
+            where=str(folder),
+            fix="Choose another --name, or replace it with --overwrite.",
+            exit_code=ExitCode.ALREADY_EXISTS,
+        )
+    verify_shards(folder, manifest)
+
+
+def _check_enough(splits: dict[str, dict[str, Any]], options: PreprocessOptions) -> None:
+    train = splits["train"]
+    if train["tokens"] < options.chunk_size:
+        num_documents = train["documents"] + splits["test"]["documents"]
+        raise UserError(
+            f"the training split of these {num_documents} documents has {train['tokens']} tokens, "
+            f"too few for one chunk of {options.chunk_size}",
+            where="--source",
+            fix="Use more text, a larger --dataset-size or a smaller --chunk-size.",
+            exit_code=ExitCode.DATASET_TOO_SMALL,
+        )
+
+
+def _print_summary(
+    manifest: dict[str, Any], seconds: float, folder: Path, console: Console
+) -> None:
+    table = Table("", "train", "test", title=str(folder), title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    splits = [manifest["splits"][name] for name in ("train", "test")]
+    for name in ("documents", "words", "tokens", "chunks", "padding_tokens"):
+        table.add_row(name.replace("_", " "), *(f"{split[name]:,}" for split in splits))
+    table.add_row("text", *(format_bytes(split["bytes"]) for split in splits))
+    table.add_row(
+        "bytes per token", *(f"{split['bytes'] / max(1, split['tokens']):.2f}" for split in splits)
+    )
+    console.print(table)
+    tokens = sum(split["tokens"] for split in splits)
+    console.print(
+        f"{tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s); "
+        f"vocabulary of {manifest['tokenizer']['num_rows']:,} rows"
+    )

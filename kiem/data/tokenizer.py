@@ -1,0 +1,245 @@
+"""Tokenizers: load or train one, pin it by its hash, encode documents, write its files.
+
+A tokenizer here is always a `tokenizer.json` that the `tokenizers` library reads, with the control
+tokens <pad>, <eos>, <bos>. Text never becomes a control token: the literal string "<eos>" in a
+document is encoded as ordinary characters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex
+from tokenizers import Tokenizer as TokenizersTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from kiem.data.hub import download_tokenizer
+from kiem.errors import ExitCode, UserError
+from kiem.files import write_bytes, write_json
+
+TOKENIZER_FILE = "tokenizer.json"
+_CONFIG_FILE = "tokenizer_config.json"
+_CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
+_BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
+_MIN_TRAINED_VOCABULARY = 512
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A loaded tokenizer.
+
+    Attributes:
+        implementation: the `tokenizers` object; encodes control strings in text as text.
+        json_bytes: the exact content of tokenizer.json.
+        sha256: the hash of those bytes, by which chunk directories and models pin it.
+        num_rows: rows that an embedding needs for every id that text can become.
+        origin: where it came from, for the manifest.
+    """
+
+    implementation: TokenizersTokenizer
+    json_bytes: bytes
+    sha256: str
+    num_rows: int
+    pad_id: int
+    eos_id: int
+    bos_id: int
+    origin: str
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text, without control tokens."""
+        encodings = self.implementation.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of one text, without control tokens."""
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids; control tokens are left out."""
+        text: str = self.implementation.decode(list(ids), skip_special_tokens=True)
+        return text
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """Loads a tokenizer from a folder, a tokenizer.json or the Hub.
+
+    Args:
+        name: an existing path, or else a Hub id such as google/gemma-3-1b-pt.
+
+    Raises:
+        UserError: it is not there, is not a tokenizer, or lacks a control token.
+    """
+    path = Path(name)
+    if path.is_dir():
+        path = path / TOKENIZER_FILE
+    elif not path.exists() and _looks_like_hub_id(name):
+        files = download_tokenizer(name)
+        return parse_tokenizer(files.tokenizer_json.read_bytes(), f"{name}@{files.revision}")
+    try:
+        return parse_tokenizer(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(
+            f"no readable tokenizer here ({error.strerror})",
+            where=str(path),
+            fix="Give a Hub id, a folder that holds tokenizer.json, or a tokenizer.json.",
+            exit_code=ExitCode.NOT_FOUND,
+        ) from error
+
+
+def parse_tokenizer(json_bytes: bytes, origin: str) -> Tokenizer:
+    """Makes a Tokenizer of the content of a tokenizer.json.
+
+    Raises:
+        UserError: the content is not a tokenizer, or it lacks <pad>, <eos> or <bos>.
+    """
+    try:
+        implementation = TokenizersTokenizer.from_buffer(json_bytes)
+    except Exception as error:  # the library raises plain Exception for malformed content
+        raise _bad_tokenizer(origin, f"not a tokenizer.json ({error})") from error
+    implementation.encode_special_tokens = True
+    implementation.no_padding()
+    implementation.no_truncation()
+    ids = {token: implementation.token_to_id(token) for token in _CONTROL_TOKENS}
+    missing = [token for token in ("<pad>", "<eos>", "<bos>") if ids[token] is None]
+    if missing:
+        raise _bad_tokenizer(origin, f"it has no {', '.join(missing)}")
+    # Gemma's <image_soft_token> = 262144 is an added token beyond the model's vocabulary: text
+    # never becomes it, and the 1B model has no row for it.
+    num_rows = max(implementation.get_vocab(with_added_tokens=False).values()) + 1
+    for token, token_id in implementation.get_added_tokens_decoder().items():
+        if not token_id.special:
+            num_rows = max(num_rows, token + 1)
+    num_rows = max(num_rows, *(ids[token] + 1 for token in ("<pad>", "<eos>", "<bos>")))
+    return Tokenizer(
+        implementation=implementation,
+        json_bytes=json_bytes,
+        sha256=hashlib.sha256(json_bytes).hexdigest(),
+        num_rows=num_rows,
+        pad_id=ids["<pad>"],
+        eos_id=ids["<eos>"],
+        bos_id=ids["<bos>"],
+        origin=origin,
+    )
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes tokenizer.json, byte for byte, and the configuration files that transformers reads."""
+    write_bytes(folder / TOKENIZER_FILE, tokenizer.json_bytes)
+    tokens = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    if tokenizer.implementation.token_to_id("<unk>") is not None:
+        tokens["unk_token"] = "<unk>"
+    config = {
+        **tokens,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    write_json(folder / _CONFIG_FILE, config)
+    write_json(folder / "special_tokens_map.json", tokens)
+
+
+def vocabulary_size_to_train(option: str) -> int | None:
+    """Returns N of the option train:N, or None when the option names a tokenizer.
+
+    Raises:
+        UserError: N is not a number, or too small for the bytes and control tokens.
+    """
+    if not option.startswith("train:"):
+        return None
+    digits = option.removeprefix("train:")
+    if not digits.isdecimal() or int(digits) < _MIN_TRAINED_VOCABULARY:
+        raise UserError(
+            f"{option!r} is not a vocabulary to train",
+            where="--tokenizer",
+            fix=f"Give train:N with N at least {_MIN_TRAINED_VOCABULARY}, such as train:16384.",
+            exit_code=ExitCode.BAD_OPTION,
+        )
+    return int(digits)
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
+    """Trains a byte-fallback BPE vocabulary in Gemma's style.
+
+    Ids 0 to 3 are <pad>, <eos>, <bos>, <unk> as in Gemma, then the 256 bytes, then characters and
+    pairs by frequency. A token is a piece of a word with the space before it, a single digit, or a
+    run of line ends; never two words. As in Gemma, any two neighbours that together are in the
+    vocabulary may merge, the entry that was learned first going first (what SentencePiece does), so
+    the vocabulary alone determines the encoding and other programs can reproduce it.
+
+    Args:
+        texts: the training documents.
+        vocabulary_size: entries of the vocabulary.
+
+    Raises:
+        UserError: the texts are too little for so many entries.
+    """
+    implementation = TokenizersTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    implementation.normalizer = normalizers.Replace(" ", "▁")
+    implementation.pre_tokenizer = _pieces_of_words()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[*_CONTROL_TOKENS, *_BYTE_TOKENS],
+        limit_alphabet=max(128, vocabulary_size // 16),
+        show_progress=False,
+    )
+    implementation.train_from_iterator(texts, trainer)
+    vocabulary: dict[str, int] = implementation.get_vocab(with_added_tokens=False)
+    if len(vocabulary) < vocabulary_size:
+        raise UserError(
+            f"the training documents give only {len(vocabulary)} of {vocabulary_size} entries",
+            where="--tokenizer",
+            fix=f"Use more text, or train:{len(vocabulary)} or fewer.",
+            exit_code=ExitCode.DATASET_TOO_SMALL,
+        )
+    implementation.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    implementation.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
+    )
+    description: dict[str, Any] = json.loads(implementation.to_str())
+    description["added_tokens"] = [
+        token for token in description["added_tokens"] if token["content"] in _CONTROL_TOKENS
+    ]
+    description["model"]["merges"] = _all_merges(vocabulary)
+    json_bytes = json.dumps(description, ensure_ascii=False, indent=1).encode()
+    return parse_tokenizer(json_bytes, f"train:{vocabulary_size}")
+
+
+def _pieces_of_words() -> pre_tokenizers.PreTokenizer:
+    # Letters, digits and signs are disjoint, and spaces only begin a piece: no entry can span two
+    # pieces, so cutting here is exact, and merging over the whole text gives the same ids.
+    pieces = r"▁*[\p{L}\p{M}]+|▁*\p{N}|▁*[^\s▁\p{L}\p{M}\p{N}]+|▁+|\n+|\t+"
+    return pre_tokenizers.Split(Regex(pieces), "isolated")
+
+
+def _all_merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Returns every way to make an entry of two others, in the order the entries were learned."""
+    reserved = {*_CONTROL_TOKENS, *_BYTE_TOKENS}
+    merges = []
+    for token in sorted(vocabulary, key=lambda entry: vocabulary[entry]):
+        if token in reserved:
+            continue
+        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        known = [(a, b) for a, b in halves if a in vocabulary and b in vocabulary]
+        merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+    return merges
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~", "-")) and not name.endswith(".json")
+
+
+def _bad_tokenizer(where: str, what: str) -> UserError:
+    return UserError(
+        what,
+        where=where,
+        fix="Use a tokenizer.json with <pad>, <eos> and <bos>, such as Gemma's, or train:16384.",
+        exit_code=ExitCode.TOKENIZER_MISMATCH,
+    )

@@ -1,0 +1,54 @@
+"""What people can get wrong, and the exit code that says which it was.
+
+`UserError` is for mistakes a person can mend: the command line turns it into one message without a
+traceback. Our own mistakes are `assert`s and keep their traceback.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes of every kiem command; 0 is success, 1 is a defect of kiem itself."""
+
+    BAD_OPTION = 2
+    HUB_LOGIN = 3
+    HUB_LICENCE = 4
+    NETWORK = 5
+    UNKNOWN_SIZE = 6
+    BAD_INPUT = 7
+    NOT_A_MODEL = 8
+    TOKENIZER_MISMATCH = 9
+    DISK_SPACE = 10
+    DATASET_TOO_SMALL = 11
+    NO_EFFECT = 12
+    NOT_FOUND = 13
+    ALREADY_EXISTS = 14
+    DAMAGED = 15
+    OUT_OF_MEMORY = 16
+    NOT_FINITE = 17
+    NOT_WRITABLE = 18
+    INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """A mistake a person can mend.
+
+    Args:
+        what: what is wrong, one sentence.
+        fix: what to do about it.
+        exit_code: the exit code of the program.
+        where: the file, line or option it is about, if there is one.
+    """
+
+    def __init__(self, what: str, *, fix: str, exit_code: ExitCode, where: str | None = None):
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+        self.exit_code = exit_code
+        self.where = where
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        return f"{place}{self.what}\n  {self.fix}"

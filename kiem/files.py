@@ -1,0 +1,205 @@
+"""The only place that writes files: all or nothing, and durable before it counts.
+
+A file or folder appears under its final name in one rename, after its content has reached the
+disk. A program killed at any moment leaves the old state or the new one, never half of either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kiem.errors import ExitCode, UserError
+
+_READ_BLOCK_BYTES = 1 << 22
+
+
+def sha256_file(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a whole file in one atomic step.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with writing_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _fsync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole UTF-8 text file in one atomic step; raises as `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, indented, in one atomic step; raises as `write_bytes`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_json_line(path: Path, value: Any) -> None:
+    """Appends one object as a line to a JSON Lines file.
+
+    A log only grows, so a kill can at most cut its last line; readers skip a cut last line.
+    """
+    with writing_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Fills a folder out of sight and gives it its name in one rename.
+
+    Args:
+        path: the final name.
+        overwrite: whether a folder of that name is replaced; otherwise it must not exist.
+
+    Yields:
+        A temporary folder beside `path` to write into. When the block raises, it is removed and
+        `path` stays as it was.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written to.
+    """
+    assert overwrite or not path.exists(), f"{path} exists"
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with writing_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    _fsync_file(Path(folder, name))
+                _fsync_folder(Path(folder))
+            if path.exists():
+                outgoing = path.with_name(f".{path.name}.old-{os.getpid()}")
+                os.rename(path, outgoing)
+                os.rename(temporary, path)
+                shutil.rmtree(outgoing)
+            else:
+                os.rename(temporary, path)
+            _fsync_folder(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder so that no half of it is ever seen under its name."""
+    outgoing = path.with_name(f".{path.name}.old-{os.getpid()}")
+    os.rename(path, outgoing)
+    shutil.rmtree(outgoing)
+
+
+def point_link(link: Path, target_name: str) -> None:
+    """Makes `link` a relative symbolic link to its sibling `target_name`, in one atomic step."""
+    temporary = link.with_name(f".{link.name}.partial-{os.getpid()}")
+    with writing_errors(link):
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target_name)
+        os.replace(temporary, link)
+
+
+def require_free_space(folder: Path, needed_bytes: int, purpose: str) -> None:
+    """Checks that the disk that holds (or will hold) `folder` has room.
+
+    Raises:
+        UserError: fewer than `needed_bytes` bytes are free.
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise UserError(
+            f"too little disk space for {purpose}: about {format_bytes(needed_bytes)} needed, "
+            f"{format_bytes(free_bytes)} free",
+            where=str(folder),
+            fix="Free some space, or choose a folder on another disk with --output-dir.",
+            exit_code=ExitCode.DISK_SPACE,
+        )
+
+
+def check_name(name: str, option: str) -> str:
+    """Returns `name` when it is safe as the name of one folder.
+
+    Raises:
+        UserError: it is empty, starts with a dot or dash, or has characters that paths dislike.
+    """
+    if not re.fullmatch(r"[\w][\w.+-]*", name):
+        raise UserError(
+            f"{name!r} cannot be a folder name",
+            where=option,
+            fix="Use letters, digits, '.', '_', '+' and '-', beginning with a letter or digit.",
+            exit_code=ExitCode.BAD_OPTION,
+        )
+    return name
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Returns a number of bytes for people: '52.0 MB', in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+@contextlib.contextmanager
+def writing_errors(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusals to write into `UserError`s that name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                "the disk is full; nothing was written under this name",
+                where=str(path),
+                fix="Free some space, or choose a folder on another disk, and run it again.",
+                exit_code=ExitCode.DISK_SPACE,
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UserError(
+                f"cannot write here ({error.strerror})",
+                where=str(error.filename or path),
+                fix="Choose a folder you may write to, or change its permissions.",
+                exit_code=ExitCode.NOT_WRITABLE,
+            ) from error
+        raise
+
+
+def _fsync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _fsync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

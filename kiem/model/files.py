@@ -1,0 +1,228 @@
+"""The model directory: config.json and model.safetensors, as transformers writes and reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kiem.data.tokenizer import Tokenizer, load_tokenizer
+from kiem.errors import ExitCode, UserError
+from kiem.files import write_json
+from kiem.model.gemma3 import Gemma3
+from kiem.model.presets import Gemma3Config
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+
+# Written as they are, and required when read: another value means another architecture.
+_FIXED = {
+    "model_type": "gemma3_text",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "tie_word_embeddings": True,
+}
+_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "query_pre_attn_scalar",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+
+
+def write_model(model: Gemma3, folder: Path, *, pad_id: int, eos_id: int, bos_id: int) -> None:
+    """Writes config.json, generation_config.json and model.safetensors into an unfinished folder.
+
+    Args:
+        model: the model; its weights are written in their own dtype.
+        folder: a folder that `files.new_folder` made.
+        pad_id, eos_id, bos_id: the tokenizer's control ids.
+    """
+    config = model.config
+    ids = {"pad_token_id": pad_id, "eos_token_id": eos_id, "bos_token_id": bos_id}
+    layers = range(config.num_hidden_layers)
+    kinds = ["sliding_attention" if config.is_sliding(n) else "full_attention" for n in layers]
+    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    description = {
+        "architectures": ["Gemma3ForCausalLM"],
+        **_FIXED,
+        **{name: getattr(config, name) for name in _SHAPE},
+        # Both spellings of the same facts: transformers changed them between 4.50 and 5.
+        "sliding_window_pattern": config.sliding_window_pattern,
+        "layer_types": kinds,
+        "rope_theta": config.rope_theta,
+        "rope_local_base_freq": config.rope_local_base_freq,
+        "rope_scaling": None,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        **ids,
+    }
+    write_json(folder / CONFIG_FILE, description)
+    write_json(folder / "generation_config.json", {"do_sample": True, "cache_implementation": "hybrid", **ids})
+    write_weights(dict(model.state_dict()), folder / WEIGHTS_FILE)
+
+
+def write_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes tensors as safetensors, with the metadata that transformers asks for."""
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def read_config(folder: Path) -> Gemma3Config:
+    """Returns the shape that a model directory's config.json describes.
+
+    Raises:
+        UserError: there is no config.json, or it is not that of a Gemma 3 text model.
+    """
+    path = folder / CONFIG_FILE
+    if not folder.is_dir():
+        raise UserError(
+            "no such model directory",
+            where=str(folder),
+            fix="Name the final_model/ folder of a run, or a Hub id.",
+            exit_code=ExitCode.NOT_FOUND,
+        )
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise not_a_model(folder, f"no readable {CONFIG_FILE} ({error.strerror})") from error
+    except ValueError as error:
+        raise not_a_model(path, f"not JSON ({error})") from error
+    return _parse_config(description, path)
+
+
+def _parse_config(description: Any, path: Path) -> Gemma3Config:
+    if not isinstance(description, dict) or description.get("model_type") != "gemma3_text":
+        kind = description.get("model_type") if isinstance(description, dict) else None
+        raise not_a_model(path, f"not a Gemma 3 text model (model_type is {kind!r})")
+    for name, value in _FIXED.items():
+        if description.get(name, value) != value:
+            raise not_a_model(path, f"{name} = {description[name]!r} is not supported")
+    missing = [name for name in _SHAPE if name not in description]
+    if missing:
+        raise not_a_model(path, f"it lacks {', '.join(missing)}")
+    values = {name: description[name] for name in _SHAPE}
+    layers = description["num_hidden_layers"]
+    kinds = description.get("layer_types")
+    pattern = description.get("sliding_window_pattern")
+    if pattern is None:
+        pattern = kinds.index("full_attention") + 1 if kinds and "full_attention" in kinds else layers + 1
+    rope = description.get("rope_parameters") or {}
+    full, sliding = rope.get("full_attention", {}), rope.get("sliding_attention", {})
+    config = Gemma3Config(
+        **values,
+        sliding_window_pattern=pattern,
+        rope_theta=full.get("rope_theta", description.get("rope_theta", 1_000_000.0)),
+        rope_local_base_freq=sliding.get(
+            "rope_theta", description.get("rope_local_base_freq", 10_000.0)
+        ),
+    )
+    scalings = [description.get("rope_scaling"), full, sliding]
+    if any(s and s.get("rope_type", "default") != "default" for s in scalings):
+        raise not_a_model(path, "scaled rotary angles are not supported")
+    if kinds and kinds != [
+        "sliding_attention" if config.is_sliding(n) else "full_attention" for n in range(layers)
+    ]:
+        raise not_a_model(path, "this order of layer_types is not supported")
+    return config
+
+
+def read_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Gemma3:
+    """Loads a model directory.
+
+    On the CPU in the file's own dtype the weights stay mapped from the file, without a copy.
+
+    Args:
+        folder: a model directory.
+        dtype: precision of the weights; None: as in the file.
+        device: where to put them.
+
+    Raises:
+        UserError: it is not a Gemma 3 text model, or its weights are missing, damaged or misshapen.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Gemma3(config)
+    expected = model.state_dict()
+    weights = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                for name in file.keys():
+                    if name != "lm_head.weight":  # tied: the embedding again
+                        weights[name] = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the weights cannot be read ({error})",
+                where=str(path),
+                fix="The file is damaged or cut short: copy or download it again.",
+                exit_code=ExitCode.DAMAGED,
+            ) from error
+    for name, parameter in expected.items():
+        found = weights[name].shape if name in weights else None
+        if found != parameter.shape:
+            shape = f"shape {list(found)}" if found else "missing"
+            raise not_a_model(folder, f"{name} is {shape}, not {list(parameter.shape)}")
+    if len(weights) > len(expected):
+        extra = sorted(weights.keys() - expected.keys())
+        raise not_a_model(folder, f"unknown weights: {', '.join(extra[:5])}")
+    if dtype is not None:
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def read_model_tokenizer(folder: Path, config: Gemma3Config) -> Tokenizer:
+    """Loads the tokenizer in a model directory.
+
+    Raises:
+        UserError: there is none, or it can produce ids for which the model has no row.
+    """
+    tokenizer = load_tokenizer(str(folder))
+    if tokenizer.num_rows > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has ids up to {tokenizer.num_rows - 1}, the model only "
+            f"{config.vocab_size} rows",
+            where=str(folder),
+            fix="Put the tokenizer.json that the model was trained with into the folder.",
+            exit_code=ExitCode.TOKENIZER_MISMATCH,
+        )
+    return tokenizer
+
+
+def not_a_model(where: Path, what: str) -> UserError:
+    """Returns the error for a folder that does not hold a Gemma 3 text model."""
+    return UserError(
+        what,
+        where=str(where),
+        fix="Name a folder with config.json and model.safetensors of a Gemma 3 text model, such "
+        "as the final_model/ of a run.",
+        exit_code=ExitCode.NOT_A_MODEL,
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / _INDEX_FILE
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError) as error:
+        raise not_a_model(folder, f"there is no {WEIGHTS_FILE}") from error
+    return [folder / name for name in sorted(names)]

@@ -1,0 +1,272 @@
+"""The Gemma 3 text model (arXiv:2503.19786), for training and for cached decoding alike.
+
+Parameter names are those of transformers' Gemma3ForCausalLM, so a state dict is a Hugging Face
+checkpoint. Shapes in comments:
+
+    B sequences in a batch    T tokens    S keys a query may see    D hidden_size
+    H query heads             K key/value heads                     C head_dim
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kiem.model.cache import KeyValueCache, LayerCache
+from kiem.model.loss import IGNORE, summed_cross_entropy
+from kiem.model.presets import Gemma3Config
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of the rotary angles, each [T, C]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Context(NamedTuple):
+    """What all layers of one kind (sliding or full) share in one forward pass.
+
+    Attributes:
+        rotary: the angles at this pass's positions.
+        mask: bool [B or 1, 1, T, S], true where a query may look; None for plain causal attention.
+    """
+
+    rotary: Rotary
+    mask: Tensor | None
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm with gain (1 + weight), in fp32 (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = 1.0 + self.weight.float()
+        return F.rms_norm(x.float(), gain.shape, gain, self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalized queries and keys."""
+
+    def __init__(self, config: Gemma3Config):
+        super().__init__()
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.scale = config.query_pre_attn_scalar**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # B H T C
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # B K T C
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # B K T C
+        q = rotate(self.q_norm(q), context.rotary)
+        k = rotate(self.k_norm(k), context.rotary)
+        if cache is not None:
+            k, v = cache.extend(k, v)  # B K S C
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=context.mask,
+            is_causal=context.mask is None,
+            scale=self.scale,
+            enable_gqa=True,
+        )
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # B T D
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward block, GELU in its tanh form."""
+
+    def __init__(self, config: Gemma3Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each with a norm before and after it."""
+
+    def __init__(self, config: Gemma3Config):
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(size, eps)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.pre_feedforward_layernorm = RMSNorm(size, eps)
+        self.post_feedforward_layernorm = RMSNorm(size, eps)
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), context, cache)
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class Body(nn.Module):
+    """Everything below the output layer; a module of its own to give parameters their names."""
+
+    def __init__(self, config: Gemma3Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Gemma3(nn.Module):
+    """A Gemma 3 language model.
+
+    Args:
+        config: its shape.
+        recompute_layers: keep only the layers' inputs for the backward pass (less memory).
+    """
+
+    def __init__(self, config: Gemma3Config, *, recompute_layers: bool = False):
+        super().__init__()
+        self.config = config
+        self.recompute_layers = recompute_layers
+        self.model = Body(config)
+
+    def forward(self, input_ids: Tensor, targets: Tensor, bos_id: int | None, z_loss: float = 0.0):
+        """Returns the summed loss of a batch: what training calls.
+
+        Args:
+            input_ids: int64 [B, T].
+            targets: int64 [B, T], the next token at each position, or IGNORE.
+            bos_id: tokens attend only to what follows the same `bos_id`; None: to all before them.
+            z_loss: weight of the squared log-normalizer in the loss.
+
+        Returns:
+            (loss, nats): fp32 scalars; `nats` is the summed cross entropy alone, without gradient.
+        """
+        hidden = self.hidden_states(input_ids, bos_id=bos_id)
+        return summed_cross_entropy(
+            hidden.flatten(0, 1), self.model.embed_tokens.weight, targets.flatten(), z_loss
+        )
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        bos_id: int | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Returns the normalized output of the last layer, [B, T, D].
+
+        Args:
+            input_ids: int64 [B, T]; with a cache, the tokens that follow those it holds.
+            bos_id: as in `forward`; not together with a cache.
+            cache: keys and values of the tokens before; extended by these.
+        """
+        assert bos_id is None or cache is None
+        # Gemma rounds the scale to the embedding's precision.
+        weight = self.model.embed_tokens.weight
+        scale = torch.tensor(self.config.hidden_size**0.5, dtype=weight.dtype, device=weight.device)
+        x = F.embedding(input_ids, weight) * scale  # B T D
+        start = cache.num_tokens if cache is not None else 0
+        positions = torch.arange(start, start + input_ids.shape[1], device=x.device)  # T
+        contexts = {
+            sliding: self._context(input_ids, positions, sliding, bos_id, cache)
+            for sliding in (True, False)
+        }
+        for number, layer in enumerate(self.model.layers):
+            context = contexts[self.config.is_sliding(number)]
+            if cache is not None:
+                x = layer(x, context, cache.layers[number])
+            elif self.recompute_layers and torch.is_grad_enabled():
+                x = checkpoint(layer, x, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, context)
+        if cache is not None:
+            cache.num_tokens += input_ids.shape[1]
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns fp32 logits [..., vocab_size] of hidden states [..., D]."""
+        return F.linear(hidden, self.model.embed_tokens.weight).float()
+
+    def _context(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        sliding: bool,
+        bos_id: int | None,
+        cache: KeyValueCache | None,
+    ) -> Context:
+        config = self.config
+        theta = config.rope_local_base_freq if sliding else config.rope_theta
+        rotary = rotary_angles(positions, config.head_dim, theta)
+        window = config.sliding_window if sliding else None
+        if cache is not None:
+            key_positions = cache.key_positions(sliding, positions)  # S
+            return Context(rotary, visible(positions, key_positions, window)[None, None])
+        if bos_id is None and (window is None or len(positions) <= window):
+            return Context(rotary, None)
+        mask = visible(positions, positions, window)[None]  # 1 T T
+        if bos_id is not None:
+            document = (input_ids == bos_id).cumsum(1)  # B T
+            mask = mask & (document[:, :, None] == document[:, None, :])  # B T T
+        return Context(rotary, mask[:, None])
+
+
+def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
+    """Returns which keys each query may see: not later ones, and no further back than the window.
+
+    Args:
+        query_positions: int64 [T].
+        key_positions: int64 [S]; negative for slots that hold nothing.
+        window: tokens in sight, the query's own included; None for all.
+
+    Returns:
+        bool [T, S].
+    """
+    distance = query_positions[:, None] - key_positions[None, :]
+    seen = (distance >= 0) & (key_positions >= 0)
+    return seen & (distance < window) if window is not None else seen
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Rotary:
+    """Returns the rotary embedding's cosines and sines (arXiv:2104.09864) at positions [T]."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequencies = theta ** -(exponents / head_dim)  # C/2
+    angles = positions.float()[:, None] * frequencies  # T C/2
+    angles = torch.cat([angles, angles], dim=-1)  # T C
+    return Rotary(angles.cos(), angles.sin())
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turns queries or keys [B, heads, T, C] by the rotary angles of their positions."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return x * rotary.cos.to(x.dtype) + turned * rotary.sin.to(x.dtype)
+
+
+def next_token_targets(input_ids: Tensor, bos_id: int, pad_id: int) -> Tensor:
+    """Returns what each position should predict, int64 [B, T]: the next token, or IGNORE.
+
+    Not predicted are padding and <bos>, which is always given, never written by the model; and the
+    token after a chunk's last one is not known.
+    """
+    targets = torch.full_like(input_ids, IGNORE)
+    following = input_ids[:, 1:]
+    known = (following != bos_id) & (following != pad_id)
+    targets[:, :-1] = torch.where(known, following, IGNORE)
+    return targets

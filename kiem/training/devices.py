@@ -1,0 +1,117 @@
+"""Which device this process computes on, and who the other processes are.
+
+`accelerate launch` and `torchrun` start one process a device and tell each its place through the
+environment (RANK, WORLD_SIZE, LOCAL_RANK); under plain `python` there is one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kiem.errors import ExitCode, UserError
+
+
+@dataclass(frozen=True)
+class Devices:
+    """This process's place among all.
+
+    Attributes:
+        rank: number of this process, from 0.
+        world_size: processes.
+        device: where this process computes.
+        precision: "bf16" for autocast over fp32 weights, else "fp32".
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    precision: Literal["fp32", "bf16"]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    def autocast(self) -> torch.autocast:
+        """Returns the context in which forward passes run."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Adds a tensor over all processes, in place, and returns it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def first_says(self, value: float) -> float:
+        """Returns the first process's value in every process."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(tensor, src=0)
+        return float(tensor)
+
+    def wait_for_all(self) -> None:
+        """Returns when every process has come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def open_devices(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Devices]:
+    """Joins the process group that the launcher prepared, and leaves it at the end.
+
+    Args:
+        precision: "auto" follows `accelerate launch --mixed_precision`, else takes bf16 on GPUs
+            that have it and fp32 elsewhere.
+
+    Raises:
+        UserError: the precision is not one this device or kiem has.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    use_gpu = torch.cuda.is_available() and not _is_true("ACCELERATE_USE_CPU")
+    device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(device)
+    chosen = _choose_precision(precision, use_gpu)
+    if world_size > 1:
+        dist.init_process_group("nccl" if use_gpu else "gloo")
+    try:
+        yield Devices(int(os.environ.get("RANK", "0")), world_size, device, chosen)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def _choose_precision(precision: str, use_gpu: bool) -> Literal["fp32", "bf16"]:
+    has_bf16 = not use_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "auto":
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
+        if asked in ("fp16", "fp8"):
+            raise UserError(
+                f"mixed precision {asked} is not supported",
+                where="accelerate config",
+                fix="Choose bf16 or no.",
+                exit_code=ExitCode.BAD_OPTION,
+            )
+        precision = asked if asked == "bf16" else ("bf16" if use_gpu and has_bf16 else "fp32")
+    if precision == "bf16" and not has_bf16:
+        raise UserError(
+            "this GPU has no bf16",
+            where="--precision",
+            fix="Use --precision fp32.",
+            exit_code=ExitCode.BAD_OPTION,
+        )
+    return "bf16" if precision == "bf16" else "fp32"
+
+
+def _is_true(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")

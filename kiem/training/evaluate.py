@@ -1,0 +1,71 @@
+"""Evaluation during training: loss on the test split, and a sample of text."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from kiem.inference.engine import complete
+from kiem.inference.sampling import Sampling
+from kiem.model.gemma3 import IGNORE, next_token_targets
+from kiem.training.devices import Devices
+from kiem.training.run import Run
+
+_SAMPLE_TOKENS = 40
+
+
+def evaluate(run: Run, devices: Devices, max_chunks: int | None) -> dict[str, Any]:
+    """Measures the model on the test split; takes no random numbers and changes nothing.
+
+    Bits per byte take the mean loss of the predicted tokens for that of all tokens: the first token
+    of a chunk has nothing before it and is not predicted.
+
+    Args:
+        run: the run.
+        devices: all processes share the chunks among them.
+        max_chunks: how many of the test chunks, spread evenly over the split; None for all.
+
+    Returns:
+        `test_loss` (nats per token), `test_perplexity`, `test_bpb`, the same in all processes.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=devices.device)
+    num_chunks = min(max_chunks or run.test.num_chunks, run.test.num_chunks)
+    numbers = np.linspace(0, run.test.num_chunks - 1, num_chunks).round().astype(np.int64)
+    own = numbers[devices.rank :: devices.world_size]
+    bos_id = run.special_ids["bos"] if run.options.document_mask else None
+    for start in range(0, len(own), run.recipe.batch_size):
+        chunks = run.test.read(own[start : start + run.recipe.batch_size])
+        ids = torch.from_numpy(chunks).long().to(devices.device)
+        targets = next_token_targets(ids, run.special_ids["bos"], run.special_ids["pad"])
+        with torch.no_grad(), devices.autocast():
+            _, nats = run.model(ids, targets, bos_id)
+        total += torch.stack([nats.double(), (targets != IGNORE).sum().double()])
+    nats_sum, num_targets = devices.sum(total).tolist()
+    loss = nats_sum / num_targets
+    test = run.manifest["splits"]["test"]
+    predictable_tokens = test["tokens"] - test["documents"]  # all but <bos>
+    return {
+        "test_loss": loss,
+        "test_perplexity": math.exp(min(loss, 700.0)),
+        "test_bpb": loss * predictable_tokens / (math.log(2) * test["bytes"]),
+        "test_chunks": num_chunks,
+    }
+
+
+def sample_text(run: Run, devices: Devices) -> str:
+    """Returns a short continuation of `--sample-prompt`; empty in all but the first process."""
+    if not devices.is_first:
+        return ""
+    prompt = run.options.sample_prompt
+    text = complete(
+        run.model,
+        run.tokenizer,
+        prompt,
+        max_new_tokens=_SAMPLE_TOKENS,
+        sampling=Sampling(),
+        seed=run.options.seed,
+    )
+    return prompt + text

@@ -1,0 +1,166 @@
+"""The training loop: batch, forward, backward, clip, update, log, evaluate, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from kiem.config import TrainingOptions
+from kiem.errors import ExitCode, UserError
+from kiem.model.gemma3 import IGNORE, next_token_targets
+from kiem.training.batches import Order, micro_batches
+from kiem.training.checkpoint import prune_checkpoints, save_checkpoint
+from kiem.training.devices import Devices, open_devices
+from kiem.training.display import Display, show_plan, show_results
+from kiem.training.evaluate import evaluate, sample_text
+from kiem.training.metrics import memory_bytes
+from kiem.training.optimizer import learning_rate_share
+from kiem.training.run import Run, finish_run, prepare_run
+
+
+def train(options: TrainingOptions, console: Console) -> None:
+    """Trains a model, from a chunk directory to a model directory.
+
+    Args:
+        options: all options of training.py.
+        console: where progress and results go.
+
+    Raises:
+        UserError: anything about options, data, model, disk or memory that a person can mend.
+    """
+    with open_devices(options.precision) as devices:
+        run = prepare_run(options, devices, console)
+        show_plan(run, devices, console)
+        try:
+            train_to_the_end(run, devices, console)
+            figures = evaluate(run, devices, max_chunks=None)
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(run) from error
+        figures["sample"] = sample_text(run, devices)
+        figures["memory_bytes"] = memory_bytes(devices.device)
+        if devices.is_first:
+            _write(run, figures)
+            show_results(run, figures, finish_run(run, devices, figures), console)
+        devices.wait_for_all()
+
+
+def train_to_the_end(run: Run, devices: Devices, console: Console) -> None:
+    """Does the updates that are left; the trained weights are then in `run.model`."""
+    options, recipe, special_ids = run.options, run.recipe, run.special_ids
+    model: Any = run.model
+    if devices.world_size > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    order = Order(run.train.num_chunks, options.seed)
+    attention_bos_id = special_ids["bos"] if options.document_mask else None
+    run.start_clock()
+    with Display(run, console) as display:
+        while run.progress < 1:
+            started = time.perf_counter()
+            progress_before, seconds_before = run.progress, run.seconds
+
+            # Batch: this process's share of the update's chunks; the token count is everybody's.
+            numbers = order.chunks(run.step, recipe.chunks_per_step)
+            batches = micro_batches(run.train, numbers, recipe.batch_size, devices)
+            targets = [
+                next_token_targets(ids, special_ids["bos"], special_ids["pad"]) for ids in batches
+            ]
+            num_targets = devices.sum(sum((target != IGNORE).sum() for target in targets))
+
+            # Forward, backward. Each summed loss is divided by the token count of the whole update,
+            # so the result does not depend on how the update is cut into passes and processes
+            # (transformers#34191); world_size undoes the averaging over processes.
+            nats = torch.zeros((), device=devices.device)
+            for index, (ids, target) in enumerate(zip(batches, targets, strict=True)):
+                is_alone = devices.world_size == 1
+                is_last = index == len(batches) - 1
+                with nullcontext() if is_alone or is_last else model.no_sync():
+                    with devices.autocast():
+                        loss, pass_nats = model(ids, target, attention_bos_id, options.z_loss)
+                    (loss * (devices.world_size / num_targets)).backward()
+                nats += pass_nats
+
+            # Clip, update.
+            grad_norm = float(clip_grad_norm_(run.model.parameters(), options.max_grad_norm))
+            train_loss = float(devices.sum(nats) / num_targets)
+            _check_finite(run.step, train_loss, grad_norm, numbers)
+            learning_rate = recipe.learning_rate * learning_rate_share(
+                run.progress_within_step, options.warmup_ratio, options.schedule
+            )
+            for group in run.optimizer.param_groups:
+                group["lr"] = learning_rate
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+
+            # Log.
+            num_tokens = recipe.chunks_per_step * run.train.chunk_size
+            run.step += 1
+            run.tokens += num_tokens
+            run.read_clock(devices)
+            figures = {
+                "tokens": run.tokens,
+                "loss": train_loss,
+                "learning_rate": learning_rate,
+                "grad_norm": grad_norm,
+                "tokens_per_second": num_tokens / (time.perf_counter() - started),
+                "memory_bytes": memory_bytes(devices.device),
+                "seconds": run.seconds,
+            }
+            if run.step % options.log_steps == 0:
+                _write(run, figures)
+            display.show_step(figures)
+
+            # Evaluate, save.
+            if run.evaluation_is_due(progress_before):
+                figures = evaluate(run, devices, max_chunks=options.eval_chunks)
+                figures["sample"] = sample_text(run, devices)
+                _write(run, figures)
+                display.show_evaluation(figures)
+            if run.save_is_due(seconds_before):
+                if devices.is_first:
+                    _save(run)
+                devices.wait_for_all()
+
+
+def _write(run: Run, figures: dict[str, Any]) -> None:
+    if run.metrics is not None:
+        run.metrics.write(run.step, figures)
+
+
+def _save(run: Run) -> None:
+    state = {"tokens": run.tokens, "seconds": run.seconds, "fingerprint": run.fingerprint}
+    folder = run.directory / "checkpoints"
+    save_checkpoint(folder, run.step, run.model, run.optimizer, run.special_ids, state)
+    prune_checkpoints(folder, run.options.save_total_limit)
+
+
+def _check_finite(step: int, loss: float, grad_norm: float, numbers: np.ndarray) -> None:
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise UserError(
+            f"loss {loss} and gradient norm {grad_norm} are not both finite; chunks "
+            f"{', '.join(map(str, numbers[:8]))}{' ...' if len(numbers) > 8 else ''}",
+            where=f"step {step + 1}",
+            fix="The weights are not changed by this update. Lower --learning-rate, or use "
+            "--precision fp32.",
+            exit_code=ExitCode.NOT_FINITE,
+        )
+
+
+def _out_of_memory(run: Run) -> UserError:
+    smaller = "--activation-checkpointing full"
+    if run.recipe.batch_size > 1:
+        half, double = run.recipe.batch_size // 2, run.recipe.accumulation * 2
+        smaller = f"--batch-size {half} --gradient-accumulation-steps {double}"
+    return UserError(
+        "the GPU's memory is not enough",
+        where=f"step {run.step + 1}",
+        fix=f"Try {smaller}, or chunks made with a smaller --chunk-size.",
+        exit_code=ExitCode.OUT_OF_MEMORY,
+    )

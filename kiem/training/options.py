@@ -1,0 +1,78 @@
+"""Checks of training's options that need nothing but the options."""
+
+from __future__ import annotations
+
+from kiem.config import TrainingOptions
+from kiem.errors import ExitCode, UserError
+
+_POSITIVE = (
+    "epochs",
+    "max_steps",
+    "max_minutes",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "max_grad_norm",
+    "eval_chunks",
+    "log_steps",
+)
+_NOT_NEGATIVE = (
+    "warmup_ratio",
+    "weight_decay",
+    "z_loss",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+)
+
+
+def check_options(options: TrainingOptions) -> None:
+    """Checks values and combinations.
+
+    Raises:
+        UserError: a value is out of range, or an option cannot have an effect.
+    """
+    for name in (*_POSITIVE, *_NOT_NEGATIVE):
+        value = getattr(options, name)
+        lowest_is_allowed = name in _NOT_NEGATIVE
+        if value is not None and (value < 0 or (value == 0 and not lowest_is_allowed)):
+            raise UserError(
+                f"{value} is too small",
+                where=_flag(name),
+                fix=f"Give {'0 or more' if lowest_is_allowed else 'more than 0'}.",
+                exit_code=ExitCode.BAD_OPTION,
+            )
+    if options.warmup_ratio >= 1:
+        raise UserError(
+            f"{options.warmup_ratio} leaves nothing after the warm-up",
+            where="--warmup-ratio",
+            fix="Give a share below 1, such as 0.05.",
+            exit_code=ExitCode.BAD_OPTION,
+        )
+    if options.save_total_limit == 0 and options.save_steps != 0:
+        raise UserError(
+            "every checkpoint would be removed at once",
+            where="--save-total-limit 0",
+            fix="Give 1 or more, or turn checkpoints off with --save-steps 0.",
+            exit_code=ExitCode.BAD_OPTION,
+        )
+    has_budget = options.max_steps is not None or options.max_minutes is not None
+    if has_budget and options.epochs != 1.0:
+        raise _no_effect("epochs", "together with --max-steps or --max-minutes")
+    if options.wandb_project is not None and not options.use_wandb:
+        raise _no_effect("wandb_project", "without --use-wandb")
+    if options.init_from is not None and options.model != "gemma3-1b":
+        raise _no_effect("model", "with --init-from, which brings its own shape")
+
+
+def _no_effect(name: str, why: str) -> UserError:
+    return UserError(
+        f"has no effect {why}",
+        where=_flag(name),
+        fix="Leave one of them out.",
+        exit_code=ExitCode.NO_EFFECT,
+    )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

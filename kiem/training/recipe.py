@@ -1,0 +1,89 @@
+"""What the options that were left open become."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from kiem.config import TrainingOptions
+
+# Small data gets small batches: a run of whole epochs should have at least this many updates.
+_MIN_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What suits a model.
+
+    Attributes:
+        batch_size: chunks of 1024 tokens in a forward pass.
+        tokens_per_step: tokens in one update.
+        learning_rate: highest learning rate.
+    """
+
+    batch_size: int
+    tokens_per_step: int
+    learning_rate: float
+
+
+USUAL = {
+    "gemma3-1b": Usual(batch_size=1, tokens_per_step=262_144, learning_rate=1e-3),
+    "gemma3-270m": Usual(batch_size=2, tokens_per_step=131_072, learning_rate=1e-3),
+    "gemma3-nano": Usual(batch_size=4, tokens_per_step=8_192, learning_rate=3e-3),
+    "gemma3-micro": Usual(batch_size=4, tokens_per_step=4_096, learning_rate=4e-3),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settled numbers of a run.
+
+    Attributes:
+        batch_size: chunks per device in one forward pass.
+        accumulation: forward passes per update.
+        chunks_per_step: chunks in one update, over all devices.
+        learning_rate: highest learning rate.
+        max_steps: updates at most, or None.
+        max_seconds: training time at most, or None; never both None.
+    """
+
+    batch_size: int
+    accumulation: int
+    chunks_per_step: int
+    learning_rate: float
+    max_steps: int | None
+    max_seconds: float | None
+
+
+def settle(options: TrainingOptions, num_chunks: int, chunk_size: int, world_size: int) -> Recipe:
+    """Returns the numbers of a run: as the options say, else what suits model and data.
+
+    Args:
+        options: all options of training.py.
+        num_chunks: chunks in the training split.
+        chunk_size: tokens in a chunk.
+        world_size: devices.
+    """
+    usual = USUAL[options.model]
+    has_budget = options.max_steps is not None or options.max_minutes is not None
+    wanted_chunks = usual.tokens_per_step / chunk_size
+    if not has_budget:
+        wanted_chunks = min(wanted_chunks, options.epochs * num_chunks / _MIN_STEPS)
+    batch_size = options.batch_size
+    if batch_size is None:
+        batch_size = max(1, min(usual.batch_size, round(wanted_chunks / world_size)))
+    accumulation = options.gradient_accumulation_steps
+    if accumulation is None:
+        accumulation = max(1, round(wanted_chunks / (batch_size * world_size)))
+    chunks_per_step = batch_size * world_size * accumulation
+    max_steps = options.max_steps
+    if not has_budget:
+        max_steps = math.ceil(options.epochs * num_chunks / chunks_per_step)
+    return Recipe(
+        batch_size=batch_size,
+        accumulation=accumulation,
+        chunks_per_step=chunks_per_step,
+        learning_rate=options.learning_rate or usual.learning_rate,
+        max_steps=max_steps,
+        max_seconds=options.max_minutes * 60 if options.max_minutes is not None else None,
+    )

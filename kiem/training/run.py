@@ -1,0 +1,314 @@
+"""A run: what it is made of, how far it is, and the files it leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import kiem
+from kiem.cli import to_yaml, warn
+from kiem.config import TrainingOptions
+from kiem.data.chunks import MANIFEST_FILE, Chunks, open_split, read_manifest, read_tokenizer
+from kiem.data.chunks import verify_shards
+from kiem.data.hub import download_model
+from kiem.data.tokenizer import Tokenizer, load_tokenizer, write_tokenizer
+from kiem.errors import ExitCode, UserError
+from kiem.files import check_name, new_folder, point_link, require_free_space, sha256_file
+from kiem.files import write_json, write_text
+from kiem.model.files import read_model, write_model
+from kiem.model.gemma3 import Gemma3
+from kiem.model.initialize import initialize
+from kiem.model.presets import preset
+from kiem.training.checkpoint import list_checkpoints, load_checkpoint
+from kiem.training.devices import Devices
+from kiem.training.metrics import Metrics, keep_metrics_until
+from kiem.training.model_card import model_card
+from kiem.training.optimizer import make_optimizer
+from kiem.training.options import check_options
+from kiem.training.recipe import Recipe, settle
+
+_EVALUATIONS_PER_RUN = 10
+_SECONDS_BETWEEN_SAVES = 1800
+_RECOMPUTE_ABOVE_PARAMETERS = 500_000_000
+
+
+@dataclass
+class Run:
+    """Everything the loop works with.
+
+    Attributes:
+        options, recipe: what was asked, and the numbers it was settled to.
+        directory: the run directory.
+        manifest: the chunk directory's manifest.
+        tokenizer: the chunk directory's tokenizer.
+        train, test: the chunks.
+        model, optimizer: what is trained.
+        metrics: the run's log; only the first process has one.
+        fingerprint: what must not change when the run is resumed.
+        step, tokens, seconds: updates, tokens and training time so far.
+        resumed_from: the checkpoint this run went on from.
+    """
+
+    options: TrainingOptions
+    recipe: Recipe
+    directory: Path
+    manifest: dict[str, Any]
+    tokenizer: Tokenizer
+    train: Chunks
+    test: Chunks
+    model: Gemma3
+    optimizer: torch.optim.Optimizer
+    fingerprint: dict[str, Any]
+    metrics: Metrics | None = None
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    resumed_from: Path | None = None
+    _clock: float = field(default_factory=time.perf_counter)
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The tokenizer's control ids under "pad", "eos" and "bos"."""
+        ids = {"pad": self.tokenizer.pad_id, "eos": self.tokenizer.eos_id}
+        return {**ids, "bos": self.tokenizer.bos_id}
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done: of the updates or of the time, what is nearer."""
+        return self._share(self.step, self.seconds)
+
+    @property
+    def progress_within_step(self) -> float:
+        """Progress in the middle of the next update, for the schedule: never 0, never 1."""
+        seconds_per_step = self.seconds / self.step if self.step else 0.0
+        return min(self._share(self.step + 0.5, self.seconds + seconds_per_step / 2), 1 - 1e-6)
+
+    def start_clock(self) -> None:
+        """Begins to count the training time, after that of a resumed run."""
+        self._clock = time.perf_counter() - self.seconds
+
+    def read_clock(self, devices: Devices) -> None:
+        """Sets `seconds`, to the same value in all processes."""
+        self.seconds = devices.first_says(time.perf_counter() - self._clock)
+
+    def evaluation_is_due(self, progress_before: float) -> bool:
+        """Says whether to evaluate after this update; never after the last one."""
+        if self.progress >= 1:
+            return False
+        if self.options.eval_steps is not None:
+            return self.options.eval_steps > 0 and self.step % self.options.eval_steps == 0
+        times = _EVALUATIONS_PER_RUN
+        return math.floor(self.progress * times) > math.floor(progress_before * times)
+
+    def save_is_due(self, seconds_before: float) -> bool:
+        """Says whether to save a checkpoint after this update."""
+        if self.options.save_steps is not None:
+            return self.options.save_steps > 0 and self.step % self.options.save_steps == 0
+        return self.seconds // _SECONDS_BETWEEN_SAVES > seconds_before // _SECONDS_BETWEEN_SAVES
+
+    def _share(self, step: float, seconds: float) -> float:
+        of_steps = step / self.recipe.max_steps if self.recipe.max_steps else 0.0
+        of_seconds = seconds / self.recipe.max_seconds if self.recipe.max_seconds else 0.0
+        return max(of_steps, of_seconds)
+
+
+def prepare_run(options: TrainingOptions, devices: Devices, console: Console) -> Run:
+    """Opens the data, makes or loads the model, and resumes where a run of that name stopped.
+
+    Raises:
+        UserError: anything about options, data, model or disk that a person can mend.
+    """
+    check_options(options)
+    manifest = read_manifest(options.dataset_path)
+    tokenizer = read_tokenizer(options.dataset_path, manifest)
+    if devices.is_first:
+        verify_shards(options.dataset_path, manifest)
+    devices.wait_for_all()
+    train = open_split(options.dataset_path, manifest, "train")
+    test = open_split(options.dataset_path, manifest, "test")
+    recipe = settle(options, train.num_chunks, train.chunk_size, devices.world_size)
+    model = _make_model(options, tokenizer).to(devices.device)
+    directory = options.output_dir / _run_name(options)
+    checkpoint = _checkpoint_to_resume(options, directory)
+    _check_disk(options, directory, model)
+    run = Run(
+        options=options,
+        recipe=recipe,
+        directory=directory,
+        manifest=manifest,
+        tokenizer=tokenizer,
+        train=train,
+        test=test,
+        model=model,
+        optimizer=make_optimizer(model, recipe.learning_rate, options.weight_decay),
+        fingerprint={
+            "model": options.model,
+            "data": sha256_file(options.dataset_path / MANIFEST_FILE),
+            "seed": options.seed,
+            "chunks_per_step": recipe.chunks_per_step,
+            "document_mask": options.document_mask,
+        },
+        resumed_from=checkpoint,
+    )
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, model, run.optimizer, run.fingerprint)
+        run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
+    if devices.is_first:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(directory / "config.yaml", to_yaml(options))
+        keep_metrics_until(directory, run.step)
+        project = (options.wandb_project or "kiem") if options.use_wandb else None
+        config = {**dataclasses.asdict(options), **dataclasses.asdict(recipe)}
+        run.metrics = Metrics(directory, project, directory.name, config)
+        _warn_of_small_data(run, console)
+    return run
+
+
+def finish_run(run: Run, devices: Devices, figures: dict[str, Any]) -> Path:
+    """Writes final_model/ and points the latest link at the run; returns the model directory.
+
+    Args:
+        run: the trained run.
+        devices: where it ran.
+        figures: the last evaluation.
+    """
+    assert run.metrics is not None
+    summary = {
+        "model": run.options.model,
+        "parameters": run.model.config.num_parameters(),
+        "initialized_from": run.options.init_from or "random weights",
+        "steps": run.step,
+        "tokens": run.tokens,
+        "seconds": run.seconds,
+        **figures,
+        "data": {
+            "source": run.manifest["source"],
+            "options": run.manifest["options"],
+            "manifest_sha256": run.fingerprint["data"],
+            "train_tokens": run.manifest["splits"]["train"]["tokens"],
+            "train_documents": run.manifest["splits"]["train"]["documents"],
+            "test_documents": run.manifest["splits"]["test"]["documents"],
+        },
+        "tokenizer": run.manifest["tokenizer"],
+        "recipe": dataclasses.asdict(run.recipe),
+        "hardware": {
+            "device": _device_name(devices.device),
+            "devices": devices.world_size,
+            "precision": devices.precision,
+        },
+        "versions": {
+            "kiem": kiem.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    folder = run.directory / "final_model"
+    ids = {f"{name}_id": value for name, value in run.special_ids.items()}
+    with new_folder(folder, overwrite=folder.exists()) as unfinished:
+        write_model(run.model, unfinished, **ids)
+        write_tokenizer(run.tokenizer, unfinished)
+        write_json(unfinished / "training_summary.json", summary)
+        write_text(unfinished / "README.md", model_card(summary, run.directory.name))
+    point_link(run.directory.parent / f"{run.options.model}-dutch-latest", run.directory.name)
+    run.metrics.close(summary)
+    return folder
+
+
+def _make_model(options: TrainingOptions, tokenizer: Tokenizer) -> Gemma3:
+    if options.init_from is None:
+        model = Gemma3(preset(options.model, tokenizer.num_rows))
+        initialize(model, options.seed)
+    else:
+        folder = Path(options.init_from)
+        if not folder.exists() and options.init_from.count("/") == 1:
+            folder = download_model(options.init_from)
+        model = read_model(folder, dtype=torch.float32)
+        _check_same_tokenizer(folder, tokenizer, options)
+    recompute = options.activation_checkpointing
+    model.recompute_layers = recompute == "full" or (
+        recompute == "auto" and model.config.num_parameters() > _RECOMPUTE_ABOVE_PARAMETERS
+    )
+    return model
+
+
+def _check_same_tokenizer(folder: Path, tokenizer: Tokenizer, options: TrainingOptions) -> None:
+    # Equal vocabularies suffice: Gemma's -it and -pt files, and transformers' own saves, differ in
+    # bytes but give every piece of text the same id.
+    own = load_tokenizer(str(folder)).implementation.get_vocab(with_added_tokens=False)
+    if own != tokenizer.implementation.get_vocab(with_added_tokens=False):
+        raise UserError(
+            f"the chunks in {options.dataset_path} were made with another tokenizer",
+            where=f"--init-from {options.init_from}",
+            fix=f"Make them again with preprocess.py --tokenizer {options.init_from}.",
+            exit_code=ExitCode.TOKENIZER_MISMATCH,
+        )
+
+
+def _run_name(options: TrainingOptions) -> str:
+    if options.run_name is not None:
+        return check_name(options.run_name, "--run-name")
+    return f"{options.model}-dutch-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+
+
+def _checkpoint_to_resume(options: TrainingOptions, directory: Path) -> Path | None:
+    if (directory / "final_model").exists():
+        raise UserError(
+            "this run is finished",
+            where=str(directory),
+            fix="Choose another --run-name; to train its model further, use --init-from.",
+            exit_code=ExitCode.ALREADY_EXISTS,
+        )
+    if options.resume not in ("auto", "none"):
+        return Path(options.resume)
+    checkpoints = list_checkpoints(directory / "checkpoints")
+    if not checkpoints:
+        return None
+    if options.resume == "none":
+        raise UserError(
+            "this run directory holds checkpoints that would be mixed with a new run's",
+            where=str(directory),
+            fix="Choose another --run-name, or go on with --resume auto.",
+            exit_code=ExitCode.ALREADY_EXISTS,
+        )
+    return checkpoints[-1]
+
+
+def _check_disk(options: TrainingOptions, directory: Path, model: Gemma3) -> None:
+    num_bytes = 4 * model.config.num_parameters()
+    # A checkpoint has weights and two moments; the new one is committed before the oldest goes.
+    checkpoints = 0 if options.save_steps == 0 else options.save_total_limit + 1
+    needed = num_bytes * (1 + 3 * checkpoints)
+    require_free_space(directory, needed, f"the model and {checkpoints} checkpoints")
+
+
+def _warn_of_small_data(run: Run, console: Console) -> None:
+    train = run.manifest["splits"]["train"]
+    if run.train.num_chunks < run.recipe.chunks_per_step:
+        warn(
+            console,
+            f"one update reads {run.recipe.chunks_per_step} chunks, but there are only "
+            f"{run.train.num_chunks}: each is read several times in every update",
+        )
+    if train["tokens"] < run.model.config.num_parameters():
+        warn(
+            console,
+            f"{train['tokens']:,} training tokens are little for "
+            f"{run.model.config.num_parameters():,} parameters: expect a model that repeats its "
+            "training text (about 20 tokens per parameter are usual, arXiv:2203.15556)",
+        )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

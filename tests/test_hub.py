@@ -1,0 +1,417 @@
+"""kiem.data.hub against a local Hub, through the real huggingface_hub in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hub_server import HubServer
+
+from kiem.errors import ExitCode
+
+DATASET = "BramVanroy/wikipedia_culturax_dutch"
+MODEL = "google/gemma-3-1b-pt"
+OPEN_MODEL = "someone/open-model"
+ACCEPTED, NOT_ACCEPTED, INVALID = "hf_AcceptedSecret", "hf_KnownSecret", "hf_InvalidSecret"
+
+CARD = b"""---
+language: [nl]
+configs:
+- config_name: 10k
+  data_files:
+  - {split: train, path: 10k/train-*}
+  - {split: test, path: 10k/test-*}
+- config_name: 1M
+  data_files:
+  - {split: train, path: 1M/train-*}
+---
+# Dutch
+"""
+SHARDS = ("10k/train-00000-of-00002.parquet", "10k/train-00001-of-00002.parquet")
+BIG_BYTES = random.Random(0).randbytes(12_000_000)
+DATASET_FILES = {
+    "README.md": CARD,
+    SHARDS[1]: b"second shard" * 500,
+    SHARDS[0]: b"first shard" * 500,
+    "10k/test-00000-of-00001.parquet": b"test shard",
+    "1M/train-00000-of-00001.parquet": BIG_BYTES,
+}
+MODEL_FILES = {
+    "README.md": b"# Gemma",
+    "config.json": b"{}",
+    "generation_config.json": b"{}",
+    "model-00001-of-00002.safetensors": b"weights 1",
+    "model-00002-of-00002.safetensors": b"weights 2",
+    "model.safetensors.index.json": b"{}",
+    "tokenizer.json": b'{"model": 1}',
+    "tokenizer.model": b"sentencepiece",
+    "tokenizer_config.json": b'{"bos": 2}',
+    "optimizer.bin": b"not wanted",
+    "onnx/model.safetensors": b"not wanted",
+}
+
+SCRIPT = """
+import dataclasses, json, os, sys
+from kiem.data import hub
+from kiem.errors import UserError
+for name, arguments, token in json.loads(sys.argv[1]):
+    os.environ["HF_TOKEN"] = token or ""
+    exit_code, result, message = 0, None, None
+    try:
+        result = getattr(hub, name)(*arguments)
+        result = dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result
+    except UserError as error:
+        exit_code, message = error.exit_code, str(error)
+    print(json.dumps([exit_code, result, message], default=str))
+"""
+FULL_DISK = """
+import errno, huggingface_hub.file_download
+def http_get(*arguments, **options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+huggingface_hub.file_download.http_get = http_get
+"""
+
+
+class Call(NamedTuple):
+    function: str
+    arguments: tuple[str, ...]
+    token: str | None = None
+
+
+class Outcome(NamedTuple):
+    exit_code: int
+    result: Any
+    message: str | None
+
+
+@dataclass
+class Client:
+    """Calls functions of kiem.data.hub in new processes that share one cache."""
+
+    hub: HubServer
+    cache: Path
+
+    def run(self, calls: list[Call], first: str = "", **variables: str) -> list[Outcome]:
+        environment = {**os.environ, **self.hub.environment(self.cache), **variables}
+        done = subprocess.run(
+            [sys.executable, "-c", first + SCRIPT, json.dumps(calls)],
+            env=environment,
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr + done.stdout
+        assert "Secret" not in done.stdout + done.stderr, "every token here holds this word"
+        return [Outcome(*json.loads(line)) for line in done.stdout.splitlines()]
+
+    def get(self, function: str, *arguments: str, token: str | None = None, **options: str) -> Any:
+        (outcome,) = self.run([Call(function, arguments, token)], **options)
+        assert outcome.exit_code == 0, outcome.message
+        return outcome.result
+
+    def fail(self, function: str, *arguments: str, **options: str) -> tuple[int, str]:
+        (outcome,) = self.run([Call(function, arguments)], **options)
+        assert outcome.message is not None
+        return outcome.exit_code, outcome.message
+
+
+@contextmanager
+def new_hub() -> Iterator[HubServer]:
+    repos = {
+        f"datasets/{DATASET}": DATASET_FILES,
+        "datasets/someone/plain": {"a/train-00.parquet": b"a", "a/valid-00.parquet": b"v"},
+        "datasets/someone/incomplete": {"a/train-00000-of-00003.parquet": b"a"},
+        MODEL: MODEL_FILES,
+        OPEN_MODEL: {"config.json": b"{}", "tokenizer.json": b"{}"},
+        "someone/secret": {"config.json": b"{}"},
+    }
+    with HubServer(
+        repos,
+        gated=[MODEL],
+        private=["someone/secret"],
+        tokens=[NOT_ACCEPTED],
+        accepted=[ACCEPTED],
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with new_hub() as server:
+        yield server
+
+
+@pytest.fixture
+def client(hub: HubServer, tmp_path: Path) -> Client:
+    return Client(hub, tmp_path / "cache")
+
+
+def paths_of(hub: HubServer, part: str) -> list[str]:
+    return [path for _, path, _ in hub.log if part in path]
+
+
+def test_importing_hub_does_not_import_huggingface_hub() -> None:
+    check = "import sys, kiem.data.hub; sys.exit('huggingface_hub' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], cwd=Path(__file__).parents[1], check=True)
+
+
+def test_dataset_files_come_in_order_from_one_commit(hub: HubServer, client: Client) -> None:
+    files = client.get("download_dataset_files", DATASET, "10k")
+    assert files["names"] == list(SHARDS)
+    assert [Path(path).read_bytes() for path in files["paths"]] == [
+        DATASET_FILES[name] for name in SHARDS
+    ]
+    assert len(paths_of(hub, "/api/")) == 1
+    assert all(f"/resolve/{files['revision']}/" in path for path in paths_of(hub, "/resolve/"))
+    assert not any(had_token for _, _, had_token in hub.log)
+
+    hub.log.clear()
+    assert client.get("download_dataset_files", DATASET, "10k") == files
+    assert not paths_of(hub, "/resolve/")
+
+
+def test_dataset_without_a_card_goes_by_its_folders(client: Client) -> None:
+    files = client.get("download_dataset_files", "someone/plain", "a", "valid")
+    assert files["names"] == ["a/valid-00.parquet"]
+
+
+@pytest.mark.parametrize(
+    "data_files",
+    ["data/*.parquet", "[data/b.parquet, 'data/a*']", "[{split: train, path: [data/*]}]"],
+)
+def test_card_decides_which_files(hub: HubServer, client: Client, data_files: str) -> None:
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {data_files}\n---\n".encode()
+    names = ("data/a.parquet", "data/b.parquet", "data/old/c.parquet", "data/d.txt")
+    hub.commit("datasets/someone/carded", {"README.md": card, **dict.fromkeys(names, b"x")})
+    files = client.get("download_dataset_files", "someone/carded", "default")
+    assert files["names"] == ["data/a.parquet", "data/b.parquet"]
+
+
+def test_unreadable_card_is_ignored(hub: HubServer, client: Client) -> None:
+    broken = b"---\nconfigs: [\n---\n"
+    hub.commit("datasets/someone/plain", {"README.md": broken, "a/train-00.parquet": b"a"})
+    files = client.get("download_dataset_files", "someone/plain", "a")
+    assert files["names"] == ["a/train-00.parquet"]
+
+
+def test_tokenizer_with_accepted_licence(hub: HubServer, client: Client) -> None:
+    tokenizer = client.get("download_tokenizer", MODEL, token=ACCEPTED)
+    assert Path(tokenizer["tokenizer_json"]).read_bytes() == MODEL_FILES["tokenizer.json"]
+    assert Path(tokenizer["config_json"]).read_bytes() == MODEL_FILES["tokenizer_config.json"]
+    assert all(had_token for _, _, had_token in hub.log)
+
+
+def test_tokenizer_of_an_older_commit(hub: HubServer, client: Client) -> None:
+    old = client.get("download_tokenizer", OPEN_MODEL)
+    assert old["config_json"] is None
+    hub.commit(OPEN_MODEL, {"tokenizer.json": b"new", "tokenizer_config.json": b"new"})
+    new = client.get("download_tokenizer", OPEN_MODEL)
+    assert Path(new["tokenizer_json"]).read_bytes() == b"new"
+    assert client.get("download_tokenizer", OPEN_MODEL, old["revision"]) == old
+
+
+def test_model_folder_holds_the_model_alone(hub: HubServer, client: Client) -> None:
+    folder = Path(client.get("download_model", MODEL, token=ACCEPTED))
+    unwanted = {"README.md", "optimizer.bin", "onnx/model.safetensors"}
+    assert {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    } == {name: content for name, content in MODEL_FILES.items() if name not in unwanted}
+    to_cdn = [had_token for _, path, had_token in hub.log if path.startswith("/cdn/")]
+    assert to_cdn
+    assert not any(to_cdn), "a token must not leave the Hub"
+
+
+GEMMA_PAGE = f"https://huggingface.co/{MODEL}"
+DATASET_PAGE = f"https://huggingface.co/datasets/{DATASET}x"
+
+
+REFUSALS = [
+    (
+        Call("download_tokenizer", (MODEL,)),
+        ExitCode.HUB_LICENCE,
+        [GEMMA_PAGE, "not logged in", "hf auth login", "HF_TOKEN"],
+    ),
+    (
+        Call("download_model", (MODEL,), NOT_ACCEPTED),
+        ExitCode.HUB_LICENCE,
+        [GEMMA_PAGE, "your account has not accepted"],
+    ),
+    (
+        Call("download_dataset_files", (DATASET, "10k"), INVALID),
+        ExitCode.HUB_LOGIN,
+        ["refuses your login token", "hf auth login"],
+    ),
+    (
+        Call("download_tokenizer", (OPEN_MODEL,), "hf_ÜnreadableSecret"),
+        ExitCode.HUB_LOGIN,
+        ["token is damaged"],
+    ),
+    (
+        Call("download_tokenizer", ("someone/secret",)),
+        ExitCode.HUB_LOGIN,
+        ["private", "hf auth login", "HF_TOKEN"],
+    ),
+    (
+        Call("download_dataset_files", (DATASET + "x", "10k")),
+        ExitCode.HUB_LOGIN,
+        ["does not exist", DATASET_PAGE],
+    ),
+    (
+        Call("download_dataset_files", (DATASET + "x", "10k"), ACCEPTED),
+        ExitCode.NOT_FOUND,
+        ["no such dataset", DATASET_PAGE],
+    ),
+    (
+        Call("download_dataset_files", (DATASET, "11k")),
+        ExitCode.NOT_FOUND,
+        ["no configuration '11k'", "There is: 10k, 1M."],
+    ),
+    (
+        Call("download_dataset_files", (DATASET, "10k", "valid")),
+        ExitCode.NOT_FOUND,
+        ["no split 'valid'", "There is: train, test."],
+    ),
+    (
+        Call("download_dataset_files", ("someone/incomplete", "a")),
+        ExitCode.NETWORK,
+        ["only 1 of 3 parts"],
+    ),
+    (
+        Call("download_tokenizer", (OPEN_MODEL, "v9")),
+        ExitCode.NOT_FOUND,
+        [f"{OPEN_MODEL} at v9", "no such revision"],
+    ),
+    (
+        Call("download_tokenizer", ("someone/secret",), ACCEPTED),
+        ExitCode.NOT_FOUND,
+        ["no tokenizer.json", "There is: config.json."],
+    ),
+    (
+        Call("download_model", (OPEN_MODEL,)),
+        ExitCode.NOT_A_MODEL,
+        ["safetensors", "There is: config.json, tokenizer.json."],
+    ),
+    (Call("download_model", ("a/b/c",)), ExitCode.BAD_OPTION, ["OWNER/NAME"]),
+]
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    with new_hub() as server:
+        client = Client(server, tmp_path_factory.mktemp("refusals"))
+        return client.run([call for call, _, _ in REFUSALS])
+
+
+@pytest.mark.parametrize("number", range(len(REFUSALS)))
+def test_refusals_are_explained(refusals: list[Outcome], number: int) -> None:
+    (_, arguments, _), exit_code, says = REFUSALS[number]
+    outcome = refusals[number]
+    assert outcome.exit_code == exit_code, outcome.message
+    for part in [arguments[0], *says]:
+        assert outcome.message is not None
+        assert part in outcome.message
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_passing_trouble_is_waited_out(hub: HubServer, client: Client, status: int) -> None:
+    hub.fail(status, times=2, retry_after=0, match="/api/")
+    hub.fail(status, times=1, retry_after=0, match="/cdn/")
+    assert client.get("download_dataset_files", DATASET, "10k")["names"] == list(SHARDS)
+
+
+def test_rate_limit_while_looking_up_a_file(hub: HubServer, client: Client) -> None:
+    hub.fail(429, times=2, retry_after=0, match="tokenizer.json")
+    assert client.get("download_tokenizer", OPEN_MODEL)["tokenizer_json"]
+
+
+@pytest.mark.parametrize(
+    ("status", "retry_after", "says"), [(429, 0, "(429)"), (429, 3600, "(429)"), (503, 0, "503")]
+)
+def test_lasting_trouble_is_explained(
+    hub: HubServer, client: Client, status: int, retry_after: int, says: str
+) -> None:
+    hub.fail(status, times=100, retry_after=retry_after)
+    exit_code, message = client.fail("download_dataset_files", DATASET, "10k")
+    assert exit_code == ExitCode.NETWORK
+    assert says in message
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_cut_connection_is_resumed(hub: HubServer, client: Client, reset: bool) -> None:
+    hub.cut(after=11_000_000, match="/cdn/", reset=reset)
+    files = client.get("download_dataset_files", DATASET, "1M")
+    content = Path(files["paths"][0]).read_bytes()
+    assert hashlib.sha256(content).digest() == hashlib.sha256(BIG_BYTES).digest()
+    assert bool(hub.ranges) != reset, "after a reset huggingface_hub begins the file again"
+
+
+def test_no_network(client: Client) -> None:
+    exit_code, message = client.fail("download_tokenizer", MODEL, HF_ENDPOINT="http://127.0.0.1:9")
+    assert exit_code == ExitCode.NETWORK
+    for part in ("no connection", "HF_HUB_OFFLINE=1", "local folder"):
+        assert part in message
+
+
+def test_offline(hub: HubServer, client: Client) -> None:
+    calls = [
+        Call("download_dataset_files", (DATASET, "10k"), ACCEPTED),
+        Call("download_tokenizer", (MODEL,), ACCEPTED),
+        Call("download_model", (MODEL,), ACCEPTED),
+    ]
+    for exit_code, _, message in client.run(calls, HF_HUB_OFFLINE="1"):
+        assert exit_code == ExitCode.NETWORK
+        assert message is not None
+        assert "HF_HUB_OFFLINE" in message
+        assert "local folder" in message
+
+    online = client.run(calls)
+    assert all(outcome.exit_code == 0 for outcome in online)
+    hub.log.clear()
+    assert client.run(calls, HF_HUB_OFFLINE="1") == online
+    assert not hub.log
+
+
+def test_offline_takes_the_newest_commit_that_has_the_files(hub: HubServer, client: Client) -> None:
+    old = client.get("download_dataset_files", DATASET, "10k")
+    hub.commit(f"datasets/{DATASET}", {**DATASET_FILES, "new.txt": b""})
+    new = client.get("download_dataset_files", DATASET, "1M")
+    assert old["revision"] != new["revision"]
+    assert client.get("download_dataset_files", DATASET, "10k", HF_HUB_OFFLINE="1") == old
+    assert client.get("download_dataset_files", DATASET, "1M", HF_HUB_OFFLINE="1") == new
+
+
+def test_offline_with_half_of_the_files(client: Client) -> None:
+    files = client.get("download_dataset_files", DATASET, "10k")
+    Path(files["paths"][1]).unlink()
+    exit_code, message = client.fail("download_dataset_files", DATASET, "10k", HF_HUB_OFFLINE="1")
+    assert exit_code == ExitCode.NETWORK
+    assert "only 1 of 2 parts" in message
+
+
+def test_full_disk(client: Client) -> None:
+    exit_code, message = client.fail("download_dataset_files", DATASET, "10k", first=FULL_DISK)
+    assert exit_code == ExitCode.DISK_SPACE
+    assert "HF_HOME" in message
+
+
+def test_cache_that_cannot_be_written(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    place = str(tmp_path / "file" / "hub")
+    exit_code, message = client.fail("download_tokenizer", OPEN_MODEL, HF_HUB_CACHE=place)
+    assert exit_code == ExitCode.NOT_WRITABLE
+    assert place in message

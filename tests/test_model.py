@@ -1,0 +1,244 @@
+"""The model against transformers' Gemma3ForCausalLM, and against itself with a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM
+
+from kiem.errors import ExitCode, UserError
+from kiem.model.cache import KeyValueCache
+from kiem.model.files import read_config, read_model, write_model
+from kiem.model.gemma3 import IGNORE, Gemma3, next_token_targets
+from kiem.model.initialize import initialize
+from kiem.model.loss import summed_cross_entropy
+from kiem.model.presets import GEMMA3_1B_PARAMETERS, Gemma3Config, preset
+
+WINDOW = 8
+SMALL = Gemma3Config(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=7,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=16,
+    sliding_window=WINDOW,
+    query_pre_attn_scalar=16,
+    max_position_embeddings=256,
+)
+LENGTHS = [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3]
+BOS, PAD = 2, 0
+
+
+@pytest.fixture(scope="module")
+def model() -> Gemma3:
+    model = Gemma3(SMALL)
+    initialize(model, seed=1)
+    with torch.no_grad():  # norms that do something, and weights large enough to matter
+        for name, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(len(name))
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(model: Gemma3, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_model(model, folder, pad_id=PAD, eos_id=1, bos_id=BOS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Gemma3ForCausalLM:
+    return Gemma3ForCausalLM.from_pretrained(folder, attn_implementation="eager")
+
+
+def random_ids(length: int, rows: int = 3, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, SMALL.vocab_size, (rows, length), generator=generator)
+
+
+def test_gemma3_1b_has_its_published_number_of_parameters() -> None:
+    with torch.device("meta"):
+        model = Gemma3(preset("gemma3-1b", 262_144))
+    assert sum(p.numel() for p in model.parameters()) == GEMMA3_1B_PARAMETERS
+    with torch.device("meta"):
+        model = Gemma3(preset("gemma3-nano", 16_384))
+    assert sum(p.numel() for p in model.parameters()) == preset("gemma3-nano", 16_384).num_parameters()
+    assert preset("gemma3-nano", 16_384).num_parameters() == pytest.approx(9.9e6, rel=0.01)
+
+
+def test_shape_equals_the_published_config() -> None:
+    """Against transformers' own conversion of the values in google/gemma-3-1b-pt's config.json."""
+    published = {
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1_000_000,
+        "rope_local_base_freq": 10_000,
+        "max_position_embeddings": 32768,
+    }
+    config = preset("gemma3-1b", 262_144)
+    assert {name: getattr(config, name) for name in published} == published
+    assert [n for n in range(26) if not config.is_sliding(n)] == [5, 11, 17, 23]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_logits_loss_and_gradients_equal_transformers(
+    model: Gemma3, reference: Gemma3ForCausalLM, length: int
+) -> None:
+    ids = random_ids(length)
+    expected = reference(ids, labels=ids)
+    torch.testing.assert_close(
+        model.logits(model.hidden_states(ids)), expected.logits, rtol=0, atol=1e-4
+    )
+
+    model.zero_grad()
+    reference.zero_grad()
+    loss, nats = model(ids, next_token_targets(ids, BOS, PAD), None)
+    num_targets = ids.shape[0] * (length - 1)
+    (loss / num_targets).backward()
+    expected.loss.backward()
+    torch.testing.assert_close(nats / num_targets, expected.loss.detach(), rtol=0, atol=1e-4)
+    expected_gradients = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, expected_gradients[name].grad, rtol=0, atol=1e-4, msg=name
+        )
+
+
+def test_recomputing_layers_gives_the_same_gradients(model: Gemma3) -> None:
+    ids = random_ids(2 * WINDOW)
+    gradients = []
+    for recompute in (False, True):
+        model.zero_grad()
+        model.recompute_layers = recompute
+        model(ids, next_token_targets(ids, BOS, PAD), BOS)[0].backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    model.recompute_layers = False
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_documents_do_not_see_each_other(model: Gemma3) -> None:
+    ids = random_ids(24, rows=1)
+    ids[0, 0] = ids[0, 10] = BOS
+    changed = ids.clone()
+    changed[0, 3] = (ids[0, 3] + 1) % 90 + 3
+    plain, other = (model.hidden_states(x, bos_id=BOS)[0] for x in (ids, changed))
+    assert not torch.equal(plain[3:10], other[3:10])
+    assert torch.equal(plain[10:], other[10:])
+    alone = model.hidden_states(ids[:, 10:], bos_id=BOS)[0]
+    torch.testing.assert_close(plain[10:], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 4 * WINDOW])
+@pytest.mark.parametrize("prefill", [1, 3, WINDOW + 2])
+def test_cached_equals_uncached(model: Gemma3, length: int, prefill: int) -> None:
+    ids = random_ids(length, rows=2)
+    expected = model.hidden_states(ids)
+    cache = KeyValueCache(SMALL, 2, length, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        parts = [model.hidden_states(ids[:, :prefill], cache=cache)]
+        middle = min(prefill + 4, length)
+        if middle > prefill:
+            parts.append(model.hidden_states(ids[:, prefill:middle], cache=cache))
+        for t in range(middle, length):
+            parts.append(model.hidden_states(ids[:, t : t + 1], cache=cache))
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_blockwise_loss_equals_the_plain_one(z_loss: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1100, 24, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(301, 24, dtype=torch.float64, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 301, (1100,), generator=generator)
+    targets[::7] = IGNORE
+    loss, nats = summed_cross_entropy(hidden, weight, targets, z_loss)
+    (loss * 0.5).backward()
+    gradients = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+
+    logits = hidden @ weight.T
+    plain = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    log_z = logits.logsumexp(1)[targets != IGNORE]
+    (0.5 * (plain + z_loss * log_z.square().sum())).backward()
+    torch.testing.assert_close(nats, plain.detach())
+    torch.testing.assert_close(gradients, (hidden.grad, weight.grad))
+
+
+def test_targets_leave_out_padding_and_bos() -> None:
+    ids = torch.tensor([[BOS, 5, 6, 1, BOS, 7, 1, PAD, PAD]])
+    expected = torch.tensor([[5, 6, 1, IGNORE, 7, 1, IGNORE, IGNORE, IGNORE]])
+    assert torch.equal(next_token_targets(ids, BOS, PAD), expected)
+
+
+def test_written_model_is_read_back(model: Gemma3, folder: Path) -> None:
+    assert read_config(folder) == SMALL
+    loaded = read_model(folder)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(name))
+
+
+def test_model_saved_by_transformers_is_read(
+    model: Gemma3, reference: Gemma3ForCausalLM, tmp_path: Path
+) -> None:
+    reference.save_pretrained(tmp_path)
+    loaded = read_model(tmp_path)
+    assert loaded.config == SMALL
+    ids = random_ids(20)
+    with torch.no_grad():
+        assert torch.equal(loaded.hidden_states(ids), model.hidden_states(ids))
+
+
+def test_initialization_does_not_depend_on_the_shape_of_other_parameters() -> None:
+    models = [Gemma3(SMALL), Gemma3(Gemma3Config(**{**vars(SMALL), "num_hidden_layers": 3}))]
+    for model in models:
+        initialize(model, seed=7)
+    for name, parameter in models[1].named_parameters():
+        assert torch.equal(parameter, models[0].get_parameter(name))
+
+
+def test_loss_at_initialization_is_near_the_uniform_one() -> None:
+    model = Gemma3(SMALL)
+    initialize(model, seed=0)
+    ids = random_ids(64, rows=8)
+    _, nats = model(ids, next_token_targets(ids, BOS, PAD), BOS)
+    assert nats.item() / (8 * 63) == pytest.approx(torch.tensor(97.0).log().item(), abs=0.3)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "no readable config.json"),
+        ("{", "not JSON"),
+        ('{"model_type": "llama"}', "not a Gemma 3 text model"),
+        ('{"model_type": "gemma3_text"}', "it lacks"),
+        ("[]", "not a Gemma 3 text model"),
+    ],
+)
+def test_folder_that_is_no_model_is_refused(
+    tmp_path: Path, content: str | None, reason: str
+) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=reason) as caught:
+        read_model(tmp_path)
+    assert caught.value.exit_code == ExitCode.NOT_A_MODEL
+
+
+def test_truncated_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-10])
+    with pytest.raises(UserError) as caught:
+        read_model(tmp_path)
+    assert caught.value.exit_code == ExitCode.DAMAGED
