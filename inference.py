@@ -2,10 +2,17 @@
 
 import sys
 
+from rich.console import Console
+
 from kiem.cli import run
 from kiem.config import InferenceOptions
 
-if __name__ == "__main__":
-    from kiem.inference.write import write
 
-    sys.exit(run(InferenceOptions, "inference.py", write))
+def main(options: InferenceOptions, console: Console) -> None:
+    from kiem.inference.write import write  # slow to import: not before the options are right
+
+    write(options, console)
+
+
+if __name__ == "__main__":
+    sys.exit(run(InferenceOptions, "inference.py", main))

@@ -2,10 +2,17 @@
 
 import sys
 
+from rich.console import Console
+
 from kiem.cli import run
 from kiem.config import PreprocessOptions
 
-if __name__ == "__main__":
-    from kiem.data.preprocess import preprocess
 
-    sys.exit(run(PreprocessOptions, "preprocess.py", preprocess))
+def main(options: PreprocessOptions, console: Console) -> None:
+    from kiem.data.preprocess import preprocess  # slow to import: not before the options are right
+
+    preprocess(options, console)
+
+
+if __name__ == "__main__":
+    sys.exit(run(PreprocessOptions, "preprocess.py", main))

@@ -2,10 +2,17 @@
 
 import sys
 
+from rich.console import Console
+
 from kiem.cli import run
 from kiem.config import TrainingOptions
 
-if __name__ == "__main__":
-    from kiem.training.loop import train
 
-    sys.exit(run(TrainingOptions, "training.py", train))
+def main(options: TrainingOptions, console: Console) -> None:
+    from kiem.training.loop import train  # slow to import: not before the options are right
+
+    train(options, console)
+
+
+if __name__ == "__main__":
+    sys.exit(run(TrainingOptions, "training.py", main))

@@ -47,9 +47,7 @@ def parse(options_class: type[Options], arguments: Sequence[str], program: str) 
     return parsed
 
 
-def run(
-    options_class: type[Options], program: str, main: Callable[[Options, Console], Any]
-) -> int:
+def run(options_class: type[Options], program: str, main: Callable[[Options, Console], Any]) -> int:
     """Parses the command line, runs a script's main function and returns its exit code.
 
     A `UserError` becomes one message on standard error; Ctrl-C stops quietly. Of several processes
@@ -77,8 +75,8 @@ def warn(console: Console, message: str) -> None:
 
 
 def to_yaml(options: Any) -> str:
-    """Returns options as the YAML that `--config` reads back; options that are unset are left out."""
-    values = {}
+    """Returns options as the YAML that `--config` reads back; unset ones are left out."""
+    values: dict[str, Any] = {}
     for name, value in dataclasses.asdict(options).items():
         if isinstance(value, Path):
             values[name] = str(value)

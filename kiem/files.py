@@ -44,7 +44,7 @@ def write_bytes(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            temporary.replace(path)
             _fsync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -98,11 +98,11 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 _fsync_folder(Path(folder))
             if path.exists():
                 outgoing = path.with_name(f".{path.name}.old-{os.getpid()}")
-                os.rename(path, outgoing)
-                os.rename(temporary, path)
+                path.rename(outgoing)
+                temporary.rename(path)
                 shutil.rmtree(outgoing)
             else:
-                os.rename(temporary, path)
+                temporary.rename(path)
             _fsync_folder(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -111,7 +111,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def remove_folder(path: Path) -> None:
     """Removes a folder so that no half of it is ever seen under its name."""
     outgoing = path.with_name(f".{path.name}.old-{os.getpid()}")
-    os.rename(path, outgoing)
+    path.rename(outgoing)
     shutil.rmtree(outgoing)
 
 
@@ -121,7 +121,7 @@ def point_link(link: Path, target_name: str) -> None:
     with writing_errors(link):
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target_name)
-        os.replace(temporary, link)
+        temporary.replace(link)
 
 
 def require_free_space(folder: Path, needed_bytes: int, purpose: str) -> None:

@@ -11,9 +11,9 @@ from transformers import Gemma3ForCausalLM
 from kiem.errors import ExitCode, UserError
 from kiem.model.cache import KeyValueCache
 from kiem.model.files import read_config, read_model, write_model
-from kiem.model.gemma3 import IGNORE, Gemma3, next_token_targets
+from kiem.model.gemma3 import Gemma3, next_token_targets
 from kiem.model.initialize import initialize
-from kiem.model.loss import summed_cross_entropy
+from kiem.model.loss import IGNORE, summed_cross_entropy
 from kiem.model.presets import GEMMA3_1B_PARAMETERS, Gemma3Config, preset
 
 WINDOW = 8
@@ -67,7 +67,9 @@ def test_gemma3_1b_has_its_published_number_of_parameters() -> None:
     assert sum(p.numel() for p in model.parameters()) == GEMMA3_1B_PARAMETERS
     with torch.device("meta"):
         model = Gemma3(preset("gemma3-nano", 16_384))
-    assert sum(p.numel() for p in model.parameters()) == preset("gemma3-nano", 16_384).num_parameters()
+    assert (
+        sum(p.numel() for p in model.parameters()) == preset("gemma3-nano", 16_384).num_parameters()
+    )
     assert preset("gemma3-nano", 16_384).num_parameters() == pytest.approx(9.9e6, rel=0.01)
 
 

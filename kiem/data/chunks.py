@@ -1,9 +1,9 @@
 """The chunk directory: Arrow shards and a manifest that says what is in them.
 
-    train/data-00000-of-00002.arrow ...   int32 `input_ids` of a fixed size, memory-mapped
-    test/...                              (both open with datasets.load_from_disk)
-    manifest.json                         options, source, counts, sha256 of every shard
-    tokenizer.json ...                    the tokenizer the ids belong to
+train/data-00000-of-00002.arrow ...   int32 `input_ids` of a fixed size, memory-mapped
+test/...                              (both open with datasets.load_from_disk)
+manifest.json                         options, source, counts, sha256 of every shard
+tokenizer.json ...                    the tokenizer the ids belong to
 """
 
 from __future__ import annotations

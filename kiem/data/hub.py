@@ -15,6 +15,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from kiem.errors import ExitCode, UserError
 
 _MODEL_FILES = (
@@ -139,9 +141,7 @@ class _Repo:
             rank = (bool(matching(names, needed)), commit.stat().st_mtime)
             cached.append((rank, commit.name, names))
         if not cached:
-            raise self.error(
-                "HF_HUB_OFFLINE is set, but nothing is cached", _ONLINE, ExitCode.NETWORK
-            )
+            raise self.lacks("copy of it", [])
         _, commit_id, names = max(cached)
         return commit_id, names
 
@@ -153,16 +153,17 @@ class _Repo:
 
     def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Calls huggingface_hub; tries again what may pass, and explains the rest."""
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
         for attempt in range(_NUM_TRIES):
             try:
                 return function(*args, **options)
-            except Exception as error:  # noqa: BLE001 - all of them are explained
-                response = getattr(error, "response", None)
-                asked = getattr(response, "headers", {}).get("Retry-After", "")
-                pause = int(asked) if asked.isdigit() else 2**attempt
-                passing = getattr(response, "status_code", None) in _PASSING_STATUS
-                passing = passing or type(error).__name__ in _PASSING_ERRORS
-                if not passing or pause > _MAX_PAUSE_SECONDS or attempt == _NUM_TRIES - 1:
+            except Exception as raised:  # noqa: BLE001 - all of them are explained
+                error: BaseException = raised
+                while isinstance(error, LocalEntryNotFoundError) and error.__cause__:
+                    error = error.__cause__
+                pause = _pause_seconds(error, attempt)
+                if pause is None or attempt == _NUM_TRIES - 1:
                     # Not "from error": a message about a malformed header quotes the token.
                     raise self.error(*_explain(error, self)) from None
                 time.sleep(pause)
@@ -171,14 +172,13 @@ class _Repo:
         """Checks that of files such as a-00000-of-00002.parquet none is missing, as in a cache."""
         totals = [int(match[1]) for name in names if (match := re.search(r"-of-(\d+)\.", name))]
         if len(totals) < max(totals, default=0):
-            what = f"only {len(totals)} of {max(totals)} parts are there"
-            raise self.error(what, f"There is: {', '.join(names)}. {_ONLINE}", ExitCode.NETWORK)
+            raise self.lacks(f"full set, only {len(totals)} of {max(totals)} parts", names)
 
     def lacks(self, what: str, has: list[str], code: ExitCode = ExitCode.NOT_FOUND) -> UserError:
         from huggingface_hub import constants
 
         what, fix = f"there is no {what}", f"There is: {', '.join(has[:40]) or 'nothing'}."
-        if constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE:  # the Hub itself may well have it
             return self.error(f"{what} in the cache", f"{fix} {_ONLINE}", ExitCode.NETWORK)
         return self.error(what, fix, code)
 
@@ -194,7 +194,7 @@ def _configs_by_card(card: Path | None) -> dict[str, dict[str, list[str]]]:
     configs: dict[str, dict[str, list[str]]] = {}
     try:
         metadata = metadata_load(card) if card else None
-    except Exception:  # noqa: BLE001 - a card that cannot be read says nothing
+    except (ValueError, yaml.YAMLError):  # a card without readable metadata names no files
         return configs
     for entry in (metadata or {}).get("configs", []):
         splits = configs.setdefault(str(entry["config_name"]), {})
@@ -220,12 +220,20 @@ def _matches(name: str, pattern: str) -> bool:
     return same_depth and fnmatchcase(name, pattern)
 
 
+def _pause_seconds(error: BaseException, attempt: int) -> int | None:
+    """Returns how long to wait before the next try, or None if that would not help."""
+    response = getattr(error, "response", None)
+    asked = getattr(response, "headers", {}).get("Retry-After", "")
+    pause = int(asked) if asked.isdigit() else 2**attempt
+    passes = getattr(response, "status_code", None) in _PASSING_STATUS
+    passes = passes or type(error).__name__ in _PASSING_ERRORS
+    return pause if passes and pause <= _MAX_PAUSE_SECONDS else None
+
+
 def _explain(error: BaseException, repo: _Repo) -> tuple[str, str, ExitCode]:
     """Returns what went wrong in huggingface_hub, what to do about it, and the exit code."""
     from huggingface_hub import constants, errors
 
-    while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__
     response, number = getattr(error, "response", None), getattr(error, "errno", None)
     status = getattr(response, "status_code", None)
     has_token = response is not None and "authorization" in response.request.headers
@@ -234,7 +242,7 @@ def _explain(error: BaseException, repo: _Repo) -> tuple[str, str, ExitCode]:
     again = "Run it again; files that are complete are not downloaded again."
     if is_gated and not has_token:
         what = "you are not logged in, and it has a licence to accept"
-        return what, f"Accept the licence on {page}, then {_LOG_IN}.", ExitCode.HUB_LICENCE
+        return what, f"Accept the licence on {page}, then {_LOG_IN}.", ExitCode.HUB_LOGIN
     if is_gated and status == 403:
         fix = f"Accept it on {page}. A fine-grained token must be allowed gated repositories too."
         return "your account has not accepted its licence", fix, ExitCode.HUB_LICENCE

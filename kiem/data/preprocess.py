@@ -20,10 +20,23 @@ import kiem
 from kiem.config import PreprocessOptions
 from kiem.data.chunks import SplitWriter, finish_directory, read_manifest, verify_shards
 from kiem.data.packing import Packer
-from kiem.data.sources import Document, Source, read_documents, resolve_source
-from kiem.data.sources import take_words, word_limit
-from kiem.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from kiem.data.tokenizer import vocabulary_size_to_train, write_tokenizer
+from kiem.data.sources import (
+    DEFAULT_HUB_SIZE,
+    Document,
+    Source,
+    check_hub_size,
+    read_documents,
+    resolve_source,
+    take_words,
+    word_limit,
+)
+from kiem.data.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+    vocabulary_size_to_train,
+    write_tokenizer,
+)
 from kiem.errors import ExitCode, UserError
 from kiem.files import check_name, format_bytes, new_folder, require_free_space
 
@@ -65,9 +78,12 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     vocabulary_size = vocabulary_size_to_train(options.tokenizer)
     if options.num_proc is not None:
         os.environ["RAYON_NUM_THREADS"] = str(options.num_proc)
-    # Before any download: a tokenizer that cannot be had makes the text useless.
+    # Local files first, since that is quick; but the tokenizer before the Hub's gigabytes of text,
+    # which are useless without it.
+    is_local = options.source != ("hub",)
+    source = resolve_source(options.source, options.dataset_size) if is_local else None
     tokenizer = None if vocabulary_size else load_tokenizer(options.tokenizer)
-    source = resolve_source(options.source, options.dataset_size)
+    source = source or resolve_source(options.source, options.dataset_size)
     folder = options.output_dir / directory_name(options, source)
     identity = _identity(options, source, tokenizer)
     if folder.exists() and not options.overwrite:
@@ -190,7 +206,7 @@ def _write_splits(
             progress.update(
                 task, description=f"{done:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s"
             )
-    entries = {}
+    entries: dict[str, dict[str, Any]] = {}
     for split in splits:
         writers[split].write(packers[split].last_chunk())
         shards = writers[split].close()
@@ -238,11 +254,11 @@ def _check_options(options: PreprocessOptions) -> None:
     if options.chunk_size < 16:
         raise bad("--chunk-size", f"{options.chunk_size} is too small", "Give at least 16.")
     if not 0 < options.test_split < 1:
-        raise bad(
-            "--test-split", f"{options.test_split} is not a share", "Give one such as 0.002."
-        )
+        raise bad("--test-split", f"{options.test_split} is not a share", "Give one such as 0.002.")
     if options.num_proc is not None and options.num_proc < 1:
         raise bad("--num-proc", f"{options.num_proc} is too few", "Give 1 or more.")
+    if options.source == ("hub",):
+        check_hub_size(options.dataset_size or DEFAULT_HUB_SIZE)
     if options.text_column != "text" and (
         options.source == ("sample",) or all(name.endswith(".txt") for name in options.source)
     ):

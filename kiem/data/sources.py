@@ -18,6 +18,7 @@ from kiem.errors import ExitCode, UserError
 from kiem.files import sha256_file
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+DEFAULT_HUB_SIZE = "10k"
 _PARQUET_BATCH_ROWS = 1024
 
 
@@ -65,11 +66,14 @@ def resolve_source(source: tuple[str, ...], dataset_size: str | None) -> Source:
             the Hub.
     """
     if source == ("hub",):
-        return _resolve_hub(dataset_size or "10k")
+        return _resolve_hub(dataset_size or DEFAULT_HUB_SIZE)
     if source == ("sample",):
         path = Path(str(resources.files("kiem.data") / "sample" / "dutch.jsonl"))
         return Source(
-            "sample", [path], ["sample"], {"kind": "sample", "sha256": {"sample": sha256_file(path)}}
+            "sample",
+            [path],
+            ["sample"],
+            {"kind": "sample", "sha256": {"sample": sha256_file(path)}},
         )
     if "hub" in source or "sample" in source:
         raise UserError(
@@ -147,7 +151,12 @@ def take_words(documents: Iterator[Document], limit: int | None) -> Iterator[Doc
         yield document
 
 
-def _resolve_hub(dataset_size: str) -> Source:
+def check_hub_size(dataset_size: str) -> None:
+    """Checks that the Hub dataset has a config of this name.
+
+    Raises:
+        UserError: it has not; lists those it has.
+    """
     if dataset_size not in DATASET_SIZES:
         raise UserError(
             f"{HUB_DATASET} has no size {dataset_size!r}",
@@ -155,6 +164,10 @@ def _resolve_hub(dataset_size: str) -> Source:
             fix=f"Choose one of: {', '.join(DATASET_SIZES)}.",
             exit_code=ExitCode.UNKNOWN_SIZE,
         )
+
+
+def _resolve_hub(dataset_size: str) -> Source:
+    check_hub_size(dataset_size)
     # Always the train split: a config's own test split can be in a larger config's train split.
     files = download_dataset_files(HUB_DATASET, dataset_size, "train")
     description = {

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as TokenizersTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from kiem.data.hub import download_tokenizer
 from kiem.errors import ExitCode, UserError
@@ -99,27 +98,27 @@ def parse_tokenizer(json_bytes: bytes, origin: str) -> Tokenizer:
     """
     try:
         implementation = TokenizersTokenizer.from_buffer(json_bytes)
-    except Exception as error:  # the library raises plain Exception for malformed content
+    except Exception as error:
         raise _bad_tokenizer(origin, f"not a tokenizer.json ({error})") from error
     implementation.encode_special_tokens = True
     implementation.no_padding()
     implementation.no_truncation()
-    ids = {token: implementation.token_to_id(token) for token in _CONTROL_TOKENS}
-    missing = [token for token in ("<pad>", "<eos>", "<bos>") if ids[token] is None]
-    if missing:
-        raise _bad_tokenizer(origin, f"it has no {', '.join(missing)}")
+    ids = {}
+    for token in ("<pad>", "<eos>", "<bos>"):
+        token_id = implementation.token_to_id(token)
+        if token_id is None:
+            raise _bad_tokenizer(origin, f"it has no {token}")
+        ids[token] = token_id
     # Gemma's <image_soft_token> = 262144 is an added token beyond the model's vocabulary: text
     # never becomes it, and the 1B model has no row for it.
-    num_rows = max(implementation.get_vocab(with_added_tokens=False).values()) + 1
-    for token, token_id in implementation.get_added_tokens_decoder().items():
-        if not token_id.special:
-            num_rows = max(num_rows, token + 1)
-    num_rows = max(num_rows, *(ids[token] + 1 for token in ("<pad>", "<eos>", "<bos>")))
+    reachable = [*ids.values(), *implementation.get_vocab(with_added_tokens=False).values()]
+    added = implementation.get_added_tokens_decoder()
+    reachable += [token_id for token_id, token in added.items() if not token.special]
     return Tokenizer(
         implementation=implementation,
         json_bytes=json_bytes,
         sha256=hashlib.sha256(json_bytes).hexdigest(),
-        num_rows=num_rows,
+        num_rows=max(reachable) + 1,
         pad_id=ids["<pad>"],
         eos_id=ids["<eos>"],
         bos_id=ids["<bos>"],
@@ -233,7 +232,11 @@ def _all_merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def _looks_like_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~", "-")) and not name.endswith(".json")
+    return (
+        name.count("/") == 1
+        and not name.startswith((".", "/", "~", "-"))
+        and not name.endswith(".json")
+    )
 
 
 def _bad_tokenizer(where: str, what: str) -> UserError:

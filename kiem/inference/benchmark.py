@@ -69,7 +69,7 @@ def run_benchmark(
     weight_bytes = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     read_rate = weight_bytes * speeds[1].decode_tokens_per_second
     device = loaded.model.model.embed_tokens.weight.device
-    figures = {
+    figures: dict[str, Any] = {
         "batch_1": asdict(speeds[1]),
         "batch_8": asdict(speeds[8]),
         "memory_bytes": _peak_memory_bytes(device),

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from tokenizers.decoders import DecodeStream
 
 from kiem.data.tokenizer import Tokenizer
 from kiem.inference.sampling import Sampling, choose, generators
+from kiem.inference.text import TextStream
 from kiem.model.cache import KeyValueCache
 from kiem.model.gemma3 import Gemma3
 
@@ -89,23 +89,20 @@ def stream_text(
     """
     prompt_ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     chances = generators(seed, prompt_number, num_sequences)
-    streams = [DecodeStream(skip_special_tokens=True) for _ in range(num_sequences)]
-    pending: list[list[int]] = [[] for _ in range(num_sequences)]
+    streams = [TextStream(tokenizer) for _ in range(num_sequences)]
     running = set(range(num_sequences))
     for tokens in generate_tokens(model, prompt_ids, max_new_tokens, sampling, chances):
         for sequence in sorted(running):
             token = tokens[sequence]
             if token == tokenizer.eos_id:
                 running.discard(sequence)
-                yield Piece(sequence, tokenizer.decode(pending[sequence]), None, "eos")
+                yield Piece(sequence, streams[sequence].end(), None, "eos")
                 continue
-            text = streams[sequence].step(tokenizer.implementation, token)
-            pending[sequence] = [] if text is not None else [*pending[sequence], token]
-            yield Piece(sequence, text or "", token)
+            yield Piece(sequence, streams[sequence].add(token), token)
         if not running:
             return
     for sequence in sorted(running):
-        yield Piece(sequence, tokenizer.decode(pending[sequence]), None, "length")
+        yield Piece(sequence, streams[sequence].end(), None, "length")
 
 
 def complete(

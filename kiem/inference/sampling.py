@@ -21,7 +21,7 @@ class Sampling:
         temperature: logits are divided by it; 0 takes the likeliest token.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens whose probabilities add up to it; 1 keeps all.
-        repetition_penalty: above 1 makes tokens that occurred before less likely (arXiv:1909.05858).
+        repetition_penalty: above 1 makes tokens that occurred less likely (arXiv:1909.05858).
     """
 
     temperature: float = 0.8

@@ -175,9 +175,7 @@ def _check_options(options: InferenceOptions) -> Sampling:
         raise _no_effect("--json", "without --benchmark")
     if options.output_file is not None and (options.interactive or options.benchmark):
         raise _no_effect("--output-file", f"together with {chosen[0]}")
-    return Sampling(
-        options.temperature, options.top_k, options.top_p, options.repetition_penalty
-    )
+    return Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
 
 
 def _json_prompt(line: str, place: str) -> str:

@@ -75,13 +75,18 @@ def write_model(model: Gemma3, folder: Path, *, pad_id: int, eos_id: int, bos_id
         **ids,
     }
     write_json(folder / CONFIG_FILE, description)
-    write_json(folder / "generation_config.json", {"do_sample": True, "cache_implementation": "hybrid", **ids})
+    write_json(
+        folder / "generation_config.json",
+        {"do_sample": True, "cache_implementation": "hybrid", **ids},
+    )
     write_weights(dict(model.state_dict()), folder / WEIGHTS_FILE)
 
 
 def write_weights(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes tensors as safetensors, with the metadata that transformers asks for."""
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    # The library makes files that only their owner can read; follow the folder's permissions.
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def read_config(folder: Path) -> Gemma3Config:
@@ -122,7 +127,9 @@ def _parse_config(description: Any, path: Path) -> Gemma3Config:
     kinds = description.get("layer_types")
     pattern = description.get("sliding_window_pattern")
     if pattern is None:
-        pattern = kinds.index("full_attention") + 1 if kinds and "full_attention" in kinds else layers + 1
+        pattern = (
+            kinds.index("full_attention") + 1 if kinds and "full_attention" in kinds else layers + 1
+        )
     rope = description.get("rope_parameters") or {}
     full, sliding = rope.get("full_attention", {}), rope.get("sliding_attention", {})
     config = Gemma3Config(
@@ -164,7 +171,7 @@ def read_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = 
     for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt", device=device) as file:
-                for name in file.keys():
+                for name in file.keys():  # noqa: SIM118 - it is not a dict
                     if name != "lm_head.weight":  # tied: the embedding again
                         weights[name] = file.get_tensor(name)
         except (OSError, SafetensorError) as error:

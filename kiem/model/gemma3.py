@@ -145,7 +145,9 @@ class Gemma3(nn.Module):
         self.recompute_layers = recompute_layers
         self.model = Body(config)
 
-    def forward(self, input_ids: Tensor, targets: Tensor, bos_id: int | None, z_loss: float = 0.0):
+    def forward(
+        self, input_ids: Tensor, targets: Tensor, bos_id: int | None, z_loss: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Returns the summed loss of a batch: what training calls.
 
         Args:

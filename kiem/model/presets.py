@@ -81,6 +81,7 @@ PRESETS = {
     ),
 }
 
+CUSTOM = "gemma3-custom"
 _EXPECTED = {"gemma3-1b": GEMMA3_1B_PARAMETERS, "gemma3-270m": GEMMA3_270M_PARAMETERS}
 
 
@@ -95,3 +96,11 @@ def preset(name: str, vocab_size: int) -> Gemma3Config:
         count = replace(shape, vocab_size=GEMMA_VOCABULARY).num_parameters()
         assert count == _EXPECTED[name], f"{name} has {count} parameters"
     return replace(shape, vocab_size=vocab_size)
+
+
+def name_of(config: Gemma3Config) -> str:
+    """Returns the name of the preset that has this shape, whatever its vocabulary, or CUSTOM."""
+    for name, shape in PRESETS.items():
+        if replace(shape, vocab_size=config.vocab_size) == config:
+            return name
+    return CUSTOM

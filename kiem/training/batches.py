@@ -44,7 +44,7 @@ class Order:
 def micro_batches(
     chunks: Chunks, numbers: np.ndarray, batch_size: int, devices: Devices
 ) -> list[Tensor]:
-    """Returns the forward passes of this process in one update, each int64 [batch_size, chunk_size].
+    """Returns one process's forward passes of an update, each int64 [batch_size, chunk_size].
 
     The chunks of an update are dealt out so that the processes together read the same ones, however
     many they are.

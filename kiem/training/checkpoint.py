@@ -1,9 +1,9 @@
 """Checkpoints: all that a run needs to go on, committed in one rename.
 
-    checkpoints/step-<n>/
-        config.json, model.safetensors   the model, loadable as such
-        optimizer.safetensors            AdamW's moments, by parameter name
-        state.json                       step, seconds, what the run is, sha256 of the files
+checkpoints/step-<n>/
+    config.json, model.safetensors   the model, loadable as such
+    optimizer.safetensors            AdamW's moments, by parameter name
+    state.json                       step, seconds, what the run is, sha256 of the files
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def save_checkpoint(
         state: what else the run needs to go on; `fingerprint` in it must match on resumption.
     """
     path = folder / f"step-{step}"
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {p: name for name, p in model.named_parameters()}
     moments = {
         f"{names[parameter]}/{key}": value
         for parameter, values in optimizer.state.items()

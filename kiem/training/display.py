@@ -9,8 +9,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from kiem.files import format_bytes
@@ -37,7 +43,7 @@ class Display:
         self._progress = Progress(
             *columns, console=console, transient=True, disable=not console.is_terminal
         )
-        self._task = self._progress.add_task("", total=1.0, completed=run.progress)
+        self._task = self._progress.add_task("", total=1.0)
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -58,9 +64,7 @@ class Display:
             f"lr {figures['learning_rate']:.1e}  norm {figures['grad_norm']:.2f}  "
             f"{figures['tokens_per_second']:,.0f} tokens/s  {format_bytes(figures['memory_bytes'])}"
         )
-        self._progress.update(
-            self._task, description=line, completed=min(self._run.progress, 1.0)
-        )
+        self._progress.update(self._task, description=line, completed=min(self._run.progress, 1.0))
         now = time.monotonic()
         if not self._console.is_terminal and now - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = now
@@ -85,7 +89,7 @@ def show_plan(run: Run, devices: Devices, console: Console) -> None:
     if recipe.max_seconds is not None:
         budget.append(f"{recipe.max_seconds / 60:g} minutes")
     console.print(
-        f"{run.options.model}: {run.model.config.num_parameters():,} parameters, vocabulary of "
+        f"{run.model_name}: {run.model.config.num_parameters():,} parameters, vocabulary of "
         f"{run.model.config.vocab_size:,}; {devices.world_size} x {devices.device.type} in "
         f"{devices.precision}"
     )

@@ -10,7 +10,8 @@ import torch
 
 from kiem.inference.engine import complete
 from kiem.inference.sampling import Sampling
-from kiem.model.gemma3 import IGNORE, next_token_targets
+from kiem.model.gemma3 import next_token_targets
+from kiem.model.loss import IGNORE
 from kiem.training.devices import Devices
 from kiem.training.run import Run
 

@@ -15,7 +15,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from kiem.config import TrainingOptions
 from kiem.errors import ExitCode, UserError
-from kiem.model.gemma3 import IGNORE, next_token_targets
+from kiem.model.gemma3 import next_token_targets
+from kiem.model.loss import IGNORE
 from kiem.training.batches import Order, micro_batches
 from kiem.training.checkpoint import prune_checkpoints, save_checkpoint
 from kiem.training.devices import Devices, open_devices
@@ -72,7 +73,7 @@ def train_to_the_end(run: Run, devices: Devices, console: Console) -> None:
             targets = [
                 next_token_targets(ids, special_ids["bos"], special_ids["pad"]) for ids in batches
             ]
-            num_targets = devices.sum(sum((target != IGNORE).sum() for target in targets))
+            num_targets = devices.sum((torch.cat(targets) != IGNORE).sum())
 
             # Forward, backward. Each summed loss is divided by the token count of the whole update,
             # so the result does not depend on how the update is cut into passes and processes
@@ -104,7 +105,7 @@ def train_to_the_end(run: Run, devices: Devices, console: Console) -> None:
             run.step += 1
             run.tokens += num_tokens
             run.read_clock(devices)
-            figures = {
+            figures: dict[str, Any] = {
                 "tokens": run.tokens,
                 "loss": train_loss,
                 "learning_rate": learning_rate,

@@ -91,7 +91,11 @@ def _start_wandb(
             config=dict(config),
             resume="allow",
         )
-    except (wandb.errors.CommError, wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+    except (
+        wandb.errors.CommError,
+        wandb.errors.UsageError,
+        wandb.errors.AuthenticationError,
+    ) as error:
         raise UserError(
             f"Weights & Biases refuses: {error}",
             where="--use-wandb",

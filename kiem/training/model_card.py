@@ -43,7 +43,7 @@ def model_card(summary: dict[str, Any], run_name: str) -> str:
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     licence = (
-        "Its tokenizer is Gemma's: the [Gemma terms](https://ai.google.dev/gemma/terms) apply to it.\n"
+        "Its tokenizer is Gemma's: the [Gemma terms](https://ai.google.dev/gemma/terms) apply.\n"
         if summary["tokenizer"]["num_rows"] == GEMMA_TOKENIZER_ROWS
         else ""
     )

@@ -16,7 +16,8 @@ def make_optimizer(
     model: nn.Module, learning_rate: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """Returns AdamW (arXiv:1711.05101) that decays the matrices, but not embeddings and norms."""
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and "embed" not in name
         (decayed if is_matrix else others).append(parameter)

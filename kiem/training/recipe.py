@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from kiem.config import TrainingOptions
+from kiem.model.presets import Gemma3Config
 
 # Small data gets small batches: a run of whole epochs should have at least this many updates.
 _MIN_STEPS = 50
@@ -26,11 +27,13 @@ class Usual:
     learning_rate: float
 
 
+# By the number of parameters without the embedding, up to which a row applies: the presets micro,
+# nano, 270m and 1b, and whatever models training starts from.
 USUAL = {
-    "gemma3-1b": Usual(batch_size=1, tokens_per_step=262_144, learning_rate=1e-3),
-    "gemma3-270m": Usual(batch_size=2, tokens_per_step=131_072, learning_rate=1e-3),
-    "gemma3-nano": Usual(batch_size=4, tokens_per_step=8_192, learning_rate=3e-3),
-    "gemma3-micro": Usual(batch_size=4, tokens_per_step=4_096, learning_rate=4e-3),
+    3_000_000: Usual(batch_size=4, tokens_per_step=4_096, learning_rate=4e-3),
+    30_000_000: Usual(batch_size=4, tokens_per_step=8_192, learning_rate=3e-3),
+    300_000_000: Usual(batch_size=2, tokens_per_step=131_072, learning_rate=1e-3),
+    10**12: Usual(batch_size=1, tokens_per_step=262_144, learning_rate=1e-3),
 }
 
 
@@ -55,16 +58,24 @@ class Recipe:
     max_seconds: float | None
 
 
-def settle(options: TrainingOptions, num_chunks: int, chunk_size: int, world_size: int) -> Recipe:
+def usual_for(config: Gemma3Config) -> Usual:
+    """Returns what suits a model of this shape."""
+    body = config.num_parameters() - config.vocab_size * config.hidden_size
+    return next(usual for limit, usual in USUAL.items() if body <= limit)
+
+
+def settle(
+    options: TrainingOptions, usual: Usual, num_chunks: int, chunk_size: int, world_size: int
+) -> Recipe:
     """Returns the numbers of a run: as the options say, else what suits model and data.
 
     Args:
         options: all options of training.py.
+        usual: what suits the model.
         num_chunks: chunks in the training split.
         chunk_size: tokens in a chunk.
         world_size: devices.
     """
-    usual = USUAL[options.model]
     has_budget = options.max_steps is not None or options.max_minutes is not None
     wanted_chunks = usual.tokens_per_step / chunk_size
     if not has_budget:

@@ -17,24 +17,37 @@ from rich.console import Console
 import kiem
 from kiem.cli import to_yaml, warn
 from kiem.config import TrainingOptions
-from kiem.data.chunks import MANIFEST_FILE, Chunks, open_split, read_manifest, read_tokenizer
-from kiem.data.chunks import verify_shards
+from kiem.data.chunks import (
+    MANIFEST_FILE,
+    Chunks,
+    open_split,
+    read_manifest,
+    read_tokenizer,
+    verify_shards,
+)
 from kiem.data.hub import download_model
 from kiem.data.tokenizer import Tokenizer, load_tokenizer, write_tokenizer
 from kiem.errors import ExitCode, UserError
-from kiem.files import check_name, new_folder, point_link, require_free_space, sha256_file
-from kiem.files import write_json, write_text
+from kiem.files import (
+    check_name,
+    new_folder,
+    point_link,
+    require_free_space,
+    sha256_file,
+    write_json,
+    write_text,
+)
 from kiem.model.files import read_model, write_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
-from kiem.model.presets import preset
+from kiem.model.presets import name_of, preset
 from kiem.training.checkpoint import list_checkpoints, load_checkpoint
 from kiem.training.devices import Devices
 from kiem.training.metrics import Metrics, keep_metrics_until
 from kiem.training.model_card import model_card
 from kiem.training.optimizer import make_optimizer
 from kiem.training.options import check_options
-from kiem.training.recipe import Recipe, settle
+from kiem.training.recipe import Recipe, settle, usual_for
 
 _EVALUATIONS_PER_RUN = 10
 _SECONDS_BETWEEN_SAVES = 1800
@@ -51,7 +64,7 @@ class Run:
         manifest: the chunk directory's manifest.
         tokenizer: the chunk directory's tokenizer.
         train, test: the chunks.
-        model, optimizer: what is trained.
+        model, model_name, optimizer: what is trained.
         metrics: the run's log; only the first process has one.
         fingerprint: what must not change when the run is resumed.
         step, tokens, seconds: updates, tokens and training time so far.
@@ -66,6 +79,7 @@ class Run:
     train: Chunks
     test: Chunks
     model: Gemma3
+    model_name: str
     optimizer: torch.optim.Optimizer
     fingerprint: dict[str, Any]
     metrics: Metrics | None = None
@@ -88,7 +102,7 @@ class Run:
 
     @property
     def progress_within_step(self) -> float:
-        """Progress in the middle of the next update, for the schedule: never 0, never 1."""
+        """Progress in the middle of the next update, for the schedule; less than 1."""
         seconds_per_step = self.seconds / self.step if self.step else 0.0
         return min(self._share(self.step + 0.5, self.seconds + seconds_per_step / 2), 1 - 1e-6)
 
@@ -135,9 +149,11 @@ def prepare_run(options: TrainingOptions, devices: Devices, console: Console) ->
     devices.wait_for_all()
     train = open_split(options.dataset_path, manifest, "train")
     test = open_split(options.dataset_path, manifest, "test")
-    recipe = settle(options, train.num_chunks, train.chunk_size, devices.world_size)
     model = _make_model(options, tokenizer).to(devices.device)
-    directory = options.output_dir / _run_name(options)
+    model_name = name_of(model.config)
+    directory = options.output_dir / _run_name(options, model_name)
+    usual = usual_for(model.config)
+    recipe = settle(options, usual, train.num_chunks, train.chunk_size, devices.world_size)
     checkpoint = _checkpoint_to_resume(options, directory)
     _check_disk(options, directory, model)
     run = Run(
@@ -149,9 +165,10 @@ def prepare_run(options: TrainingOptions, devices: Devices, console: Console) ->
         train=train,
         test=test,
         model=model,
+        model_name=model_name,
         optimizer=make_optimizer(model, recipe.learning_rate, options.weight_decay),
         fingerprint={
-            "model": options.model,
+            "model": model_name,
             "data": sha256_file(options.dataset_path / MANIFEST_FILE),
             "seed": options.seed,
             "chunks_per_step": recipe.chunks_per_step,
@@ -183,7 +200,7 @@ def finish_run(run: Run, devices: Devices, figures: dict[str, Any]) -> Path:
     """
     assert run.metrics is not None
     summary = {
-        "model": run.options.model,
+        "model": run.model_name,
         "parameters": run.model.config.num_parameters(),
         "initialized_from": run.options.init_from or "random weights",
         "steps": run.step,
@@ -219,7 +236,7 @@ def finish_run(run: Run, devices: Devices, figures: dict[str, Any]) -> Path:
         write_tokenizer(run.tokenizer, unfinished)
         write_json(unfinished / "training_summary.json", summary)
         write_text(unfinished / "README.md", model_card(summary, run.directory.name))
-    point_link(run.directory.parent / f"{run.options.model}-dutch-latest", run.directory.name)
+    point_link(run.directory.parent / f"{run.model_name}-dutch-latest", run.directory.name)
     run.metrics.close(summary)
     return folder
 
@@ -254,10 +271,10 @@ def _check_same_tokenizer(folder: Path, tokenizer: Tokenizer, options: TrainingO
         )
 
 
-def _run_name(options: TrainingOptions) -> str:
+def _run_name(options: TrainingOptions, model_name: str) -> str:
     if options.run_name is not None:
         return check_name(options.run_name, "--run-name")
-    return f"{options.model}-dutch-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+    return f"{model_name}-dutch-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
 
 
 def _checkpoint_to_resume(options: TrainingOptions, directory: Path) -> Path | None:

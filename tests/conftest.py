@@ -1,0 +1,68 @@
+"""What several tests share: the scripts as people run them, and small directories they make."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GEMMA_TOKENIZER = ROOT / ".cache" / "gemma3" / "tokenizer.json"
+
+
+def run_script(
+    *command: str | Path, env: dict[str, str] | None = None, stdin: str = "", cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script of the project in a process of its own."""
+    words = [sys.executable, *map(str, command)]
+    return subprocess.run(
+        words,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "200", **(env or {})},
+        input=stdin,
+        text=True,
+        capture_output=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def sample_chunks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chunk directory of the built-in sample with a small vocabulary of its own."""
+    folder = tmp_path_factory.mktemp("data")
+    done = run_script(
+        "preprocess.py",
+        *("--source", "sample", "--tokenizer", "train:1024", "--chunk-size", "64"),
+        *("--output-dir", folder),
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "chunked_sample"
+
+
+@pytest.fixture(scope="session")
+def trained_run(sample_chunks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a short training on the sample."""
+    folder = tmp_path_factory.mktemp("runs")
+    done = run_script(
+        "training.py",
+        *("--dataset-path", sample_chunks, "--model", "gemma3-micro", "--output-dir", folder),
+        *("--run-name", "short", "--max-steps", "12", "--eval-steps", "6", "--save-steps", "4"),
+        *("--batch-size", "4", "--gradient-accumulation-steps", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "short"
+
+
+@pytest.fixture(scope="session")
+def gemma_tokenizer_file() -> Path:
+    """Gemma's own tokenizer.json, which `make gemma-tokenizer` fetches."""
+    if not GEMMA_TOKENIZER.exists():
+        message = "Gemma's tokenizer is not there; fetch it with: make gemma-tokenizer"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return GEMMA_TOKENIZER

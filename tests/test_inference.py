@@ -1,0 +1,209 @@
+"""Inference: the same choices as transformers, the same text alone or in company."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_script
+from transformers import (
+    Gemma3ForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from kiem.errors import ExitCode
+from kiem.inference.engine import generate_tokens, stream_text
+from kiem.inference.loading import LoadedModel, load_for_inference
+from kiem.inference.sampling import (
+    Sampling,
+    generators,
+    keep_top_k,
+    keep_top_p,
+    penalize_repetition,
+)
+from kiem.inference.text import TextStream
+
+GREEDY = Sampling(temperature=0, repetition_penalty=1)
+
+
+@pytest.fixture(scope="module")
+def loaded(trained_run: Path) -> LoadedModel:
+    return load_for_inference(str(trained_run / "final_model"), "auto")
+
+
+def test_filters_equal_transformers() -> None:
+    logits = torch.randn(50, 200, generator=torch.Generator().manual_seed(0)) * 3
+    ids = torch.randint(0, 200, (50, 30), generator=torch.Generator().manual_seed(1))
+    for penalty in (0.8, 1.0, 1.3):
+        expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
+        torch.testing.assert_close(penalize_repetition(logits, ids, penalty), expected)
+    for k in (1, 5, 199, 200, 1000):
+        assert torch.equal(keep_top_k(logits, k), TopKLogitsWarper(k)(ids, logits))
+    for p in (0.01, 0.5, 0.9, 0.999):
+        assert torch.equal(keep_top_p(logits, p), TopPLogitsWarper(p)(ids, logits))
+    assert torch.equal(keep_top_p(logits, 1.0), logits)
+    assert torch.equal(keep_top_k(logits, 0), logits)
+
+
+@pytest.mark.parametrize("prompt_tokens", [2, 127, 128, 129, 150])
+def test_greedy_equals_transformers_generate(
+    loaded: LoadedModel, trained_run: Path, prompt_tokens: int
+) -> None:
+    """The micro model's window is 128: prompts end before, at and after it."""
+    reference = Gemma3ForCausalLM.from_pretrained(trained_run / "final_model")
+    generator = torch.Generator().manual_seed(prompt_tokens)
+    prompt = torch.randint(4, 1024, (1, prompt_tokens), generator=generator)
+    prompt[0, 0] = 2
+    expected = reference.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=20,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    steps = generate_tokens(loaded.model, prompt[0].tolist(), 20, GREEDY, generators(0, 0, 1))
+    assert [step[0] for step in steps] == expected[0, prompt_tokens:].tolist()
+
+
+def test_sequences_do_not_depend_on_their_neighbours(loaded: LoadedModel) -> None:
+    def texts(num_sequences: int, seed: int) -> list[str]:
+        found = [""] * num_sequences
+        for piece in stream_text(
+            loaded.model,
+            loaded.tokenizer,
+            "De stad",
+            max_new_tokens=12,
+            sampling=Sampling(),
+            seed=seed,
+            num_sequences=num_sequences,
+        ):
+            found[piece.sequence] += piece.text
+        return found
+
+    assert texts(3, seed=1)[:1] == texts(1, seed=1)
+    assert len(set(texts(3, seed=1))) == 3
+    assert texts(1, seed=2) != texts(1, seed=1)
+
+
+@pytest.mark.parametrize(
+    "text", ["één 🇳🇱 vlag, 日本 en 👩‍👩‍👧‍👦!", "\ufffd tussen \ufffd", " a  b\n\n"]
+)
+def test_streaming_never_gives_half_a_character(loaded: LoadedModel, text: str) -> None:
+    """Most characters here are byte tokens in a vocabulary of 1024."""
+    stream = TextStream(loaded.tokenizer)
+    shown = ""
+    for token in loaded.tokenizer.encode(text):
+        shown += stream.add(token)
+        assert text.startswith(shown)
+    assert shown + stream.end() == text
+
+
+def test_bytes_that_are_no_text_do_not_stop_the_stream(loaded: LoadedModel) -> None:
+    stream = TextStream(loaded.tokenizer)
+    byte = [loaded.tokenizer.implementation.token_to_id(f"<0x{b:02X}>") for b in range(256)]
+    tokens = [byte[0xE6], *loaded.tokenizer.encode("x"), *[byte[0xFF]] * 20, byte[0xC3]]
+    text = "".join(stream.add(token) for token in tokens) + stream.end()
+    assert text.replace("\ufffd", "") == "x"
+    assert text.startswith("\ufffdx")
+
+
+def test_prompts_from_a_file_to_a_file(trained_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("Nederland is\n\nDe zee\n", encoding="utf-8")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "Nederland is"}\n{"prompt": "De zee"}\n')
+    results = []
+    for name in ("in.txt", "in.jsonl"):
+        done = run_script(
+            "inference.py",
+            *("--model-path", trained_run / "final_model", "--prompts-file", tmp_path / name),
+            *("--num-return-sequences", "2", "--max-new-tokens", "8"),
+            *("--output-file", tmp_path / "out.jsonl"),
+        )
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert [line["prompt"] for line in lines] == ["Nederland is"] * 2 + ["De zee"] * 2
+        assert {line["finish_reason"] for line in lines} <= {"eos", "length"}
+        results.append([line["text"] for line in lines])
+        assert all(line["prompt"] + line["text"] in done.stdout for line in lines)
+    assert results[0] == results[1]
+
+
+def test_five_dutch_prompts_by_default(trained_run: Path) -> None:
+    done = run_script(
+        "inference.py", "--model-path", trained_run / "final_model", "--max-new-tokens", "3"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("> ") == 5
+    assert "Nederland is een land waar" in done.stdout
+
+
+def test_interactive(trained_run: Path) -> None:
+    done = run_script(
+        "inference.py",
+        *("--model-path", trained_run / "final_model", "--interactive", "--max-new-tokens", "5"),
+        stdin="Nederland is\n\n/help\n/wat [b]\n/quit\nniet meer\n",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens/s") == 1
+    assert done.stdout.count("base model") == 2
+    assert "unknown command /wat" in done.stdout
+
+
+def test_benchmark_writes_what_the_design_names(trained_run: Path, tmp_path: Path) -> None:
+    done = run_script(
+        "inference.py",
+        *("--model-path", trained_run / "final_model", "--benchmark", "--json", tmp_path / "f"),
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "f").read_text())
+    for batch in ("batch_1", "batch_8"):
+        assert figures[batch]["prefill_tokens_per_second"] > 0
+        assert figures[batch]["decode_tokens_per_second"] > 0
+        assert figures[batch]["ttft_ms"] > 0
+        itl = figures[batch]["itl_ms"]
+        assert 0 < itl["p50"] <= itl["p95"] <= itl["p99"]
+    assert {"memory_bytes", "load_seconds", "bandwidth_share"} < figures.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--model-path", "nergens"), ExitCode.NOT_FOUND, "no such model directory"),
+        (("--model-path", "docs"), ExitCode.NOT_A_MODEL, "config.json"),
+        (("--prompts-file", "nergens"), ExitCode.NOT_FOUND, "cannot be read"),
+        (("--prompts-file", "/dev/null"), ExitCode.BAD_INPUT, "no prompts"),
+        (("--prompt", "a", "--interactive"), ExitCode.NO_EFFECT, "has no effect"),
+        (("--json", "x"), ExitCode.NO_EFFECT, "without --benchmark"),
+        (("--temperature", "-1"), ExitCode.BAD_OPTION, "--temperature"),
+        (("--top-p", "0"), ExitCode.BAD_OPTION, "--top-p"),
+        (("--max-new-tokens", "veel"), ExitCode.BAD_OPTION, "--max-new-tokens"),
+    ],
+)
+def test_mistakes_get_one_message(
+    trained_run: Path, options: tuple[str, ...], code: int, message: str
+) -> None:
+    model = () if "--model-path" in options else ("--model-path", trained_run / "final_model")
+    done = run_script("inference.py", *model, *options)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_tokenizer_that_does_not_fit_is_refused(trained_run: Path, tmp_path: Path) -> None:
+    folder = trained_run / "final_model"
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    larger = run_script(
+        "preprocess.py",
+        *("--source", "sample", "--tokenizer", "train:1100", "--chunk-size", "64"),
+        *("--output-dir", tmp_path / "data"),
+    )
+    assert larger.returncode == 0, larger.stderr
+    tokenizer = tmp_path / "data" / "chunked_sample" / "tokenizer.json"
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    done = run_script("inference.py", "--model-path", tmp_path)
+    assert done.returncode == ExitCode.TOKENIZER_MISMATCH
+    assert "ids up to 1099, the model only 1024 rows" in done.stderr

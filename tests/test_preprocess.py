@@ -1,0 +1,200 @@
+"""From documents to a chunk directory: nothing lost, nothing leaked, readable by others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run_script
+from datasets import load_from_disk
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from kiem.config import PreprocessOptions
+from kiem.data.chunks import open_split, read_manifest, read_tokenizer, verify_shards
+from kiem.data.packing import Packer
+from kiem.data.preprocess import preprocess, split_documents
+from kiem.data.sources import Document, read_documents, resolve_source
+from kiem.errors import ExitCode, UserError
+
+QUIET = Console(quiet=True)
+
+
+@given(
+    st.lists(st.lists(st.integers(3, 99), min_size=1, max_size=40), max_size=30),
+    st.integers(2, 17),
+    st.lists(st.booleans(), min_size=30, max_size=30),
+)
+def test_packing_loses_nothing(
+    documents: list[list[int]], chunk_size: int, flush_after: list[bool]
+) -> None:
+    packer = Packer(chunk_size, pad_id=0)
+    chunks = []
+    for document, flush in zip(documents, flush_after, strict=False):
+        packer.add(document)
+        if flush:
+            chunks.append(packer.full_chunks())
+    chunks += [packer.full_chunks(), packer.last_chunk()]
+    packed = np.concatenate(chunks)
+    tokens = [token for document in documents for token in document]
+    assert packed.shape[1] == chunk_size
+    assert packed.reshape(-1)[: len(tokens)].tolist() == tokens
+    assert not packed.reshape(-1)[len(tokens) :].any()
+    assert packed.size - len(tokens) < chunk_size
+
+
+@given(st.lists(st.text(min_size=1, max_size=3), min_size=1, max_size=60), st.integers(0, 5))
+def test_equal_texts_never_straddle_the_split(texts: list[str], seed: int) -> None:
+    documents = [Document(text, "s", str(number)) for number, text in enumerate(texts)]
+    split = list(split_documents(documents, 0.1, seed))
+    assert sorted(int(document.place) for _, document in split) == list(range(len(texts)))
+    tested = {document.text for name, document in split if name == "test"}
+    trained = {document.text for name, document in split if name == "train"}
+    assert tested
+    assert not tested & trained
+
+
+def test_split_has_the_asked_share_and_follows_the_seed() -> None:
+    documents = [Document(str(number), "s", "p") for number in range(20_000)]
+    tested = [
+        {d.text for name, d in split_documents(documents, 0.01, seed) if name == "test"}
+        for seed in (1, 1, 2)
+    ]
+    assert len(tested[0]) == pytest.approx(200, abs=60)
+    assert tested[0] == tested[1] != tested[2]
+
+
+def test_chunk_directory_holds_the_sample(sample_chunks: Path) -> None:
+    manifest = read_manifest(sample_chunks)
+    verify_shards(sample_chunks, manifest)
+    tokenizer = read_tokenizer(sample_chunks, manifest)
+    texts = {d.text for d in read_documents(resolve_source(("sample",), None), "text")}
+    found = set()
+    dataset = load_from_disk(str(sample_chunks))
+    assert sorted(dataset) == ["test", "train"]
+    for split in ("train", "test"):
+        counts = manifest["splits"][split]
+        ids = np.array(dataset[split]["input_ids"])
+        assert ids.shape == (counts["chunks"], 64)
+        chunks = open_split(sample_chunks, manifest, split)
+        assert np.array_equal(chunks.read(np.arange(chunks.num_chunks)), ids)
+        flat = ids.reshape(-1)
+        assert (flat != tokenizer.pad_id).sum() == counts["tokens"]
+        assert (flat == tokenizer.pad_id).sum() == counts["padding_tokens"]
+        starts = np.flatnonzero(flat == tokenizer.bos_id)
+        ends = np.flatnonzero(flat == tokenizer.eos_id)
+        assert len(starts) == len(ends) == counts["documents"]
+        documents = {
+            tokenizer.decode(flat[start + 1 : end].tolist())
+            for start, end in zip(starts, ends, strict=True)
+        }
+        assert sum(len(text.encode()) for text in documents) == counts["bytes"]
+        found |= documents
+    assert found == texts
+
+
+def test_chunks_are_mapped_not_copied(sample_chunks: Path) -> None:
+    manifest = read_manifest(sample_chunks)
+    block = open_split(sample_chunks, manifest, "train").blocks[0]
+    assert not block.flags.owndata
+    assert not block.flags.writeable
+
+
+def options(tmp_path: Path, **changes: object) -> PreprocessOptions:
+    values = {
+        "source": ("sample",),
+        "tokenizer": "train:600",
+        "chunk_size": 64,
+        "output_dir": tmp_path / "out",
+    }
+    return PreprocessOptions(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_same_command_again_changes_nothing_and_another_is_refused(tmp_path: Path) -> None:
+    folder = preprocess(options(tmp_path), QUIET)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert preprocess(options(tmp_path), QUIET) == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    with pytest.raises(UserError, match="--chunk-size was 64") as caught:
+        preprocess(options(tmp_path, chunk_size=32), QUIET)
+    assert caught.value.exit_code == ExitCode.ALREADY_EXISTS
+    preprocess(options(tmp_path, chunk_size=32, overwrite=True), QUIET)
+    assert read_manifest(folder)["options"]["chunk_size"] == 32
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_result_does_not_depend_on_time_or_place(tmp_path: Path) -> None:
+    folders = [preprocess(options(tmp_path / name), QUIET) for name in ("a", "b")]
+    contents = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+        for folder in folders
+    ]
+    assert contents[0] == contents[1]
+
+
+def test_flipped_bit_in_a_shard_is_named(tmp_path: Path) -> None:
+    folder = preprocess(options(tmp_path), QUIET)
+    shard = next((folder / "train").glob("*.arrow"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="damaged") as caught:
+        preprocess(options(tmp_path), QUIET)
+    assert caught.value.exit_code == ExitCode.DAMAGED
+    assert caught.value.where == str(shard)
+
+
+def test_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"zin nummer {n}"}) for n in range(100)] + ["kapot"]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    tokenizer = preprocess(options(tmp_path), QUIET)
+    given = options(
+        tmp_path,
+        source=(str(tmp_path / "in.jsonl"),),
+        tokenizer=str(tokenizer),
+        output_dir=tmp_path / "new",
+    )
+    with pytest.raises(UserError, match="not JSON"):
+        preprocess(given, QUIET)
+    assert not any((tmp_path / "new").iterdir())
+
+
+def test_word_cap_counts_whole_documents(tmp_path: Path) -> None:
+    folder = preprocess(options(tmp_path, dataset_size="2k"), QUIET)
+    splits = read_manifest(folder)["splits"]
+    words = splits["train"]["words"] + splits["test"]["words"]
+    assert 1700 < words <= 2000
+    assert folder.name == "chunked_sample_2k"
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"dataset_size": "10"}, ExitCode.DATASET_TOO_SMALL),
+        ({"dataset_size": "100", "chunk_size": 4096}, ExitCode.DATASET_TOO_SMALL),
+        ({"tokenizer": "train:99999"}, ExitCode.DATASET_TOO_SMALL),
+        ({"tokenizer": "train:100"}, ExitCode.BAD_OPTION),
+        ({"tokenizer": "nergens/tokenizer.json"}, ExitCode.NOT_FOUND),
+        ({"tokenizer": "pyproject.toml"}, ExitCode.TOKENIZER_MISMATCH),
+        ({"test_split": 0.0}, ExitCode.BAD_OPTION),
+        ({"chunk_size": 3}, ExitCode.BAD_OPTION),
+        ({"name": "../weg"}, ExitCode.BAD_OPTION),
+        ({"text_column": "tekst"}, ExitCode.NO_EFFECT),
+        ({"output_dir": Path("/proc/nee")}, None),
+    ],
+)
+def test_bad_options(tmp_path: Path, changes: dict[str, object], code: ExitCode | None) -> None:
+    with pytest.raises(UserError) as caught:
+        preprocess(options(tmp_path, **changes), QUIET)
+    assert code is None or caught.value.exit_code == code
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_messages_on_the_command_line_have_no_traceback(tmp_path: Path) -> None:
+    done = run_script("preprocess.py", "--source", tmp_path / "nergens.txt")
+    assert done.returncode == ExitCode.NOT_FOUND
+    assert "no such file" in done.stderr
+    assert "Traceback" not in done.stderr

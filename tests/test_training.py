@@ -1,0 +1,296 @@
+"""Training: the same result however it is cut up, and a model that others can load."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, run_script
+from datasets import load_from_disk
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Gemma3ForCausalLM
+
+from kiem.config import TrainingOptions
+from kiem.errors import ExitCode
+from kiem.inference.loading import load_for_inference
+from kiem.model.presets import preset
+from kiem.training.batches import Order
+from kiem.training.optimizer import learning_rate_share
+from kiem.training.recipe import settle, usual_for
+
+QUICK = ("--eval-steps", "0", "--save-steps", "0", "--max-steps", "4")
+MICRO = ("--model", "gemma3-micro", *QUICK)
+SMALL_BATCH = ("--batch-size", "4", "--gradient-accumulation-steps", "1")
+
+
+def train(chunks: Path, folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> Path:
+    """Trains and returns the run directory."""
+    command = [*launcher, "training.py", "--dataset-path", chunks, "--output-dir", folder]
+    done = run_script(*command, "--run-name", "run", *options)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "final_model" / "model.safetensors")
+
+
+def torchrun(processes: int) -> tuple[str, ...]:
+    return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+
+
+def test_run_directory_holds_what_it_should(trained_run: Path) -> None:
+    config = yaml.safe_load((trained_run / "config.yaml").read_text())
+    assert config["max_steps"] == 12
+    lines = metrics(trained_run)
+    updates = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in updates] == list(range(1, 13))
+    assert updates[-1]["tokens"] == 12 * 8 * 64
+    for name in ("learning_rate", "grad_norm", "tokens_per_second", "memory_bytes", "seconds"):
+        assert all(line[name] > 0 for line in updates), name
+    evaluations = [line for line in lines if "test_loss" in line]
+    assert [line["step"] for line in evaluations] == [6, 12]
+    assert evaluations[1]["test_loss"] < evaluations[0]["test_loss"] < math.log(1024)
+    assert evaluations[0]["sample"].startswith("Nederland is")
+    # Checkpoints at 4, 8 and 12, of which two are kept.
+    assert sorted(p.name for p in (trained_run / "checkpoints").iterdir()) == ["step-12", "step-8"]
+    latest = trained_run.parent / "gemma3-micro-dutch-latest"
+    assert latest.readlink() == Path("short")
+
+
+def test_final_model_equals_transformers(trained_run: Path) -> None:
+    folder = trained_run / "final_model"
+    reference = Gemma3ForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    own = load_for_inference(str(folder), "auto")
+    ids = tokenizer("Nederland is een land", return_tensors="pt")["input_ids"]
+    assert ids[0].tolist() == [own.tokenizer.bos_id, *own.tokenizer.encode("Nederland is een land")]
+    with torch.no_grad():
+        expected = reference(ids).logits
+        found = own.model.logits(own.model.hidden_states(ids))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert reference.generation_config.eos_token_id == 1
+    summary = json.loads((folder / "training_summary.json").read_text())
+    assert summary["steps"] == 12
+    assert summary["parameters"] == reference.num_parameters()
+    card = (folder / "README.md").read_text()
+    assert f"{reference.num_parameters():,} parameters" in card
+    assert f"{summary['test_bpb']:.4f}" in card
+
+
+def test_evaluation_equals_transformers(trained_run: Path, sample_chunks: Path) -> None:
+    """Test loss and bits per byte by hand: one document a row, as transformers sees it."""
+    summary = json.loads((trained_run / "final_model" / "training_summary.json").read_text())
+    counts = json.loads((sample_chunks / "manifest.json").read_text())["splits"]["test"]
+    reference = Gemma3ForCausalLM.from_pretrained(trained_run / "final_model")
+    assert counts["documents"] == 1  # so no two documents share a chunk
+    nats, num_tokens = 0.0, 0
+    for row in load_from_disk(str(sample_chunks))["test"]["input_ids"]:
+        ids = torch.tensor([[token for token in row if token != 0]])
+        if ids.shape[1] > 1:
+            with torch.no_grad():
+                nats += float(reference(ids, labels=ids).loss) * (ids.shape[1] - 1)
+            num_tokens += ids.shape[1] - 1
+    assert summary["test_loss"] == pytest.approx(nats / num_tokens, abs=1e-4)
+    bits = nats / num_tokens * (counts["tokens"] - 1) / math.log(2)
+    assert summary["test_bpb"] == pytest.approx(bits / counts["bytes"], abs=1e-4)
+
+
+def test_passes_and_processes_do_not_change_the_result(sample_chunks: Path, tmp_path: Path) -> None:
+    cut = ("--batch-size", "8", "--gradient-accumulation-steps", "1")
+    whole = train(sample_chunks, tmp_path / "a", *MICRO, *cut)
+    cut = ("--batch-size", "2", "--gradient-accumulation-steps", "4")
+    parts = train(sample_chunks, tmp_path / "b", *MICRO, *cut)
+    cut = ("--batch-size", "2", "--gradient-accumulation-steps", "2")
+    ranks = train(sample_chunks, tmp_path / "c", *MICRO, *cut, launcher=torchrun(2))
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
+    assert losses(ranks) == pytest.approx(losses(whole), abs=1e-5)
+    tests = [metrics(run)[-1]["test_loss"] for run in (whole, parts, ranks)]
+    assert tests == pytest.approx([tests[0]] * 3, abs=1e-5)
+
+
+def test_accelerate_launch_gives_the_same(sample_chunks: Path, tmp_path: Path) -> None:
+    plain = train(sample_chunks, tmp_path / "a", *MICRO, *SMALL_BATCH)
+    launcher = ("-m", "accelerate.commands.launch", "--num_processes=1", "--cpu")
+    launched = train(sample_chunks, tmp_path / "b", *MICRO, *SMALL_BATCH, launcher=launcher)
+    assert losses(launched) == losses(plain)
+
+
+def test_resumed_run_equals_an_undisturbed_one(sample_chunks: Path, tmp_path: Path) -> None:
+    options = ("--model", "gemma3-micro", "--eval-steps", "3", "--save-steps", "2", *SMALL_BATCH)
+    whole = train(sample_chunks, tmp_path / "a", *options, "--max-steps", "6")
+    # Stop a twin in the middle: kill it as soon as its first checkpoint is there.
+    command = [sys.executable, "training.py", "--dataset-path", sample_chunks, *options]
+    command += ["--max-steps", "6", "--output-dir", tmp_path / "b", "--run-name", "run"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+    while process.poll() is None and not (tmp_path / "b/run/checkpoints/step-2").exists():
+        pass
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "b" / "run" / "final_model").exists()
+    resumed = train(sample_chunks, tmp_path / "b", *options, "--max-steps", "6")
+    assert losses(resumed) == losses(whole)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], tensor), name
+    expected = [line["step"] for line in metrics(whole)]
+    assert [line["step"] for line in metrics(resumed)] == expected
+
+
+def test_training_can_go_on_from_a_model(
+    trained_run: Path, sample_chunks: Path, tmp_path: Path
+) -> None:
+    options = ("--init-from", str(trained_run / "final_model"), *QUICK, *SMALL_BATCH)
+    run = train(sample_chunks, tmp_path, *options)
+    assert losses(run)[0] < losses(trained_run)[0] - 0.3
+    assert json.loads((run / "final_model" / "training_summary.json").read_text())[
+        "initialized_from"
+    ] == str(trained_run / "final_model")
+
+
+def test_minutes_end_the_run(sample_chunks: Path, tmp_path: Path) -> None:
+    run = train(sample_chunks, tmp_path, *MICRO[:2], "--max-minutes", "0.05", *SMALL_BATCH)
+    lines = [line for line in metrics(run) if "loss" in line]
+    assert lines[-2]["seconds"] < 3 <= lines[-1]["seconds"]
+    assert lines[-1]["learning_rate"] < max(line["learning_rate"] for line in lines) / 2
+
+
+def test_config_file_gives_options_and_the_command_line_goes_first(
+    trained_run: Path, tmp_path: Path
+) -> None:
+    done = run_script(
+        "training.py",
+        *("--config", trained_run / "config.yaml", "--max-steps", "2"),
+        *("--output-dir", tmp_path, "--run-name", "again"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "again")[0] == losses(trained_run)[0]
+    assert len(losses(tmp_path / "again")) == 2
+    config = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())
+    assert (config["max_steps"], config["batch_size"]) == (2, 4)
+
+
+def test_wandb_offline(sample_chunks: Path, tmp_path: Path) -> None:
+    done = run_script(
+        "training.py",
+        *(
+            "--dataset-path",
+            sample_chunks,
+            *MICRO,
+            *SMALL_BATCH,
+            "--output-dir",
+            tmp_path,
+            "--use-wandb",
+        ),
+        *("--run-name", "run"),
+        env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-run.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--dataset-path", "nergens"), ExitCode.NOT_FOUND, "no such chunk directory"),
+        (("--dataset-path", "docs"), ExitCode.BAD_INPUT, "not a chunk directory"),
+        (("--wandb-project", "x"), ExitCode.NO_EFFECT, "without --use-wandb"),
+        (("--epochs", "2", "--max-steps", "3"), ExitCode.NO_EFFECT, "--epochs: has no effect"),
+        (("--batch-size", "0"), ExitCode.BAD_OPTION, "--batch-size"),
+        (("--warmup-ratio", "1"), ExitCode.BAD_OPTION, "warm-up"),
+        (("--run-name", "a/b"), ExitCode.BAD_OPTION, "cannot be a folder name"),
+        (("--init-from", "docs"), ExitCode.NOT_A_MODEL, "config.json"),
+        (("--init-from", "nergens"), ExitCode.NOT_FOUND, "no such model directory"),
+        (("--config", "nergens.yaml"), ExitCode.BAD_OPTION, "cannot be read"),
+        (("--model", "gpt2"), ExitCode.BAD_OPTION, "gemma3-nano"),
+        (("--output-dir", "/proc/nee"), None, "error: "),
+    ],
+)
+def test_mistakes_get_one_message(
+    sample_chunks: Path, tmp_path: Path, options: tuple[str, ...], code: int | None, message: str
+) -> None:
+    defaults = {"--dataset-path": str(sample_chunks), "--model": "gemma3-micro"}
+    defaults["--output-dir"] = str(tmp_path)
+    if "--init-from" in options:
+        del defaults["--model"]
+    words = [w for name, value in defaults.items() if name not in options for w in (name, value)]
+    done = run_script("training.py", *words, *options)
+    assert done.returncode == code if code else done.returncode not in (0, 1)
+    assert message in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_finished_or_foreign_runs_are_not_touched(
+    trained_run: Path, sample_chunks: Path, tmp_path: Path
+) -> None:
+    common = ("training.py", "--dataset-path", sample_chunks, "--model", "gemma3-micro")
+    done = run_script(*common, "--output-dir", trained_run.parent, "--run-name", "short")
+    assert done.returncode == ExitCode.ALREADY_EXISTS
+    assert "this run is finished" in done.stderr
+    other = (*common, *QUICK, "--output-dir", tmp_path, "--batch-size", "2")
+    done = run_script(*other, "--resume", trained_run / "checkpoints" / "step-8")
+    assert done.returncode == ExitCode.ALREADY_EXISTS
+    assert "chunks_per_step was 8" in done.stderr
+
+
+def test_damaged_checkpoint_is_named(
+    trained_run: Path, sample_chunks: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "step-8"
+    shutil.copytree(trained_run / "checkpoints" / "step-8", checkpoint)
+    data = bytearray((checkpoint / "optimizer.safetensors").read_bytes())
+    data[-1] ^= 4
+    (checkpoint / "optimizer.safetensors").write_bytes(data)
+    done = run_script(
+        "training.py",
+        *("--dataset-path", sample_chunks, "--model", "gemma3-micro", "--max-steps", "12"),
+        *("--output-dir", tmp_path, "--resume", checkpoint),
+        *("--batch-size", "4", "--gradient-accumulation-steps", "2"),
+    )
+    assert done.returncode == ExitCode.DAMAGED
+    assert "optimizer.safetensors: damaged" in done.stderr
+
+
+def test_order_shuffles_every_epoch_and_needs_no_history() -> None:
+    order = Order(10, seed=3)
+    steps = [order.chunks(step, 4) for step in range(10)]
+    places = np.concatenate(steps)
+    for epoch in range(4):
+        assert sorted(places[epoch * 10 : epoch * 10 + 10]) == list(range(10))
+    assert places[:10].tolist() != places[10:20].tolist()
+    assert Order(10, seed=3).chunks(7, 4).tolist() == steps[7].tolist()
+    assert Order(10, seed=4).chunks(0, 10).tolist() != places[:10].tolist()
+
+
+def test_schedules() -> None:
+    assert learning_rate_share(0.025, 0.05, "linear") == pytest.approx(0.5)
+    assert learning_rate_share(0.05, 0.05, "linear") == 1
+    assert learning_rate_share(0.525, 0.05, "linear") == pytest.approx(0.5)
+    assert learning_rate_share(0.525, 0.05, "cosine") == pytest.approx(0.55)
+    assert learning_rate_share(1.0, 0.0, "cosine") == pytest.approx(0.1)
+
+
+def test_settled_recipe_keeps_the_usual_tokens_per_step() -> None:
+    options = TrainingOptions(dataset_path=Path("x"))
+    usual = usual_for(preset("gemma3-1b", 262_144))
+    for world_size in (1, 2, 4, 8):
+        recipe = settle(options, usual, 10_000_000, 1024, world_size)
+        assert recipe.chunks_per_step * 1024 == 262_144
+        assert recipe.max_steps == math.ceil(10_000_000 / 256)
+    small = settle(options, usual, 20, 1024, 4)
+    assert (small.chunks_per_step, small.max_steps) == (4, 5)
