@@ -54,12 +54,12 @@ def run(options_class: type[Options], program: str, main: Callable[[Options, Con
     on a machine only the first one speaks.
     """
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    console = Console(quiet=not is_first, highlight=False)
-    messages = Console(stderr=True, quiet=not is_first, highlight=False)
+    console = Console(quiet=not is_first, highlight=False, soft_wrap=True)
+    messages = Console(stderr=True, quiet=not is_first, highlight=False, soft_wrap=True)
     try:
         main(parse(options_class, sys.argv[1:], program), console)
     except UserError as error:
-        messages.print(f"error: {error}", markup=False, soft_wrap=True)
+        messages.print(f"error: {error}", markup=False)
         return int(error.exit_code)
     except KeyboardInterrupt:
         messages.print("stopped")
@@ -71,7 +71,7 @@ def run(options_class: type[Options], program: str, main: Callable[[Options, Con
 
 def warn(console: Console, message: str) -> None:
     """Prints a warning: something a person should know but that stops nothing."""
-    console.print(f"[yellow]warning:[/] {message}", soft_wrap=True)
+    console.print(f"[yellow]warning:[/] {message}")
 
 
 def to_yaml(options: Any) -> str:

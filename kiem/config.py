@@ -68,7 +68,7 @@ class TrainingOptions:
     max_steps: int | None = None
     """Instead of --epochs: end after this many updates."""
     max_minutes: float | None = None
-    """Instead of --epochs: end after this many minutes; the learning rate follows the clock."""
+    """Instead of --epochs: end after this many minutes of updates; the learning rate follows."""
     batch_size: int | None = None
     """Chunks per device in one forward pass. Default: by model."""
     gradient_accumulation_steps: int | None = None
@@ -87,8 +87,8 @@ class TrainingOptions:
     z_loss: float = 1e-5
     """Weight of the squared log-normalizer in the loss, which keeps logits small. 0: off."""
     eval_steps: int | None = None
-    """Evaluate every so many updates. Default: ten times a run. 0: only at the end."""
-    eval_chunks: int = 256
+    """Evaluate every so many updates. Default: five times a run. 0: only at the end."""
+    eval_chunks: int = 64
     """Test chunks in an evaluation during training; the one at the end takes all."""
     save_steps: int | None = None
     """Save a checkpoint every so many updates. Default: every half hour. 0: never."""

@@ -55,7 +55,7 @@ def write(options: InferenceOptions, console: Console) -> None:
         if options.output_file is not None:
             lines = (json.dumps(result, ensure_ascii=False) + "\n" for result in results)
             write_text(options.output_file, "".join(lines))
-            console.print(f"{len(results)} continuations in {options.output_file}", soft_wrap=True)
+            console.print(f"{len(results)} continuations in {options.output_file}")
 
 
 def read_prompts(options: InferenceOptions) -> list[str]:

@@ -50,18 +50,30 @@ class _SummedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         x = hidden.detach().to(dtype or hidden.dtype)
         w = weight.detach().to(dtype or weight.dtype)
-        total = torch.zeros((), dtype=_sum_dtype(x), device=x.device)
+        sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=sum_dtype, device=x.device)
         nats = torch.zeros_like(total)
         x_gradient = torch.empty_like(hidden) if needs_gradient else None
         w_gradient = torch.zeros_like(weight) if needs_gradient else None
+        # One buffer for all blocks: half a gigabyte of fresh pages each time would cost as much
+        # as computing with them.
+        buffer = torch.empty(min(len(x), ROWS_PER_BLOCK), len(w), dtype=x.dtype, device=x.device)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(x), ROWS_PER_BLOCK):
                 rows = slice(start, start + ROWS_PER_BLOCK)
-                block_loss, block_nats, p = _block(x[rows], w, targets[rows], z_loss)
-                total += block_loss
+                logits = torch.mm(x[rows], w.T, out=buffer[: len(x[rows])]).to(sum_dtype)  # R V
+                counted = targets[rows] != IGNORE  # R
+                index = targets[rows].clamp(min=0)[:, None]  # R 1
+                target_logits = logits.gather(1, index)[:, 0]  # R
+                sums, log_z = _exponentiate(logits)  # R, R
+                block_nats = ((log_z - target_logits) * counted).sum()
                 nats += block_nats
+                total += block_nats + z_loss * (log_z.square() * counted).sum()
                 if x_gradient is not None and w_gradient is not None:
-                    p = p.to(x.dtype)
+                    # d loss / d logits = softmax (1 + 2 z log Z) - onehot, 0 where nothing counts.
+                    logits.mul_((counted * (1 + 2 * z_loss * log_z) / sums)[:, None])
+                    logits.scatter_add_(1, index, -counted.to(sum_dtype)[:, None])
+                    p = logits.to(x.dtype)
                     x_gradient[rows] = p @ w
                     if w_gradient.dtype == x.dtype:
                         w_gradient.addmm_(p.T, x[rows])
@@ -78,25 +90,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return x_gradient.mul_(gradient), w_gradient.mul_(gradient), None, None
 
 
-def _block(x: Tensor, w: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (loss, nats, gradient of the logits [R, V]) of one block of rows."""
-    logits = (x @ w.T).to(_sum_dtype(x))  # R V
-    counted = targets != IGNORE  # R
-    index = torch.where(counted, targets, 0)[:, None]  # R 1
-    target_logits = logits.gather(1, index)[:, 0]  # R
-    highest = logits.amax(1)  # R
-    exponentials = logits.sub_(highest[:, None]).exp_()  # R V, in the logits' memory
-    normalizers = exponentials.sum(1)  # R
-    log_z = normalizers.log() + highest  # R
-    zero = torch.zeros_like(log_z)
-    nats = torch.where(counted, log_z - target_logits, zero).sum()
-    loss = nats + z_loss * torch.where(counted, log_z.square(), zero).sum()
-    # d loss / d logits = p (1 + 2 z log Z) - onehot(target), and 0 in rows that do not count.
-    factor = torch.where(counted, (1 + 2 * z_loss * log_z) / normalizers, zero)
-    gradient = exponentials.mul_(factor[:, None])
-    gradient.scatter_add_(1, index, -counted.to(gradient.dtype)[:, None])
-    return loss, nats, gradient
+def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Turns logits [R, V] into exp(logits - highest of the row), in place.
 
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    Returns:
+        (sums of the exponentials, log-normalizers of the logits), each [R].
+    """
+    highest = logits.amax(1, keepdim=True)  # R 1
+    sums = logits.sub_(highest).exp_().sum(1)  # R
+    return sums, sums.log() + highest[:, 0]

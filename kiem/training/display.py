@@ -68,7 +68,7 @@ class Display:
         now = time.monotonic()
         if not self._console.is_terminal and now - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self._console.print(f"{self._run.progress:4.0%}  {line}", soft_wrap=True)
+            self._console.print(f"{self._run.progress:4.0%}  {line}")
 
     def show_evaluation(self, figures: dict[str, Any]) -> None:
         """Shows an evaluation and its sample of text."""
@@ -76,7 +76,6 @@ class Display:
             f"step {self._run.step:,}: test loss {figures['test_loss']:.3f}, perplexity "
             f"{figures['test_perplexity']:.1f}, {figures['test_bpb']:.3f} bits per byte\n"
             f"  [dim]{escape(figures['sample'])}[/]",
-            soft_wrap=True,
         )
 
 
@@ -120,7 +119,5 @@ def show_results(run: Run, figures: dict[str, Any], final_model: Path, console: 
     table.add_row("test perplexity", f"{figures['test_perplexity']:.2f}")
     table.add_row("test bits per byte", f"{figures['test_bpb']:.4f}")
     console.print(table)
-    console.print(f"[dim]{escape(figures['sample'])}[/]", soft_wrap=True)
-    console.print(
-        f"\nTry it: python inference.py --model-path {final_model} --interactive", soft_wrap=True
-    )
+    console.print(f"[dim]{escape(figures['sample'])}[/]")
+    console.print(f"\nTry it: python inference.py --model-path {final_model} --interactive")

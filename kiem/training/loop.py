@@ -61,7 +61,6 @@ def train_to_the_end(run: Run, devices: Devices, console: Console) -> None:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     order = Order(run.train.num_chunks, options.seed)
     attention_bos_id = special_ids["bos"] if options.document_mask else None
-    run.start_clock()
     with Display(run, console) as display:
         while run.progress < 1:
             started = time.perf_counter()
@@ -104,13 +103,14 @@ def train_to_the_end(run: Run, devices: Devices, console: Console) -> None:
             num_tokens = recipe.chunks_per_step * run.train.chunk_size
             run.step += 1
             run.tokens += num_tokens
-            run.read_clock(devices)
+            step_seconds = devices.first_says(time.perf_counter() - started)
+            run.seconds += step_seconds
             figures: dict[str, Any] = {
                 "tokens": run.tokens,
                 "loss": train_loss,
                 "learning_rate": learning_rate,
                 "grad_norm": grad_norm,
-                "tokens_per_second": num_tokens / (time.perf_counter() - started),
+                "tokens_per_second": num_tokens / step_seconds,
                 "memory_bytes": memory_bytes(devices.device),
                 "seconds": run.seconds,
             }

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ from kiem.training.optimizer import make_optimizer
 from kiem.training.options import check_options
 from kiem.training.recipe import Recipe, settle, usual_for
 
-_EVALUATIONS_PER_RUN = 10
+_EVALUATIONS_PER_RUN = 5
 _SECONDS_BETWEEN_SAVES = 1800
 _RECOMPUTE_ABOVE_PARAMETERS = 500_000_000
 
@@ -67,7 +66,7 @@ class Run:
         model, model_name, optimizer: what is trained.
         metrics: the run's log; only the first process has one.
         fingerprint: what must not change when the run is resumed.
-        step, tokens, seconds: updates, tokens and training time so far.
+        step, tokens, seconds: updates, tokens and training time so far, evaluations not counted.
         resumed_from: the checkpoint this run went on from.
     """
 
@@ -87,7 +86,6 @@ class Run:
     tokens: int = 0
     seconds: float = 0.0
     resumed_from: Path | None = None
-    _clock: float = field(default_factory=time.perf_counter)
 
     @property
     def special_ids(self) -> dict[str, int]:
@@ -105,14 +103,6 @@ class Run:
         """Progress in the middle of the next update, for the schedule; less than 1."""
         seconds_per_step = self.seconds / self.step if self.step else 0.0
         return min(self._share(self.step + 0.5, self.seconds + seconds_per_step / 2), 1 - 1e-6)
-
-    def start_clock(self) -> None:
-        """Begins to count the training time, after that of a resumed run."""
-        self._clock = time.perf_counter() - self.seconds
-
-    def read_clock(self, devices: Devices) -> None:
-        """Sets `seconds`, to the same value in all processes."""
-        self.seconds = devices.first_says(time.perf_counter() - self._clock)
 
     def evaluation_is_due(self, progress_before: float) -> bool:
         """Says whether to evaluate after this update; never after the last one."""
@@ -316,12 +306,12 @@ def _warn_of_small_data(run: Run, console: Console) -> None:
             f"one update reads {run.recipe.chunks_per_step} chunks, but there are only "
             f"{run.train.num_chunks}: each is read several times in every update",
         )
-    if train["tokens"] < run.model.config.num_parameters():
+    num_parameters = run.model.config.num_parameters()
+    if train["tokens"] < num_parameters:
         warn(
             console,
-            f"{train['tokens']:,} training tokens are little for "
-            f"{run.model.config.num_parameters():,} parameters: expect a model that repeats its "
-            "training text (about 20 tokens per parameter are usual, arXiv:2203.15556)",
+            f"{train['tokens']:,} tokens of text for {num_parameters:,} parameters; about 20 for "
+            "each are usual (arXiv:2203.15556): a smaller model may do better",
         )
 
 

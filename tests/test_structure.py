@@ -1,0 +1,73 @@
+"""How the code hangs together: who imports whom, and what must not be imported at all."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from conftest import ROOT, run_script
+
+PACKAGE = ROOT / "kiem"
+# A folder imports only from itself and from those before it.
+FOLDERS = ("data", "model", "inference", "training")
+MOST_LINES = 350
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+def test_folders_import_only_what_comes_before_them() -> None:
+    assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name[0] != "_"} == set(FOLDERS)
+    for path in PACKAGE.rglob("*.py"):
+        folder = path.relative_to(PACKAGE).parts[0]
+        allowed = FOLDERS[: FOLDERS.index(folder) + 1] if folder in FOLDERS else ()
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "kiem" and len(parts) > 1 and parts[1] in FOLDERS:
+                assert parts[1] in allowed, f"{path.relative_to(ROOT)} imports {name}"
+            assert parts[0] not in ("transformers", "datasets"), path
+            assert parts[0] != "torch" or folder not in ("data", "cli.py", "config.py"), path
+            assert parts[0] != "wandb" or path.name == "metrics.py", path
+            assert parts[0] not in ("pickle", "marshal", "shelve"), path
+
+
+def test_only_one_module_writes() -> None:
+    """Writes go through kiem/files.py; shards, weights and libraries' own writers are fed by it."""
+    writers = {"write_bytes", "write_text", "mkdir", "unlink", "symlink_to", "rename", "replace"}
+    exceptions = {
+        "data/chunks.py": {"mkdir", "rename"},  # inside a folder that files.new_folder made
+        "training/run.py": {"mkdir"},  # the run directory, which is never half of anything
+    }
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).as_posix()
+        if name == "files.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            is_method = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            if is_method and node.func.attr in writers - exceptions.get(name, set()):
+                is_text = node.func.attr == "replace" and len(node.args) == 2
+                assert is_text, f"{name}:{node.lineno} writes by itself"
+
+
+def test_files_fit_in_the_head() -> None:
+    for path in [*ROOT.glob("*.py"), *PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py")]:
+        num_lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert num_lines <= MOST_LINES, f"{path.name}: {num_lines} lines"
+
+
+def test_help_is_there_before_torch() -> None:
+    for script in ("preprocess.py", "training.py", "inference.py"):
+        code = (
+            "import runpy, sys\n"
+            f"sys.argv = ['{script}', '--help']\n"
+            "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+            "except SystemExit: print('torch' in sys.modules)"
+        )
+        assert run_script("-c", code).stdout.splitlines()[-1] == "False"
