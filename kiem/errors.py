@@ -52,3 +52,13 @@ class UserError(Exception):
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         return f"{place}{self.what}\n  {self.fix}"
+
+
+def no_effect(option: str, why: str) -> UserError:
+    """Returns the error for an option that cannot have an effect: `why` says in which company."""
+    return UserError(
+        f"has no effect {why}",
+        where=option,
+        fix="Leave one of them out.",
+        exit_code=ExitCode.NO_EFFECT,
+    )

@@ -182,7 +182,7 @@ def writing_errors(path: Path) -> Iterator[None]:
                 fix="Free some space, or choose a folder on another disk, and run it again.",
                 exit_code=ExitCode.DISK_SPACE,
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UserError(
                 f"cannot write here ({error.strerror})",
                 where=str(error.filename or path),

@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import run_script
 from datasets import load_from_disk
+from hub_server import HubServer
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from kiem.config import PreprocessOptions
+from kiem.config import HUB_DATASET, HUB_TOKENIZER, PreprocessOptions
 from kiem.data.chunks import open_split, read_manifest, read_tokenizer, verify_shards
 from kiem.data.packing import Packer
 from kiem.data.preprocess import preprocess, split_documents
@@ -198,3 +201,76 @@ def test_messages_on_the_command_line_have_no_traceback(tmp_path: Path) -> None:
     assert done.returncode == ExitCode.NOT_FOUND
     assert "no such file" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_trouble_with_the_hub_on_the_command_line(tmp_path: Path) -> None:
+    """Each gets its own exit code; what the Hub says in each case is tested in test_hub.py."""
+    repositories = {HUB_TOKENIZER: {"tokenizer.json": b"{}"}, f"datasets/{HUB_DATASET}": {"x": b""}}
+    tokens = {"tokens": ["hf_known", "hf_fine"], "accepted": ["hf_fine"]}
+    with HubServer(repositories, gated=[HUB_TOKENIZER], **tokens) as hub:
+        cases = [
+            (hub.environment(tmp_path / "a"), (), ExitCode.HUB_LOGIN, "not logged in"),
+            (
+                hub.environment(tmp_path / "b", token="hf_known"),
+                (),
+                ExitCode.HUB_LICENCE,
+                "not accepted its licence",
+            ),
+            (
+                hub.environment(tmp_path / "c", token="hf_fine"),
+                (),
+                ExitCode.TOKENIZER_MISMATCH,
+                "not a tokenizer.json",
+            ),
+            (
+                {**hub.environment(tmp_path / "d"), "HF_ENDPOINT": "http://127.0.0.1:9"},
+                (),
+                ExitCode.NETWORK,
+                "no connection",
+            ),
+            (
+                hub.environment(tmp_path / "e"),
+                ("--dataset-size", "2B"),
+                ExitCode.UNKNOWN_SIZE,
+                "no size '2B'",
+            ),
+        ]
+        for environment, options, code, message in cases:
+            command = ("preprocess.py", "--output-dir", tmp_path / "out", *options)
+            done = run_script(*command, env=environment)
+            assert done.returncode == code, done.stderr
+            assert message in done.stderr
+            assert "Traceback" not in done.stderr
+            assert "hf_" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_hub_dataset_becomes_a_chunk_directory(tmp_path: Path) -> None:
+    texts = [f"Document {n} over de stad Utrecht. " * 20 for n in range(30)]
+    tables = {}
+    for part in (0, 1):
+        rows = texts[part::2]
+        columns = {"text": rows, "url": [""] * len(rows), "source": ["wikipedia"] * len(rows)}
+        pq.write_table(pa.table(columns), tmp_path / "part")
+        tables[f"100k/train-{part:05d}-of-00002.parquet"] = (tmp_path / "part").read_bytes()
+    with HubServer({f"datasets/{HUB_DATASET}": tables}) as hub:
+        command = ("preprocess.py", "--dataset-size", "100k", "--tokenizer", "train:512")
+        command = (*command, "--output-dir", tmp_path / "out")
+        done = run_script(*command, env=hub.environment(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path / "out" / "chunked_100k")
+    assert manifest["source"]["config"] == "100k"
+    assert len(manifest["source"]["revision"]) == 40
+    assert manifest["source"]["files"] == sorted(tables)
+    splits = manifest["splits"]
+    assert splits["train"]["documents"] + splits["test"]["documents"] == 30
+    assert splits["train"]["bytes_per_source"].keys() == {"wikipedia"}
+
+
+def test_chunk_directory_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = preprocess(options(tmp_path), QUIET)
+    other = preprocess(options(tmp_path, tokenizer="train:601", name="other"), QUIET)
+    (folder / "tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes())
+    with pytest.raises(UserError, match="not the tokenizer that made the chunks") as caught:
+        read_tokenizer(folder, read_manifest(folder))
+    assert caught.value.exit_code == ExitCode.TOKENIZER_MISMATCH

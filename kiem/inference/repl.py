@@ -10,6 +10,7 @@ from rich.console import Console
 from kiem.inference.engine import stream_text
 from kiem.inference.loading import LoadedModel
 from kiem.inference.sampling import Sampling
+from kiem.inference.text import printable
 
 _HELP = """This is a base model: it does not answer, it continues the text you type.
   /help   this text
@@ -81,8 +82,3 @@ def _answer(
         console.print(" [dim](stopped)[/]", end="")
     rate = num_tokens / (time.perf_counter() - started)
     console.print(f"\n[dim]{num_tokens} tokens, {rate:.1f} tokens/s[/]")
-
-
-def printable(text: str) -> str:
-    """Returns text without the control characters that could steer a terminal."""
-    return "".join(c for c in text if c.isprintable() or c in "\n\t")

@@ -33,3 +33,8 @@ class TextStream:
         text = self._tokenizer.decode(self._waiting)
         self._waiting = []
         return text
+
+
+def printable(text: str) -> str:
+    """Returns text without the control characters that could steer a terminal."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")

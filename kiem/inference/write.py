@@ -10,13 +10,14 @@ from rich.console import Console
 
 from kiem.cli import warn
 from kiem.config import InferenceOptions
-from kiem.errors import ExitCode, UserError
+from kiem.errors import ExitCode, UserError, no_effect
 from kiem.files import write_text
 from kiem.inference.benchmark import run_benchmark
 from kiem.inference.engine import stream_text
 from kiem.inference.loading import LoadedModel, load_for_inference
 from kiem.inference.repl import talk
 from kiem.inference.sampling import Sampling
+from kiem.inference.text import printable
 
 DEFAULT_PROMPTS = (
     "Nederland is een land waar",
@@ -141,7 +142,7 @@ def _continue_prompt(
 def _show(console: Console, text: str) -> None:
     """Writes text as it is, at once: no markup, no wrapping, no control sequences."""
     if not console.quiet:
-        console.file.write("".join(c for c in text if c.isprintable() or c in "\n\t"))
+        console.file.write(printable(text))
         console.file.flush()
 
 
@@ -170,11 +171,11 @@ def _check_options(options: InferenceOptions) -> Sampling:
     }
     chosen = [name for name, is_chosen in modes.items() if is_chosen]
     if len(chosen) > 1:
-        raise _no_effect(chosen[1], f"together with {chosen[0]}")
+        raise no_effect(chosen[1], f"together with {chosen[0]}")
     if options.json is not None and not options.benchmark:
-        raise _no_effect("--json", "without --benchmark")
+        raise no_effect("--json", "without --benchmark")
     if options.output_file is not None and (options.interactive or options.benchmark):
-        raise _no_effect("--output-file", f"together with {chosen[0]}")
+        raise no_effect("--output-file", f"together with {chosen[0]}")
     return Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
 
 
@@ -194,13 +195,4 @@ def _bad_prompts(where: str, what: str) -> UserError:
         where=where,
         fix="Give one prompt a line (.txt), or JSON Lines with a key prompt (.jsonl).",
         exit_code=ExitCode.BAD_INPUT,
-    )
-
-
-def _no_effect(option: str, why: str) -> UserError:
-    return UserError(
-        f"has no effect {why}",
-        where=option,
-        fix="Leave one of them out.",
-        exit_code=ExitCode.NO_EFFECT,
     )

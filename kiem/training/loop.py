@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from kiem.config import TrainingOptions
 from kiem.errors import ExitCode, UserError
+from kiem.memory import peak_memory_bytes
 from kiem.model.gemma3 import next_token_targets
 from kiem.model.loss import IGNORE
 from kiem.training.batches import Order, micro_batches
@@ -22,7 +23,6 @@ from kiem.training.checkpoint import prune_checkpoints, save_checkpoint
 from kiem.training.devices import Devices, open_devices
 from kiem.training.display import Display, show_plan, show_results
 from kiem.training.evaluate import evaluate, sample_text
-from kiem.training.metrics import memory_bytes
 from kiem.training.optimizer import learning_rate_share
 from kiem.training.run import Run, finish_run, prepare_run
 
@@ -46,7 +46,7 @@ def train(options: TrainingOptions, console: Console) -> None:
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(run) from error
         figures["sample"] = sample_text(run, devices)
-        figures["memory_bytes"] = memory_bytes(devices.device)
+        figures["memory_bytes"] = peak_memory_bytes(devices.device)
         if devices.is_first:
             _write(run, figures)
             show_results(run, figures, finish_run(run, devices, figures), console)
@@ -111,7 +111,7 @@ def train_to_the_end(run: Run, devices: Devices, console: Console) -> None:
                 "learning_rate": learning_rate,
                 "grad_norm": grad_norm,
                 "tokens_per_second": num_tokens / step_seconds,
-                "memory_bytes": memory_bytes(devices.device),
+                "memory_bytes": peak_memory_bytes(devices.device),
                 "seconds": run.seconds,
             }
             if run.step % options.log_steps == 0:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from kiem.errors import ExitCode, UserError
 from kiem.files import append_json_line, write_text
@@ -60,14 +56,6 @@ def keep_metrics_until(run_directory: Path, step: int) -> None:
         whole = [line for line in lines if line.endswith("\n")]
         kept = [line for line in whole if json.loads(line)["step"] <= step]
         write_text(path, "".join(kept))
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Returns the most memory this process has held: on its GPU, or resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _start_wandb(

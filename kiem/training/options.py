@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kiem.config import TrainingOptions
-from kiem.errors import ExitCode, UserError
+from kiem.errors import ExitCode, UserError, no_effect
 
 _POSITIVE = (
     "epochs",
@@ -58,20 +58,11 @@ def check_options(options: TrainingOptions) -> None:
         )
     has_budget = options.max_steps is not None or options.max_minutes is not None
     if has_budget and options.epochs != 1.0:
-        raise _no_effect("epochs", "together with --max-steps or --max-minutes")
+        raise no_effect("--epochs", "together with --max-steps or --max-minutes")
     if options.wandb_project is not None and not options.use_wandb:
-        raise _no_effect("wandb_project", "without --use-wandb")
+        raise no_effect("--wandb-project", "without --use-wandb")
     if options.init_from is not None and options.model != "gemma3-1b":
-        raise _no_effect("model", "with --init-from, which brings its own shape")
-
-
-def _no_effect(name: str, why: str) -> UserError:
-    return UserError(
-        f"has no effect {why}",
-        where=_flag(name),
-        fix="Leave one of them out.",
-        exit_code=ExitCode.NO_EFFECT,
-    )
+        raise no_effect("--model", "with --init-from, which brings its own shape")
 
 
 def _flag(name: str) -> str:

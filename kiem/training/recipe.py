@@ -17,12 +17,12 @@ class Usual:
     """What suits a model.
 
     Attributes:
-        batch_size: chunks of 1024 tokens in a forward pass.
+        tokens_per_pass: tokens in a forward pass on one device, for a GPU of 24 GB or a CPU.
         tokens_per_step: tokens in one update.
         learning_rate: highest learning rate.
     """
 
-    batch_size: int
+    tokens_per_pass: int
     tokens_per_step: int
     learning_rate: float
 
@@ -30,10 +30,10 @@ class Usual:
 # By the number of parameters without the embedding, up to which a row applies: the presets micro,
 # nano, 270m and 1b, and whatever models training starts from.
 USUAL = {
-    3_000_000: Usual(batch_size=4, tokens_per_step=4_096, learning_rate=4e-3),
-    30_000_000: Usual(batch_size=4, tokens_per_step=8_192, learning_rate=3e-3),
-    300_000_000: Usual(batch_size=2, tokens_per_step=131_072, learning_rate=1e-3),
-    10**12: Usual(batch_size=1, tokens_per_step=262_144, learning_rate=1e-3),
+    3_000_000: Usual(tokens_per_pass=4_096, tokens_per_step=1_024, learning_rate=4e-3),
+    30_000_000: Usual(tokens_per_pass=4_096, tokens_per_step=4_096, learning_rate=3e-3),
+    300_000_000: Usual(tokens_per_pass=2_048, tokens_per_step=131_072, learning_rate=1e-3),
+    10**12: Usual(tokens_per_pass=1_024, tokens_per_step=262_144, learning_rate=1e-3),
 }
 
 
@@ -82,7 +82,8 @@ def settle(
         wanted_chunks = min(wanted_chunks, options.epochs * num_chunks / _MIN_STEPS)
     batch_size = options.batch_size
     if batch_size is None:
-        batch_size = max(1, min(usual.batch_size, round(wanted_chunks / world_size)))
+        largest = usual.tokens_per_pass // chunk_size
+        batch_size = max(1, min(largest, round(wanted_chunks / world_size)))
     accumulation = options.gradient_accumulation_steps
     if accumulation is None:
         accumulation = max(1, round(wanted_chunks / (batch_size * world_size)))

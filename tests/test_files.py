@@ -1,0 +1,91 @@
+"""Writing: all or nothing, with the operating system's own refusals."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kiem.errors import ExitCode, UserError
+from kiem.files import (
+    check_name,
+    format_bytes,
+    new_folder,
+    point_link,
+    require_free_space,
+    write_bytes,
+    writing_errors,
+)
+
+
+def test_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    with pytest.raises(RuntimeError), new_folder(folder) as unfinished:
+        (unfinished / "x").write_text("half")
+        raise RuntimeError
+    assert not list(folder.parent.iterdir())
+    with new_folder(folder) as unfinished:
+        (unfinished / "x").write_text("whole")
+        assert not folder.exists()
+    assert (folder / "x").read_text() == "whole"
+    with new_folder(folder, overwrite=True) as unfinished:
+        (unfinished / "y").write_text("new")
+        assert (folder / "x").exists()
+    assert [path.name for path in folder.parent.rglob("*")] == ["b", "y"]
+
+
+def test_file_is_replaced_whole(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "f", b"one")
+    write_bytes(tmp_path / "f", b"two")
+    assert (tmp_path / "f").read_bytes() == b"two"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_full_disk_is_named() -> None:
+    full = Path("/dev/full")
+    caught = pytest.raises(UserError, match="disk is full")
+    with caught as raised, writing_errors(full), full.open("wb", 0) as file:
+        file.write(b"x")
+    assert raised.value.exit_code == ExitCode.DISK_SPACE
+    assert raised.value.where == "/dev/full"
+
+
+def test_too_little_space_is_noticed_before(tmp_path: Path) -> None:
+    require_free_space(tmp_path / "not" / "there" / "yet", 1000, "a test")
+    with pytest.raises(UserError, match=r"about 1\.0 TB needed") as caught:
+        require_free_space(tmp_path, 10**12, "a test")
+    assert caught.value.exit_code == ExitCode.DISK_SPACE
+
+
+def test_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused = pytest.raises(UserError, match="cannot write here")
+    with refused as caught, new_folder(tmp_path / "file" / "x"):
+        pass
+    assert caught.value.exit_code == ExitCode.NOT_WRITABLE
+
+
+def test_link_is_relative_and_moves(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        point_link(tmp_path / "latest", name)
+        assert os.fspath((tmp_path / "latest").readlink()) == name
+
+
+def test_names_of_folders() -> None:
+    for name in ("gemma3-1b", "run_1.2", "één"):
+        assert check_name(name, "--name") == name
+    for name in ("", ".", "..", "a/b", "-x", "a b", "a\n"):
+        with pytest.raises(UserError):
+            check_name(name, "--name")
+
+
+def test_bytes_for_people() -> None:
+    assert [format_bytes(n) for n in (0, 999, 1000, 52_015_882, 3.5e12)] == [
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "52.0 MB",
+        "3.5 TB",
+    ]
