@@ -246,7 +246,8 @@ def test_trouble_with_the_hub_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_hub_dataset_becomes_a_chunk_directory(tmp_path: Path) -> None:
-    texts = [f"Document {n} over de stad Utrecht. " * 20 for n in range(30)]
+    sample = read_documents(resolve_source(("sample",), None), "text")
+    texts = [document.text for document in sample][:30]
     tables = {}
     for part in (0, 1):
         rows = texts[part::2]

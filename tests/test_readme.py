@@ -58,13 +58,13 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_three_commands(checkout: Path, tmp_path: Path) -> None:
-    """Exactly as printed, against a Hub on loopback: three documents and a tiny vocabulary.
+    """Exactly as printed, against a Hub on loopback: five documents and a tiny vocabulary.
 
     It is the true 1B body (698 million parameters beside the embedding), on the CPU: 12 GB.
     """
     documents = list(read_documents(resolve_source(("sample",), None), "text"))
     texts = [document.text for document in documents]
-    columns = {"text": texts[:3], "url": ["u"] * 3, "source": ["wikipedia"] * 3}
+    columns = {"text": texts[:5], "url": ["u"] * 5, "source": ["wikipedia"] * 5}
     pq.write_table(pa.table(columns), tmp_path / "train.parquet")
     parquet = (tmp_path / "train.parquet").read_bytes()
     repositories = {

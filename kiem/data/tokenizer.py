@@ -193,7 +193,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
         raise UserError(
             f"the training documents give only {len(vocabulary)} of {vocabulary_size} entries",
             where="--tokenizer",
-            fix=f"Use more text, or train:{len(vocabulary)} or fewer.",
+            fix=f"Use more text, or train:{len(vocabulary)} or fewer."
+            if len(vocabulary) >= _MIN_TRAINED_VOCABULARY
+            else "Use more text, or a tokenizer that is trained already.",
             exit_code=ExitCode.DATASET_TOO_SMALL,
         )
     implementation.decoder = decoders.Sequence(
