@@ -47,6 +47,9 @@ class PreprocessOptions:
     tokenizer: str = HUB_TOKENIZER
     """A Hub id, a folder with a tokenizer.json, a tokenizer.json, or train:N to train a vocabulary
     of N entries in Gemma's style on the training documents."""
+    encoder: Literal["auto", "reference"] = "auto"
+    """auto: gigatoken where it is proven exact, checked against the tokenizers library on a sample
+    of documents. reference: the tokenizers library alone."""
     overwrite: bool = False
     """Replace the chunk directory if it exists."""
 

@@ -37,7 +37,7 @@ def test_packing_loses_nothing(
     packer = Packer(chunk_size, pad_id=0)
     chunks = []
     for document, flush in zip(documents, flush_after, strict=False):
-        packer.add(document)
+        packer.add(np.array(document, dtype=np.int32))
         if flush:
             chunks.append(packer.full_chunks())
     chunks += [packer.full_chunks(), packer.last_chunk()]

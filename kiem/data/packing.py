@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
+
+from kiem.data.encoding import Encoded
+
+
+def frame(encoded: Encoded, bos_id: int, eos_id: int) -> Encoded:
+    """Puts every document between `bos_id` and `eos_id`."""
+    lengths = encoded.lengths + 2
+    ends = np.cumsum(lengths)
+    ids = np.empty(lengths.sum(), dtype=np.int32)
+    is_text = np.ones(len(ids), dtype=bool)
+    for places, token in ((ends - lengths, bos_id), (ends - 1, eos_id)):
+        ids[places] = token
+        is_text[places] = False
+    ids[is_text] = encoded.ids
+    return Encoded(ids, lengths)
 
 
 class Packer:
@@ -22,9 +35,9 @@ class Packer:
         self._waiting: list[np.ndarray] = []
         self._num_waiting = 0
 
-    def add(self, ids: Sequence[int]) -> None:
-        """Takes the ids of one document, control tokens included."""
-        self._waiting.append(np.asarray(ids, dtype=np.int32))
+    def add(self, ids: np.ndarray) -> None:
+        """Takes the int32 ids of whole documents, control tokens included."""
+        self._waiting.append(ids)
         self._num_waiting += len(ids)
 
     def full_chunks(self) -> np.ndarray:

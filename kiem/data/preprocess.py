@@ -6,20 +6,23 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 import kiem
+from kiem.cli import warn
 from kiem.config import PreprocessOptions
 from kiem.data.chunks import SplitWriter, finish_directory, read_manifest, verify_shards
-from kiem.data.packing import Packer
+from kiem.data.encoding import Encoded, Encoder
+from kiem.data.packing import Packer, frame
 from kiem.data.sources import (
     DEFAULT_HUB_SIZE,
     Document,
@@ -30,6 +33,7 @@ from kiem.data.sources import (
     take_words,
     word_limit,
 )
+from kiem.data.summary import print_summary
 from kiem.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
@@ -38,7 +42,7 @@ from kiem.data.tokenizer import (
     write_tokenizer,
 )
 from kiem.errors import ExitCode, UserError
-from kiem.files import check_name, format_bytes, new_folder, require_free_space
+from kiem.files import check_name, new_folder, require_free_space
 
 Split = Literal["train", "test"]
 
@@ -107,8 +111,13 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     require_free_space(
         options.output_dir, _OUTPUT_BYTES_PER_TEXT_BYTE * text_bytes, "the chunk directory"
     )
+    encoder = Encoder(tokenizer, options.encoder)
+    if encoder.reason is not None:
+        warn(console, f"encoding slowly with the tokenizers library: {encoder.reason}")
     with new_folder(folder, overwrite=options.overwrite) as unfinished:
-        splits = _write_splits(documents(), tokenizer, options.chunk_size, unfinished, console)
+        splits = _write_splits(
+            documents(), tokenizer, encoder, options.chunk_size, unfinished, console
+        )
         write_tokenizer(tokenizer, unfinished)
         _check_enough(splits, options)
         pinned = {"sha256": tokenizer.sha256, "origin": tokenizer.origin}
@@ -124,7 +133,7 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
             "splits": splits,
         }
         finish_directory(unfinished, manifest)
-    _print_summary(manifest, time.perf_counter() - started, folder, console)
+    print_summary(manifest, time.perf_counter() - started, folder, console)
     return folder
 
 
@@ -181,6 +190,7 @@ def split_documents(
 def _write_splits(
     documents: Iterator[tuple[Split, Document]],
     tokenizer: Tokenizer,
+    encoder: Encoder,
     chunk_size: int,
     folder: Path,
     console: Console,
@@ -193,13 +203,15 @@ def _write_splits(
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("Tokenizing")
         started = time.perf_counter()
-        for batch in _batches(documents):
-            all_ids = tokenizer.encode_batch([document.text for _, document in batch])
-            for (split, document), ids in zip(batch, all_ids, strict=True):
-                packers[split].add([tokenizer.bos_id, *ids, tokenizer.eos_id])
-                _count(counts[split], document, len(ids) + 2)
+        for batch, encoded in _encoded_batches(documents, encoder):
+            framed = frame(encoded, tokenizer.bos_id, tokenizer.eos_id)
             for split in splits:
+                chosen = np.array([name == split for name, _ in batch])
+                packers[split].add(framed.ids[np.repeat(chosen, framed.lengths)])
+                counts[split].tokens += int(framed.lengths[chosen].sum())
                 writers[split].write(packers[split].full_chunks())
+            for split, document in batch:
+                _count(counts[split], document)
             tokens = sum(count.tokens for count in counts.values())
             done = sum(count.documents for count in counts.values())
             rate = tokens / (time.perf_counter() - started)
@@ -223,6 +235,23 @@ def _write_splits(
     return entries
 
 
+def _encoded_batches(
+    documents: Iterator[tuple[Split, Document]], encoder: Encoder
+) -> Iterator[tuple[list[tuple[Split, Document]], Encoded]]:
+    """Yields batches with their ids; encodes one while the next is being read."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: deque[tuple[list[tuple[Split, Document]], Future[Encoded]]] = deque()
+        for batch in _batches(documents):
+            texts = [document.text for _, document in batch]
+            places = [document.place for _, document in batch]
+            waiting.append((batch, pool.submit(encoder.encode, texts, places)))
+            if len(waiting) == 2:
+                batch, encoded = waiting.popleft()
+                yield batch, encoded.result()
+        for batch, encoded in waiting:
+            yield batch, encoded.result()
+
+
 def _batches(
     documents: Iterator[tuple[Split, Document]],
 ) -> Iterator[list[tuple[Split, Document]]]:
@@ -238,12 +267,11 @@ def _batches(
         yield batch
 
 
-def _count(counts: SplitCounts, document: Document, num_tokens: int) -> None:
+def _count(counts: SplitCounts, document: Document) -> None:
     num_bytes = len(document.text.encode())
     counts.documents += 1
     counts.words += len(document.text.split())
     counts.bytes += num_bytes
-    counts.tokens += num_tokens
     counts.bytes_per_source[document.source] += num_bytes
 
 
@@ -317,24 +345,3 @@ def _check_enough(splits: dict[str, dict[str, Any]], options: PreprocessOptions)
             fix="Use more text, a larger --dataset-size or a smaller --chunk-size.",
             exit_code=ExitCode.DATASET_TOO_SMALL,
         )
-
-
-def _print_summary(
-    manifest: dict[str, Any], seconds: float, folder: Path, console: Console
-) -> None:
-    table = Table("", "train", "test", title=str(folder), title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    splits = [manifest["splits"][name] for name in ("train", "test")]
-    for name in ("documents", "words", "tokens", "chunks", "padding_tokens"):
-        table.add_row(name.replace("_", " "), *(f"{split[name]:,}" for split in splits))
-    table.add_row("text", *(format_bytes(split["bytes"]) for split in splits))
-    table.add_row(
-        "bytes per token", *(f"{split['bytes'] / max(1, split['tokens']):.2f}" for split in splits)
-    )
-    console.print(table)
-    tokens = sum(split["tokens"] for split in splits)
-    console.print(
-        f"{tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s); "
-        f"vocabulary of {manifest['tokenizer']['num_rows']:,} rows"
-    )

@@ -26,6 +26,10 @@ _CONFIG_FILE = "tokenizer_config.json"
 _CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 _BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _MIN_TRAINED_VOCABULARY = 512
+# How texts are cut before a vocabulary is trained on them. Letters, digits and signs are disjoint,
+# and spaces only begin a piece: no entry can span two pieces, so cutting here is exact, and merging
+# over the whole text gives the same ids.
+WORD_PIECES = r"▁*[\p{L}\p{M}]+|▁*\p{N}|▁*[^\s▁\p{L}\p{M}\p{N}]+|▁+|\n+|\t+"
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
     """
     implementation = TokenizersTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     implementation.normalizer = normalizers.Replace(" ", "▁")
-    implementation.pre_tokenizer = _pieces_of_words()
+    implementation.pre_tokenizer = pre_tokenizers.Split(Regex(WORD_PIECES), "isolated")
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
         special_tokens=[*_CONTROL_TOKENS, *_BYTE_TOKENS],
@@ -211,13 +215,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
     description["model"]["merges"] = _all_merges(vocabulary)
     json_bytes = json.dumps(description, ensure_ascii=False, indent=1).encode()
     return parse_tokenizer(json_bytes, f"train:{vocabulary_size}")
-
-
-def _pieces_of_words() -> pre_tokenizers.PreTokenizer:
-    # Letters, digits and signs are disjoint, and spaces only begin a piece: no entry can span two
-    # pieces, so cutting here is exact, and merging over the whole text gives the same ids.
-    pieces = r"▁*[\p{L}\p{M}]+|▁*\p{N}|▁*[^\s▁\p{L}\p{M}\p{N}]+|▁+|\n+|\t+"
-    return pre_tokenizers.Split(Regex(pieces), "isolated")
 
 
 def _all_merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:

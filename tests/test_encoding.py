@@ -1,0 +1,133 @@
+"""The fast path gives the reference's ids, or is not taken."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from test_tokenizer import NASTY
+
+from kiem.config import PreprocessOptions
+from kiem.data import encoding
+from kiem.data.encoding import Encoder
+from kiem.data.packing import frame
+from kiem.data.preprocess import preprocess
+from kiem.data.sources import read_documents, resolve_source
+from kiem.data.tokenizer import Tokenizer, load_tokenizer, parse_tokenizer, train_tokenizer
+from kiem.errors import ExitCode, UserError
+
+
+@pytest.fixture(scope="module")
+def sample_texts() -> list[str]:
+    return [d.text for d in read_documents(resolve_source(("sample",), None), "text")]
+
+
+@pytest.fixture(scope="module")
+def trained(sample_texts: list[str]) -> Tokenizer:
+    return train_tokenizer(sample_texts, 1500)
+
+
+@pytest.fixture(scope="module")
+def gemma(gemma_tokenizer_file: Path) -> Tokenizer:
+    return load_tokenizer(str(gemma_tokenizer_file))
+
+
+def encode(encoder: Encoder, texts: list[str]) -> list[list[int]]:
+    encoded = encoder.encode(texts, [f"text {number}" for number in range(len(texts))])
+    ends = np.cumsum(encoded.lengths)
+    return [ids.tolist() for ids in np.split(encoded.ids, ends[:-1])]
+
+
+def fragments(tokenizer: Tokenizer, how_many: int) -> list[str]:
+    """Texts put together from vocabulary entries, control strings and difficult characters."""
+    vocabulary = list(tokenizer.implementation.get_vocab())
+    pieces = [vocabulary[n].replace("▁", " ") for n in range(0, len(vocabulary), 97)]
+    added = tokenizer.implementation.get_added_tokens_decoder().values()
+    pieces += [token.content for token in added][::40]
+    pieces += ["<eos>", "<bos>", "> </", "<", ">", " ", "  ", "\n\n", "\t", "\r", "é", "e\u0301"]
+    chance = random.Random(0)
+    return ["".join(chance.choices(pieces, k=chance.randrange(1, 12))) for _ in range(how_many)]
+
+
+@pytest.mark.parametrize("name", ["trained", "gemma"])
+def test_fast_equals_reference(
+    name: str, sample_texts: list[str], request: pytest.FixtureRequest
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    encoder = Encoder(tokenizer)
+    assert encoder.reason is None
+    texts = [*sample_texts, *NASTY, *fragments(tokenizer, 5000)]
+    assert encode(encoder, texts) == tokenizer.encode_batch(texts)
+    assert encode(Encoder(tokenizer, "reference"), texts[:99]) == tokenizer.encode_batch(texts[:99])
+
+
+def test_gemmas_one_crossing_entry_is_left_to_the_reference(gemma: Tokenizer) -> None:
+    encoder = Encoder(gemma)
+    assert encoder._crossing is not None
+    assert encoder._crossing.pattern == r">\ </"
+    texts = ["gewoon", "<a>b</a> </p>", "x > </ y", "nog een"]
+    assert encode(encoder, texts) == gemma.encode_batch(texts)
+
+
+def changed(tokenizer: Tokenizer, **changes: Any) -> Tokenizer:
+    description = json.loads(tokenizer.json_bytes)
+    description["model"].update(changes.pop("model", {}))
+    description.update(changes)
+    return parse_tokenizer(json.dumps(description).encode(), "changed")
+
+
+def test_tokenizers_without_proof_go_to_the_reference(trained: Tokenizer) -> None:
+    vocabulary = json.loads(trained.json_bytes)["model"]["vocab"]
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    cases = [
+        changed(trained, normalizer=None),
+        changed(trained, normalizer={"type": "NFC"}),
+        changed(trained, pre_tokenizer={"type": "Whitespace"}),
+        changed(trained, pre_tokenizer={**split, "pattern": {"Regex": "a"}}),
+        changed(trained, model={"vocab": {**vocabulary, "a▁b": 1500}}),
+    ]
+    for tokenizer in cases:
+        encoder = Encoder(tokenizer)
+        assert encoder.reason is not None
+        assert encode(encoder, ["een twee", "drie"]) == tokenizer.encode_batch(["een twee", "drie"])
+
+
+def test_difference_names_the_document(
+    trained: Tokenizer, sample_texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = train_tokenizer(sample_texts, 700)
+    real = encoding._load_fast
+    monkeypatch.setattr(encoding, "_load_fast", lambda _: real(json.loads(other.json_bytes)))
+    with pytest.raises(UserError, match="differently") as caught:
+        Encoder(trained).encode(["De provincie Noord-Holland"], ["a.jsonl:7"])
+    assert caught.value.exit_code == ExitCode.TOKENIZER_MISMATCH
+    assert caught.value.where == "a.jsonl:7"
+
+
+def test_both_encoders_give_the_same_shards(tmp_path: Path) -> None:
+    shards = []
+    for choice in ("auto", "reference"):
+        given = PreprocessOptions(
+            source=("sample",),
+            tokenizer="train:600",
+            chunk_size=64,
+            output_dir=tmp_path / choice,
+            encoder=choice,
+        )
+        folder = preprocess(given, Console(quiet=True))
+        shards.append([path.read_bytes() for path in sorted(folder.rglob("*.arrow"))])
+    assert shards[0] == shards[1]
+
+
+def test_frame_puts_control_tokens_around_every_document(trained: Tokenizer) -> None:
+    encoded = Encoder(trained).encode(["een", "twee drie"], ["", ""])
+    framed = frame(encoded, bos_id=2, eos_id=1)
+    first, second = trained.encode_batch(["een", "twee drie"])
+    assert framed.ids.tolist() == [2, *first, 1, 2, *second, 1]
+    assert framed.lengths.tolist() == [len(first) + 2, len(second) + 2]
+    assert frame(encoding._join([]), 2, 1).ids.tolist() == []
