@@ -13,8 +13,7 @@ from rich.console import Console
 from test_tokenizer import NASTY
 
 from kiem.config import PreprocessOptions
-from kiem.data import encoding
-from kiem.data.encoding import Encoder
+from kiem.data.encoding import Encoder, FastPath, prepare_fast_path
 from kiem.data.packing import frame
 from kiem.data.preprocess import preprocess
 from kiem.data.sources import read_documents, resolve_source
@@ -59,19 +58,19 @@ def test_fast_equals_reference(
     name: str, sample_texts: list[str], request: pytest.FixtureRequest
 ) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(name)
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, prepare_fast_path(tokenizer.json_bytes))
     assert encoder.reason is None
     texts = [*sample_texts, *NASTY, *fragments(tokenizer, 5000)]
     assert encode(encoder, texts) == tokenizer.encode_batch(texts)
-    assert encode(Encoder(tokenizer, "reference"), texts[:99]) == tokenizer.encode_batch(texts[:99])
 
 
 def test_gemmas_one_crossing_entry_is_left_to_the_reference(gemma: Tokenizer) -> None:
-    encoder = Encoder(gemma)
-    assert encoder._crossing is not None
-    assert encoder._crossing.pattern == r">\ </"
+    fast = prepare_fast_path(gemma.json_bytes)
+    assert isinstance(fast, FastPath)
+    assert fast.crossing is not None
+    assert fast.crossing.pattern == r">\ </"
     texts = ["gewoon", "<a>b</a> </p>", "x > </ y", "nog een"]
-    assert encode(encoder, texts) == gemma.encode_batch(texts)
+    assert encode(Encoder(gemma, fast), texts) == gemma.encode_batch(texts)
 
 
 def changed(tokenizer: Tokenizer, **changes: Any) -> Tokenizer:
@@ -92,19 +91,16 @@ def test_tokenizers_without_proof_go_to_the_reference(trained: Tokenizer) -> Non
         changed(trained, model={"vocab": {**vocabulary, "a▁b": 1500}}),
     ]
     for tokenizer in cases:
-        encoder = Encoder(tokenizer)
+        encoder = Encoder(tokenizer, prepare_fast_path(tokenizer.json_bytes))
         assert encoder.reason is not None
         assert encode(encoder, ["een twee", "drie"]) == tokenizer.encode_batch(["een twee", "drie"])
 
 
-def test_difference_names_the_document(
-    trained: Tokenizer, sample_texts: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = train_tokenizer(sample_texts, 700)
-    real = encoding._load_fast
-    monkeypatch.setattr(encoding, "_load_fast", lambda _: real(json.loads(other.json_bytes)))
+def test_difference_names_the_document(trained: Tokenizer, sample_texts: list[str]) -> None:
+    of_another_vocabulary = prepare_fast_path(train_tokenizer(sample_texts, 700).json_bytes)
+    encoder = Encoder(trained, of_another_vocabulary)
     with pytest.raises(UserError, match="differently") as caught:
-        Encoder(trained).encode(["De provincie Noord-Holland"], ["a.jsonl:7"])
+        encoder.encode(["De provincie Noord-Holland"], ["a.jsonl:7"])
     assert caught.value.exit_code == ExitCode.TOKENIZER_MISMATCH
     assert caught.value.where == "a.jsonl:7"
 
@@ -125,9 +121,10 @@ def test_both_encoders_give_the_same_shards(tmp_path: Path) -> None:
 
 
 def test_frame_puts_control_tokens_around_every_document(trained: Tokenizer) -> None:
-    encoded = Encoder(trained).encode(["een", "twee drie"], ["", ""])
+    encoded = Encoder(trained, "slow").encode(["een", "twee drie"], ["", ""])
     framed = frame(encoded, bos_id=2, eos_id=1)
     first, second = trained.encode_batch(["een", "twee drie"])
     assert framed.ids.tolist() == [2, *first, 1, 2, *second, 1]
     assert framed.lengths.tolist() == [len(first) + 2, len(second) + 2]
-    assert frame(encoding._join([]), 2, 1).ids.tolist() == []
+    nothing = Encoder(trained, "slow").encode([], [])
+    assert frame(nothing, 2, 1).ids.tolist() == []

@@ -19,8 +19,9 @@ from rich.console import Console
 from kiem.config import HUB_DATASET, HUB_TOKENIZER, PreprocessOptions
 from kiem.data.chunks import open_split, read_manifest, read_tokenizer, verify_shards
 from kiem.data.packing import Packer
-from kiem.data.preprocess import preprocess, split_documents
+from kiem.data.preprocess import preprocess
 from kiem.data.sources import Document, read_documents, resolve_source
+from kiem.data.split import split_documents
 from kiem.errors import ExitCode, UserError
 
 QUIET = Console(quiet=True)

@@ -52,7 +52,9 @@ class SplitWriter:
                 self._next_shard()
             assert self._writer is not None
             num_rows = min(len(chunks) - start, self._shard_rows - self._rows[-1], _BATCH_ROWS)
-            values = pa.array(chunks[start : start + num_rows].reshape(-1), type=pa.int32())
+            rows = np.ascontiguousarray(chunks[start : start + num_rows], dtype=np.int32)
+            # Not pa.array(): that imports pandas where it is installed, for half a second.
+            values = pa.Array.from_buffers(pa.int32(), rows.size, [None, pa.py_buffer(rows)])
             column = pa.FixedSizeListArray.from_arrays(values, type=self._schema.field(0).type)
             self._writer.write_batch(pa.record_batch([column], schema=self._schema))
             self._rows[-1] += num_rows

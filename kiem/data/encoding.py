@@ -11,11 +11,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+from tokenizers import Regex, pre_tokenizers
 
-from kiem.data.tokenizer import WORD_PIECES, Tokenizer
+from kiem.data.tokenizer import (
+    BYTE_TOKENS,
+    WORD_PIECES,
+    Tokenizer,
+)
 from kiem.errors import ExitCode, UserError
 
 # More entries than this with a space inside, and most documents would go to the reference anyway.
@@ -36,30 +42,34 @@ class Encoded(NamedTuple):
     lengths: np.ndarray
 
 
+@dataclass(frozen=True)
+class FastPath:
+    """gigatoken's encoder for a tokenizer for which it is proven exact.
+
+    Attributes:
+        backend: the encoder; control strings in text are text to it.
+        crossing: finds the entries that a cut before spaces would split; None if there are none.
+    """
+
+    backend: Any
+    crossing: re.Pattern[str] | None
+
+
 class Encoder:
     """Encodes batches of documents.
 
     Args:
         tokenizer: the tokenizer, whose own implementation is the reference.
-        choice: "auto" for the fast path where it is proven exact; "reference" for the reference.
+        fast: the fast path, or why there is none.
 
     Attributes:
-        reason: why the reference does all the work, for a warning; None when it need not.
+        reason: why the reference does all the work; None when it need not.
     """
 
-    def __init__(self, tokenizer: Tokenizer, choice: Literal["auto", "reference"] = "auto"):
+    def __init__(self, tokenizer: Tokenizer, fast: FastPath | str):
         self._tokenizer = tokenizer
-        self._fast: Any = None
-        self._crossing: re.Pattern[str] | None = None
-        self.reason: str | None = None
-        if choice == "auto":
-            description = json.loads(tokenizer.json_bytes)
-            crossing, self.reason = _proof(tokenizer, description)
-            if self.reason is None:
-                self._crossing = (
-                    re.compile("|".join(map(re.escape, crossing))) if crossing else None
-                )
-                self._fast = _load_fast(description)
+        self._fast = fast if isinstance(fast, FastPath) else None
+        self.reason = fast if isinstance(fast, str) else None
 
     def encode(self, texts: Sequence[str], places: Sequence[str]) -> Encoded:
         """Returns the ids of documents.
@@ -73,7 +83,7 @@ class Encoder:
         """
         if self._fast is None:
             return _join(self._tokenizer.encode_batch(texts))
-        layout = self._fast.encode_batch(list(texts)).layout
+        layout = self._fast.backend.encode_batch(list(texts)).layout
         ids = np.asarray(layout.content.data).astype(np.int32)
         ends = np.asarray(layout.offsets.data)
         encoded = Encoded(ids, np.diff(ends))
@@ -90,9 +100,11 @@ class Encoder:
             if number % _COMPARED_SHARE == 0 or "<" in text
         ]
         expected = self._tokenizer.encode_batch([texts[number] for number in chosen])
+        assert self._fast is not None
+        crossing = self._fast.crossing
         replaced = {}
         for number, ids in zip(chosen, expected, strict=True):
-            if self._crossing is not None and self._crossing.search(texts[number]):
+            if crossing is not None and crossing.search(texts[number]):
                 replaced[number] = ids
             elif not np.array_equal(encoded.ids[ends[number] : ends[number + 1]], ids):
                 raise UserError(
@@ -113,29 +125,37 @@ def _join(documents: Sequence[Sequence[int] | np.ndarray]) -> Encoded:
     return Encoded(np.concatenate(arrays) if arrays else np.empty(0, np.int32), lengths)
 
 
-def _proof(tokenizer: Tokenizer, description: dict[str, Any]) -> tuple[list[str], str | None]:
-    """Returns (texts of the entries that a cut before spaces would split, why it is not exact)."""
+def prepare_fast_path(json_bytes: bytes) -> FastPath | str:
+    """Returns the fast path for a tokenizer.json, or the reason why there is none."""
     try:
-        import gigatoken  # noqa: F401
+        import gigatoken
     except ImportError:
-        return [], "gigatoken is not installed"
+        return "gigatoken is not installed"
+    description = json.loads(json_bytes)
     model = description["model"]
     is_plain = model["type"] == "BPE" and model.get("byte_fallback") and not model.get("dropout")
     replaces_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     if not is_plain or model.get("ignore_merges") or description["normalizer"] != replaces_spaces:
-        return [], "it is not a byte-fallback BPE over text with its spaces replaced"
-    if not _never_cuts(tokenizer, description):
-        return [], "its pre-tokenizer may cut where an entry would go across"
-    # "<" marks the documents to compare, so a crossing entry must have one.
-    crossing = [entry for entry in model["vocab"] if re.search("[^▁]▁", entry)]
+        return "the tokenizer is not a byte-fallback BPE over text with its spaces replaced"
+    added = description["added_tokens"]
+    if not _never_cuts(description["pre_tokenizer"], model["vocab"], added):
+        return "the pre-tokenizer may cut where an entry of the vocabulary would go across"
+    inner = [entry for entry in model["vocab"] if "▁" in entry[1:]]
+    crossing = [entry for entry in inner if re.search("[^▁]▁", entry)]
+    # Documents with a "<" are compared with the reference, so a crossing entry must have one.
     if len(crossing) > _MAX_CROSSING_ENTRIES or not all("<" in entry for entry in crossing):
-        return [], f"{len(crossing)} entries of its vocabulary have a space inside"
-    return [entry.replace("▁", " ") for entry in crossing], None
+        return f"{len(crossing)} entries of the vocabulary have a space inside"
+    texts = [re.escape(entry.replace("▁", " ")) for entry in crossing]
+    description["added_tokens"] = [token for token in added if not token["special"]]
+    description["pre_tokenizer"] = None
+    backend = gigatoken.Tokenizer.from_json(json.dumps(description))
+    return FastPath(backend, re.compile("|".join(texts)) if texts else None)
 
 
-def _never_cuts(tokenizer: Tokenizer, description: dict[str, Any]) -> bool:
+def _never_cuts(
+    pre_tokenizer: dict[str, Any] | None, vocabulary: dict[str, int], added: list[dict[str, Any]]
+) -> bool:
     """Says whether the pre-tokenizer cuts nowhere that an entry of the vocabulary goes across."""
-    pre_tokenizer = description["pre_tokenizer"]
     if pre_tokenizer is None:
         return True
     if pre_tokenizer["type"] != "Split" or pre_tokenizer["invert"]:
@@ -144,16 +164,6 @@ def _never_cuts(tokenizer: Tokenizer, description: dict[str, Any]) -> bool:
         return True  # Gemma's: there are no spaces left when it runs
     if pre_tokenizer["pattern"] != {"Regex": WORD_PIECES}:
         return False
-    cut = tokenizer.implementation.pre_tokenizer.pre_tokenize_str
-    added = {token["content"] for token in description["added_tokens"]}
-    entries = [entry for entry in description["model"]["vocab"] if entry not in added]
-    return all(len(cut(entry)) == 1 for entry in entries if not re.fullmatch("<0x..>", entry))
-
-
-def _load_fast(description: dict[str, Any]) -> Any:
-    """Returns gigatoken's encoder, to which control strings in text are text as well."""
-    import gigatoken
-
-    added = [token for token in description["added_tokens"] if not token["special"]]
-    changed = {**description, "added_tokens": added, "pre_tokenizer": None}
-    return gigatoken.Tokenizer.from_json(json.dumps(changed))
+    cut = pre_tokenizers.Split(Regex(WORD_PIECES), "isolated").pre_tokenize_str
+    reserved = {token["content"] for token in added} | set(BYTE_TOKENS)
+    return all(len(cut(entry)) == 1 for entry in vocabulary if entry not in reserved)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -21,7 +20,7 @@ import kiem
 from kiem.cli import warn
 from kiem.config import PreprocessOptions
 from kiem.data.chunks import SplitWriter, finish_directory, read_manifest, verify_shards
-from kiem.data.encoding import Encoded, Encoder
+from kiem.data.encoding import Encoded, Encoder, prepare_fast_path
 from kiem.data.packing import Packer, frame
 from kiem.data.sources import (
     DEFAULT_HUB_SIZE,
@@ -33,6 +32,7 @@ from kiem.data.sources import (
     take_words,
     word_limit,
 )
+from kiem.data.split import Split, split_documents
 from kiem.data.summary import print_summary
 from kiem.data.tokenizer import (
     Tokenizer,
@@ -43,8 +43,6 @@ from kiem.data.tokenizer import (
 )
 from kiem.errors import ExitCode, UserError
 from kiem.files import check_name, new_folder, require_free_space
-
-Split = Literal["train", "test"]
 
 _BATCH_CHARACTERS = 8_000_000
 # Four bytes a token; measured texts have 3 to 5 bytes a token, small vocabularies 2.
@@ -107,13 +105,18 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
         with console.status(f"Training a vocabulary of {vocabulary_size} entries"):
             texts = (document.text for split, document in documents() if split == "train")
             tokenizer = train_tokenizer(texts, vocabulary_size)
+    encoder = Encoder(
+        tokenizer,
+        "as asked for with --encoder reference"
+        if options.encoder == "reference"
+        else prepare_fast_path(tokenizer.json_bytes),
+    )
+    if encoder.reason is not None:
+        warn(console, f"encoding slowly with the tokenizers library: {encoder.reason}")
     text_bytes = sum(path.stat().st_size for path in source.paths)
     require_free_space(
         options.output_dir, _OUTPUT_BYTES_PER_TEXT_BYTE * text_bytes, "the chunk directory"
     )
-    encoder = Encoder(tokenizer, options.encoder)
-    if encoder.reason is not None:
-        warn(console, f"encoding slowly with the tokenizers library: {encoder.reason}")
     with new_folder(folder, overwrite=options.overwrite) as unfinished:
         splits = _write_splits(
             documents(), tokenizer, encoder, options.chunk_size, unfinished, console
@@ -144,47 +147,6 @@ def directory_name(options: PreprocessOptions, source: Source) -> str:
     if source.description["kind"] == "hub" or options.dataset_size is None:
         return f"chunked_{source.name}"
     return f"chunked_{source.name}_{options.dataset_size}"
-
-
-def split_documents(
-    documents: Iterable[Document], test_share: float, seed: int
-) -> Iterator[tuple[Split, Document]]:
-    """Assigns every document to train or test by a hash of its text, so equal texts stay together.
-
-    If no hash falls below `test_share`, the text with the lowest hash becomes the test split: there
-    is always a test document. Until the first test document appears, the one with the lowest hash
-    so far is held back for that.
-
-    Args:
-        documents: the documents in order.
-        test_share: share of the documents for testing, in (0, 1).
-        seed: another seed gives another split.
-
-    Yields:
-        The split and the document, each document once.
-    """
-    held: list[Document] = []
-    lowest = float("inf")
-    any_test = False
-    for document in documents:
-        digest = hashlib.sha256(f"{seed}/".encode() + document.text.encode()).digest()
-        position = int.from_bytes(digest[:8], "big") / 2**64
-        if position < test_share:
-            any_test = True
-            for other in held:
-                yield "train", other
-            held = []
-            yield "test", document
-        elif any_test or position > lowest:
-            yield "train", document
-        elif position == lowest:
-            held.append(document)
-        else:
-            for other in held:
-                yield "train", other
-            held, lowest = [document], position
-    for other in held:
-        yield "test", other
 
 
 def _write_splits(

@@ -24,7 +24,7 @@ from kiem.files import write_bytes, write_json
 TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
 _CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
-_BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
+BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _MIN_TRAINED_VOCABULARY = 512
 # How texts are cut before a vocabulary is trained on them. Letters, digits and signs are disjoint,
 # and spaces only begin a piece: no entry can span two pieces, so cutting here is exact, and merging
@@ -84,7 +84,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         files = download_tokenizer(name)
         return parse_tokenizer(files.tokenizer_json.read_bytes(), f"{name}@{files.revision}")
     try:
-        return parse_tokenizer(path.read_bytes(), str(path))
+        json_bytes = path.read_bytes()
     except OSError as error:
         raise UserError(
             f"no readable tokenizer here ({error.strerror})",
@@ -92,6 +92,7 @@ def load_tokenizer(name: str) -> Tokenizer:
             fix="Give a Hub id, a folder that holds tokenizer.json, or a tokenizer.json.",
             exit_code=ExitCode.NOT_FOUND,
         ) from error
+    return parse_tokenizer(json_bytes, str(path))
 
 
 def parse_tokenizer(json_bytes: bytes, origin: str) -> Tokenizer:
@@ -187,7 +188,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
     implementation.pre_tokenizer = pre_tokenizers.Split(Regex(WORD_PIECES), "isolated")
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
-        special_tokens=[*_CONTROL_TOKENS, *_BYTE_TOKENS],
+        special_tokens=[*_CONTROL_TOKENS, *BYTE_TOKENS],
         limit_alphabet=max(128, vocabulary_size // 16),
         show_progress=False,
     )
@@ -219,7 +220,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
 
 def _all_merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """Returns every way to make an entry of two others, in the order the entries were learned."""
-    reserved = {*_CONTROL_TOKENS, *_BYTE_TOKENS}
+    reserved = {*_CONTROL_TOKENS, *BYTE_TOKENS}
     merges = []
     for token in sorted(vocabulary, key=lambda entry: vocabulary[entry]):
         if token in reserved:
