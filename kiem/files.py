@@ -20,6 +20,10 @@ from typing import Any
 from kiem.errors import ExitCode, UserError
 
 _READ_BLOCK_BYTES = 1 << 22
+_REFUSALS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+)
 
 
 def sha256_file(path: Path) -> str:
@@ -182,11 +186,11 @@ def writing_errors(path: Path) -> Iterator[None]:
                 fix="Free some space, or choose a folder on another disk, and run it again.",
                 exit_code=ExitCode.DISK_SPACE,
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _REFUSALS:
             raise UserError(
                 f"cannot write here ({error.strerror})",
                 where=str(error.filename or path),
-                fix="Choose a folder you may write to, or change its permissions.",
+                fix="Choose a place that exists and that you may write to.",
                 exit_code=ExitCode.NOT_WRITABLE,
             ) from error
         raise

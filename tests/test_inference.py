@@ -178,6 +178,11 @@ def test_benchmark_writes_what_the_design_names(trained_run: Path, tmp_path: Pat
         (("--prompt", "a", "--interactive"), ExitCode.NO_EFFECT, "has no effect"),
         (("--json", "x"), ExitCode.NO_EFFECT, "without --benchmark"),
         (("--temperature", "-1"), ExitCode.BAD_OPTION, "--temperature"),
+        (
+            ("--prompt", "a", "--max-new-tokens", "1", "--output-file", "nergens/x"),
+            ExitCode.NOT_WRITABLE,
+            "cannot write here",
+        ),
         (("--top-p", "0"), ExitCode.BAD_OPTION, "--top-p"),
         (("--max-new-tokens", "veel"), ExitCode.BAD_OPTION, "--max-new-tokens"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,9 @@ SMALL = Gemma3Config(
 )
 LENGTHS = [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3]
 BOS, PAD = 2, 0
+GEMMA_WITH_TEXT_AS_SIZE = json.dumps(
+    {"model_type": "gemma3_text", **asdict(SMALL), "hidden_size": "veel"}
+)
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +231,7 @@ def test_loss_at_initialization_is_near_the_uniform_one() -> None:
         ('{"model_type": "llama"}', "not a Gemma 3 text model"),
         ('{"model_type": "gemma3_text"}', "it lacks"),
         ("[]", "not a Gemma 3 text model"),
+        (GEMMA_WITH_TEXT_AS_SIZE, "hidden_size = 'veel' is not a number"),
     ],
 )
 def test_folder_that_is_no_model_is_refused(

@@ -123,6 +123,9 @@ def _parse_config(description: Any, path: Path) -> Gemma3Config:
     if missing:
         raise not_a_model(path, f"it lacks {', '.join(missing)}")
     values = {name: description[name] for name in _SHAPE}
+    wrong = [name for name, value in values.items() if not isinstance(value, int | float)]
+    if wrong:
+        raise not_a_model(path, f"{wrong[0]} = {values[wrong[0]]!r} is not a number")
     layers = description["num_hidden_layers"]
     kinds = description.get("layer_types")
     pattern = description.get("sliding_window_pattern")
