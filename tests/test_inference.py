@@ -25,7 +25,7 @@ from kiem.inference.sampling import (
     keep_top_p,
     penalize_repetition,
 )
-from kiem.inference.text import TextStream
+from kiem.inference.text import TextStream, printable
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
 
@@ -109,6 +109,10 @@ def test_bytes_that_are_no_text_do_not_stop_the_stream(loaded: LoadedModel) -> N
     text = "".join(stream.add(token) for token in tokens) + stream.end()
     assert text.replace("\ufffd", "") == "x"
     assert text.startswith("\ufffdx")
+
+
+def test_text_cannot_steer_the_terminal() -> None:
+    assert printable("a\x1b[2Jb\r\x9bc\n\t👩‍👧") == "a[2Jbc\n\t👩‍👧"
 
 
 def test_prompts_from_a_file_to_a_file(trained_run: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ from kiem.errors import ExitCode, UserError
 from kiem.files import check_name, new_folder, require_free_space
 
 _BATCH_CHARACTERS = 8_000_000
-# Four bytes a token; measured texts have 3 to 5 bytes a token, small vocabularies 2.
+# Four bytes a token, and Dutch has 3 to 5 bytes of text a token; more where files are compressed.
 _OUTPUT_BYTES_PER_TEXT_BYTE = 2
 
 
@@ -107,11 +107,11 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
             tokenizer = train_tokenizer(texts, vocabulary_size)
     encoder = Encoder(
         tokenizer,
-        "as asked for with --encoder reference"
-        if options.encoder == "reference"
-        else prepare_fast_path(tokenizer.json_bytes),
+        prepare_fast_path(tokenizer.json_bytes)
+        if options.encoder == "auto"
+        else "as asked for with --encoder reference",
     )
-    if encoder.reason is not None:
+    if encoder.reason is not None and options.encoder == "auto":
         warn(console, f"encoding slowly with the tokenizers library: {encoder.reason}")
     text_bytes = sum(path.stat().st_size for path in source.paths)
     require_free_space(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 from kiem.data.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"  # what half a character decodes to
@@ -37,4 +39,4 @@ class TextStream:
 
 def printable(text: str) -> str:
     """Returns text without the control characters that could steer a terminal."""
-    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")

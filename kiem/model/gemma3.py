@@ -79,7 +79,9 @@ class Attention(nn.Module):
             k, v = cache.extend(k, v)  # B K S C
         # Views, for one key head: with enable_gqa and a mask CUDA would leave its fast kernels.
         heads = q.shape[1] // k.shape[1]
-        k, v = (x[:, :, None].expand(-1, -1, heads, -1, -1).flatten(1, 2) for x in (k, v))  # B H S C
+        k, v = (
+            x[:, :, None].expand(-1, -1, heads, -1, -1).flatten(1, 2) for x in (k, v)
+        )  # B H S C
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=context.mask, is_causal=context.mask is None, scale=self.scale
         )
