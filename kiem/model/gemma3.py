@@ -77,11 +77,7 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(k), context.rotary)
         if cache is not None:
             k, v = cache.extend(k, v)  # B K S C
-        # Views, for one key head: with enable_gqa and a mask CUDA would leave its fast kernels.
-        heads = q.shape[1] // k.shape[1]
-        k, v = (
-            x[:, :, None].expand(-1, -1, heads, -1, -1).flatten(1, 2) for x in (k, v)
-        )  # B H S C
+        k, v = spread_heads(k, q.shape[1]), spread_heads(v, q.shape[1])  # B H S C
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=context.mask, is_causal=context.mask is None, scale=self.scale
         )
@@ -258,6 +254,15 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return x * rotary.cos.to(x.dtype) + turned * rotary.sin.to(x.dtype)
+
+
+def spread_heads(x: Tensor, num_heads: int) -> Tensor:
+    """Gives keys or values [B, K, S, C] to all query heads, [B, H, S, C]; a view if K is 1.
+
+    The enable_gqa of scaled_dot_product_attention would do so too, but on CUDA only in kernels that
+    take no mask or are slow, says its documentation.
+    """
+    return x[:, :, None].expand(-1, -1, num_heads // x.shape[1], -1, -1).flatten(1, 2)
 
 
 def next_token_targets(input_ids: Tensor, bos_id: int, pad_id: int) -> Tensor:
