@@ -67,7 +67,7 @@ def _start_wandb(
         raise UserError(
             "the wandb package is not installed",
             where="--use-wandb",
-            fix="Install it with: pip install 'kiem[wandb]'.",
+            fix="Install it with: pip install wandb.",
             exit_code=ExitCode.BAD_OPTION,
         ) from error
     try:
