@@ -18,6 +18,7 @@ from kiem.config import HUB_DATASET, HUB_TOKENIZER
 from kiem.data.sources import read_documents, resolve_source
 from kiem.data.tokenizer import train_tokenizer
 
+SCRIPTS = ("preprocess", "training", "inference")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -112,13 +113,13 @@ def test_demo(checkout: Path) -> None:
 
 
 def test_options_in_the_documentation_exist() -> None:
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    helps = "".join(run(f"python {s}.py --help", ROOT).stdout for s in SCRIPTS)
-    known = set(re.findall(r"--[a-z][a-z-]+", helps)) | {"--config", "--help"}
-    for page in pages:
-        for command in re.findall(r"\.py (.*)", page.read_text(encoding="utf-8")):
-            unknown = set(re.findall(r"--[a-z][a-z-]+", command)) - known
-            assert not unknown, f"{page.name}: {unknown}"
-
-
-SCRIPTS = ("preprocess", "training", "inference")
+    helps = {s: run(f"python {s}.py --help", ROOT).stdout for s in SCRIPTS}
+    num_checked = 0
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for script, rest in re.findall(r"(?:python|launch) (\w+)\.py(.*)", text):
+            known = set(re.findall(r"--[a-z][a-z-]+", helps[script])) | {"--config"}
+            unknown = set(re.findall(r"--[a-z][a-z-]+", rest)) - known
+            assert not unknown, f"{page.name}: {script}.py {unknown}"
+            num_checked += 1
+    assert num_checked > 10
