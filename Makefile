@@ -20,7 +20,9 @@ demo: $(VENV)/installed
 	$(BIN)/python inference.py --model-path trained_models/gemma3-micro-dutch-latest/final_model \
 	    --max-new-tokens 60
 	@echo
-	@echo "That was a tiny model on 80 short texts. What to try next:"
+	@echo "That was a tiny model that read 80 short texts some forty times: its training loss fell and"
+	@echo "fell while the test loss rose again, since it learned them by heart. It takes more text to"
+	@echo "learn a language. What to try next:"
 	@echo "  talk to it:        $(BIN)/python inference.py --model-path trained_models/gemma3-micro-dutch-latest/final_model --interactive"
 	@echo "  your own text:     $(BIN)/python preprocess.py --source my_texts/ --tokenizer train:16384"
 	@echo "  a larger model:    $(BIN)/python training.py --dataset-path processed_data/chunked_my_texts --model gemma3-nano --max-minutes 30"
