@@ -17,11 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Regex, pre_tokenizers
 
-from kiem.data.tokenizer import (
-    BYTE_TOKENS,
-    WORD_PIECES,
-    Tokenizer,
-)
+from kiem.data.tokenizer import BYTE_TOKENS, WORD_PIECES, Tokenizer
 from kiem.errors import ExitCode, UserError
 
 # More entries than this with a space inside, and most documents would go to the reference anyway.

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-GEMMA_TOKENIZER_ROWS = 262_144
+from kiem.model.presets import GEMMA_VOCABULARY
 
 
 def model_card(summary: dict[str, Any], run_name: str) -> str:
@@ -44,7 +44,7 @@ def model_card(summary: dict[str, Any], run_name: str) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     licence = (
         "Its tokenizer is Gemma's: the [Gemma terms](https://ai.google.dev/gemma/terms) apply.\n"
-        if summary["tokenizer"]["num_rows"] == GEMMA_TOKENIZER_ROWS
+        if summary["tokenizer"]["num_rows"] == GEMMA_VOCABULARY
         else ""
     )
     return f"""---
