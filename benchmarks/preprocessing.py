@@ -11,7 +11,6 @@ is made on first use.
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -111,11 +110,7 @@ def timed(command: list[str]) -> Result:
     _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
         raise SystemExit(errors.decode())
-    return Result(time.perf_counter() - started, largest_process_bytes(usage))
-
-
-def largest_process_bytes(usage: resource.struct_rusage) -> int:
-    return usage.ru_maxrss * 1024
+    return Result(time.perf_counter() - started, usage.ru_maxrss * 1024)
 
 
 def environment(name: str, requirements: tuple[str, ...], console: Console) -> Path:

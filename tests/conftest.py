@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from kiem.data.sources import read_documents, resolve_source
+from kiem.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
 GEMMA_TOKENIZER = ROOT / ".cache" / "gemma3" / "tokenizer.json"
 
@@ -66,3 +69,21 @@ def gemma_tokenizer_file() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return GEMMA_TOKENIZER
+
+
+@pytest.fixture(scope="session")
+def sample_texts() -> list[str]:
+    """The texts of the built-in sample."""
+    return [d.text for d in read_documents(resolve_source(("sample",), None), "text")]
+
+
+@pytest.fixture(scope="session")
+def trained(sample_texts: list[str]) -> Tokenizer:
+    """A vocabulary of 1500 entries trained on the sample."""
+    return train_tokenizer(sample_texts, 1500)
+
+
+@pytest.fixture(scope="session")
+def gemma(gemma_tokenizer_file: Path) -> Tokenizer:
+    """Gemma's own tokenizer."""
+    return load_tokenizer(str(gemma_tokenizer_file))

@@ -16,24 +16,8 @@ from kiem.config import PreprocessOptions
 from kiem.data.encoding import Encoder, FastPath, prepare_fast_path
 from kiem.data.packing import frame
 from kiem.data.preprocess import preprocess
-from kiem.data.sources import read_documents, resolve_source
-from kiem.data.tokenizer import Tokenizer, load_tokenizer, parse_tokenizer, train_tokenizer
+from kiem.data.tokenizer import Tokenizer, parse_tokenizer, train_tokenizer
 from kiem.errors import ExitCode, UserError
-
-
-@pytest.fixture(scope="module")
-def sample_texts() -> list[str]:
-    return [d.text for d in read_documents(resolve_source(("sample",), None), "text")]
-
-
-@pytest.fixture(scope="module")
-def trained(sample_texts: list[str]) -> Tokenizer:
-    return train_tokenizer(sample_texts, 1500)
-
-
-@pytest.fixture(scope="module")
-def gemma(gemma_tokenizer_file: Path) -> Tokenizer:
-    return load_tokenizer(str(gemma_tokenizer_file))
 
 
 def encode(encoder: Encoder, texts: list[str]) -> list[list[int]]:

@@ -176,6 +176,7 @@ def test_benchmark_writes_what_the_design_names(trained_run: Path, tmp_path: Pat
     ("options", "code", "message"),
     [
         (("--model-path", "nergens"), ExitCode.NOT_FOUND, "no such model directory"),
+        (("--model-path", "/nergens"), ExitCode.NOT_FOUND, "no such model directory"),
         (("--model-path", "docs"), ExitCode.NOT_A_MODEL, "config.json"),
         (("--prompts-file", "nergens"), ExitCode.NOT_FOUND, "cannot be read"),
         (("--prompts-file", "/dev/null"), ExitCode.BAD_INPUT, "no prompts"),

@@ -52,7 +52,7 @@ def model() -> Gemma3:
 @pytest.fixture(scope="module")
 def folder(model: Gemma3, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    write_model(model, folder, pad_id=PAD, eos_id=1, bos_id=BOS)
+    write_model(model, folder, {"pad": PAD, "eos": 1, "bos": BOS})
     return folder
 
 

@@ -20,7 +20,7 @@ from kiem.config import HUB_DATASET, HUB_TOKENIZER, PreprocessOptions
 from kiem.data.chunks import open_split, read_manifest, read_tokenizer, verify_shards
 from kiem.data.packing import Packer
 from kiem.data.preprocess import preprocess
-from kiem.data.sources import Document, read_documents, resolve_source
+from kiem.data.sources import Document
 from kiem.data.split import split_documents
 from kiem.errors import ExitCode, UserError
 
@@ -71,11 +71,10 @@ def test_split_has_the_asked_share_and_follows_the_seed() -> None:
     assert tested[0] == tested[1] != tested[2]
 
 
-def test_chunk_directory_holds_the_sample(sample_chunks: Path) -> None:
+def test_chunk_directory_holds_the_sample(sample_chunks: Path, sample_texts: list[str]) -> None:
     manifest = read_manifest(sample_chunks)
     verify_shards(sample_chunks, manifest)
     tokenizer = read_tokenizer(sample_chunks, manifest)
-    texts = {d.text for d in read_documents(resolve_source(("sample",), None), "text")}
     found = set()
     dataset = load_from_disk(str(sample_chunks))
     assert sorted(dataset) == ["test", "train"]
@@ -97,7 +96,7 @@ def test_chunk_directory_holds_the_sample(sample_chunks: Path) -> None:
         }
         assert sum(len(text.encode()) for text in documents) == counts["bytes"]
         found |= documents
-    assert found == texts
+    assert found == set(sample_texts)
 
 
 def test_chunks_are_mapped_not_copied(sample_chunks: Path) -> None:
@@ -246,9 +245,8 @@ def test_trouble_with_the_hub_on_the_command_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_hub_dataset_becomes_a_chunk_directory(tmp_path: Path) -> None:
-    sample = read_documents(resolve_source(("sample",), None), "text")
-    texts = [document.text for document in sample][:30]
+def test_hub_dataset_becomes_a_chunk_directory(tmp_path: Path, sample_texts: list[str]) -> None:
+    texts = sample_texts[:30]
     tables = {}
     for part in (0, 1):
         rows = texts[part::2]

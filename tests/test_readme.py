@@ -15,7 +15,6 @@ from conftest import ROOT
 from hub_server import HubServer
 
 from kiem.config import HUB_DATASET, HUB_TOKENIZER
-from kiem.data.sources import read_documents, resolve_source
 from kiem.data.tokenizer import train_tokenizer
 
 SCRIPTS = ("preprocess", "training", "inference")
@@ -58,19 +57,17 @@ def checkout(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_three_commands(checkout: Path, tmp_path: Path) -> None:
+def test_the_three_commands(checkout: Path, tmp_path: Path, sample_texts: list[str]) -> None:
     """Exactly as printed, against a Hub on loopback: five documents and a tiny vocabulary.
 
     It is the true 1B body (698 million parameters beside the embedding), on the CPU: 12 GB.
     """
-    documents = list(read_documents(resolve_source(("sample",), None), "text"))
-    texts = [document.text for document in documents]
-    columns = {"text": texts[:5], "url": ["u"] * 5, "source": ["wikipedia"] * 5}
+    columns = {"text": sample_texts[:5], "url": ["u"] * 5, "source": ["wikipedia"] * 5}
     pq.write_table(pa.table(columns), tmp_path / "train.parquet")
     parquet = (tmp_path / "train.parquet").read_bytes()
     repositories = {
         f"datasets/{HUB_DATASET}": {"10k/train-00000-of-00001.parquet": parquet},
-        HUB_TOKENIZER: {"tokenizer.json": train_tokenizer(texts, 600).json_bytes},
+        HUB_TOKENIZER: {"tokenizer.json": train_tokenizer(sample_texts, 600).json_bytes},
     }
     token = {"tokens": ["hf_test"], "accepted": ["hf_test"]}
     with HubServer(repositories, gated=[HUB_TOKENIZER], **token) as hub:

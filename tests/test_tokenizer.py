@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Reference
 from transformers import AutoTokenizer
 
-from kiem.data.sources import read_documents, resolve_source
 from kiem.data.tokenizer import (
     Tokenizer,
-    load_tokenizer,
     parse_tokenizer,
     train_tokenizer,
     write_tokenizer,
@@ -39,21 +37,6 @@ NASTY = [
     "x" * 3000,
     "e\u0301 é",
 ]
-
-
-@pytest.fixture(scope="module")
-def sample_texts() -> list[str]:
-    return [d.text for d in read_documents(resolve_source(("sample",), None), "text")]
-
-
-@pytest.fixture(scope="module")
-def trained(sample_texts: list[str]) -> Tokenizer:
-    return train_tokenizer(sample_texts, 1500)
-
-
-@pytest.fixture(scope="module")
-def gemma(gemma_tokenizer_file: Path) -> Tokenizer:
-    return load_tokenizer(str(gemma_tokenizer_file))
 
 
 def test_trained_vocabulary_is_laid_out_as_gemmas(trained: Tokenizer) -> None:

@@ -216,6 +216,7 @@ def test_wandb_offline(sample_chunks: Path, tmp_path: Path) -> None:
         (("--run-name", "a/b"), ExitCode.BAD_OPTION, "cannot be a folder name"),
         (("--init-from", "docs"), ExitCode.NOT_A_MODEL, "config.json"),
         (("--init-from", "nergens"), ExitCode.NOT_FOUND, "no such model directory"),
+        (("--init-from", "/nergens"), ExitCode.NOT_FOUND, "no such model directory"),
         (("--config", "nergens.yaml"), ExitCode.BAD_OPTION, "cannot be read"),
         (("--model", "gpt2"), ExitCode.BAD_OPTION, "gemma3-nano"),
         (("--output-dir", "/proc/nee"), None, "error: "),

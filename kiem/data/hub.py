@@ -31,6 +31,12 @@ _NUM_TRIES = 4
 _MAX_PAUSE_SECONDS = 60
 
 
+def looks_like_hub_id(name: str) -> bool:
+    """Says whether a name that is no existing path can be an OWNER/NAME on the Hub."""
+    is_path = name.startswith((".", "/", "~", "-")) or name.endswith(".json")
+    return name.count("/") == 1 and not is_path
+
+
 @dataclass(frozen=True)
 class HubFiles:
     """Files of a dataset: the commit, where they are on disk, and their names on the Hub."""

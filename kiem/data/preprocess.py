@@ -128,11 +128,7 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
             **identity,
             "kiem_version": kiem.__version__,
             "tokenizer": {**pinned, "num_rows": tokenizer.num_rows},
-            "special_ids": {
-                "pad": tokenizer.pad_id,
-                "eos": tokenizer.eos_id,
-                "bos": tokenizer.bos_id,
-            },
+            "special_ids": tokenizer.special_ids,
             "splits": splits,
         }
         finish_directory(unfinished, manifest)

@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as TokenizersTokenizer
 
-from kiem.data.hub import download_tokenizer
+from kiem.data.hub import download_tokenizer, looks_like_hub_id
 from kiem.errors import ExitCode, UserError
 from kiem.files import write_bytes, write_json
 
@@ -53,6 +53,11 @@ class Tokenizer:
     bos_id: int
     origin: str
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The ids of the control tokens, under "pad", "eos" and "bos"."""
+        return {"pad": self.pad_id, "eos": self.eos_id, "bos": self.bos_id}
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text, without control tokens."""
         encodings = self.implementation.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -80,7 +85,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     path = Path(name)
     if path.is_dir():
         path = path / TOKENIZER_FILE
-    elif not path.exists() and _looks_like_hub_id(name):
+    elif not path.exists() and looks_like_hub_id(name):
         files = download_tokenizer(name)
         return parse_tokenizer(files.tokenizer_json.read_bytes(), f"{name}@{files.revision}")
     try:
@@ -229,14 +234,6 @@ def _all_merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
         known = [(a, b) for a, b in halves if a in vocabulary and b in vocabulary]
         merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
     return merges
-
-
-def _looks_like_hub_id(name: str) -> bool:
-    return (
-        name.count("/") == 1
-        and not name.startswith((".", "/", "~", "-"))
-        and not name.endswith(".json")
-    )
 
 
 def _bad_tokenizer(where: str, what: str) -> UserError:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from kiem.data.hub import download_model
 from kiem.data.tokenizer import Tokenizer
-from kiem.model.files import read_model, read_model_tokenizer
+from kiem.model.files import find_model, read_model, read_model_tokenizer
 from kiem.model.gemma3 import Gemma3
 
 
@@ -41,9 +39,7 @@ def load_for_inference(path: str, precision: Literal["auto", "fp32", "bf16"]) ->
         UserError: it is not a Gemma 3 text model, or its tokenizer does not fit.
     """
     started = time.perf_counter()
-    folder = Path(path)
-    if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "~")):
-        folder = download_model(path)
+    folder = find_model(path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision)
     if precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported():

@@ -10,7 +10,7 @@ from rich.console import Console
 from kiem.inference.engine import stream_text
 from kiem.inference.loading import LoadedModel
 from kiem.inference.sampling import Sampling
-from kiem.inference.text import printable
+from kiem.inference.text import show
 
 _HELP = """This is a base model: it does not answer, it continues the text you type.
   /help   this text
@@ -75,8 +75,7 @@ def _answer(
             seed=seed,
             prompt_number=number,
         ):
-            console.file.write(printable(piece.text))
-            console.file.flush()
+            show(console, piece.text)
             num_tokens += piece.token is not None
     except KeyboardInterrupt:
         console.print(" [dim](stopped)[/]", end="")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 
+from rich.console import Console
+
 from kiem.data.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"  # what half a character decodes to
@@ -40,3 +42,10 @@ class TextStream:
 def printable(text: str) -> str:
     """Returns text without the control characters that could steer a terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+def show(console: Console, text: str) -> None:
+    """Writes text as it is, at once: no markup, no wrapping, no control sequences."""
+    if not console.quiet:
+        console.file.write(printable(text))
+        console.file.flush()

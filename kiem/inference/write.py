@@ -17,7 +17,7 @@ from kiem.inference.engine import stream_text
 from kiem.inference.loading import LoadedModel, load_for_inference
 from kiem.inference.repl import talk
 from kiem.inference.sampling import Sampling
-from kiem.inference.text import printable
+from kiem.inference.text import show
 
 DEFAULT_PROMPTS = (
     "Nederland is een land waar",
@@ -103,7 +103,7 @@ def _continue_prompt(
     tokens = [0] * options.num_return_sequences
     reasons = ["length"] * options.num_return_sequences
     console.print(f"[bold]{'' if number == 0 else chr(10)}>[/] ", end="")
-    _show(console, prompt)
+    show(console, prompt)
     for piece in stream_text(
         loaded.model,
         loaded.tokenizer,
@@ -118,11 +118,11 @@ def _continue_prompt(
         tokens[piece.sequence] += piece.token is not None
         reasons[piece.sequence] = piece.finish_reason or reasons[piece.sequence]
         if piece.sequence == 0:
-            _show(console, piece.text)
-    _show(console, "\n")
+            show(console, piece.text)
+    show(console, "\n")
     for sequence, text in enumerate(texts[1:], start=2):
         console.print(f"[dim]({sequence})[/] ", end="")
-        _show(console, f"{prompt}{text}\n")
+        show(console, f"{prompt}{text}\n")
     seconds = time.perf_counter() - started
     rate = sum(tokens) / seconds
     console.print(f"[dim]{sum(tokens)} tokens, {rate:.1f} tokens/s[/]")
@@ -137,13 +137,6 @@ def _continue_prompt(
         }
         for text, num_tokens, reason in zip(texts, tokens, reasons, strict=True)
     ]
-
-
-def _show(console: Console, text: str) -> None:
-    """Writes text as it is, at once: no markup, no wrapping, no control sequences."""
-    if not console.quiet:
-        console.file.write(printable(text))
-        console.file.flush()
 
 
 def _check_options(options: InferenceOptions) -> Sampling:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kiem.data.hub import download_model, looks_like_hub_id
 from kiem.data.tokenizer import Tokenizer, load_tokenizer
 from kiem.errors import ExitCode, UserError
 from kiem.files import write_json
@@ -45,18 +46,16 @@ _SHAPE = (
 )
 
 
-def write_model(model: Gemma3, folder: Path, *, pad_id: int, eos_id: int, bos_id: int) -> None:
+def write_model(model: Gemma3, folder: Path, special_ids: dict[str, int]) -> None:
     """Writes config.json, generation_config.json and model.safetensors into an unfinished folder.
 
     Args:
         model: the model; its weights are written in their own dtype.
         folder: a folder that `files.new_folder` made.
-        pad_id, eos_id, bos_id: the tokenizer's control ids.
+        special_ids: the tokenizer's control ids, as `Tokenizer.special_ids`.
     """
     config = model.config
-    ids = {"pad_token_id": pad_id, "eos_token_id": eos_id, "bos_token_id": bos_id}
-    layers = range(config.num_hidden_layers)
-    kinds = ["sliding_attention" if config.is_sliding(n) else "full_attention" for n in layers]
+    ids = {f"{name}_token_id": token for name, token in special_ids.items()}
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     description = {
         "architectures": ["Gemma3ForCausalLM"],
@@ -64,7 +63,7 @@ def write_model(model: Gemma3, folder: Path, *, pad_id: int, eos_id: int, bos_id
         **{name: getattr(config, name) for name in _SHAPE},
         # Both spellings of the same facts: transformers changed them between 4.50 and 5.
         "sliding_window_pattern": config.sliding_window_pattern,
-        "layer_types": kinds,
+        "layer_types": _layer_types(config),
         "rope_theta": config.rope_theta,
         "rope_local_base_freq": config.rope_local_base_freq,
         "rope_scaling": None,
@@ -146,11 +145,24 @@ def _parse_config(description: Any, path: Path) -> Gemma3Config:
     scalings = [description.get("rope_scaling"), full, sliding]
     if any(s and s.get("rope_type", "default") != "default" for s in scalings):
         raise not_a_model(path, "scaled rotary angles are not supported")
-    if kinds and kinds != [
-        "sliding_attention" if config.is_sliding(n) else "full_attention" for n in range(layers)
-    ]:
+    if kinds and kinds != _layer_types(config):
         raise not_a_model(path, "this order of layer_types is not supported")
     return config
+
+
+def _layer_types(config: Gemma3Config) -> list[str]:
+    layers = range(config.num_hidden_layers)
+    return ["sliding_attention" if config.is_sliding(n) else "full_attention" for n in layers]
+
+
+def find_model(name: str) -> Path:
+    """Returns the folder of a model: `name` itself, or a download when it is a Hub id and no path.
+
+    Raises:
+        UserError: the Hub does not give it; a folder is looked at only when it is read.
+    """
+    folder = Path(name)
+    return download_model(name) if not folder.exists() and looks_like_hub_id(name) else folder
 
 
 def read_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Gemma3:

@@ -55,8 +55,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         nats = torch.zeros_like(total)
         x_gradient = torch.empty_like(hidden) if needs_gradient else None
         w_gradient = torch.zeros_like(weight) if needs_gradient else None
-        # One buffer for all blocks: half a gigabyte of fresh pages each time would cost as much
-        # as computing with them.
+        # One buffer for all blocks, not half a gigabyte of fresh pages for each.
         buffer = torch.empty(min(len(x), ROWS_PER_BLOCK), len(w), dtype=x.dtype, device=x.device)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(x), ROWS_PER_BLOCK):

@@ -50,7 +50,7 @@ def save_checkpoint(
         for key, value in values.items()
     }
     with new_folder(path, overwrite=path.exists()) as unfinished:
-        write_model(model, unfinished, **{f"{k}_id": v for k, v in special_ids.items()})
+        write_model(model, unfinished, special_ids)
         write_weights(moments, unfinished / _OPTIMIZER_FILE)
         hashes = {name: sha256_file(unfinished / name) for name in (WEIGHTS_FILE, _OPTIMIZER_FILE)}
         write_json(unfinished / _STATE_FILE, {"step": step, **state, "sha256": hashes})

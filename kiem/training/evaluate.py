@@ -36,11 +36,12 @@ def evaluate(run: Run, devices: Devices, max_chunks: int | None) -> dict[str, An
     num_chunks = min(max_chunks or run.test.num_chunks, run.test.num_chunks)
     numbers = np.linspace(0, run.test.num_chunks - 1, num_chunks).round().astype(np.int64)
     own = numbers[devices.rank :: devices.world_size]
-    bos_id = run.special_ids["bos"] if run.options.document_mask else None
+    special_ids = run.tokenizer.special_ids
+    bos_id = special_ids["bos"] if run.options.document_mask else None
     for start in range(0, len(own), run.recipe.batch_size):
         chunks = run.test.read(own[start : start + run.recipe.batch_size])
         ids = torch.from_numpy(chunks).long().to(devices.device)
-        targets = next_token_targets(ids, run.special_ids["bos"], run.special_ids["pad"])
+        targets = next_token_targets(ids, special_ids["bos"], special_ids["pad"])
         with torch.no_grad(), devices.autocast():
             _, nats = run.model(ids, targets, bos_id)
         total += torch.stack([nats.double(), (targets != IGNORE).sum().double()])

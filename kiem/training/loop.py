@@ -55,7 +55,7 @@ def train(options: TrainingOptions, console: Console) -> None:
 
 def train_to_the_end(run: Run, devices: Devices, console: Console) -> None:
     """Does the updates that are left; the trained weights are then in `run.model`."""
-    options, recipe, special_ids = run.options, run.recipe, run.special_ids
+    options, recipe, special_ids = run.options, run.recipe, run.tokenizer.special_ids
     model: Any = run.model
     if devices.world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -138,7 +138,7 @@ def _write(run: Run, figures: dict[str, Any]) -> None:
 def _save(run: Run) -> None:
     state = {"tokens": run.tokens, "seconds": run.seconds, "fingerprint": run.fingerprint}
     folder = run.directory / "checkpoints"
-    save_checkpoint(folder, run.step, run.model, run.optimizer, run.special_ids, state)
+    save_checkpoint(folder, run.step, run.model, run.optimizer, run.tokenizer.special_ids, state)
     prune_checkpoints(folder, run.options.save_total_limit)
 
 

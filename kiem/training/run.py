@@ -24,7 +24,6 @@ from kiem.data.chunks import (
     read_tokenizer,
     verify_shards,
 )
-from kiem.data.hub import download_model
 from kiem.data.tokenizer import Tokenizer, load_tokenizer, write_tokenizer
 from kiem.errors import ExitCode, UserError
 from kiem.files import (
@@ -36,7 +35,7 @@ from kiem.files import (
     write_json,
     write_text,
 )
-from kiem.model.files import read_model, write_model
+from kiem.model.files import find_model, read_model, write_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 from kiem.model.presets import name_of, preset
@@ -86,12 +85,6 @@ class Run:
     tokens: int = 0
     seconds: float = 0.0
     resumed_from: Path | None = None
-
-    @property
-    def special_ids(self) -> dict[str, int]:
-        """The tokenizer's control ids under "pad", "eos" and "bos"."""
-        ids = {"pad": self.tokenizer.pad_id, "eos": self.tokenizer.eos_id}
-        return {**ids, "bos": self.tokenizer.bos_id}
 
     @property
     def progress(self) -> float:
@@ -220,9 +213,8 @@ def finish_run(run: Run, devices: Devices, figures: dict[str, Any]) -> Path:
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     folder = run.directory / "final_model"
-    ids = {f"{name}_id": value for name, value in run.special_ids.items()}
     with new_folder(folder, overwrite=folder.exists()) as unfinished:
-        write_model(run.model, unfinished, **ids)
+        write_model(run.model, unfinished, run.tokenizer.special_ids)
         write_tokenizer(run.tokenizer, unfinished)
         write_json(unfinished / "training_summary.json", summary)
         write_text(unfinished / "README.md", model_card(summary, run.directory.name))
@@ -236,9 +228,7 @@ def _make_model(options: TrainingOptions, tokenizer: Tokenizer) -> Gemma3:
         model = Gemma3(preset(options.model, tokenizer.num_rows))
         initialize(model, options.seed)
     else:
-        folder = Path(options.init_from)
-        if not folder.exists() and options.init_from.count("/") == 1:
-            folder = download_model(options.init_from)
+        folder = find_model(options.init_from)
         model = read_model(folder, dtype=torch.float32)
         _check_same_tokenizer(folder, tokenizer, options)
     recompute = options.activation_checkpointing
