@@ -36,7 +36,7 @@ class PreprocessOptions:
     name: str | None = None
     """Name of the chunk directory. Default: chunked_ and the dataset size or the source's name."""
     num_proc: int | None = None
-    """Threads for tokenization. Default: all processors."""
+    """Worker processes. Default: one per processor. The result does not depend on it."""
     seed: int = 42
     """Seed of the split."""
     source: tuple[str, ...] = ("hub",)
@@ -50,8 +50,13 @@ class PreprocessOptions:
     encoder: Literal["auto", "reference"] = "auto"
     """auto: gigatoken where it is proven exact, checked against the tokenizers library on a sample
     of documents. reference: the tokenizers library alone."""
+    packing: Literal["concat", "best-fit"] = "concat"
+    """concat: one document after the other, cut into chunks. best-fit: cut only documents that are
+    longer than a chunk, put the others where they fit best and fill the ends with padding."""
+    on_bad_document: Literal["stop", "skip"] = "stop"
+    """What to do at a line or row that is no document: stop and name it, or skip and count it."""
     overwrite: bool = False
-    """Replace the chunk directory if it exists."""
+    """Replace the chunk directory if it exists, and start again if one is unfinished."""
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,19 @@ import json
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kiem.errors import ExitCode, UserError
 
 _READ_BLOCK_BYTES = 1 << 22
+# A killed parent's workers hold its lock for a second or two.
+_LOCK_TRIES = 50
+_LOCK_PAUSE_SECONDS = 0.1
+_SEAL_BYTES = hashlib.sha256().digest_size
 _REFUSALS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
@@ -28,15 +34,17 @@ _REFUSALS = (
 
 def sha256_file(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_READ_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return _sha256(file, None).hexdigest()
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a whole file in one atomic step.
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Fills a file out of sight and gives it its name in one rename.
+
+    Yields:
+        A temporary file, open for writing and reading. When the block raises, it is removed and
+        `path` stays as it was.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written to.
@@ -44,8 +52,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with writing_errors(path):
         try:
-            with temporary.open("wb") as file:
-                file.write(data)
+            with temporary.open("w+b") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -54,13 +62,35 @@ def write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def sealed_file(path: Path) -> Iterator[BinaryIO]:
+    """As `new_file`, and puts the SHA-256 of what was written at the end, for `check_seal`."""
+    with new_file(path) as file:
+        yield file
+        file.seek(0)
+        file.write(_sha256(file, None).digest())
+
+
+def check_seal(path: Path) -> bool:
+    """Says whether a file of `sealed_file` is as it was written."""
+    with path.open("rb") as file:
+        content_bytes = os.fstat(file.fileno()).st_size - _SEAL_BYTES
+        return content_bytes >= 0 and _sha256(file, content_bytes).digest() == file.read()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a whole file in one atomic step; raises as `new_file`."""
+    with new_file(path) as file:
+        file.write(data)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole UTF-8 text file in one atomic step; raises as `write_bytes`."""
+    """Writes a whole UTF-8 text file in one atomic step; raises as `new_file`."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file, indented, in one atomic step; raises as `write_bytes`."""
+    """Writes a JSON file, indented, in one atomic step; raises as `new_file`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -74,22 +104,25 @@ def append_json_line(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    path: Path, *, overwrite: bool = False, temporary: Path | None = None
+) -> Iterator[Path]:
     """Fills a folder out of sight and gives it its name in one rename.
 
     Args:
         path: the final name.
         overwrite: whether a folder of that name is replaced; otherwise it must not exist.
+        temporary: where it is filled, on the same disk; by default beside `path`.
 
     Yields:
-        A temporary folder beside `path` to write into. When the block raises, it is removed and
+        The temporary folder to write into. When the block raises, it is removed and
         `path` stays as it was.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written to.
     """
     assert overwrite or not path.exists(), f"{path} exists"
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    temporary = temporary or path.with_name(f".{path.name}.partial-{os.getpid()}")
     with writing_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +150,53 @@ def remove_folder(path: Path) -> None:
     outgoing = path.with_name(f".{path.name}.old-{os.getpid()}")
     path.rename(outgoing)
     shutil.rmtree(outgoing)
+
+
+def empty_folder(path: Path) -> None:
+    """Removes everything in a folder."""
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+@contextlib.contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Makes a folder if need be and keeps other programs that lock it out.
+
+    The lock ends with the process and those it forked, however they end.
+
+    Raises:
+        UserError: another process holds the lock, or the folder cannot be made.
+    """
+    import fcntl
+
+    descriptor = -1
+    try:
+        with writing_errors(path):
+            for _ in range(_LOCK_TRIES):
+                path.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # The one that had the lock may have removed the folder at its end.
+                    if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+                        break
+                os.close(descriptor)
+                descriptor = -1
+                time.sleep(_LOCK_PAUSE_SECONDS)
+        if descriptor == -1:
+            raise UserError(
+                "another process is working here",
+                where=str(path),
+                fix="Wait until it is done, or choose another name.",
+                exit_code=ExitCode.ALREADY_EXISTS,
+            )
+        yield
+    finally:
+        if descriptor != -1:
+            os.close(descriptor)
 
 
 def point_link(link: Path, target_name: str) -> None:
@@ -194,6 +274,16 @@ def writing_errors(path: Path) -> Iterator[None]:
                 exit_code=ExitCode.NOT_WRITABLE,
             ) from error
         raise
+
+
+def _sha256(file: BinaryIO, num_bytes: int | None) -> hashlib._Hash:
+    """Hashes the next `num_bytes` of an open file, by default all that are left."""
+    digest = hashlib.sha256()
+    left = sys.maxsize if num_bytes is None else num_bytes
+    while block := file.read(min(left, _READ_BLOCK_BYTES)):
+        digest.update(block)
+        left -= len(block)
+    return digest
 
 
 def _fsync_file(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from kiem.data.sources import read_documents, resolve_source
 from kiem.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +74,8 @@ def gemma_tokenizer_file() -> Path:
 @pytest.fixture(scope="session")
 def sample_texts() -> list[str]:
     """The texts of the built-in sample."""
-    return [d.text for d in read_documents(resolve_source(("sample",), None), "text")]
+    file = ROOT / "kiem" / "data" / "sample" / "dutch.jsonl"
+    return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="session")

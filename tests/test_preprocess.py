@@ -18,53 +18,25 @@ from rich.console import Console
 
 from kiem.config import HUB_DATASET, HUB_TOKENIZER, PreprocessOptions
 from kiem.data.chunks import open_split, read_manifest, read_tokenizer, verify_shards
-from kiem.data.packing import Packer
 from kiem.data.preprocess import preprocess
-from kiem.data.sources import Document
-from kiem.data.split import split_documents
+from kiem.data.split import split_limit, split_position, training_texts
 from kiem.errors import ExitCode, UserError
 
 QUIET = Console(quiet=True)
 
 
-@given(
-    st.lists(st.lists(st.integers(3, 99), min_size=1, max_size=40), max_size=30),
-    st.integers(2, 17),
-    st.lists(st.booleans(), min_size=30, max_size=30),
-)
-def test_packing_loses_nothing(
-    documents: list[list[int]], chunk_size: int, flush_after: list[bool]
-) -> None:
-    packer = Packer(chunk_size, pad_id=0)
-    chunks = []
-    for document, flush in zip(documents, flush_after, strict=False):
-        packer.add(np.array(document, dtype=np.int32))
-        if flush:
-            chunks.append(packer.full_chunks())
-    chunks += [packer.full_chunks(), packer.last_chunk()]
-    packed = np.concatenate(chunks)
-    tokens = [token for document in documents for token in document]
-    assert packed.shape[1] == chunk_size
-    assert packed.reshape(-1)[: len(tokens)].tolist() == tokens
-    assert not packed.reshape(-1)[len(tokens) :].any()
-    assert packed.size - len(tokens) < chunk_size
-
-
 @given(st.lists(st.text(min_size=1, max_size=3), min_size=1, max_size=60), st.integers(0, 5))
-def test_equal_texts_never_straddle_the_split(texts: list[str], seed: int) -> None:
-    documents = [Document(text, "s", str(number)) for number, text in enumerate(texts)]
-    split = list(split_documents(documents, 0.1, seed))
-    assert sorted(int(document.place) for _, document in split) == list(range(len(texts)))
-    tested = {document.text for name, document in split if name == "test"}
-    trained = {document.text for name, document in split if name == "train"}
-    assert tested
-    assert not tested & trained
+def test_training_texts_are_those_beyond_the_limit(texts: list[str], seed: int) -> None:
+    positions = [split_position(text, seed) for text in texts]
+    limit = split_limit(0.1, min(positions))
+    expected = [text for text, position in zip(texts, positions, strict=True) if position >= limit]
+    assert sorted(training_texts(texts, 0.1, seed)) == sorted(expected)
+    assert len(expected) < len(texts)
 
 
 def test_split_has_the_asked_share_and_follows_the_seed() -> None:
-    documents = [Document(str(number), "s", "p") for number in range(20_000)]
     tested = [
-        {d.text for name, d in split_documents(documents, 0.01, seed) if name == "test"}
+        {n for n in range(20_000) if split_position(str(n), seed) < split_limit(0.01, 0)}
         for seed in (1, 1, 2)
     ]
     assert len(tested[0]) == pytest.approx(200, abs=60)

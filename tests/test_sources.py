@@ -10,13 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kiem.data.sources import Document, read_documents, resolve_source, take_words, word_limit
+from kiem.data.readers import Row, cut_source, place, read_rows
+from kiem.data.sources import resolve_source, take_words, word_limit
 from kiem.errors import ExitCode, UserError
 
 
-def read(*files: Path, text_column: str = "text") -> list[Document]:
+def read(*files: Path, text_column: str = "text", piece_bytes: int = 1 << 20) -> list[Row]:
     source = resolve_source(tuple(map(str, files)), None)
-    return list(read_documents(source, text_column))
+    pieces = cut_source(source, piece_bytes)
+    return [row for _, row in read_rows(source, pieces, text_column, "stop")]
 
 
 def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
@@ -31,7 +33,43 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
     documents = read(tmp_path)
     assert [d.text for d in documents] == texts * 4
     assert [d.source for d in documents] == ["a"] * 2 + ["b"] * 2 + ["w"] * 2 + ["d0.txt", "d1.txt"]
-    assert documents[1].place == f"{tmp_path}/a.jsonl:2"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_pieces_of_any_size_give_every_row_once_and_know_its_place(
+    tmp_path: Path, suffix: str
+) -> None:
+    texts = [f"tekst {n} " + "é" * (n * 7 % 40) for n in range(60)]
+    path = tmp_path / f"in{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=7)
+    else:
+        # A blank line after every fourth.
+        ends = ["\n\n" if n % 4 == 3 else "\n" for n in range(60)]
+        lines = [json.dumps({"text": t}, ensure_ascii=False) for t in texts]
+        path.write_text("".join(map(str.__add__, lines, ends)), encoding="utf-8")
+    source = resolve_source((str(path),), None)
+    for piece_bytes in (1, 7, 50, 64, 1000, 1 << 20):
+        pieces = cut_source(source, piece_bytes)
+        rows = list(read_rows(source, pieces, "text", "stop"))
+        assert [row.text for _, row in rows] == texts
+        numbers = [n + 1 if suffix == ".parquet" else n + 1 + n // 4 for n in range(60)]
+        places = [place(path, str(path), piece, row.number) for piece, row in rows]
+        assert places == [f"{path}:{number}" for number in numbers]
+
+
+def test_text_of_other_columns_does_not_matter(tmp_path: Path) -> None:
+    lines = ['{"text": "a", "score": NaN}', '{"text": "b", "source": 3}', '{"source": "c"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[:2]))
+    assert [(row.text, row.source) for row in read(tmp_path / "a.jsonl")] == [
+        ("a", "a"),
+        ("b", "a"),
+    ]
+    (tmp_path / "b.jsonl").write_text(lines[2])
+    (only,) = read(tmp_path / "b.jsonl", text_column="source")
+    assert (only.text, only.source) == ("c", "b")
+    (tmp_path / "c.jsonl").write_text(json.dumps({'een "naam"\n': "d"}))
+    assert read(tmp_path / "c.jsonl", text_column='een "naam"\n')[0].text == "d"
 
 
 def test_carriage_returns_are_kept(tmp_path: Path) -> None:
@@ -144,14 +182,13 @@ def test_words_are_counted_in_the_datasets_unit() -> None:
     for size in ("k", "0", "-1", "1.5k", "10K", ""):
         with pytest.raises(UserError):
             word_limit(size)
-    documents = [Document("een twee", "s", "p"), Document("drie", "s", "p")] * 3
-    assert len(list(take_words(iter(documents), 7))) == 4
-    assert len(list(take_words(iter(documents), None))) == 6
+    texts = ["een twee", "drie"] * 3
+    assert len(list(take_words(texts, 7))) == 4
+    assert len(list(take_words(texts, None))) == 6
 
 
-def test_sample_is_what_it_says() -> None:
-    documents = read_documents(resolve_source(("sample",), None), "text")
-    words = [len(document.text.split()) for document in documents]
+def test_sample_is_what_it_says(sample_texts: list[str]) -> None:
+    words = [len(text.split()) for text in sample_texts]
     assert len(words) == 80
     assert all(80 <= count <= 250 for count in words)
     assert sum(words) == pytest.approx(10_000, rel=0.1)

@@ -9,6 +9,7 @@ tokenizer.json ...                    the tokenizer the ids belong to
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +152,36 @@ def read_tokenizer(path: Path, manifest: dict[str, Any]) -> Tokenizer:
             exit_code=ExitCode.TOKENIZER_MISMATCH,
         )
     return tokenizer
+
+
+def verify_directory(path: Path) -> dict[str, Any]:
+    """Checks every hash and count of a chunk directory and returns its manifest.
+
+    Raises:
+        UserError: it is no chunk directory, or something in it is missing or damaged; names it.
+    """
+    manifest = read_manifest(path)
+    read_tokenizer(path, manifest)
+    verify_shards(path, manifest)
+    special, chunk_size = manifest["special_ids"], manifest["options"]["chunk_size"]
+    num_documents = manifest["documents_read"] - sum(manifest["rejected"].values())
+    for split, counts in manifest["splits"].items():
+        num_documents -= counts["documents"]
+        found: Counter[str] = Counter()
+        for block in open_split(path, manifest, split).blocks:
+            found["chunks"] += len(block)
+            found["documents"] += int(np.count_nonzero(block == special["bos"]))
+            found["padding_tokens"] += int(np.count_nonzero(block == special["pad"]))
+        found["tokens"] = found["chunks"] * chunk_size - found["padding_tokens"]
+        for name, number in found.items():
+            if number != counts[name]:
+                raise _damaged(
+                    path / MANIFEST_FILE,
+                    f"says {counts[name]} {name} in the {split} split; there are {number}",
+                )
+    if num_documents != 0:
+        raise _damaged(path / MANIFEST_FILE, "has counts of documents that do not add up")
+    return manifest
 
 
 def verify_shards(path: Path, manifest: dict[str, Any]) -> None:

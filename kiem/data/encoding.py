@@ -8,12 +8,12 @@ that contain one of the few entries for which this does not hold are left to the
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from tokenizers import Regex, pre_tokenizers
 
@@ -67,12 +67,12 @@ class Encoder:
         self._fast = fast if isinstance(fast, FastPath) else None
         self.reason = fast if isinstance(fast, str) else None
 
-    def encode(self, texts: Sequence[str], places: Sequence[str]) -> Encoded:
+    def encode(self, texts: Sequence[str], place: Callable[[int], str]) -> Encoded:
         """Returns the ids of documents.
 
         Args:
             texts: the documents.
-            places: where each comes from, for the message.
+            place: says where the document of this number comes from, for the message.
 
         Raises:
             UserError: the fast path gave other ids than the reference; names the document.
@@ -83,10 +83,10 @@ class Encoder:
         ids = np.asarray(layout.content.data).astype(np.int32)
         ends = np.asarray(layout.offsets.data)
         encoded = Encoded(ids, np.diff(ends))
-        return self._checked(encoded, ends, texts, places)
+        return self._checked(encoded, ends, texts, place)
 
     def _checked(
-        self, encoded: Encoded, ends: np.ndarray, texts: Sequence[str], places: Sequence[str]
+        self, encoded: Encoded, ends: np.ndarray, texts: Sequence[str], place: Callable[[int], str]
     ) -> Encoded:
         """Compares with the reference every document with a "<", where added tokens and the
         crossing entries are, and a sample of the others; replaces those with a crossing entry."""
@@ -105,7 +105,7 @@ class Encoder:
             elif not np.array_equal(encoded.ids[ends[number] : ends[number + 1]], ids):
                 raise UserError(
                     "gigatoken and tokenizers encode this document differently",
-                    where=places[number],
+                    where=place(number),
                     fix="Use --encoder reference, and please report the document.",
                     exit_code=ExitCode.TOKENIZER_MISMATCH,
                 )
@@ -121,30 +121,61 @@ def _join(documents: Sequence[Sequence[int] | np.ndarray]) -> Encoded:
     return Encoded(np.concatenate(arrays) if arrays else np.empty(0, np.int32), lengths)
 
 
+class _Model(msgspec.Struct, omit_defaults=True):
+    """What the proof needs of a tokenizer's model; the merges stay bytes, unread."""
+
+    type: str
+    vocab: msgspec.Raw
+    merges: msgspec.Raw
+    byte_fallback: bool = False
+    dropout: float | None = None
+    ignore_merges: bool = False
+    unk_token: str | None = None
+    fuse_unk: bool = False
+    continuing_subword_prefix: str | None = None
+    end_of_word_suffix: str | None = None
+
+
+class _Description(msgspec.Struct):
+    """A tokenizer.json."""
+
+    added_tokens: list[dict[str, Any]]
+    normalizer: Any
+    pre_tokenizer: Any
+    model: _Model
+    post_processor: Any = None
+    decoder: Any = None
+    version: str = "1.0"
+
+
 def prepare_fast_path(json_bytes: bytes) -> FastPath | str:
     """Returns the fast path for a tokenizer.json, or the reason why there is none."""
     try:
         import gigatoken
     except ImportError:
         return "gigatoken is not installed"
-    description = json.loads(json_bytes)
-    model = description["model"]
-    is_plain = model["type"] == "BPE" and model.get("byte_fallback") and not model.get("dropout")
+    try:
+        description = msgspec.json.decode(json_bytes, type=_Description)
+    except msgspec.ValidationError:
+        return "the tokenizer is not a BPE"
+    model = description.model
+    is_plain = model.type == "BPE" and model.byte_fallback and not model.dropout
     replaces_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    if not is_plain or model.get("ignore_merges") or description["normalizer"] != replaces_spaces:
+    if not is_plain or model.ignore_merges or description.normalizer != replaces_spaces:
         return "the tokenizer is not a byte-fallback BPE over text with its spaces replaced"
-    added = description["added_tokens"]
-    if not _never_cuts(description["pre_tokenizer"], model["vocab"], added):
+    vocabulary = msgspec.json.decode(model.vocab, type=dict[str, int])
+    added = description.added_tokens
+    if not _never_cuts(description.pre_tokenizer, vocabulary, added):
         return "the pre-tokenizer may cut where an entry of the vocabulary would go across"
-    inner = [entry for entry in model["vocab"] if "▁" in entry[1:]]
+    inner = [entry for entry in vocabulary if "▁" in entry[1:]]
     crossing = [entry for entry in inner if re.search("[^▁]▁", entry)]
     # Documents with a "<" are compared with the reference, so a crossing entry must have one.
     if len(crossing) > _MAX_CROSSING_ENTRIES or not all("<" in entry for entry in crossing):
         return f"{len(crossing)} entries of the vocabulary have a space inside"
     texts = [re.escape(entry.replace("▁", " ")) for entry in crossing]
-    description["added_tokens"] = [token for token in added if not token["special"]]
-    description["pre_tokenizer"] = None
-    backend = gigatoken.Tokenizer.from_json(json.dumps(description))
+    description.added_tokens = [token for token in added if not token["special"]]
+    description.pre_tokenizer = None
+    backend = gigatoken.Tokenizer.from_json(msgspec.json.encode(description))
     return FastPath(backend, re.compile("|".join(texts)) if texts else None)
 
 

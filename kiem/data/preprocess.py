@@ -1,65 +1,73 @@
-"""Preprocessing from end to end: documents in, a chunk directory out."""
+"""Preprocessing from end to end: documents in, a chunk directory out.
+
+resolve the source -> plan of units -> finish every unit (in worker processes, each unit one file)
+-> decide what is kept and where it goes -> pack and write the chunk directory.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import kiem
 from kiem.cli import warn
 from kiem.config import PreprocessOptions
-from kiem.data.chunks import SplitWriter, finish_directory, read_manifest, verify_shards
-from kiem.data.encoding import Encoded, Encoder, prepare_fast_path
-from kiem.data.packing import Packer, frame
+from kiem.data.assemble import decide, write_splits
+from kiem.data.chunks import finish_directory, read_manifest, verify_directory
+from kiem.data.encoding import Encoder, prepare_fast_path
 from kiem.data.sources import (
     DEFAULT_HUB_SIZE,
-    Document,
     Source,
     check_hub_size,
-    read_documents,
     resolve_source,
     take_words,
     word_limit,
 )
-from kiem.data.split import Split, split_documents
-from kiem.data.summary import print_summary
+from kiem.data.split import training_texts
+from kiem.data.summary import UnitProgress, print_summary
 from kiem.data.tokenizer import (
+    TOKENIZER_FILE,
     Tokenizer,
     load_tokenizer,
+    parse_tokenizer,
     train_tokenizer,
     vocabulary_size_to_train,
     write_tokenizer,
 )
+from kiem.data.units import Reading, Unit, UnitJob, UnitSummary, plan_units, read_unit_rows
+from kiem.data.workers import run_units
 from kiem.errors import ExitCode, UserError
-from kiem.files import check_name, new_folder, require_free_space
+from kiem.files import (
+    check_name,
+    empty_folder,
+    locked_folder,
+    new_folder,
+    remove_folder,
+    require_free_space,
+    write_bytes,
+    write_json,
+)
 
-_BATCH_CHARACTERS = 8_000_000
-# Four bytes a token, and Dutch has 3 to 5 bytes of text a token; more where files are compressed.
-_OUTPUT_BYTES_PER_TEXT_BYTE = 2
-
-
-@dataclass
-class SplitCounts:
-    """What went into one split."""
-
-    documents: int = 0
-    words: int = 0
-    bytes: int = 0
-    tokens: int = 0
-    chunks: int = 0
-    padding_tokens: int = 0
-    bytes_per_source: Counter[str] = field(default_factory=Counter)
+# Raised whenever units made by older versions would not be what this one makes.
+_UNIT_VERSION = 1
+_PLAN_FILE = "plan.json"
+# Units and chunks are there at the same time; four bytes a token and at least three of text in it.
+_OUTPUT_BYTES_PER_TEXT_BYTE = 3
+# After these, the same command can go on; after others it needs other input or options.
+_PASSING = (
+    ExitCode.DISK_SPACE,
+    ExitCode.NOT_WRITABLE,
+    ExitCode.OUT_OF_MEMORY,
+    ExitCode.DAMAGED,
+)
 
 
 def preprocess(options: PreprocessOptions, console: Console) -> Path:
@@ -71,15 +79,15 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
 
     Returns:
         The chunk directory. If it exists already, made of the same text with the same options, it
-        is verified and left as it is.
+        is verified and left as it is. If an earlier run was interrupted, this one goes on with what
+        that one finished.
 
     Raises:
         UserError: anything about the options, the text, the Hub or the disk that a person can mend.
     """
+    started = time.perf_counter()
     _check_options(options)
     vocabulary_size = vocabulary_size_to_train(options.tokenizer)
-    if options.num_proc is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(options.num_proc)
     # Local files first, since that is quick; but the tokenizer before the Hub's gigabytes of text,
     # which are useless without it.
     is_local = options.source != ("hub",)
@@ -89,51 +97,138 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     folder = options.output_dir / directory_name(options, source)
     identity = _identity(options, source, tokenizer)
     if folder.exists() and not options.overwrite:
-        _check_same(folder, identity)
+        _refuse_other(folder, read_manifest(folder), identity)
+        verify_directory(folder)
         console.print(f"{folder} is there already, made of the same text; verified.")
         return folder
-
-    def documents() -> Iterator[tuple[Split, Document]]:
-        found = read_documents(source, options.text_column)
-        if source.description["kind"] != "hub":
-            found = take_words(found, word_limit(options.dataset_size))
-        return split_documents(found, options.test_split, options.seed)
-
-    started = time.perf_counter()
-    if tokenizer is None:
-        assert vocabulary_size is not None
-        with console.status(f"Training a vocabulary of {vocabulary_size} entries"):
-            texts = (document.text for split, document in documents() if split == "train")
-            tokenizer = train_tokenizer(texts, vocabulary_size)
-    encoder = Encoder(
-        tokenizer,
-        prepare_fast_path(tokenizer.json_bytes)
-        if options.encoder == "auto"
-        else "as asked for with --encoder reference",
-    )
-    if encoder.reason is not None and options.encoder == "auto":
-        warn(console, f"encoding slowly with the tokenizers library: {encoder.reason}")
-    text_bytes = sum(path.stat().st_size for path in source.paths)
-    require_free_space(
-        options.output_dir, _OUTPUT_BYTES_PER_TEXT_BYTE * text_bytes, "the chunk directory"
-    )
-    with new_folder(folder, overwrite=options.overwrite) as unfinished:
-        splits = _write_splits(
-            documents(), tokenizer, encoder, options.chunk_size, unfinished, console
-        )
-        write_tokenizer(tokenizer, unfinished)
-        _check_enough(splits, options)
-        pinned = {"sha256": tokenizer.sha256, "origin": tokenizer.origin}
-        manifest = {
-            **identity,
-            "kiem_version": kiem.__version__,
-            "tokenizer": {**pinned, "num_rows": tokenizer.num_rows},
-            "special_ids": tokenizer.special_ids,
-            "splits": splits,
-        }
-        finish_directory(unfinished, manifest)
-    print_summary(manifest, time.perf_counter() - started, folder, console)
+    reading = Reading(source, options.text_column, options.on_bad_document)
+    units = plan_units(source)
+    with _working_folder(folder, identity, options.overwrite) as work:
+        tokenizer = tokenizer or _trained_tokenizer(reading, units, options, work, console)
+        job = UnitJob(work, reading, options.seed, tokenizer.bos_id, tokenizer.eos_id)
+        seconds = _finish_units(units, job, tokenizer, options, console)
+        packing_started = time.perf_counter()
+        with new_folder(folder, overwrite=options.overwrite, temporary=work / "result") as result:
+            manifest = {**identity, **_assemble(units, job, tokenizer, options, result)}
+            finish_directory(result, manifest)
+        seconds["packing"] = time.perf_counter() - packing_started
+    print_summary(manifest, time.perf_counter() - started, seconds, folder, console)
     return folder
+
+
+@contextmanager
+def _working_folder(folder: Path, identity: dict[str, Any], overwrite: bool) -> Iterator[Path]:
+    """Gives the folder for finished units, which an interrupted run leaves for the next one."""
+    work = folder.with_name(f".{folder.name}.unfinished")
+    with locked_folder(work):
+        plan = work / _PLAN_FILE
+        earlier = json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else {}
+        if overwrite or earlier.get("unit_version") != _UNIT_VERSION:
+            empty_folder(work)
+            write_json(plan, {"unit_version": _UNIT_VERSION, **identity})
+        else:
+            _refuse_other(work, earlier, identity)
+        try:
+            yield work
+        except UserError as error:
+            if error.exit_code not in _PASSING:
+                remove_folder(work)
+            raise
+        remove_folder(work)
+
+
+def _trained_tokenizer(
+    reading: Reading,
+    units: Sequence[Unit],
+    options: PreprocessOptions,
+    work: Path,
+    console: Console,
+) -> Tokenizer:
+    """Trains a vocabulary on the training documents, or takes the one of an interrupted run."""
+    vocabulary_size = vocabulary_size_to_train(options.tokenizer)
+    assert vocabulary_size is not None
+    file = work / TOKENIZER_FILE
+    if file.exists():
+        return parse_tokenizer(file.read_bytes(), options.tokenizer)
+    rows = (row for unit in units for _, row in read_unit_rows(unit, reading))
+    texts = take_words((r.text for r in rows if r.text is not None), _word_limit(options))
+    with console.status(f"Training a vocabulary of {vocabulary_size} entries"):
+        chosen = training_texts(texts, options.test_split, options.seed)
+        tokenizer = train_tokenizer(chosen, vocabulary_size)
+    write_bytes(file, tokenizer.json_bytes)
+    return tokenizer
+
+
+def _finish_units(
+    units: Sequence[Unit],
+    job: UnitJob,
+    tokenizer: Tokenizer,
+    options: PreprocessOptions,
+    console: Console,
+) -> dict[str, float]:
+    """Finishes the units, or as many of them as the word limit needs; returns time per stage."""
+    started = time.perf_counter()
+    num_bytes = sum(unit.num_bytes for unit in units)
+    purpose = "the chunk directory and the unfinished parts of it"
+    require_free_space(job.folder, _OUTPUT_BYTES_PER_TEXT_BYTE * num_bytes, purpose)
+    is_auto = options.encoder == "auto"
+    asked = "as asked for with --encoder reference"
+    encoder = Encoder(tokenizer, prepare_fast_path(tokenizer.json_bytes) if is_auto else asked)
+    if is_auto and encoder.reason is not None:
+        warn(console, f"encoding slowly with the tokenizers library: {encoder.reason}")
+    seconds = {"loading": time.perf_counter() - started}
+    limit = _word_limit(options)
+    finished: dict[int, UnitSummary] = {}
+    num_proc = options.num_proc or os.cpu_count() or 1
+    running = run_units(units, job, encoder, num_proc)
+    with closing(running), UnitProgress(num_bytes, console) as progress:
+        for unit, summary in running:
+            finished[unit.number] = summary
+            for stage, took in summary.seconds.items():
+                seconds[stage] = seconds.get(stage, 0.0) + took
+            progress.advance(unit, summary)
+            if limit is not None and _words_from_start(finished) > limit:
+                break
+    return seconds
+
+
+def _words_from_start(finished: dict[int, UnitSummary]) -> int:
+    """Returns the words of the units that are finished with all before them."""
+    first_missing = next(n for n in count() if n not in finished)
+    return sum(finished[number].words for number in range(first_missing))
+
+
+def _assemble(
+    units: Sequence[Unit],
+    job: UnitJob,
+    tokenizer: Tokenizer,
+    options: PreprocessOptions,
+    result: Path,
+) -> dict[str, Any]:
+    """Writes the chunk directory but for its manifest; returns what that says of the text."""
+    fates = decide(units, job, options.test_split, _word_limit(options))
+    splits, num_unused_rows = write_splits(
+        units, job, fates, tokenizer, options.chunk_size, options.packing, result
+    )
+    num_kept = sum(split["documents"] for split in splits.values())
+    assert num_kept + fates.rejected.total() == fates.num_rows, "documents were lost"
+    _check_enough(splits, options)
+    write_tokenizer(tokenizer, result)
+    pinned = {"sha256": tokenizer.sha256, "origin": tokenizer.origin}
+    rows = {"num_rows": tokenizer.num_rows, "num_unused_rows": num_unused_rows}
+    return {
+        "kiem_version": kiem.__version__,
+        "tokenizer": {**pinned, **rows},
+        "special_ids": tokenizer.special_ids,
+        "documents_read": fates.num_rows,
+        "rejected": dict(sorted(fates.rejected.items())),
+        "splits": splits,
+    }
+
+
+def _word_limit(options: PreprocessOptions) -> int | None:
+    # The Hub dataset has a config of every size, so nothing is left to cut there.
+    return None if options.source == ("hub",) else word_limit(options.dataset_size)
 
 
 def directory_name(options: PreprocessOptions, source: Source) -> str:
@@ -143,94 +238,6 @@ def directory_name(options: PreprocessOptions, source: Source) -> str:
     if source.description["kind"] == "hub" or options.dataset_size is None:
         return f"chunked_{source.name}"
     return f"chunked_{source.name}_{options.dataset_size}"
-
-
-def _write_splits(
-    documents: Iterator[tuple[Split, Document]],
-    tokenizer: Tokenizer,
-    encoder: Encoder,
-    chunk_size: int,
-    folder: Path,
-    console: Console,
-) -> dict[str, dict[str, Any]]:
-    splits: tuple[Split, ...] = ("train", "test")
-    writers = {split: SplitWriter(folder / split, chunk_size) for split in splits}
-    packers = {split: Packer(chunk_size, tokenizer.pad_id) for split in splits}
-    counts = {split: SplitCounts() for split in splits}
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("Tokenizing")
-        started = time.perf_counter()
-        for batch, encoded in _encoded_batches(documents, encoder):
-            framed = frame(encoded, tokenizer.bos_id, tokenizer.eos_id)
-            for split in splits:
-                chosen = np.array([name == split for name, _ in batch])
-                packers[split].add(framed.ids[np.repeat(chosen, framed.lengths)])
-                counts[split].tokens += int(framed.lengths[chosen].sum())
-                writers[split].write(packers[split].full_chunks())
-            for split, document in batch:
-                _count(counts[split], document)
-            tokens = sum(count.tokens for count in counts.values())
-            done = sum(count.documents for count in counts.values())
-            rate = tokens / (time.perf_counter() - started)
-            progress.update(
-                task, description=f"{done:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s"
-            )
-    entries: dict[str, dict[str, Any]] = {}
-    for split in splits:
-        writers[split].write(packers[split].last_chunk())
-        shards = writers[split].close()
-        count = counts[split]
-        count.chunks = sum(shard["chunks"] for shard in shards)
-        count.padding_tokens = count.chunks * chunk_size - count.tokens
-        assert 0 <= count.padding_tokens < chunk_size, "tokens were lost"
-        entries[split] = {
-            **dataclasses.asdict(count),
-            "bytes_per_source": dict(sorted(count.bytes_per_source.items())),
-            "rejected": {},
-            "shards": shards,
-        }
-    return entries
-
-
-def _encoded_batches(
-    documents: Iterator[tuple[Split, Document]], encoder: Encoder
-) -> Iterator[tuple[list[tuple[Split, Document]], Encoded]]:
-    """Yields batches with their ids; encodes one while the next is being read."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: deque[tuple[list[tuple[Split, Document]], Future[Encoded]]] = deque()
-        for batch in _batches(documents):
-            texts = [document.text for _, document in batch]
-            places = [document.place for _, document in batch]
-            waiting.append((batch, pool.submit(encoder.encode, texts, places)))
-            if len(waiting) == 2:
-                batch, encoded = waiting.popleft()
-                yield batch, encoded.result()
-        for batch, encoded in waiting:
-            yield batch, encoded.result()
-
-
-def _batches(
-    documents: Iterator[tuple[Split, Document]],
-) -> Iterator[list[tuple[Split, Document]]]:
-    batch: list[tuple[Split, Document]] = []
-    num_characters = 0
-    for split, document in documents:
-        batch.append((split, document))
-        num_characters += len(document.text)
-        if num_characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
-
-
-def _count(counts: SplitCounts, document: Document) -> None:
-    num_bytes = len(document.text.encode())
-    counts.documents += 1
-    counts.words += len(document.text.split())
-    counts.bytes += num_bytes
-    counts.bytes_per_source[document.source] += num_bytes
 
 
 def _check_options(options: PreprocessOptions) -> None:
@@ -267,29 +274,30 @@ def _identity(
             "test_split": options.test_split,
             "seed": options.seed,
             "text_column": options.text_column,
+            "packing": options.packing,
+            "on_bad_document": options.on_bad_document,
             "tokenizer": tokenizer.sha256 if tokenizer else options.tokenizer,
         },
         "source": source.description,
     }
 
 
-def _check_same(folder: Path, identity: dict[str, Any]) -> None:
-    manifest = read_manifest(folder)
+def _refuse_other(folder: Path, recorded: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raises a UserError if what is in `folder` is made of other text or with other options."""
     different = [
-        f"--{name.replace('_', '-')} was {manifest['options'].get(name)!r}"
+        f"--{name.replace('_', '-')} was {recorded['options'].get(name)!r}"
         for name, value in identity["options"].items()
-        if manifest["options"].get(name) != value
+        if recorded["options"].get(name) != value
     ]
-    if manifest["source"] != identity["source"]:
+    if recorded["source"] != identity["source"]:
         different.append("--source was other text")
     if different:
         raise UserError(
-            f"this chunk directory was made differently: {'; '.join(different)}",
+            f"this was made differently: {'; '.join(different)}",
             where=str(folder),
             fix="Choose another --name, or replace it with --overwrite.",
             exit_code=ExitCode.ALREADY_EXISTS,
         )
-    verify_shards(folder, manifest)
 
 
 def _check_enough(splits: dict[str, dict[str, Any]], options: PreprocessOptions) -> None:

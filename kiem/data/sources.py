@@ -1,12 +1,9 @@
-"""Where text comes from: the Hub dataset, local files or the built-in sample, as Documents."""
+"""Where text comes from: the files of the Hub dataset, local files or the built-in sample."""
 
 from __future__ import annotations
 
 import glob
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -19,22 +16,6 @@ from kiem.files import sha256_file
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 DEFAULT_HUB_SIZE = "10k"
-_PARQUET_BATCH_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class Document:
-    """One input text.
-
-    Attributes:
-        text: the text, valid Unicode without lone surrogates, not empty.
-        source: which source it is counted under.
-        place: file and line or row, for messages.
-    """
-
-    text: str
-    source: str
-    place: str
 
 
 @dataclass(frozen=True)
@@ -98,32 +79,6 @@ def resolve_source(source: tuple[str, ...], dataset_size: str | None) -> Source:
     return Source(name, paths, names, {"kind": "files", "sha256": hashes})
 
 
-def read_documents(source: Source, text_column: str) -> Iterator[Document]:
-    """Yields every document of a source, in a fixed order.
-
-    Args:
-        source: what `resolve_source` returned.
-        text_column: the column or key that holds the text.
-
-    Raises:
-        UserError: a file cannot be read, or a document is not text; names file and line.
-    """
-    for path, name in zip(source.paths, source.names, strict=True):
-        if path.stat().st_size == 0:
-            raise _bad_input(name, "the file is empty", "Remove it from --source.")
-        try:
-            if path.suffix == ".txt":
-                yield _text_file(path, name)
-            elif path.suffix == ".parquet":
-                yield from _parquet_rows(path, name, text_column)
-            else:
-                yield from _json_lines(path, name, text_column)
-        except OSError as error:
-            raise _bad_input(
-                name, f"cannot be read ({error.strerror or error})", "Check the file."
-            ) from error
-
-
 def word_limit(dataset_size: str | None) -> int | None:
     """Returns the number of white-space words that `--dataset-size` stands for: 10k is 10 000."""
     if dataset_size is None:
@@ -140,15 +95,15 @@ def word_limit(dataset_size: str | None) -> int | None:
     return int(digits) * factor
 
 
-def take_words(documents: Iterator[Document], limit: int | None) -> Iterator[Document]:
-    """Yields documents for as long as they together stay within `limit` white-space words."""
+def take_words(texts: Iterable[str], limit: int | None) -> Iterator[str]:
+    """Yields texts for as long as they together stay within `limit` white-space words."""
     num_words = 0
-    for document in documents:
+    for text in texts:
         if limit is not None:
-            num_words += len(document.text.split())
+            num_words += len(text.split())
             if num_words > limit:
                 return
-        yield document
+        yield text
 
 
 def check_hub_size(dataset_size: str) -> None:
@@ -202,107 +157,6 @@ def _expand(pattern: str) -> list[Path]:
                 str(path), "unknown type of file", f"Files must end in {', '.join(SUFFIXES)}."
             )
     return found
-
-
-def _text_file(path: Path, name: str) -> Document:
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise _not_utf8(f"{name}:{line}") from error
-    return _checked(text, Path(name).name, f"{name}:1")
-
-
-def _json_lines(path: Path, name: str, text_column: str) -> Iterator[Document]:
-    opened = gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
-    default_source = Path(name).name.split(".")[0]
-    number = 0
-    with opened as file:
-        try:
-            for number, raw_line in enumerate(file, start=1):
-                line = raw_line.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw_line
-                if line.strip():
-                    place = f"{name}:{number}"
-                    yield _json_document(line, place, text_column, default_source)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise _bad_input(
-                f"{name}:{number + 1}", f"damaged gzip ({error})", "Fetch or make the file again."
-            ) from error
-
-
-def _json_document(line: bytes, place: str, text_column: str, default_source: str) -> Document:
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise _not_utf8(place) from error
-    except (ValueError, RecursionError) as error:
-        raise _bad_input(place, f"not JSON ({error})", "Mend or remove the line.") from error
-    if not isinstance(row, dict):
-        raise _bad_input(place, "not a JSON object", 'Each line must be like {"text": "..."}.')
-    if text_column not in row:
-        raise _no_column(place, text_column, list(row))
-    text, source = row[text_column], row.get("source")
-    return _checked(text, source if isinstance(source, str) else default_source, place)
-
-
-def _parquet_rows(path: Path, name: str, text_column: str) -> Iterator[Document]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    default_source = Path(name).name.split(".")[0]
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if text_column not in columns:
-                raise _no_column(name, text_column, columns)
-            wanted = [text_column, "source"] if "source" in columns else [text_column]
-            row = 0
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=wanted):
-                texts = batch.column(text_column).to_pylist()
-                sources = (
-                    batch.column("source").to_pylist() if len(wanted) == 2 else [None] * len(texts)
-                )
-                for text, source in zip(texts, sources, strict=True):
-                    row += 1
-                    label = source if isinstance(source, str) else default_source
-                    yield _checked(text, label, f"{name}:{row}")
-    except pa.ArrowException as error:
-        raise _bad_input(
-            name, f"damaged Parquet ({error})", "Fetch or make the file again."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise _not_utf8(name) from error
-
-
-def _checked(text: Any, source: str, place: str) -> Document:
-    if not isinstance(text, str):
-        raise _bad_input(
-            place,
-            f"the text is {type(text).__name__}, not a string",
-            "Mend or remove it, or name another column with --text-column.",
-        )
-    if not text.strip():
-        raise _bad_input(place, "the text is empty", "Remove it.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _bad_input(
-            place, f"half a surrogate pair at character {error.start}", "Mend or remove it."
-        ) from error
-    return Document(text, source, place)
-
-
-def _not_utf8(place: str) -> UserError:
-    return _bad_input(place, "not UTF-8", "Convert the file, such as with iconv -t utf-8.")
-
-
-def _no_column(place: str, text_column: str, columns: list[str]) -> UserError:
-    return _bad_input(
-        place,
-        f"no column {text_column!r}; there is {', '.join(map(repr, columns)) or 'nothing'}",
-        "Name the column that holds the text with --text-column.",
-    )
 
 
 def _bad_input(where: str, what: str, fix: str) -> UserError:

@@ -1,18 +1,73 @@
-"""The table at the end of preprocessing."""
+"""What people see of preprocessing: the progress display, and the table at the end."""
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kiem.data.units import Unit, UnitSummary
 from kiem.files import format_bytes
 
 
-def print_summary(manifest: dict[str, Any], seconds: float, folder: Path, console: Console) -> None:
-    """Prints what is in a chunk directory and how fast it was made."""
+class UnitProgress:
+    """A bar with documents, MB and tokens per second and the time left.
+
+    Args:
+        total_bytes: bytes of all units.
+        console: where it is shown.
+    """
+
+    def __init__(self, total_bytes: int, console: Console):
+        text = TextColumn("{task.description}")
+        columns = (text, BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, transient=True)
+        self._task = self._bar.add_task("starting", total=total_bytes)
+        self._counts: Counter[str] = Counter()
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> UnitProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, unit: Unit, summary: UnitSummary) -> None:
+        """Shows that a unit is finished."""
+        self._counts.update(documents=summary.documents, tokens=summary.tokens, bytes=summary.bytes)
+        seconds = time.perf_counter() - self._started
+        rate = {name: number / seconds for name, number in self._counts.items()}
+        self._bar.update(
+            self._task,
+            advance=unit.num_bytes,
+            description=f"{self._counts['documents']:,} documents "
+            f"({rate['documents']:,.0f}/s, {rate['bytes'] / 1e6:,.1f} MB/s, "
+            f"{rate['tokens']:,.0f} tokens/s)",
+        )
+
+
+def print_summary(
+    manifest: dict[str, Any],
+    seconds: float,
+    stage_seconds: dict[str, float],
+    folder: Path,
+    console: Console,
+) -> None:
+    """Prints what is in a chunk directory and how fast it was made.
+
+    Args:
+        manifest: of the chunk directory.
+        seconds: how long it took.
+        stage_seconds: processor time of each stage, summed over the workers.
+        folder: the chunk directory.
+        console: where to print.
+    """
     table = Table("", "train", "test", title=str(folder), title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -24,8 +79,17 @@ def print_summary(manifest: dict[str, Any], seconds: float, folder: Path, consol
         "bytes per token", *(f"{split['bytes'] / max(1, split['tokens']):.2f}" for split in splits)
     )
     console.print(table)
+    if rejected := manifest["rejected"]:
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
+        total = sum(rejected.values())
+        console.print(f"rejected {total:,} of {manifest['documents_read']:,} documents: {reasons}")
     tokens = sum(split["tokens"] for split in splits)
+    num_rows = manifest["tokenizer"]["num_rows"]
+    num_unused = manifest["tokenizer"]["num_unused_rows"]
     console.print(
         f"{tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s); "
-        f"vocabulary of {manifest['tokenizer']['num_rows']:,} rows"
+        f"vocabulary of {num_rows:,} rows, of which the text never uses {num_unused:,}"
     )
+    slowest = max(stage_seconds, key=lambda stage: stage_seconds[stage])
+    shares = ", ".join(f"{stage} {took:.1f} s" for stage, took in stage_seconds.items())
+    console.print(f"slowest stage: {slowest} ({shares}; summed over the worker processes)")

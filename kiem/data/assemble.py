@@ -1,0 +1,200 @@
+"""From finished units to the two splits: what is kept, where it goes, chunks on the disk.
+
+This runs in one process and in the order of the plan, so it decides the same whatever worker made
+which unit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from kiem.data.chunks import SplitWriter
+from kiem.data.packing import make_packer
+from kiem.data.split import split_limit
+from kiem.data.tokenizer import Tokenizer
+from kiem.data.units import Unit, UnitJob, UnitSummary, read_unit
+from kiem.errors import ExitCode, UserError
+from kiem.files import check_seal
+
+SPLITS = ("train", "test")
+_TRAIN, _TEST, _REJECTED, _BEYOND = 0, 1, 2, 3
+
+
+@dataclass
+class SplitCounts:
+    """What went into one split."""
+
+    documents: int = 0
+    words: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    chunks: int = 0
+    padding_tokens: int = 0
+    bytes_per_source: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Fates:
+    """What becomes of every row.
+
+    Attributes:
+        per_unit: int8 [rows] for each unit: train, test, rejected, or beyond the word limit.
+        rejected: rows rejected, by reason.
+        num_rows: rows up to the word limit.
+    """
+
+    per_unit: list[np.ndarray]
+    rejected: Counter[str]
+    num_rows: int
+
+
+def decide(units: Sequence[Unit], job: UnitJob, test_share: float, word_limit: int | None) -> Fates:
+    """Decides what becomes of every row of the units.
+
+    Args:
+        units: the plan.
+        job: where the finished units are.
+        test_share: share of the documents for testing.
+        word_limit: documents are taken as long as they have no more words together.
+
+    Raises:
+        UserError: a unit file is damaged.
+    """
+    fates: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    rejected: Counter[str] = Counter()
+    num_rows = num_words = 0
+    lowest = 2**64
+    for unit in units:
+        path = job.path(unit)
+        if not path.exists():
+            break  # beyond the word limit
+        if not check_seal(path):
+            raise UserError(
+                "is damaged (its sha256 differs)",
+                where=str(path),
+                fix="Run the same command again: this part is made anew.",
+                exit_code=ExitCode.DAMAGED,
+            )
+        columns, summary = _read_columns(path, ("position", "words", "reason"))
+        words, reasons = columns["words"], columns["reason"]
+        fate = np.where(reasons >= 0, _REJECTED, _TRAIN).astype(np.int8)
+        if word_limit is not None:
+            too_far = num_words + np.cumsum(words) > word_limit
+            fate[np.logical_or.accumulate(too_far)] = _BEYOND
+        counted = fate != _BEYOND
+        num_words += int(words[counted].sum())
+        num_rows += int(counted.sum())
+        for reason in reasons[fate == _REJECTED]:
+            rejected[summary.reasons[reason]] += 1
+        kept = columns["position"][fate == _TRAIN]
+        lowest = min(lowest, int(kept.min(initial=2**64 - 1)))
+        fates.append(fate)
+        positions.append(columns["position"])
+        if not counted.all():
+            break
+    limit = np.uint64(min(split_limit(test_share, lowest), 2**64 - 1))
+    for fate, position in zip(fates, positions, strict=True):
+        fate[(fate == _TRAIN) & (position < limit)] = _TEST
+    return Fates(fates, rejected, num_rows)
+
+
+def write_splits(
+    units: Sequence[Unit],
+    job: UnitJob,
+    fates: Fates,
+    tokenizer: Tokenizer,
+    chunk_size: int,
+    packing: Literal["concat", "best-fit"],
+    folder: Path,
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """Packs the documents into chunks and writes both splits.
+
+    Args:
+        units: the plan.
+        job: where the finished units are.
+        fates: what becomes of every row.
+        tokenizer: whose padding fills the ends.
+        chunk_size: tokens in a chunk.
+        packing: how documents become chunks.
+        folder: the unfinished chunk directory.
+
+    Returns:
+        The manifest's entry of each split, and how many rows of the vocabulary no token has.
+    """
+    writers = {split: SplitWriter(folder / split, chunk_size) for split in SPLITS}
+    packers = {split: make_packer(packing, chunk_size, tokenizer.pad_id) for split in SPLITS}
+    counts = {split: SplitCounts() for split in SPLITS}
+    used = np.zeros(tokenizer.num_rows, dtype=bool)
+    for unit, fate in zip(units, fates.per_unit, strict=False):
+        path = job.path(unit)
+        batches, summary = read_unit(path)
+        start = 0
+        for batch in batches:
+            here = fate[start : start + batch.num_rows]
+            start += batch.num_rows
+            for number, split in enumerate(SPLITS):
+                is_here = here == number
+                if not is_here.any():
+                    continue
+                ids, lengths = _documents(batch, is_here)
+                used[ids] = True
+                packers[split].add(ids, lengths)
+                writers[split].write(packers[split].full_chunks())
+                _count(counts[split], batch, is_here, summary.sources)
+    entries = {}
+    for split in SPLITS:
+        writers[split].write(packers[split].last_chunks())
+        shards = writers[split].close()
+        count = counts[split]
+        count.chunks = sum(shard["chunks"] for shard in shards)
+        count.padding_tokens = count.chunks * chunk_size - count.tokens
+        assert count.padding_tokens == packers[split].num_padding_tokens, "tokens were lost"
+        sources = dict(sorted(count.bytes_per_source.items()))
+        entries[split] = {
+            **dataclasses.asdict(count),
+            "bytes_per_source": sources,
+            "shards": shards,
+        }
+    return entries, int(tokenizer.num_rows - used.sum())
+
+
+def _documents(batch: pa.RecordBatch, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids of the chosen rows, one after the other, and the length of each."""
+    column = batch.column("ids")
+    lengths = np.diff(column.offsets.to_numpy())
+    ids = column.values.to_numpy()
+    if chosen.all():
+        return ids, lengths
+    return ids[np.repeat(chosen, lengths)], lengths[chosen]
+
+
+def _count(
+    counts: SplitCounts, batch: pa.RecordBatch, chosen: np.ndarray, sources: list[str]
+) -> None:
+    num_bytes = batch.column("bytes").to_numpy()[chosen]
+    labels = batch.column("source").to_numpy()[chosen]
+    counts.documents += int(chosen.sum())
+    counts.words += int(batch.column("words").to_numpy()[chosen].sum())
+    counts.bytes += int(num_bytes.sum())
+    counts.tokens += int(np.diff(batch.column("ids").offsets.to_numpy())[chosen].sum())
+    for label in np.unique(labels):
+        counts.bytes_per_source[sources[label]] += int(num_bytes[labels == label].sum())
+
+
+def _read_columns(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], UnitSummary]:
+    """Returns whole columns of a unit file, as copies, and its summary."""
+    batches, summary = read_unit(path)
+    columns = {}
+    for name in names:
+        parts = [batch.column(name).to_numpy() for batch in batches]
+        columns[name] = np.concatenate(parts) if parts else np.empty(0, np.int64)
+    return columns, summary

@@ -1,0 +1,264 @@
+"""Units of work: parts of the source that are read, cleaned and encoded by themselves.
+
+The plan of units depends on the source alone, never on the number of workers. A finished unit is
+one file with a row for every row of the source, and its checksum at the end:
+
+    ids       large_list<int32>   <bos> text <eos>; empty for a rejected row
+    position  uint64              place in the split
+    words, bytes, source, piece, row, reason (-1: kept), fingerprint and text when asked for
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from kiem.data.encoding import Encoder
+from kiem.data.packing import frame
+from kiem.data.readers import Piece, Row, cut_source, place, read_rows
+from kiem.data.sources import Source
+from kiem.data.split import split_position
+from kiem.files import check_seal, sealed_file
+
+UNIT_BYTES = 8_000_000
+_BATCH_CHARACTERS = 8_000_000
+_SCHEMA = pa.schema(
+    [
+        ("ids", pa.large_list(pa.int32())),
+        ("position", pa.uint64()),
+        ("words", pa.int64()),
+        ("bytes", pa.int64()),
+        ("source", pa.int32()),
+        ("reason", pa.int32()),
+        ("piece", pa.int32()),
+        ("row", pa.int64()),
+    ]
+)
+
+
+class Unit(NamedTuple):
+    """Consecutive pieces of the source.
+
+    Attributes:
+        number: its place in the plan.
+        pieces: what is read, in order.
+        num_bytes: about how much of the files that is, for progress.
+    """
+
+    number: int
+    pieces: tuple[Piece, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the source is read.
+
+    Attributes:
+        source: where the text is.
+        text_column: the column or key that holds the text.
+        on_bad_document: what to do at a row that is no document.
+    """
+
+    source: Source
+    text_column: str
+    on_bad_document: Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class UnitJob:
+    """What is done with every unit.
+
+    Attributes:
+        folder: where unit files go.
+        reading: how the source is read.
+        seed: of the split.
+        bos_id: put before every document.
+        eos_id: put after every document.
+    """
+
+    folder: Path
+    reading: Reading
+    seed: int
+    bos_id: int
+    eos_id: int
+
+    def path(self, unit: Unit) -> Path:
+        """Returns the file that a finished unit becomes."""
+        return self.folder / f"{unit.number:06d}.unit"
+
+
+class UnitSummary(msgspec.Struct):
+    """What a unit file says of itself.
+
+    Attributes:
+        sources: the names that the `source` column counts.
+        reasons: the reasons that the `reason` column counts.
+        documents: rows that were kept.
+        words: white-space words of those.
+        bytes: UTF-8 bytes of those.
+        tokens: their tokens, control tokens included.
+        seconds: processor time per stage.
+    """
+
+    sources: list[str]
+    reasons: list[str]
+    documents: int
+    words: int
+    bytes: int
+    tokens: int
+    seconds: dict[str, float]
+
+
+def plan_units(source: Source) -> list[Unit]:
+    """Returns the units of a source; raises a UserError at a file that cannot be read."""
+    units: list[Unit] = []
+    pieces: list[Piece] = []
+    for piece in cut_source(source, UNIT_BYTES):
+        if pieces and sum(p.num_bytes for p in pieces) + piece.num_bytes > UNIT_BYTES:
+            units.append(_unit(len(units), pieces))
+            pieces = []
+        pieces.append(piece)
+    return [*units, _unit(len(units), pieces)]
+
+
+def finish_unit(unit: Unit, job: UnitJob, encoder: Encoder) -> UnitSummary:
+    """Makes the file of a unit, unless it is there and sound already.
+
+    Raises:
+        UserError: bad input, an encoding that is not exact, or a disk that cannot be written.
+    """
+    path = job.path(unit)
+    if path.exists() and check_seal(path):
+        return read_unit(path)[1]
+    maker = _UnitMaker(unit, job, encoder)
+    with sealed_file(path) as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+        for batch in maker.batches():
+            writer.write_batch(batch)
+        metadata = {"summary": msgspec.json.encode(maker.summary)}
+        last = pa.RecordBatch.from_pylist([], schema=_SCHEMA)
+        writer.write_batch(last, custom_metadata=metadata)
+    return maker.summary
+
+
+def read_unit(path: Path) -> tuple[list[pa.RecordBatch], UnitSummary]:
+    """Returns the batches of a unit file, memory-mapped, and its summary."""
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+        *found, (_, metadata) = reader.iter_batches_with_custom_metadata()
+    summary = msgspec.json.decode(metadata[b"summary"], type=UnitSummary)
+    return [batch for batch, _ in found], summary
+
+
+class _UnitMaker:
+    """Turns the rows of one unit into record batches and counts them."""
+
+    def __init__(self, unit: Unit, job: UnitJob, encoder: Encoder):
+        self._unit = unit
+        self._job = job
+        self._encoder = encoder
+        self._sources: dict[str, int] = {}
+        self._reasons: dict[str, int] = {}
+        self.summary = UnitSummary([], [], 0, 0, 0, 0, {})
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Yields the batches; the summary is complete after the last one."""
+        started = time.perf_counter()
+        for rows in _batches(read_unit_rows(self._unit, self._job.reading)):
+            started = self._took("reading", started)
+            yield self._encode(rows)
+            started = time.perf_counter()
+        self.summary.sources = list(self._sources)
+        self.summary.reasons = list(self._reasons)
+
+    def _encode(self, rows: list[tuple[Piece, Row]]) -> pa.RecordBatch:
+        started = time.perf_counter()
+        kept = [(piece, row) for piece, row in rows if row.text is not None]
+        is_kept = np.array([row.text is not None for _, row in rows])
+        texts = [row.text for _, row in kept if row.text is not None]
+        num_bytes = np.array([len(text.encode()) for text in texts], np.int64)
+        num_words = np.array([len(text.split()) for text in texts], np.int64)
+        positions = np.array([split_position(t, self._job.seed) for t in texts], np.uint64)
+        started = self._took("counting", started)
+        encoded = self._encoder.encode(texts, lambda number: _place(self._job, kept[number]))
+        framed = frame(encoded, self._job.bos_id, self._job.eos_id)
+        started = self._took("encoding", started)
+        summary = self.summary
+        summary.documents += len(texts)
+        summary.words += int(num_words.sum())
+        summary.bytes += int(num_bytes.sum())
+        summary.tokens += len(framed.ids)
+        lengths = _spread(framed.lengths, is_kept)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        reasons = [
+            self._number(self._reasons, r.problem.reason) if r.problem else -1 for _, r in rows
+        ]
+        sources = [self._number(self._sources, row.source) for _, row in rows]
+        first_piece = self._unit.pieces.index
+        columns = [
+            pa.LargeListArray.from_arrays(_array(offsets), _array(framed.ids)),
+            _array(_spread(positions, is_kept)),
+            _array(_spread(num_words, is_kept)),
+            _array(_spread(num_bytes, is_kept)),
+            _array(np.array(sources, np.int32)),
+            _array(np.array(reasons, np.int32)),
+            _array(np.array([first_piece(piece) for piece, _ in rows], np.int32)),
+            _array(np.array([row.number for _, row in rows], np.int64)),
+        ]
+        return pa.record_batch(columns, schema=_SCHEMA)
+
+    def _took(self, stage: str, started: float) -> float:
+        now = time.perf_counter()
+        self.summary.seconds[stage] = self.summary.seconds.get(stage, 0.0) + now - started
+        return now
+
+    @staticmethod
+    def _number(names: dict[str, int], name: str) -> int:
+        return names.setdefault(name, len(names))
+
+
+def read_unit_rows(unit: Unit, reading: Reading) -> Iterator[tuple[Piece, Row]]:
+    """Yields the rows of a unit."""
+    return read_rows(reading.source, unit.pieces, reading.text_column, reading.on_bad_document)
+
+
+def _batches(rows: Iterator[tuple[Piece, Row]]) -> Iterator[list[tuple[Piece, Row]]]:
+    batch: list[tuple[Piece, Row]] = []
+    num_characters = 0
+    for piece, row in rows:
+        batch.append((piece, row))
+        num_characters += len(row.text or "")
+        if num_characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
+
+
+def _place(job: UnitJob, found: tuple[Piece, Row]) -> str:
+    piece, row = found
+    source = job.reading.source
+    return place(source.paths[piece.file], source.names[piece.file], piece, row.number)
+
+
+def _spread(values: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
+    """Returns values [kept] with zeros at the rejected rows, [rows]."""
+    spread = np.zeros(len(is_kept), values.dtype)
+    spread[is_kept] = values
+    return spread
+
+
+def _array(values: np.ndarray) -> pa.Array:
+    # Not pa.array(): that imports pandas where it is installed, for half a second.
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(values))]
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), buffers)
+
+
+def _unit(number: int, pieces: list[Piece]) -> Unit:
+    return Unit(number, tuple(pieces), sum(piece.num_bytes for piece in pieces))
