@@ -50,11 +50,18 @@ class PreprocessOptions:
     encoder: Literal["auto", "reference"] = "auto"
     """auto: gigatoken where it is proven exact, checked against the tokenizers library on a sample
     of documents. reference: the tokenizers library alone."""
+    executor: Literal["local", "ray"] = "local"
+    """local: worker processes on this machine. ray: on a Ray cluster whose nodes share the folders;
+    the result is the same."""
+    ray_address: str | None = None
+    """Address of a running Ray cluster. Default: one is started on this machine."""
     packing: Literal["concat", "best-fit"] = "concat"
     """concat: one document after the other, cut into chunks. best-fit: cut only documents that are
     longer than a chunk, put the others where they fit best and fill the ends with padding."""
     on_bad_document: Literal["stop", "skip"] = "stop"
     """What to do at a line or row that is no document: stop and name it, or skip and count it."""
+    verify: Path | None = None
+    """Make nothing; check every hash and count of this chunk directory instead."""
     overwrite: bool = False
     """Replace the chunk directory if it exists, and start again if one is unfinished."""
 

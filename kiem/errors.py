@@ -7,6 +7,8 @@ traceback. Our own mistakes are `assert`s and keep their traceback.
 from __future__ import annotations
 
 import enum
+from functools import partial
+from typing import Any
 
 
 class ExitCode(enum.IntEnum):
@@ -48,6 +50,11 @@ class UserError(Exception):
         self.fix = fix
         self.exit_code = exit_code
         self.where = where
+
+    def __reduce__(self) -> tuple[partial[UserError], tuple[str]]:
+        # Exceptions are pickled by their positional arguments; these go between processes.
+        given: dict[str, Any] = {"fix": self.fix, "exit_code": self.exit_code, "where": self.where}
+        return partial(type(self), **given), (self.what,)
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""

@@ -133,23 +133,37 @@ def new_folder(
                 for name in names:
                     _fsync_file(Path(folder, name))
                 _fsync_folder(Path(folder))
+            outgoing = _outgoing(path)
+            shutil.rmtree(outgoing, ignore_errors=True)
             if path.exists():
-                outgoing = path.with_name(f".{path.name}.old-{os.getpid()}")
                 path.rename(outgoing)
-                temporary.rename(path)
-                shutil.rmtree(outgoing)
-            else:
-                temporary.rename(path)
+            temporary.rename(path)
             _fsync_folder(path.parent)
+            shutil.rmtree(outgoing, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder so that no half of it is ever seen under its name."""
-    outgoing = path.with_name(f".{path.name}.old-{os.getpid()}")
-    path.rename(outgoing)
-    shutil.rmtree(outgoing)
+    """Removes a folder so that no half of it is ever seen under its name.
+
+    Does nothing when it is not there, but for what a killed removal left of it.
+    """
+    outgoing = _outgoing(path)
+    shutil.rmtree(outgoing, ignore_errors=True)
+    if path.exists():
+        path.rename(outgoing)
+        shutil.rmtree(outgoing)
+
+
+def is_removed(path: Path) -> bool:
+    """Says whether nothing is left of a folder, not even by a killed removal."""
+    return not path.exists() and not _outgoing(path).exists()
+
+
+def _outgoing(path: Path) -> Path:
+    """Where a folder waits for its end: one name, so that what a kill leaves is found again."""
+    return path.with_name(f".{path.name}.old")
 
 
 def empty_folder(path: Path) -> None:
@@ -271,6 +285,13 @@ def writing_errors(path: Path) -> Iterator[None]:
                 f"cannot write here ({error.strerror})",
                 where=str(error.filename or path),
                 fix="Choose a place that exists and that you may write to.",
+                exit_code=ExitCode.NOT_WRITABLE,
+            ) from error
+        if error.errno == errno.EIO:
+            raise UserError(
+                f"the disk failed ({error.strerror}); nothing was written under this name",
+                where=str(path),
+                fix="Check the disk, or choose a folder on another one, and run it again.",
                 exit_code=ExitCode.NOT_WRITABLE,
             ) from error
         raise

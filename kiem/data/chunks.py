@@ -44,15 +44,29 @@ class SplitWriter:
         self._shard_rows = max(1, _SHARD_TOKENS // chunk_size)
         self._rows: list[int] = []
         self._writer: pa.RecordBatchStreamWriter | None = None
+        self._waiting: list[np.ndarray] = []
+        self._num_waiting = 0
 
     def write(self, chunks: np.ndarray) -> None:
         """Appends int32 chunks [num_chunks, chunk_size]."""
+        # Batches of one size, so that the shards do not depend on how the chunks arrived.
+        self._waiting.append(chunks)
+        self._num_waiting += len(chunks)
+        if self._num_waiting >= _BATCH_ROWS:
+            waiting = np.concatenate(self._waiting)
+            cut = len(waiting) - len(waiting) % _BATCH_ROWS
+            for start in range(0, cut, _BATCH_ROWS):
+                self._write_batch(waiting[start : start + _BATCH_ROWS])
+            self._waiting, self._num_waiting = [waiting[cut:]], len(waiting) - cut
+
+    def _write_batch(self, chunks: np.ndarray) -> None:
+        """Writes chunks as record batches, one or two where a shard ends between them."""
         start = 0
         while start < len(chunks):
             if self._writer is None or self._rows[-1] == self._shard_rows:
                 self._next_shard()
             assert self._writer is not None
-            num_rows = min(len(chunks) - start, self._shard_rows - self._rows[-1], _BATCH_ROWS)
+            num_rows = min(len(chunks) - start, self._shard_rows - self._rows[-1])
             rows = np.ascontiguousarray(chunks[start : start + num_rows], dtype=np.int32)
             # Not pa.array(): that imports pandas where it is installed, for half a second.
             values = pa.Array.from_buffers(pa.int32(), rows.size, [None, pa.py_buffer(rows)])
@@ -63,6 +77,8 @@ class SplitWriter:
 
     def close(self) -> list[dict[str, Any]]:
         """Finishes the split and returns the manifest's entry of every shard."""
+        if self._num_waiting:
+            self._write_batch(np.concatenate(self._waiting))
         if self._writer is None:
             self._next_shard()
         assert self._writer is not None

@@ -121,6 +121,13 @@ def _join(documents: Sequence[Sequence[int] | np.ndarray]) -> Encoded:
     return Encoded(np.concatenate(arrays) if arrays else np.empty(0, np.int32), lengths)
 
 
+def make_encoder(tokenizer: Tokenizer, choice: str) -> Encoder:
+    """Returns the encoder that `--encoder` asks for: "auto" or "reference"."""
+    if choice == "reference":
+        return Encoder(tokenizer, "as asked for with --encoder reference")
+    return Encoder(tokenizer, prepare_fast_path(tokenizer.json_bytes))
+
+
 class _Model(msgspec.Struct, omit_defaults=True):
     """What the proof needs of a tokenizer's model; the merges stay bytes, unread."""
 

@@ -22,7 +22,8 @@ from kiem.cli import warn
 from kiem.config import PreprocessOptions
 from kiem.data.assemble import decide, write_splits
 from kiem.data.chunks import finish_directory, read_manifest, verify_directory
-from kiem.data.encoding import Encoder, prepare_fast_path
+from kiem.data.encoding import make_encoder
+from kiem.data.ray_workers import run_units_on_ray
 from kiem.data.sources import (
     DEFAULT_HUB_SIZE,
     Source,
@@ -48,6 +49,7 @@ from kiem.errors import ExitCode, UserError
 from kiem.files import (
     check_name,
     empty_folder,
+    is_removed,
     locked_folder,
     new_folder,
     remove_folder,
@@ -86,6 +88,10 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
         UserError: anything about the options, the text, the Hub or the disk that a person can mend.
     """
     started = time.perf_counter()
+    if options.verify is not None:
+        verify_directory(options.verify)
+        console.print(f"{options.verify}: every hash and count is right")
+        return options.verify
     _check_options(options)
     vocabulary_size = vocabulary_size_to_train(options.tokenizer)
     # Local files first, since that is quick; but the tokenizer before the Hub's gigabytes of text,
@@ -99,6 +105,7 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     if folder.exists() and not options.overwrite:
         _refuse_other(folder, read_manifest(folder), identity)
         verify_directory(folder)
+        _clear_after_kill(folder)
         console.print(f"{folder} is there already, made of the same text; verified.")
         return folder
     reading = Reading(source, options.text_column, options.on_bad_document)
@@ -116,10 +123,23 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     return folder
 
 
+def _unfinished(folder: Path) -> Path:
+    """Returns the folder in which a chunk directory's units wait until it is written."""
+    return folder.with_name(f".{folder.name}.unfinished")
+
+
+def _clear_after_kill(folder: Path) -> None:
+    """Removes what a run left that was killed after it had finished the chunk directory."""
+    work = _unfinished(folder)
+    if not is_removed(work):
+        with locked_folder(work):
+            remove_folder(work)
+
+
 @contextmanager
 def _working_folder(folder: Path, identity: dict[str, Any], overwrite: bool) -> Iterator[Path]:
     """Gives the folder for finished units, which an interrupted run leaves for the next one."""
-    work = folder.with_name(f".{folder.name}.unfinished")
+    work = _unfinished(folder)
     with locked_folder(work):
         plan = work / _PLAN_FILE
         earlier = json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else {}
@@ -169,18 +189,20 @@ def _finish_units(
     """Finishes the units, or as many of them as the word limit needs; returns time per stage."""
     started = time.perf_counter()
     num_bytes = sum(unit.num_bytes for unit in units)
-    purpose = "the chunk directory and the unfinished parts of it"
-    require_free_space(job.folder, _OUTPUT_BYTES_PER_TEXT_BYTE * num_bytes, purpose)
-    is_auto = options.encoder == "auto"
-    asked = "as asked for with --encoder reference"
-    encoder = Encoder(tokenizer, prepare_fast_path(tokenizer.json_bytes) if is_auto else asked)
-    if is_auto and encoder.reason is not None:
+    finished_bytes = sum(path.stat().st_size for path in map(job.path, units) if path.exists())
+    needed_bytes = _OUTPUT_BYTES_PER_TEXT_BYTE * num_bytes + len(tokenizer.json_bytes)
+    require_free_space(job.folder, needed_bytes - finished_bytes, "the chunk directory")
+    encoder = make_encoder(tokenizer, options.encoder)
+    if options.encoder == "auto" and encoder.reason is not None:
         warn(console, f"encoding slowly with the tokenizers library: {encoder.reason}")
     seconds = {"loading": time.perf_counter() - started}
     limit = _word_limit(options)
     finished: dict[int, UnitSummary] = {}
-    num_proc = options.num_proc or os.cpu_count() or 1
-    running = run_units(units, job, encoder, num_proc)
+    if options.executor == "ray":
+        places = (options.num_proc, options.ray_address)
+        running = run_units_on_ray(units, job, tokenizer, options.encoder, *places)
+    else:
+        running = run_units(units, job, encoder, options.num_proc or os.cpu_count() or 1)
     with closing(running), UnitProgress(num_bytes, console) as progress:
         for unit, summary in running:
             finished[unit.number] = summary
