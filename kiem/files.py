@@ -16,12 +16,13 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from io import BufferedIOBase, BufferedRandom
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from kiem.errors import ExitCode, UserError
 
-_READ_BLOCK_BYTES = 1 << 22
+_READ_BLOCK_BYTES = 1 << 18
 # A killed parent's workers hold its lock for a second or two.
 _LOCK_TRIES = 50
 _LOCK_PAUSE_SECONDS = 0.1
@@ -39,7 +40,7 @@ def sha256_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
+def new_file(path: Path) -> Iterator[BufferedRandom]:
     """Fills a file out of sight and gives it its name in one rename.
 
     Yields:
@@ -63,7 +64,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def sealed_file(path: Path) -> Iterator[BinaryIO]:
+def sealed_file(path: Path) -> Iterator[BufferedRandom]:
     """As `new_file`, and puts the SHA-256 of what was written at the end, for `check_seal`."""
     with new_file(path) as file:
         yield file
@@ -297,13 +298,14 @@ def writing_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _sha256(file: BinaryIO, num_bytes: int | None) -> hashlib._Hash:
+def _sha256(file: BufferedIOBase, num_bytes: int | None) -> hashlib._Hash:
     """Hashes the next `num_bytes` of an open file, by default all that are left."""
     digest = hashlib.sha256()
     left = sys.maxsize if num_bytes is None else num_bytes
-    while block := file.read(min(left, _READ_BLOCK_BYTES)):
-        digest.update(block)
-        left -= len(block)
+    block = memoryview(bytearray(_READ_BLOCK_BYTES))  # one for all: new memory costs more
+    while num_read := file.readinto(block[: min(left, _READ_BLOCK_BYTES)]):
+        digest.update(block[:num_read])
+        left -= num_read
     return digest
 
 

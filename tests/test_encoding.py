@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from rich.console import Console
 from test_tokenizer import NASTY
+from tokenizers import Tokenizer as TokenizersTokenizer
 
 from kiem.config import PreprocessOptions
-from kiem.data.encoding import Encoder, FastPath, prepare_fast_path
+from kiem.data import encoding
+from kiem.data.encoding import Encoder, FastPath, cut_long, prepare_fast_path
 from kiem.data.packing import frame
 from kiem.data.preprocess import preprocess
+from kiem.data.reference import reference_process
 from kiem.data.tokenizer import Tokenizer, parse_tokenizer, train_tokenizer
+from kiem.data.tokenizer_json import shorten_merges
 from kiem.errors import ExitCode, UserError
 
 
@@ -42,19 +48,96 @@ def test_fast_equals_reference(
     name: str, sample_texts: list[str], request: pytest.FixtureRequest
 ) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(name)
-    encoder = Encoder(tokenizer, prepare_fast_path(tokenizer.json_bytes))
+    encoder = Encoder(tokenizer, prepare_fast_path(tokenizer.content))
     assert encoder.reason is None
     texts = [*sample_texts, *NASTY, *fragments(tokenizer, 5000)]
     assert encode(encoder, texts) == tokenizer.encode_batch(texts)
 
 
 def test_gemmas_one_crossing_entry_is_left_to_the_reference(gemma: Tokenizer) -> None:
-    fast = prepare_fast_path(gemma.json_bytes)
+    fast = prepare_fast_path(gemma.content)
     assert isinstance(fast, FastPath)
     assert fast.crossing is not None
     assert fast.crossing.pattern == r">\ </"
     texts = ["gewoon", "<a>b</a> </p>", "x > </ y", "nog een"]
     assert encode(Encoder(gemma, fast), texts) == gemma.encode_batch(texts)
+
+
+@pytest.mark.parametrize("name", ["trained", "gemma"])
+def test_long_documents_are_checked_in_parts(
+    name: str,
+    sample_texts: list[str],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the reference says of the parts is what it says of the whole."""
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    texts = [" ".join(fragments(tokenizer, 40)), "  ".join(sample_texts), "\n".join(sample_texts)]
+    for text in texts:
+        for part_characters in (1, 10, 1000):
+            parts = list(cut_long(text, part_characters))
+            assert "".join(parts) == text
+            assert len(parts) > 3 or part_characters == 1000
+            joined = [token for ids in tokenizer.encode_batch(parts) for token in ids]
+            if not re.search("> +</", text):
+                assert joined == tokenizer.encode(text)
+    monkeypatch.setattr(encoding, "_PART_CHARACTERS", 100)
+    encoder = Encoder(tokenizer, prepare_fast_path(tokenizer.content))
+    assert encode(encoder, texts) == tokenizer.encode_batch(texts)
+    wrong = Encoder(tokenizer, prepare_fast_path(train_tokenizer(sample_texts, 700).content))
+    for text in (texts[2], f"De dag < {texts[2]}"):
+        with pytest.raises(UserError, match="differently"):
+            wrong.encode([text], str)
+
+
+def test_memory_of_words_is_bounded(gemma: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gigatoken keeps every word it has seen: some ten bytes for each byte of new words."""
+    monkeypatch.setattr(encoding, "_MAX_REMEMBERED_BYTES", 40_000_000)
+    encoder = Encoder(gemma, prepare_fast_path(gemma.content))
+    chance = random.Random(0)
+    most = 0
+    for _ in range(16):
+        words = ["".join(chance.choices("abcdefghijklmnop", k=9)) for _ in range(100_000)]
+        encoder.encode([" ".join(words)], str)
+        most = max(most, psutil.Process().memory_info().rss - encoder._loaded_bytes)
+    assert most < 100_000_000  # without a bound: 160 million
+
+
+def test_the_reference_process_answers_several_workers(trained: Tokenizer) -> None:
+    texts = ["Een dag", "in mei", "<eos>"]
+    with reference_process(trained, 2) as (first, second):
+        assert first(texts) == second(texts) == trained.encode_batch(texts)
+        assert second([]) == []
+
+
+def test_the_reference_process_may_be_killed(trained: Tokenizer) -> None:
+    with reference_process(trained, 1) as (reference,):
+        reference(["Een dag"])
+        (child,) = psutil.Process().children()
+        child.kill()
+        child.wait()
+        with pytest.raises(UserError, match="ended from outside") as caught:
+            reference(["in mei"])
+    assert caught.value.exit_code == ExitCode.OUT_OF_MEMORY
+
+
+def test_the_reference_process_says_what_is_wrong(trained: Tokenizer) -> None:
+    model = {"merges": [["heel", "nergens"]]}
+    broken = changed(trained, model=model)
+    with reference_process(broken, 1) as (reference,), pytest.raises(UserError, match="not a tok"):
+        reference(["Een dag"])
+
+
+def test_shorter_merges_make_the_same_tokenizer(gemma: Tokenizer, trained: Tokenizer) -> None:
+    for tokenizer in (gemma, trained):
+        assert tokenizer.content is not None
+        shorter = shorten_merges(tokenizer.content, tokenizer.json_bytes)
+        assert len(shorter) < 0.8 * len(tokenizer.json_bytes)
+        same = (TokenizersTokenizer.from_buffer(b) for b in (shorter, tokenizer.json_bytes))
+        first, second = (json.loads(implementation.to_str()) for implementation in same)
+        assert first == second
+    with_space = changed(trained, model={"vocab": {**trained.content.vocabulary, "a b": 1500}})
+    assert shorten_merges(with_space.content, with_space.json_bytes) == with_space.json_bytes
 
 
 def changed(tokenizer: Tokenizer, **changes: Any) -> Tokenizer:
@@ -75,13 +158,13 @@ def test_tokenizers_without_proof_go_to_the_reference(trained: Tokenizer) -> Non
         changed(trained, model={"vocab": {**vocabulary, "a▁b": 1500}}),
     ]
     for tokenizer in cases:
-        encoder = Encoder(tokenizer, prepare_fast_path(tokenizer.json_bytes))
+        encoder = Encoder(tokenizer, prepare_fast_path(tokenizer.content))
         assert encoder.reason is not None
         assert encode(encoder, ["een twee", "drie"]) == tokenizer.encode_batch(["een twee", "drie"])
 
 
 def test_difference_names_the_document(trained: Tokenizer, sample_texts: list[str]) -> None:
-    of_another_vocabulary = prepare_fast_path(train_tokenizer(sample_texts, 700).json_bytes)
+    of_another_vocabulary = prepare_fast_path(train_tokenizer(sample_texts, 700).content)
     encoder = Encoder(trained, of_another_vocabulary)
     with pytest.raises(UserError, match="differently") as caught:
         encoder.encode(["De provincie Noord-Holland"], "a.jsonl:{}".format)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from kiem.data.arrow import to_numpy
 from kiem.data.chunks import SplitWriter
 from kiem.data.packing import make_packer
 from kiem.data.split import split_limit
@@ -170,8 +171,8 @@ def write_splits(
 def _documents(batch: pa.RecordBatch, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the ids of the chosen rows, one after the other, and the length of each."""
     column = batch.column("ids")
-    lengths = np.diff(column.offsets.to_numpy())
-    ids = column.values.to_numpy()
+    lengths = np.diff(to_numpy(column.offsets))
+    ids = to_numpy(column.values)
     if chosen.all():
         return ids, lengths
     return ids[np.repeat(chosen, lengths)], lengths[chosen]
@@ -180,12 +181,12 @@ def _documents(batch: pa.RecordBatch, chosen: np.ndarray) -> tuple[np.ndarray, n
 def _count(
     counts: SplitCounts, batch: pa.RecordBatch, chosen: np.ndarray, sources: list[str]
 ) -> None:
-    num_bytes = batch.column("bytes").to_numpy()[chosen]
-    labels = batch.column("source").to_numpy()[chosen]
+    num_bytes = to_numpy(batch.column("bytes"))[chosen]
+    labels = to_numpy(batch.column("source"))[chosen]
     counts.documents += int(chosen.sum())
-    counts.words += int(batch.column("words").to_numpy()[chosen].sum())
+    counts.words += int(to_numpy(batch.column("words"))[chosen].sum())
     counts.bytes += int(num_bytes.sum())
-    counts.tokens += int(np.diff(batch.column("ids").offsets.to_numpy())[chosen].sum())
+    counts.tokens += int(np.diff(to_numpy(batch.column("ids").offsets))[chosen].sum())
     for label in np.unique(labels):
         counts.bytes_per_source[sources[label]] += int(num_bytes[labels == label].sum())
 
@@ -195,6 +196,6 @@ def _read_columns(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarra
     batches, summary = read_unit(path)
     columns = {}
     for name in names:
-        parts = [batch.column(name).to_numpy() for batch in batches]
+        parts = [to_numpy(batch.column(name)) for batch in batches]
         columns[name] = np.concatenate(parts) if parts else np.empty(0, np.int64)
     return columns, summary

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from kiem.data.arrow import from_numpy, to_numpy
 from kiem.data.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
 from kiem.errors import ExitCode, UserError
 from kiem.files import sha256_file, write_json
@@ -68,9 +69,9 @@ class SplitWriter:
             assert self._writer is not None
             num_rows = min(len(chunks) - start, self._shard_rows - self._rows[-1])
             rows = np.ascontiguousarray(chunks[start : start + num_rows], dtype=np.int32)
-            # Not pa.array(): that imports pandas where it is installed, for half a second.
-            values = pa.Array.from_buffers(pa.int32(), rows.size, [None, pa.py_buffer(rows)])
-            column = pa.FixedSizeListArray.from_arrays(values, type=self._schema.field(0).type)
+            column = pa.FixedSizeListArray.from_arrays(
+                from_numpy(rows.reshape(-1)), type=self._schema.field(0).type
+            )
             self._writer.write_batch(pa.record_batch([column], schema=self._schema))
             self._rows[-1] += num_rows
             start += num_rows
@@ -259,7 +260,7 @@ def _map_shard(file: Path, chunk_size: int) -> Iterator[np.ndarray]:
     except (OSError, pa.ArrowException) as error:
         raise _damaged(file, f"cannot be read ({error})") from error
     for batch in table.column("input_ids").chunks:
-        ids = batch.flatten().to_numpy(zero_copy_only=True)
+        ids = to_numpy(batch.flatten())
         yield ids.reshape(-1, chunk_size)
 
 

@@ -8,22 +8,32 @@ that contain one of the few entries for which this does not hold are left to the
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+import psutil
+from msgspec.structs import replace
 from tokenizers import Regex, pre_tokenizers
 
+from kiem.data.reference import Reference, reference_process
 from kiem.data.tokenizer import BYTE_TOKENS, WORD_PIECES, Tokenizer
+from kiem.data.tokenizer_json import TokenizerJson
 from kiem.errors import ExitCode, UserError
 
 # More entries than this with a space inside, and most documents would go to the reference anyway.
 _MAX_CROSSING_ENTRIES = 64
 # Of the documents in a batch, one in so many is compared with the reference.
 _COMPARED_SHARE = 200
+# The reference takes some 100 bytes a character, so it gets long documents in parts.
+_PART_CHARACTERS = 100_000
+# gigatoken remembers every word that it has seen, for good.
+_MAX_REMEMBERED_BYTES = 400_000_000
 
 
 class Encoded(NamedTuple):
@@ -40,14 +50,14 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class FastPath:
-    """gigatoken's encoder for a tokenizer for which it is proven exact.
+    """How gigatoken encodes with a tokenizer for which that is proven exact.
 
     Attributes:
-        backend: the encoder; control strings in text are text to it.
+        json_bytes: the tokenizer.json for gigatoken, to which control strings in text are text.
         crossing: finds the entries that a cut before spaces would split; None if there are none.
     """
 
-    backend: Any
+    json_bytes: bytes
     crossing: re.Pattern[str] | None
 
 
@@ -55,17 +65,27 @@ class Encoder:
     """Encodes batches of documents.
 
     Args:
-        tokenizer: the tokenizer, whose own implementation is the reference.
+        tokenizer: the tokenizer.
         fast: the fast path, or why there is none.
+        reference: what the fast path is compared with; by default the tokenizer in this process.
 
     Attributes:
         reason: why the reference does all the work; None when it need not.
     """
 
-    def __init__(self, tokenizer: Tokenizer, fast: FastPath | str):
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, fast: FastPath | str, reference: Reference | None = None
+    ):
         self._fast = fast if isinstance(fast, FastPath) else None
+        self._reference = reference or tokenizer.encode_batch
         self.reason = fast if isinstance(fast, str) else None
+        self._load()
+
+    def asking(self, reference: Reference) -> Encoder:
+        """Returns an encoder that shares all that is loaded, but is checked by `reference`."""
+        other = copy.copy(self)
+        other._reference = reference
+        return other
 
     def encode(self, texts: Sequence[str], place: Callable[[int], str]) -> Encoded:
         """Returns the ids of documents.
@@ -78,117 +98,158 @@ class Encoder:
             UserError: the fast path gave other ids than the reference; names the document.
         """
         if self._fast is None:
-            return _join(self._tokenizer.encode_batch(texts))
-        layout = self._fast.backend.encode_batch(list(texts)).layout
-        ids = np.asarray(layout.content.data).astype(np.int32)
-        ends = np.asarray(layout.offsets.data)
-        encoded = Encoded(ids, np.diff(ends))
-        return self._checked(encoded, ends, texts, place)
+            return _join(self._reference(texts))
+        # One by one: in batches gigatoken begins with an empty memory of words each time.
+        documents: list[np.ndarray] = [self._encode_one(text) for text in texts]
+        self._check(documents, texts, place)
+        if _used_bytes() > self._loaded_bytes + _MAX_REMEMBERED_BYTES:
+            self._load()
+        return _join(documents)
 
-    def _checked(
-        self, encoded: Encoded, ends: np.ndarray, texts: Sequence[str], place: Callable[[int], str]
-    ) -> Encoded:
+    def _load(self) -> None:
+        if self._fast is not None:
+            import gigatoken
+
+            self._encode_one: Any = gigatoken.Tokenizer.from_json(self._fast.json_bytes).encode
+        self._loaded_bytes = _used_bytes()
+
+    def _check(
+        self, documents: list[np.ndarray], texts: Sequence[str], place: Callable[[int], str]
+    ) -> None:
         """Compares with the reference every document with a "<", where added tokens and the
-        crossing entries are, and a sample of the others; replaces those with a crossing entry."""
-        chosen = [
-            number
-            for number, text in enumerate(texts)
-            if number % _COMPARED_SHARE == 0 or "<" in text
-        ]
-        expected = self._tokenizer.encode_batch([texts[number] for number in chosen])
+        crossing entries are, and the beginning of some others; replaces those with a crossing
+        entry."""
         assert self._fast is not None
         crossing = self._fast.crossing
-        replaced = {}
-        for number, ids in zip(chosen, expected, strict=True):
-            if crossing is not None and crossing.search(texts[number]):
-                replaced[number] = ids
-            elif not np.array_equal(encoded.ids[ends[number] : ends[number + 1]], ids):
+        is_crossed = [crossing is not None and bool(crossing.search(text)) for text in texts]
+        parts: list[tuple[int, str]] = []
+        for number, text in enumerate(texts):
+            if is_crossed[number]:
+                parts.append((number, text))
+            elif "<" in text:
+                parts += [(number, part) for part in cut_long(text, _PART_CHARACTERS)]
+            elif number % _COMPARED_SHARE == 0:
+                parts.append((number, next(cut_long(text, _PART_CHARACTERS))))
+        expected: dict[int, list[np.ndarray]] = {}
+        for request in _requests(parts):
+            answers = self._reference([part for _, part in request])
+            for (number, _), ids in zip(request, answers, strict=True):
+                expected.setdefault(number, []).append(np.array(ids, np.uint32))
+        for number, ids_of_parts in expected.items():
+            right = np.concatenate(ids_of_parts)
+            if is_crossed[number]:
+                documents[number] = right
+                continue
+            is_whole = "<" in texts[number]
+            found = documents[number] if is_whole else documents[number][: len(right)]
+            if not np.array_equal(found, right):
                 raise UserError(
                     "gigatoken and tokenizers encode this document differently",
                     where=place(number),
                     fix="Use --encoder reference, and please report the document.",
                     exit_code=ExitCode.TOKENIZER_MISMATCH,
                 )
-        if not replaced:
-            return encoded
-        documents = np.split(encoded.ids, ends[1:-1])
-        return _join([replaced.get(n, ids) for n, ids in enumerate(documents)])
+
+
+def _requests(parts: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Yields the parts in groups that the reference answers in bounded memory."""
+    request: list[tuple[int, str]] = []
+    num_characters = 0
+    for part in parts:
+        if request and num_characters + len(part[1]) > _PART_CHARACTERS:
+            yield request
+            request, num_characters = [], 0
+        request.append(part)
+        num_characters += len(part[1])
+    if request:
+        yield request
+
+
+@contextlib.contextmanager
+def load_encoders(
+    tokenizer: Tokenizer, fast: FastPath | str, num_workers: int
+) -> Iterator[list[Encoder]]:
+    """Gives as many encoders as there are workers, which are to be forked from this process.
+
+    They share what is loaded; the reference that checks the fast path is loaded beside it.
+    """
+    if isinstance(fast, str):
+        tokenizer.encode_batch([])  # loads it, once for all
+        yield [Encoder(tokenizer, fast)] * num_workers
+        return
+    with reference_process(tokenizer, num_workers) as references:
+        encoder = Encoder(tokenizer, fast)
+        yield [encoder.asking(reference) for reference in references]
+
+
+def cut_long(text: str, part_characters: int) -> Iterator[str]:
+    """Yields a text in parts that are encoded as in the whole, if no entry crosses a cut.
+
+    Every cut is before a space that follows another character. Parts have `part_characters`, or
+    more where there is no such place.
+    """
+    start = 0
+    while start + part_characters < len(text):
+        cut = re.compile("(?<=[^ ]) ").search(text, start + part_characters)
+        if cut is None:
+            break
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def _used_bytes() -> int:
+    return int(psutil.Process().memory_info().rss)
 
 
 def _join(documents: Sequence[Sequence[int] | np.ndarray]) -> Encoded:
     lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
-    arrays = [np.asarray(ids, dtype=np.int32) for ids in documents]
-    return Encoded(np.concatenate(arrays) if arrays else np.empty(0, np.int32), lengths)
+    arrays = [np.asarray(ids, dtype=np.uint32) for ids in documents]
+    return Encoded(np.concatenate([np.empty(0, np.uint32), *arrays]).view(np.int32), lengths)
 
 
-def make_encoder(tokenizer: Tokenizer, choice: str) -> Encoder:
-    """Returns the encoder that `--encoder` asks for: "auto" or "reference"."""
+def fast_path(tokenizer: Tokenizer, choice: str) -> FastPath | str:
+    """Returns the fast path, or why there is none, for `--encoder` "auto" or "reference"."""
     if choice == "reference":
-        return Encoder(tokenizer, "as asked for with --encoder reference")
-    return Encoder(tokenizer, prepare_fast_path(tokenizer.json_bytes))
+        return "as asked for with --encoder reference"
+    return prepare_fast_path(tokenizer.content)
 
 
-class _Model(msgspec.Struct, omit_defaults=True):
-    """What the proof needs of a tokenizer's model; the merges stay bytes, unread."""
-
-    type: str
-    vocab: msgspec.Raw
-    merges: msgspec.Raw
-    byte_fallback: bool = False
-    dropout: float | None = None
-    ignore_merges: bool = False
-    unk_token: str | None = None
-    fuse_unk: bool = False
-    continuing_subword_prefix: str | None = None
-    end_of_word_suffix: str | None = None
-
-
-class _Description(msgspec.Struct):
-    """A tokenizer.json."""
-
-    added_tokens: list[dict[str, Any]]
-    normalizer: Any
-    pre_tokenizer: Any
-    model: _Model
-    post_processor: Any = None
-    decoder: Any = None
-    version: str = "1.0"
-
-
-def prepare_fast_path(json_bytes: bytes) -> FastPath | str:
-    """Returns the fast path for a tokenizer.json, or the reason why there is none."""
+def prepare_fast_path(content: TokenizerJson | None) -> FastPath | str:
+    """Returns the fast path for a tokenizer, or the reason why there is none."""
     try:
-        import gigatoken
+        import gigatoken  # noqa: F401
     except ImportError:
         return "gigatoken is not installed"
-    try:
-        description = msgspec.json.decode(json_bytes, type=_Description)
-    except msgspec.ValidationError:
+    if content is None:
         return "the tokenizer is not a BPE"
+    description, vocabulary = content.description, content.vocabulary
     model = description.model
-    is_plain = model.type == "BPE" and model.byte_fallback and not model.dropout
     replaces_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    if not is_plain or model.ignore_merges or description.normalizer != replaces_spaces:
+    is_plain = model.byte_fallback and not model.dropout and not model.ignore_merges
+    if not is_plain or description.normalizer != replaces_spaces:
         return "the tokenizer is not a byte-fallback BPE over text with its spaces replaced"
-    vocabulary = msgspec.json.decode(model.vocab, type=dict[str, int])
-    added = description.added_tokens
-    if not _never_cuts(description.pre_tokenizer, vocabulary, added):
+    added = [token for token in content.added_tokens.values() if not token["special"]]
+    if not _never_cuts(description.pre_tokenizer, content):
         return "the pre-tokenizer may cut where an entry of the vocabulary would go across"
-    inner = [entry for entry in vocabulary if "▁" in entry[1:]]
-    crossing = [entry for entry in inner if re.search("[^▁]▁", entry)]
+    entries = [*vocabulary, *(token["content"].replace(" ", "▁") for token in added)]
+    inner = [entry for entry in entries if "▁" in entry[1:]]
+    crossing = sorted({entry for entry in inner if re.search("[^▁]▁", entry)})
     # Documents with a "<" are compared with the reference, so a crossing entry must have one.
     if len(crossing) > _MAX_CROSSING_ENTRIES or not all("<" in entry for entry in crossing):
         return f"{len(crossing)} entries of the vocabulary have a space inside"
     texts = [re.escape(entry.replace("▁", " ")) for entry in crossing]
-    description.added_tokens = [token for token in added if not token["special"]]
-    description.pre_tokenizer = None
-    backend = gigatoken.Tokenizer.from_json(msgspec.json.encode(description))
-    return FastPath(backend, re.compile("|".join(texts)) if texts else None)
+    merges = msgspec.Raw(msgspec.json.format(bytes(model.merges), indent=-1))
+    reduced = replace(
+        description,
+        added_tokens=added,
+        pre_tokenizer=None,
+        model=replace(model, merges=merges),
+    )
+    return FastPath(msgspec.json.encode(reduced), re.compile("|".join(texts)) if texts else None)
 
 
-def _never_cuts(
-    pre_tokenizer: dict[str, Any] | None, vocabulary: dict[str, int], added: list[dict[str, Any]]
-) -> bool:
+def _never_cuts(pre_tokenizer: dict[str, Any] | None, content: TokenizerJson) -> bool:
     """Says whether the pre-tokenizer cuts nowhere that an entry of the vocabulary goes across."""
     if pre_tokenizer is None:
         return True
@@ -199,5 +260,5 @@ def _never_cuts(
     if pre_tokenizer["pattern"] != {"Regex": WORD_PIECES}:
         return False
     cut = pre_tokenizers.Split(Regex(WORD_PIECES), "isolated").pre_tokenize_str
-    reserved = {token["content"] for token in added} | set(BYTE_TOKENS)
-    return all(len(cut(entry)) == 1 for entry in vocabulary if entry not in reserved)
+    reserved = {*content.added_tokens, *BYTE_TOKENS}
+    return all(len(cut(entry)) == 1 for entry in content.vocabulary if entry not in reserved)

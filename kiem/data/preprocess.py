@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from kiem.cli import warn
 from kiem.config import PreprocessOptions
 from kiem.data.assemble import decide, write_splits
 from kiem.data.chunks import finish_directory, read_manifest, verify_directory
-from kiem.data.encoding import make_encoder
+from kiem.data.encoding import fast_path, load_encoders
 from kiem.data.ray_workers import run_units_on_ray
 from kiem.data.sources import (
     DEFAULT_HUB_SIZE,
@@ -192,18 +192,22 @@ def _finish_units(
     finished_bytes = sum(path.stat().st_size for path in map(job.path, units) if path.exists())
     needed_bytes = _OUTPUT_BYTES_PER_TEXT_BYTE * num_bytes + len(tokenizer.json_bytes)
     require_free_space(job.folder, needed_bytes - finished_bytes, "the chunk directory")
-    encoder = make_encoder(tokenizer, options.encoder)
-    if options.encoder == "auto" and encoder.reason is not None:
-        warn(console, f"encoding slowly with the tokenizers library: {encoder.reason}")
-    seconds = {"loading": time.perf_counter() - started}
+    fast = fast_path(tokenizer, options.encoder)
+    if options.encoder == "auto" and isinstance(fast, str):
+        warn(console, f"encoding slowly with the tokenizers library: {fast}")
     limit = _word_limit(options)
     finished: dict[int, UnitSummary] = {}
-    if options.executor == "ray":
-        places = (options.num_proc, options.ray_address)
-        running = run_units_on_ray(units, job, tokenizer, options.encoder, *places)
-    else:
-        running = run_units(units, job, encoder, options.num_proc or os.cpu_count() or 1)
-    with closing(running), UnitProgress(num_bytes, console) as progress:
+    with ExitStack() as stack:
+        if options.executor == "ray":
+            places = (options.num_proc, options.ray_address)
+            running = run_units_on_ray(units, job, tokenizer, options.encoder, *places)
+        else:
+            num_workers = min(options.num_proc or os.cpu_count() or 1, len(units))
+            encoders = stack.enter_context(load_encoders(tokenizer, fast, num_workers))
+            running = run_units(units, job, encoders)
+        seconds = {"loading": time.perf_counter() - started}
+        stack.enter_context(closing(running))
+        progress = stack.enter_context(UnitProgress(num_bytes, console))
         for unit, summary in running:
             finished[unit.number] = summary
             for stage, took in summary.seconds.items():

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kiem.data.encoding import make_encoder
+from kiem.data.encoding import Encoder, fast_path
 from kiem.data.sources import Source
 from kiem.data.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
 from kiem.data.units import Unit, UnitJob, UnitSummary, finish_unit
@@ -104,7 +104,8 @@ class _RayWorker:
     def __init__(self, job: UnitJob, origin: str, encoder: str):
         self._job = job
         json_bytes = (job.folder / TOKENIZER_FILE).read_bytes()
-        self._encoder = make_encoder(parse_tokenizer(json_bytes, origin), encoder)
+        tokenizer = parse_tokenizer(json_bytes, origin)
+        self._encoder = Encoder(tokenizer, fast_path(tokenizer, encoder))
 
     def finish(self, unit: Unit) -> tuple[Unit, UnitSummary | UserError]:
         """Finishes a unit; an error a person can mend is an answer, so Ray does not wrap it."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as TokenizersTokenizer
 
 from kiem.data.hub import download_tokenizer, looks_like_hub_id
+from kiem.data.tokenizer_json import TokenizerJson, read_tokenizer_json, shorten_merges
 from kiem.errors import ExitCode, UserError
 from kiem.files import write_bytes, write_json
 
 TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
-_CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
+_SPECIAL_NAMES = ("pad", "eos", "bos")
+_CONTROL_TOKENS = (*(f"<{name}>" for name in _SPECIAL_NAMES), "<unk>")
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _MIN_TRAINED_VOCABULARY = 512
 # How texts are cut before a vocabulary is trained on them. Letters, digits and signs are disjoint,
@@ -37,26 +40,72 @@ class Tokenizer:
     """A loaded tokenizer.
 
     Attributes:
-        implementation: the `tokenizers` object; encodes control strings in text as text.
         json_bytes: the exact content of tokenizer.json.
+        content: what that says; None if it is not a BPE.
         sha256: the hash of those bytes, by which chunk directories and models pin it.
-        num_rows: rows that an embedding needs for every id that text can become.
         origin: where it came from, for the manifest.
+        num_rows: rows that an embedding needs for every id that text can become.
     """
 
-    implementation: TokenizersTokenizer
-    json_bytes: bytes
+    json_bytes: bytes = field(repr=False)
+    content: TokenizerJson | None = field(repr=False)
     sha256: str
-    num_rows: int
-    pad_id: int
-    eos_id: int
-    bos_id: int
     origin: str
 
+    @cached_property
+    def implementation(self) -> TokenizersTokenizer:
+        """The `tokenizers` object; encodes control strings in text as text.
+
+        Made when it is first needed, since Gemma's takes most of a second.
+        """
+        given = self.json_bytes
+        if self.content is not None:
+            given = shorten_merges(self.content, self.json_bytes)
+        try:
+            implementation = TokenizersTokenizer.from_buffer(given)
+        except Exception as error:
+            raise _bad_tokenizer(self.origin, f"not a tokenizer.json ({error})") from error
+        implementation.encode_special_tokens = True
+        implementation.no_padding()
+        implementation.no_truncation()
+        return implementation
+
+    @cached_property
+    def num_rows(self) -> int:
+        # Gemma's <image_soft_token> = 262144 is an added token beyond the model's vocabulary: text
+        # never becomes it, and the 1B model has no row for it.
+        if self.content is not None:
+            vocabulary, added = self.content.vocabulary, self.content.added_tokens
+            text_ids = [token["id"] for token in added.values() if not token["special"]]
+        else:
+            vocabulary = self.implementation.get_vocab(with_added_tokens=False)
+            decoder = self.implementation.get_added_tokens_decoder()
+            text_ids = [token_id for token_id, token in decoder.items() if not token.special]
+        return max([*self.special_ids.values(), *vocabulary.values(), *text_ids]) + 1
+
     @property
+    def pad_id(self) -> int:
+        return self.special_ids["pad"]
+
+    @property
+    def eos_id(self) -> int:
+        return self.special_ids["eos"]
+
+    @property
+    def bos_id(self) -> int:
+        return self.special_ids["bos"]
+
+    @cached_property
     def special_ids(self) -> dict[str, int]:
         """The ids of the control tokens, under "pad", "eos" and "bos"."""
-        return {"pad": self.pad_id, "eos": self.eos_id, "bos": self.bos_id}
+        found = {name: self.token_id(f"<{name}>") for name in _SPECIAL_NAMES}
+        return {name: token_id for name, token_id in found.items() if token_id is not None}
+
+    def token_id(self, token: str) -> int | None:
+        """Returns the id of an entry of the vocabulary or an added token, if there is one."""
+        if self.content is not None:
+            return self.content.token_id(token)
+        return self.implementation.token_to_id(token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text, without control tokens."""
@@ -106,41 +155,19 @@ def parse_tokenizer(json_bytes: bytes, origin: str) -> Tokenizer:
     Raises:
         UserError: the content is not a tokenizer, or it lacks <pad>, <eos> or <bos>.
     """
-    try:
-        implementation = TokenizersTokenizer.from_buffer(json_bytes)
-    except Exception as error:
-        raise _bad_tokenizer(origin, f"not a tokenizer.json ({error})") from error
-    implementation.encode_special_tokens = True
-    implementation.no_padding()
-    implementation.no_truncation()
-    ids = {}
-    for token in ("<pad>", "<eos>", "<bos>"):
-        token_id = implementation.token_to_id(token)
-        if token_id is None:
-            raise _bad_tokenizer(origin, f"it has no {token}")
-        ids[token] = token_id
-    # Gemma's <image_soft_token> = 262144 is an added token beyond the model's vocabulary: text
-    # never becomes it, and the 1B model has no row for it.
-    reachable = [*ids.values(), *implementation.get_vocab(with_added_tokens=False).values()]
-    added = implementation.get_added_tokens_decoder()
-    reachable += [token_id for token_id, token in added.items() if not token.special]
-    return Tokenizer(
-        implementation=implementation,
-        json_bytes=json_bytes,
-        sha256=hashlib.sha256(json_bytes).hexdigest(),
-        num_rows=max(reachable) + 1,
-        pad_id=ids["<pad>"],
-        eos_id=ids["<eos>"],
-        bos_id=ids["<bos>"],
-        origin=origin,
-    )
+    content, sha256 = read_tokenizer_json(json_bytes), hashlib.sha256(json_bytes).hexdigest()
+    tokenizer = Tokenizer(json_bytes, content, sha256, origin)
+    for name in _SPECIAL_NAMES:
+        if name not in tokenizer.special_ids:
+            raise _bad_tokenizer(origin, f"it has no <{name}>")
+    return tokenizer
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes tokenizer.json, byte for byte, and the configuration files that transformers reads."""
     write_bytes(folder / TOKENIZER_FILE, tokenizer.json_bytes)
     tokens = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
-    if tokenizer.implementation.token_to_id("<unk>") is not None:
+    if tokenizer.token_id("<unk>") is not None:
         tokens["unk_token"] = "<unk>"
     config = {
         **tokens,

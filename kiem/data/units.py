@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from kiem.data.arrow import from_numpy
 from kiem.data.encoding import Encoder
 from kiem.data.packing import frame
 from kiem.data.readers import Piece, Row, cut_source, place, read_rows
@@ -27,7 +28,7 @@ from kiem.data.sources import Source
 from kiem.data.split import split_position
 from kiem.files import check_seal, sealed_file
 
-UNIT_BYTES = 8_000_000
+UNIT_BYTES = 4_000_000
 _BATCH_CHARACTERS = 8_000_000
 _SCHEMA = pa.schema(
     [
@@ -202,14 +203,14 @@ class _UnitMaker:
         sources = [self._number(self._sources, row.source) for _, row in rows]
         first_piece = self._unit.pieces.index
         columns = [
-            pa.LargeListArray.from_arrays(_array(offsets), _array(framed.ids)),
-            _array(_spread(positions, is_kept)),
-            _array(_spread(num_words, is_kept)),
-            _array(_spread(num_bytes, is_kept)),
-            _array(np.array(sources, np.int32)),
-            _array(np.array(reasons, np.int32)),
-            _array(np.array([first_piece(piece) for piece, _ in rows], np.int32)),
-            _array(np.array([row.number for _, row in rows], np.int64)),
+            pa.LargeListArray.from_arrays(from_numpy(offsets), from_numpy(framed.ids)),
+            from_numpy(_spread(positions, is_kept)),
+            from_numpy(_spread(num_words, is_kept)),
+            from_numpy(_spread(num_bytes, is_kept)),
+            from_numpy(np.array(sources, np.int32)),
+            from_numpy(np.array(reasons, np.int32)),
+            from_numpy(np.array([first_piece(piece) for piece, _ in rows], np.int32)),
+            from_numpy(np.array([row.number for _, row in rows], np.int64)),
         ]
         return pa.record_batch(columns, schema=_SCHEMA)
 
@@ -252,12 +253,6 @@ def _spread(values: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
     spread = np.zeros(len(is_kept), values.dtype)
     spread[is_kept] = values
     return spread
-
-
-def _array(values: np.ndarray) -> pa.Array:
-    # Not pa.array(): that imports pandas where it is installed, for half a second.
-    buffers = [None, pa.py_buffer(np.ascontiguousarray(values))]
-    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), buffers)
 
 
 def _unit(number: int, pieces: list[Piece]) -> Unit:

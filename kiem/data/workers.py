@@ -21,25 +21,24 @@ _PARENT_CHECK_SECONDS = 1.0
 
 
 def run_units(
-    units: Sequence[Unit], job: UnitJob, encoder: Encoder, num_proc: int
+    units: Sequence[Unit], job: UnitJob, encoders: Sequence[Encoder]
 ) -> Generator[tuple[Unit, UnitSummary], None, None]:
     """Finishes units and yields each with its summary, in the order in which they get done.
 
     Args:
         units: what to do, best in the order of the plan.
         job: what is done with each.
-        encoder: the loaded tokenizers.
-        num_proc: number of worker processes; 1 does the work in this one.
+        encoders: one for each worker process; a single one works in this process.
 
     Raises:
         UserError: what `finish_unit` raises, or a worker was killed. Finished units stay finished.
     """
-    if num_proc == 1 or len(units) == 1:
+    if len(encoders) == 1:
         for unit in units:
-            yield unit, finish_unit(unit, job, encoder)
+            yield unit, finish_unit(unit, job, encoders[0])
         return
     waiting = deque(units)
-    workers = [_Worker(job, encoder) for _ in range(min(num_proc, len(units)))]
+    workers = [_Worker(job, encoder) for encoder in encoders[: len(units)]]
     try:
         for worker in workers:
             worker.start(waiting.popleft())
