@@ -2,14 +2,19 @@
 
     python benchmarks/preprocessing.py --text FOLDER --tokenizer tokenizer.json
 
-Both read the same JSON Lines files, with the same tokenizer and as many processes or threads as
-there are cores, from the start of the program to chunks on the disk. They take turns; the table has
+Both read the same JSON Lines files, with the same tokenizer and as many processes as there are
+cores, from the start of the program to chunks on the disk. They take turns; the first table has
 each side's median and the ratio of the medians. The peer runs in an environment of its own, which
 is made on first use.
+
+The second table shows how kiem grows with the text: the same files several times over, whose
+difference to one time is the speed once all is loaded, and single documents of many megabytes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import statistics
@@ -21,12 +26,14 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 PEER_REQUIREMENTS = ("datasets==5.2.0", "transformers==5.23.0")
+_SAMPLE_SECONDS = 0.25
 PEER = """
 import sys
 from itertools import chain
@@ -68,29 +75,42 @@ class Options:
     """Tokens in a chunk."""
     runs: int = 3
     """Runs of each side."""
+    copies: int = 10
+    """How many times over the text is given for the second table."""
+    long_documents: tuple[int, ...] = (25, 50, 100)
+    """Megabytes of the single documents for the second table."""
 
 
 @dataclass(frozen=True)
 class Result:
+    """What a run took.
+
+    Attributes:
+        seconds: from start to end.
+        memory_bytes: most memory of all its processes together; memory they share counts once.
+    """
+
     seconds: float
     memory_bytes: int
 
 
 def main(options: Options, console: Console) -> None:
+    console.print(side_by_side(options, console))
+    with tempfile.TemporaryDirectory() as folder:
+        console.print(growth(options, Path(folder)))
+
+
+def side_by_side(options: Options, console: Console) -> Table:
     num_proc = os.cpu_count() or 1
     peer_python = environment("peer-datasets", PEER_REQUIREMENTS, console)
     results: dict[str, list[Result]] = {"kiem": [], "datasets.map": []}
     for _ in range(options.runs):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(ROOT / "preprocess.py"), "--source", str(options.text)]
-            command += ["--tokenizer", str(options.tokenizer), "--output-dir", folder]
-            command += ["--chunk-size", str(options.chunk_size)]
-            results["kiem"].append(timed(command))
+        results["kiem"].append(run_kiem(options, options.text)[0])
         with tempfile.TemporaryDirectory() as folder:
             arguments = [str(options.text), str(options.tokenizer), f"{folder}/out", folder]
             arguments += [str(options.chunk_size), str(num_proc)]
             results["datasets.map"].append(timed([str(peer_python), "-c", PEER, *arguments]))
-    table = Table("", "seconds", "min", "max", "peak memory of a process", "ratio")
+    table = Table("", "seconds", "min", "max", "peak memory", "ratio")
     medians = {name: statistics.median(r.seconds for r in runs) for name, runs in results.items()}
     for name, runs in results.items():
         seconds = [run.seconds for run in runs]
@@ -98,19 +118,65 @@ def main(options: Options, console: Console) -> None:
         cells = (f"{medians[name]:.2f}", f"{min(seconds):.2f}", f"{max(seconds):.2f}")
         ratio = f"{medians['datasets.map'] / medians[name]:.1f}x"
         table.add_row(name, *cells, f"{memory / 1e6:.0f} MB", ratio)
-    console.print(table)
+    return table
+
+
+def growth(options: Options, folder: Path) -> Table:
+    table = Table("", "seconds", "tokens", "tokens/s per core", "peak memory")
+    once, num_tokens = run_kiem(options, options.text)
+    table.add_row("once", f"{once.seconds:.2f}", f"{num_tokens:,}", "", megabytes(once))
+    copies = folder / "copies"
+    copies.mkdir()
+    for number in range(options.copies):
+        for file in sorted(options.text.glob("*.jsonl")):
+            (copies / f"{number}-{file.name}").symlink_to(file.resolve())
+    often, tokens_often = run_kiem(options, copies)
+    rate = (tokens_often - num_tokens) / (often.seconds - once.seconds) / (os.cpu_count() or 1)
+    cells = (f"{often.seconds:.2f}", f"{tokens_often:,}", f"{rate:,.0f} beyond the first")
+    table.add_row(f"{options.copies} times", *cells, megabytes(often))
+    files = sorted(options.text.glob("*.jsonl"))
+    text = "\n\n".join(json.loads(line)["text"] for file in files for line in file.open("rb"))
+    for size in options.long_documents:
+        # Without "<", since documents that have one are compared as a whole, which takes longer.
+        document = (text * (1 + size * 1_000_000 // len(text)))[: size * 1_000_000]
+        file = folder / f"long{size}.jsonl"
+        rest = [json.dumps({"text": f"Een korte tekst, nummer {n}."}) for n in range(1000)]
+        file.write_text("\n".join([json.dumps({"text": document.replace("<", "(")}), *rest]))
+        result, num_tokens = run_kiem(options, file)
+        cells = (f"{result.seconds:.2f}", f"{num_tokens:,}", "", megabytes(result))
+        table.add_row(f"a document of {size} MB", *cells)
+    return table
+
+
+def run_kiem(options: Options, source: Path) -> tuple[Result, int]:
+    """Preprocesses `source` and returns how that went, and the number of tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "preprocess.py"), "--source", str(source)]
+        command += ["--tokenizer", str(options.tokenizer), "--output-dir", folder, "--name", "out"]
+        result = timed([*command, "--chunk-size", str(options.chunk_size)])
+        manifest = json.loads(Path(folder, "out", "manifest.json").read_bytes())
+    return result, sum(split["tokens"] for split in manifest["splits"].values())
+
+
+def megabytes(result: Result) -> str:
+    return f"{result.memory_bytes / 1e6:.0f} MB"
 
 
 def timed(command: list[str]) -> Result:
-    """Runs a command to its end; its memory is that of its largest process."""
+    """Runs a command to its end."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status != 0:
-        raise SystemExit(errors.decode())
-    return Result(time.perf_counter() - started, usage.ru_maxrss * 1024)
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    most = 0
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = [process, *process.children(recursive=True)]
+            most = max(most, sum(member.memory_full_info().pss for member in family))
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(_SAMPLE_SECONDS)
+    seconds = time.perf_counter() - started
+    if process.returncode != 0:
+        raise SystemExit(process.stderr.read().decode())
+    return Result(seconds, most)
 
 
 def environment(name: str, requirements: tuple[str, ...], console: Console) -> Path:
