@@ -269,7 +269,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         sizes = "blobs" in query
         siblings = [
-            {"rfilename": path, **({"size": len(file.content)} if sizes else {})}
+            {"rfilename": path, **(_metadata(path, file) if sizes else {})}
             for path, file in files.items()
         ]
         self._send_json(
@@ -308,7 +308,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(403, message, "GatedRepo", headers)
         elif path not in files:
             self._error(404, "Entry not found", "EntryNotFound", headers)
-        elif path.endswith(LFS_SUFFIXES) or len(files[path].content) >= LFS_MIN_BYTES:
+        elif _is_lfs(path, files[path]):
             file = files[path]
             headers |= {
                 "X-Linked-Etag": f'"{file.sha256}"',
@@ -377,6 +377,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
+def _is_lfs(path: str, file: _File) -> bool:
+    return path.endswith(LFS_SUFFIXES) or len(file.content) >= LFS_MIN_BYTES
+
+
+def _metadata(path: str, file: _File) -> dict[str, Any]:
+    size = len(file.content)
+    lfs = {"sha256": file.sha256, "size": size, "pointerSize": 134}
+    return {"size": size, "blobId": file.blob_id, **({"lfs": lfs} if _is_lfs(path, file) else {})}
+
+
 def _tree(files: Mapping[str, _File], folder: str, recursive: bool) -> list[dict[str, Any]]:
     prefix = f"{folder}/" if folder else ""
     entries: dict[str, dict[str, Any]] = {}
@@ -391,6 +401,6 @@ def _tree(files: Mapping[str, _File], folder: str, recursive: bool) -> list[dict
         if len(parts) == 1 or recursive:
             size = len(file.content)
             entries[path] = {"type": "file", "oid": file.blob_id, "size": size, "path": path}
-            if path.endswith(LFS_SUFFIXES) or size >= LFS_MIN_BYTES:
+            if _is_lfs(path, file):
                 entries[path]["lfs"] = {"oid": file.sha256, "size": size, "pointerSize": 134}
     return list(entries.values())

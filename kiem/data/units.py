@@ -22,13 +22,15 @@ import pyarrow as pa
 
 from kiem.data.encoding import Encoder
 from kiem.data.packing import frame
-from kiem.data.readers import Piece, Row, cut_source, place, read_rows
+from kiem.data.readers import Piece, cut_source, place, read_rows
+from kiem.data.rows import Row
 from kiem.data.sources import Source
 from kiem.data.split import split_position
 from kiem.files import check_seal, sealed_file
 
 UNIT_BYTES = 8_000_000
 _BATCH_CHARACTERS = 8_000_000
+_ROW_CHARACTERS = 100
 _SCHEMA = pa.schema(
     [
         ("ids", pa.large_list(pa.int32())),
@@ -233,7 +235,8 @@ def _batches(rows: Iterator[tuple[Piece, Row]]) -> Iterator[list[tuple[Piece, Ro
     num_characters = 0
     for piece, row in rows:
         batch.append((piece, row))
-        num_characters += len(row.text or "")
+        # Rejected rows have no text, but are kept in memory too.
+        num_characters += len(row.text or "") + _ROW_CHARACTERS
         if num_characters >= _BATCH_CHARACTERS:
             yield batch
             batch, num_characters = [], 0
