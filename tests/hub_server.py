@@ -14,6 +14,7 @@ import os
 import re
 import struct
 import threading
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -84,6 +85,7 @@ class HubServer:
 
     Attributes:
         log: (method, path with query, whether a token was sent) of each request so far.
+        times: when each of them came, in seconds.
         ranges: the Range header of each request that had one.
     """
 
@@ -99,6 +101,7 @@ class HubServer:
         self.gated, self.private = set(gated), set(private)
         self.tokens, self.accepted = {*tokens, *accepted}, set(accepted)
         self.log: list[tuple[str, str, bool]] = []
+        self.times: list[float] = []
         self.ranges: list[str] = []
         self._repos: dict[str, _Repo] = {}
         self._faults: list[_Fault] = []
@@ -179,6 +182,10 @@ class HubServer:
         """Ends the connection `after` bytes of the body of a matching GET; `reset`: with a RST."""
         self._faults.append(_Fault(match, times, cut_after=after, reset=reset))
 
+    def mend(self) -> None:
+        """Forgets the faults that are still to come."""
+        self._faults.clear()
+
     def take_fault(self, path: str, *, is_cut: bool) -> _Fault | None:
         with self._lock:
             for fault in self._faults:
@@ -229,6 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(url.path)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         hub.log.append((self.command, self.path, bool(token)))
+        hub.times.append(time.monotonic())
         if requested := self.headers.get("Range"):
             hub.ranges.append(requested)
         if fault := hub.take_fault(self.path, is_cut=False):

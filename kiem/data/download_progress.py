@@ -28,8 +28,15 @@ class DownloadProgress:
 
     def __init__(self, num_files: int, total_bytes: int, console: Console):
         text = TextColumn("{task.description}")
-        numbers = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        self._bar = Progress(text, BarColumn(), *numbers, console=console, transient=True)
+        columns = (
+            text,
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        is_shown = console.is_terminal
+        self._bar = Progress(*columns, console=console, transient=True, disable=not is_shown)
         self._task = self._bar.add_task("downloading", total=total_bytes)
         self._num_files = num_files
         self._num_begun = 0
