@@ -223,7 +223,12 @@ def point_link(link: Path, target_name: str) -> None:
         temporary.replace(link)
 
 
-def require_free_space(folder: Path, needed_bytes: int, purpose: str) -> None:
+def require_free_space(
+    folder: Path,
+    needed_bytes: int,
+    purpose: str,
+    fix: str = "Free some space, or choose a folder on another disk with --output-dir.",
+) -> None:
     """Checks that the disk that holds (or will hold) `folder` has room.
 
     Raises:
@@ -238,7 +243,7 @@ def require_free_space(folder: Path, needed_bytes: int, purpose: str) -> None:
             f"too little disk space for {purpose}: about {format_bytes(needed_bytes)} needed, "
             f"{format_bytes(free_bytes)} free",
             where=str(folder),
-            fix="Free some space, or choose a folder on another disk with --output-dir.",
+            fix=fix,
             exit_code=ExitCode.DISK_SPACE,
         )
 

@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub_client import Client, new_hub
+from hub_server import HubServer
 
 from kiem.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -88,3 +91,16 @@ def trained(sample_texts: list[str]) -> Tokenizer:
 def gemma(gemma_tokenizer_file: Path) -> Tokenizer:
     """Gemma's own tokenizer."""
     return load_tokenizer(str(gemma_tokenizer_file))
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """A Hub on loopback with a dataset and some models."""
+    with new_hub() as server:
+        yield server
+
+
+@pytest.fixture
+def client(hub: HubServer, tmp_path: Path) -> Client:
+    """A client of that Hub with an empty cache."""
+    return Client(hub, tmp_path / "cache")

@@ -14,6 +14,7 @@ import os
 import re
 import struct
 import threading
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -84,6 +85,7 @@ class HubServer:
 
     Attributes:
         log: (method, path with query, whether a token was sent) of each request so far.
+        times: when each of them came, in seconds.
         ranges: the Range header of each request that had one.
     """
 
@@ -99,6 +101,7 @@ class HubServer:
         self.gated, self.private = set(gated), set(private)
         self.tokens, self.accepted = {*tokens, *accepted}, set(accepted)
         self.log: list[tuple[str, str, bool]] = []
+        self.times: list[float] = []
         self.ranges: list[str] = []
         self._repos: dict[str, _Repo] = {}
         self._faults: list[_Fault] = []
@@ -179,6 +182,10 @@ class HubServer:
         """Ends the connection `after` bytes of the body of a matching GET; `reset`: with a RST."""
         self._faults.append(_Fault(match, times, cut_after=after, reset=reset))
 
+    def mend(self) -> None:
+        """Forgets the faults that are still to come."""
+        self._faults.clear()
+
     def take_fault(self, path: str, *, is_cut: bool) -> _Fault | None:
         with self._lock:
             for fault in self._faults:
@@ -229,6 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(url.path)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         hub.log.append((self.command, self.path, bool(token)))
+        hub.times.append(time.monotonic())
         if requested := self.headers.get("Range"):
             hub.ranges.append(requested)
         if fault := hub.take_fault(self.path, is_cut=False):
@@ -269,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         sizes = "blobs" in query
         siblings = [
-            {"rfilename": path, **({"size": len(file.content)} if sizes else {})}
+            {"rfilename": path, **(_metadata(path, file) if sizes else {})}
             for path, file in files.items()
         ]
         self._send_json(
@@ -308,7 +316,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(403, message, "GatedRepo", headers)
         elif path not in files:
             self._error(404, "Entry not found", "EntryNotFound", headers)
-        elif path.endswith(LFS_SUFFIXES) or len(files[path].content) >= LFS_MIN_BYTES:
+        elif _is_lfs(path, files[path]):
             file = files[path]
             headers |= {
                 "X-Linked-Etag": f'"{file.sha256}"',
@@ -377,6 +385,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
+def _is_lfs(path: str, file: _File) -> bool:
+    return path.endswith(LFS_SUFFIXES) or len(file.content) >= LFS_MIN_BYTES
+
+
+def _metadata(path: str, file: _File) -> dict[str, Any]:
+    size = len(file.content)
+    lfs = {"sha256": file.sha256, "size": size, "pointerSize": 134}
+    return {"size": size, "blobId": file.blob_id, **({"lfs": lfs} if _is_lfs(path, file) else {})}
+
+
 def _tree(files: Mapping[str, _File], folder: str, recursive: bool) -> list[dict[str, Any]]:
     prefix = f"{folder}/" if folder else ""
     entries: dict[str, dict[str, Any]] = {}
@@ -391,6 +409,6 @@ def _tree(files: Mapping[str, _File], folder: str, recursive: bool) -> list[dict
         if len(parts) == 1 or recursive:
             size = len(file.content)
             entries[path] = {"type": "file", "oid": file.blob_id, "size": size, "path": path}
-            if path.endswith(LFS_SUFFIXES) or size >= LFS_MIN_BYTES:
+            if _is_lfs(path, file):
                 entries[path]["lfs"] = {"oid": file.sha256, "size": size, "pointerSize": 134}
     return list(entries.values())

@@ -2,165 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import random
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
+from hub_client import (
+    ACCEPTED,
+    DATASET,
+    DATASET_FILES,
+    INVALID,
+    MODEL,
+    MODEL_FILES,
+    NOT_ACCEPTED,
+    OPEN_MODEL,
+    SHARDS,
+    Call,
+    Client,
+    Outcome,
+    new_hub,
+    paths_of,
+)
 from hub_server import HubServer
 
 from kiem.errors import ExitCode
-
-DATASET = "BramVanroy/wikipedia_culturax_dutch"
-MODEL = "google/gemma-3-1b-pt"
-OPEN_MODEL = "someone/open-model"
-ACCEPTED, NOT_ACCEPTED, INVALID = "hf_AcceptedSecret", "hf_KnownSecret", "hf_InvalidSecret"
-
-CARD = b"""---
-language: [nl]
-configs:
-- config_name: 10k
-  data_files:
-  - {split: train, path: 10k/train-*}
-  - {split: test, path: 10k/test-*}
-- config_name: 1M
-  data_files:
-  - {split: train, path: 1M/train-*}
----
-# Dutch
-"""
-SHARDS = ("10k/train-00000-of-00002.parquet", "10k/train-00001-of-00002.parquet")
-BIG_BYTES = random.Random(0).randbytes(12_000_000)
-DATASET_FILES = {
-    "README.md": CARD,
-    SHARDS[1]: b"second shard" * 500,
-    SHARDS[0]: b"first shard" * 500,
-    "10k/test-00000-of-00001.parquet": b"test shard",
-    "1M/train-00000-of-00001.parquet": BIG_BYTES,
-}
-MODEL_FILES = {
-    "README.md": b"# Gemma",
-    "config.json": b"{}",
-    "generation_config.json": b"{}",
-    "model-00001-of-00002.safetensors": b"weights 1",
-    "model-00002-of-00002.safetensors": b"weights 2",
-    "model.safetensors.index.json": b"{}",
-    "tokenizer.json": b'{"model": 1}',
-    "tokenizer.model": b"sentencepiece",
-    "tokenizer_config.json": b'{"bos": 2}',
-    "optimizer.bin": b"not wanted",
-    "onnx/model.safetensors": b"not wanted",
-}
-
-SCRIPT = """
-import dataclasses, json, os, sys
-from kiem.data import hub
-from kiem.errors import UserError
-for name, arguments, token in json.loads(sys.argv[1]):
-    os.environ["HF_TOKEN"] = token or ""
-    exit_code, result, message = 0, None, None
-    try:
-        result = getattr(hub, name)(*arguments)
-        result = dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result
-    except UserError as error:
-        exit_code, message = error.exit_code, str(error)
-    print(json.dumps([exit_code, result, message], default=str))
-"""
-FULL_DISK = """
-import errno, huggingface_hub.file_download
-def http_get(*arguments, **options):
-    raise OSError(errno.ENOSPC, "No space left on device")
-huggingface_hub.file_download.http_get = http_get
-"""
-
-
-class Call(NamedTuple):
-    function: str
-    arguments: tuple[str, ...]
-    token: str | None = None
-
-
-class Outcome(NamedTuple):
-    exit_code: int
-    result: Any
-    message: str | None
-
-
-@dataclass
-class Client:
-    """Calls functions of kiem.data.hub in new processes that share one cache."""
-
-    hub: HubServer
-    cache: Path
-
-    def run(self, calls: list[Call], first: str = "", **variables: str) -> list[Outcome]:
-        environment = {**os.environ, **self.hub.environment(self.cache), **variables}
-        done = subprocess.run(
-            [sys.executable, "-c", first + SCRIPT, json.dumps(calls)],
-            env=environment,
-            cwd=Path(__file__).parents[1],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr + done.stdout
-        assert "Secret" not in done.stdout + done.stderr, "every token here holds this word"
-        return [Outcome(*json.loads(line)) for line in done.stdout.splitlines()]
-
-    def get(self, function: str, *arguments: str, token: str | None = None, **options: str) -> Any:
-        (outcome,) = self.run([Call(function, arguments, token)], **options)
-        assert outcome.exit_code == 0, outcome.message
-        return outcome.result
-
-    def fail(self, function: str, *arguments: str, **options: str) -> tuple[int, str]:
-        (outcome,) = self.run([Call(function, arguments)], **options)
-        assert outcome.message is not None
-        return outcome.exit_code, outcome.message
-
-
-@contextmanager
-def new_hub() -> Iterator[HubServer]:
-    repos = {
-        f"datasets/{DATASET}": DATASET_FILES,
-        "datasets/someone/plain": {"a/train-00.parquet": b"a", "a/valid-00.parquet": b"v"},
-        "datasets/someone/incomplete": {"a/train-00000-of-00003.parquet": b"a"},
-        MODEL: MODEL_FILES,
-        OPEN_MODEL: {"config.json": b"{}", "tokenizer.json": b"{}"},
-        "someone/secret": {"config.json": b"{}"},
-    }
-    with HubServer(
-        repos,
-        gated=[MODEL],
-        private=["someone/secret"],
-        tokens=[NOT_ACCEPTED],
-        accepted=[ACCEPTED],
-    ) as server:
-        yield server
-
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with new_hub() as server:
-        yield server
-
-
-@pytest.fixture
-def client(hub: HubServer, tmp_path: Path) -> Client:
-    return Client(hub, tmp_path / "cache")
-
-
-def paths_of(hub: HubServer, part: str) -> list[str]:
-    return [path for _, path, _ in hub.log if part in path]
 
 
 def test_importing_hub_does_not_import_huggingface_hub() -> None:
@@ -327,39 +192,6 @@ def test_refusals_are_explained(refusals: list[Outcome], number: int) -> None:
         assert part in outcome.message
 
 
-@pytest.mark.parametrize("status", [429, 503])
-def test_passing_trouble_is_waited_out(hub: HubServer, client: Client, status: int) -> None:
-    hub.fail(status, times=2, retry_after=0, match="/api/")
-    hub.fail(status, times=1, retry_after=0, match="/cdn/")
-    assert client.get("download_dataset_files", DATASET, "10k")["names"] == list(SHARDS)
-
-
-def test_rate_limit_while_looking_up_a_file(hub: HubServer, client: Client) -> None:
-    hub.fail(429, times=2, retry_after=0, match="tokenizer.json")
-    assert client.get("download_tokenizer", OPEN_MODEL)["tokenizer_json"]
-
-
-@pytest.mark.parametrize(
-    ("status", "retry_after", "says"), [(429, 0, "(429)"), (429, 3600, "(429)"), (503, 0, "503")]
-)
-def test_lasting_trouble_is_explained(
-    hub: HubServer, client: Client, status: int, retry_after: int, says: str
-) -> None:
-    hub.fail(status, times=100, retry_after=retry_after)
-    exit_code, message = client.fail("download_dataset_files", DATASET, "10k")
-    assert exit_code == ExitCode.NETWORK
-    assert says in message
-
-
-@pytest.mark.parametrize("reset", [False, True])
-def test_cut_connection_is_resumed(hub: HubServer, client: Client, reset: bool) -> None:
-    hub.cut(after=11_000_000, match="/cdn/", reset=reset)
-    files = client.get("download_dataset_files", DATASET, "1M")
-    content = Path(files["paths"][0]).read_bytes()
-    assert hashlib.sha256(content).digest() == hashlib.sha256(BIG_BYTES).digest()
-    assert reset or hub.ranges == ["bytes=10485760-"], "whole blocks are not downloaded again"
-
-
 def test_no_network(client: Client) -> None:
     exit_code, message = client.fail("download_tokenizer", MODEL, HF_ENDPOINT="http://127.0.0.1:9")
     assert exit_code == ExitCode.NETWORK
@@ -401,12 +233,6 @@ def test_offline_with_half_of_the_files(client: Client) -> None:
     exit_code, message = client.fail("download_dataset_files", DATASET, "10k", HF_HUB_OFFLINE="1")
     assert exit_code == ExitCode.NETWORK
     assert "only 1 of 2 parts" in message
-
-
-def test_full_disk(client: Client) -> None:
-    exit_code, message = client.fail("download_dataset_files", DATASET, "10k", first=FULL_DISK)
-    assert exit_code == ExitCode.DISK_SPACE
-    assert "HF_HOME" in message
 
 
 def test_cache_that_cannot_be_written(client: Client, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -217,14 +218,20 @@ def test_trouble_with_the_hub_on_the_command_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_hub_dataset_becomes_a_chunk_directory(tmp_path: Path, sample_texts: list[str]) -> None:
-    texts = sample_texts[:30]
+def hub_tables(texts: list[str]) -> dict[str, bytes]:
+    """Two Parquet files as those of the Hub dataset's config 100k."""
     tables = {}
     for part in (0, 1):
         rows = texts[part::2]
         columns = {"text": rows, "url": [""] * len(rows), "source": ["wikipedia"] * len(rows)}
-        pq.write_table(pa.table(columns), tmp_path / "part")
-        tables[f"100k/train-{part:05d}-of-00002.parquet"] = (tmp_path / "part").read_bytes()
+        file = io.BytesIO()
+        pq.write_table(pa.table(columns), file)
+        tables[f"100k/train-{part:05d}-of-00002.parquet"] = file.getvalue()
+    return tables
+
+
+def test_hub_dataset_becomes_a_chunk_directory(tmp_path: Path, sample_texts: list[str]) -> None:
+    tables = hub_tables(sample_texts[:30])
     with HubServer({f"datasets/{HUB_DATASET}": tables}) as hub:
         command = ("preprocess.py", "--dataset-size", "100k", "--tokenizer", "train:512")
         command = (*command, "--output-dir", tmp_path / "out")
@@ -237,6 +244,33 @@ def test_hub_dataset_becomes_a_chunk_directory(tmp_path: Path, sample_texts: lis
     splits = manifest["splits"]
     assert splits["train"]["documents"] + splits["test"]["documents"] == 30
     assert splits["train"]["bytes_per_source"].keys() == {"wikipedia"}
+
+
+def test_killed_run_goes_on_with_the_commit_it_began_with(
+    tmp_path: Path, sample_texts: list[str]
+) -> None:
+    """The dataset changes on the Hub meanwhile; nothing is downloaded again before --overwrite."""
+    killed = (
+        "import os, runpy, sys\n"
+        "from kiem.data import preprocess\n"
+        "preprocess._assemble = lambda *_: os._exit(9)\n"
+        "runpy.run_path('preprocess.py', run_name='__main__')\n"
+    )
+    arguments = ("--dataset-size", "100k", "--tokenizer", "train:512", "--output-dir", tmp_path)
+    name = f"datasets/{HUB_DATASET}"
+    with HubServer({}) as hub:
+        old = hub.commit(name, hub_tables(sample_texts[:30]))
+        environment = hub.environment(tmp_path / "cache")
+        assert run_script("-c", killed, *arguments, env=environment).returncode == 9
+        new = hub.commit(name, hub_tables(sample_texts[30:]))
+        hub.log.clear()
+        for more, revision in ((), old), ((), old), (("--overwrite",), new), ((), new):
+            done = run_script("preprocess.py", *arguments, *more, env=environment)
+            assert done.returncode == 0, done.stderr
+            manifest = read_manifest(tmp_path / "chunked_100k")
+            assert manifest["source"]["revision"] == revision
+            num_downloads = sum(path.startswith("/cdn/") for _, path, _ in hub.log)
+            assert num_downloads == (0 if revision == old else 2)
 
 
 def test_chunk_directory_with_another_tokenizer_is_refused(tmp_path: Path) -> None:

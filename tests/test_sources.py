@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kiem.data.readers import Row, cut_source, place, read_rows
+from kiem.data.readers import cut_source, place, read_rows
+from kiem.data.rows import Row
 from kiem.data.sources import resolve_source, take_words, word_limit
 from kiem.errors import ExitCode, UserError
 

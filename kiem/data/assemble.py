@@ -21,7 +21,7 @@ from kiem.data.chunks import SplitWriter
 from kiem.data.packing import make_packer
 from kiem.data.split import split_limit
 from kiem.data.tokenizer import Tokenizer
-from kiem.data.units import Unit, UnitJob, UnitSummary, read_unit
+from kiem.data.units import UNIT_SCHEMA, Unit, UnitJob, UnitSummary, read_unit
 from kiem.errors import ExitCode, UserError
 from kiem.files import check_seal
 
@@ -197,5 +197,6 @@ def _read_columns(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarra
     columns = {}
     for name in names:
         parts = [to_numpy(batch.column(name)) for batch in batches]
-        columns[name] = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        dtype = UNIT_SCHEMA.field(name).type.to_pandas_dtype()
+        columns[name] = np.concatenate([np.empty(0, dtype), *parts])
     return columns, summary

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from fnmatch import filter as matching
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from rich.console import Console
 
+from kiem.data.download_progress import DownloadProgress
 from kiem.errors import ExitCode, UserError
+from kiem.files import format_bytes, require_free_space
 
 _MODEL_FILES = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
@@ -55,19 +58,28 @@ class HubTokenizer:
     config_json: Path | None
 
 
-def download_dataset_files(dataset: str, config: str, split: str = "train") -> HubFiles:
+def download_dataset_files(
+    dataset: str,
+    config: str,
+    split: str = "train",
+    revision: str | None = None,
+    console: Console | None = None,
+) -> HubFiles:
     """Downloads the parquet files of one split and returns them in the order of their names.
 
     Args:
         dataset: the Hub id of a dataset.
         config: a configuration of the dataset's card or, if it names none, a folder.
         split: a split of the configuration.
+        revision: a branch, tag or commit; by default the newest commit.
+        console: where the progress is shown.
 
     Raises:
         UserError: not there, no access, no network, or no room on the disk.
     """
-    repo = _Repo("dataset", dataset)
-    commit, names = repo.files(f"{config}/*")
+    repo = _Repo("dataset", dataset, revision)
+    commit, files = repo.files(f"{config}/*")
+    names = list(files)
     card = repo.download(commit, "README.md") if "README.md" in names else None
     parquet = matching(names, "*.parquet")
     configs = _configs_by_card(card) or _configs_by_folder(parquet)
@@ -80,7 +92,8 @@ def download_dataset_files(dataset: str, config: str, split: str = "train") -> H
     if not chosen:
         raise repo.lacks(f"parquet file {' or '.join(patterns)}", names)
     repo.require_all_parts(chosen)
-    return HubFiles(commit, [repo.download(commit, name) for name in chosen], chosen)
+    shown = console or Console(quiet=True)
+    return HubFiles(commit, repo.download_all(commit, {n: files[n] for n in chosen}, shown), chosen)
 
 
 def download_tokenizer(repo: str, revision: str | None = None) -> HubTokenizer:
@@ -94,7 +107,8 @@ def download_tokenizer(repo: str, revision: str | None = None) -> HubTokenizer:
         UserError: as `download_dataset_files`.
     """
     model, config = _Repo("model", repo, revision), "tokenizer_config.json"
-    commit, names = model.files("tokenizer.json")
+    commit, files = model.files("tokenizer.json")
+    names = list(files)
     if "tokenizer.json" not in names:
         raise model.lacks("tokenizer.json", names)
     tokenizer_json = model.download(commit, "tokenizer.json")
@@ -114,7 +128,8 @@ def download_model(repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
     model = _Repo("model", repo)
-    commit, names = model.files("config.json")
+    commit, files = model.files("config.json")
+    names = list(files)
     top = [name for name in names if "/" not in name]
     weights = matching(top, "*.safetensors")
     if "config.json" not in top or not weights:
@@ -124,24 +139,29 @@ def download_model(repo: str) -> Path:
     return Path(model.call(snapshot_download, repo, revision=commit, allow_patterns=wanted))
 
 
+class _File(NamedTuple):
+    """A file's size and its name among the blobs of the cache; zero and "" when not known."""
+
+    num_bytes: int = 0
+    blob: str = ""
+
+
 @dataclass(frozen=True)
 class _Repo:
-    type: str
+    kind: str
     id: str
     revision: str | None = None
 
-    def files(self, needed: str) -> tuple[str, list[str]]:
+    def files(self, needed: str) -> tuple[str, dict[str, _File]]:
         """Returns a commit and its files; offline the newest cached one, best with `needed`."""
         from huggingface_hub import HfApi, constants
-        from huggingface_hub.file_download import repo_folder_name
 
         if not constants.HF_HUB_OFFLINE:
-            which = {"repo_type": self.type, "revision": self.revision, "timeout": 30}
-            info = self.call(HfApi().repo_info, self.id, **which)
-            return info.sha, [file.rfilename for file in info.siblings or []]
-        folder = self.call(repo_folder_name, repo_id=self.id, repo_type=self.type)
+            which = {"repo_type": self.kind, "revision": self.revision, "timeout": 30}
+            info = self.call(HfApi().repo_info, self.id, files_metadata=True, **which)
+            return info.sha, {file.rfilename: _describe(file) for file in info.siblings or []}
         cached = []
-        for commit in Path(constants.HF_HUB_CACHE, folder, "snapshots").glob(self.revision or "*"):
+        for commit in (self.cache() / "snapshots").glob(self.revision or "*"):
             paths = [path for path in commit.rglob("*") if path.is_file()]
             names = sorted(path.relative_to(commit).as_posix() for path in paths)
             rank = (bool(matching(names, needed)), commit.stat().st_mtime)
@@ -149,13 +169,39 @@ class _Repo:
         if not cached:
             raise self.lacks("copy of it", [])
         _, commit_id, names = max(cached)
-        return commit_id, names
+        return commit_id, dict.fromkeys(names, _File())
 
-    def download(self, commit: str, name: str) -> Path:
+    def cache(self) -> Path:
+        """Returns the folder of the Hub's cache that is this repository's."""
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        folder = self.call(repo_folder_name, repo_id=self.id, repo_type=self.kind)
+        return Path(constants.HF_HUB_CACHE, folder)
+
+    def download(self, commit: str, name: str, tqdm_class: type | None = None) -> Path:
         from huggingface_hub import hf_hub_download
 
-        which = {"repo_type": self.type, "revision": commit}
+        which = {"repo_type": self.kind, "revision": commit, "tqdm_class": tqdm_class}
         return Path(self.call(hf_hub_download, self.id, name, **which))
+
+    def download_all(self, commit: str, files: dict[str, _File], console: Console) -> list[Path]:
+        """Downloads files with one progress bar, if there is room for all; returns their paths."""
+        blobs = self.cache() / "blobs"
+        missing = [file for file in files.values() if not (blobs / file.blob).exists()]
+        missing_bytes = sum(file.num_bytes for file in missing)
+        fix = "Free some space, or set HF_HOME to a folder on a larger disk."
+        require_free_space(blobs, missing_bytes, f"the files of {self.id}", fix)
+        if missing:
+            what = f"{len(missing)} of {len(files)} files ({format_bytes(missing_bytes)})"
+            console.print(f"downloading {what} of {self.id} at {commit[:12]}")
+        total_bytes = sum(file.num_bytes for file in files.values())
+        paths = []
+        with DownloadProgress(len(files), total_bytes, console) as progress:
+            for name, file in files.items():
+                with progress.file(file.num_bytes):
+                    paths.append(self.download(commit, name, progress.tqdm_class()))
+        return paths
 
     def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Calls huggingface_hub; tries again what may pass, and explains the rest."""
@@ -189,8 +235,13 @@ class _Repo:
         return self.error(what, fix, code)
 
     def error(self, what: str, fix: str, exit_code: ExitCode) -> UserError:
-        where = f"{self.type} {self.id}" + (f" at {self.revision}" if self.revision else "")
+        where = f"{self.kind} {self.id}" + (f" at {self.revision}" if self.revision else "")
         return UserError(what, where=where, fix=fix, exit_code=exit_code)
+
+
+def _describe(file: Any) -> _File:
+    """Returns what the Hub says of a file: large ones are kept under their SHA-256."""
+    return _File(file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or "")
 
 
 def _configs_by_card(card: Path | None) -> dict[str, dict[str, list[str]]]:
@@ -244,7 +295,7 @@ def _explain(error: BaseException, repo: _Repo) -> tuple[str, str, ExitCode]:
     status = getattr(response, "status_code", None)
     has_token = response is not None and "authorization" in response.request.headers
     is_gated = isinstance(error, errors.GatedRepoError)
-    page = f"https://huggingface.co/{'datasets/' * (repo.type == 'dataset')}{repo.id}"
+    page = f"https://huggingface.co/{'datasets/' * (repo.kind == 'dataset')}{repo.id}"
     again = "Run it again; files that are complete are not downloaded again."
     if is_gated and not has_token:
         what = "you are not logged in, and it has a licence to accept"
@@ -253,13 +304,13 @@ def _explain(error: BaseException, repo: _Repo) -> tuple[str, str, ExitCode]:
         fix = f"Accept it on {page}. A fine-grained token must be allowed gated repositories too."
         return "your account has not accepted its licence", fix, ExitCode.HUB_LICENCE
     if status in (401, 403) and has_token:
-        fix = f"Take a valid one that may read this {repo.type}: {_LOG_IN}."
+        fix = f"Take a valid one that may read this {repo.kind}: {_LOG_IN}."
         return f"the Hub refuses your login token ({status})", fix, ExitCode.HUB_LOGIN
     if status == 401:
         what = "it does not exist, or it is private and you are not logged in"
         return what, f"Check the name on {page}. If it is private, {_LOG_IN}.", ExitCode.HUB_LOGIN
     if status == 404:
-        kind = "revision" if isinstance(error, errors.RevisionNotFoundError) else repo.type
+        kind = "revision" if isinstance(error, errors.RevisionNotFoundError) else repo.kind
         return f"the Hub has no such {kind}", f"Check the name on {page}.", ExitCode.NOT_FOUND
     if status == 429:
         fix = "Wait a few minutes and run it again. The Hub allows more to who is logged in."

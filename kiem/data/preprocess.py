@@ -99,8 +99,10 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     is_local = options.source != ("hub",)
     source = resolve_source(options.source, options.dataset_size) if is_local else None
     tokenizer = None if vocabulary_size else load_tokenizer(options.tokenizer)
-    source = source or resolve_source(options.source, options.dataset_size)
-    folder = options.output_dir / directory_name(options, source)
+    if source is None:  # go on with the same text, although the dataset may have changed
+        revision = None if options.overwrite else _pinned_revision(options)
+        source = resolve_source(options.source, options.dataset_size, revision, console)
+    folder = options.output_dir / directory_name(options, source.name)
     identity = _identity(options, source, tokenizer)
     if folder.exists() and not options.overwrite:
         _refuse_other(folder, read_manifest(folder), identity)
@@ -123,6 +125,15 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     return folder
 
 
+def _pinned_revision(options: PreprocessOptions) -> str | None:
+    """Returns the commit of the Hub dataset with which an earlier run of this command began."""
+    size = options.dataset_size or DEFAULT_HUB_SIZE
+    folder = options.output_dir / directory_name(options, size)
+    earlier = read_manifest(folder) if folder.exists() else _read_plan(_unfinished(folder))
+    source = earlier.get("source", {})
+    return source.get("revision") if source.get("config") == size else None
+
+
 def _unfinished(folder: Path) -> Path:
     """Returns the folder in which a chunk directory's units wait until it is written."""
     return folder.with_name(f".{folder.name}.unfinished")
@@ -141,11 +152,10 @@ def _working_folder(folder: Path, identity: dict[str, Any], overwrite: bool) -> 
     """Gives the folder for finished units, which an interrupted run leaves for the next one."""
     work = _unfinished(folder)
     with locked_folder(work):
-        plan = work / _PLAN_FILE
-        earlier = json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else {}
+        earlier = _read_plan(work)
         if overwrite or earlier.get("unit_version") != _UNIT_VERSION:
             empty_folder(work)
-            write_json(plan, {"unit_version": _UNIT_VERSION, **identity})
+            write_json(work / _PLAN_FILE, {"unit_version": _UNIT_VERSION, **identity})
         else:
             _refuse_other(work, earlier, identity)
         try:
@@ -155,6 +165,11 @@ def _working_folder(folder: Path, identity: dict[str, Any], overwrite: bool) -> 
                 remove_folder(work)
             raise
         remove_folder(work)
+
+
+def _read_plan(work: Path) -> dict[str, Any]:
+    plan = work / _PLAN_FILE
+    return json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else {}
 
 
 def _trained_tokenizer(
@@ -257,13 +272,13 @@ def _word_limit(options: PreprocessOptions) -> int | None:
     return None if options.source == ("hub",) else word_limit(options.dataset_size)
 
 
-def directory_name(options: PreprocessOptions, source: Source) -> str:
+def directory_name(options: PreprocessOptions, source_name: str) -> str:
     """Returns the name of the chunk directory: --name, or chunked_ and the size or source."""
     if options.name is not None:
         return check_name(options.name, "--name")
-    if source.description["kind"] == "hub" or options.dataset_size is None:
-        return f"chunked_{source.name}"
-    return f"chunked_{source.name}_{options.dataset_size}"
+    if options.source == ("hub",) or options.dataset_size is None:
+        return f"chunked_{source_name}"
+    return f"chunked_{source_name}_{options.dataset_size}"
 
 
 def _check_options(options: PreprocessOptions) -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import glob
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from kiem.config import DATASET_SIZES, HUB_DATASET
 from kiem.data.hub import download_dataset_files
+from kiem.data.rows import bad_input, reading_errors
 from kiem.errors import ExitCode, UserError
 from kiem.files import sha256_file
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 DEFAULT_HUB_SIZE = "10k"
+_WORD_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -27,35 +34,44 @@ class Source:
         paths: the files.
         names: what each file is called in messages and in the manifest.
         description: what the manifest records: kind, revision or the sha256 of every file.
+        stamps: size and time of each file, by which a later change is noticed.
     """
 
     name: str
     paths: list[Path]
     names: list[str]
-    description: dict[str, Any] = field(default_factory=dict)
+    description: dict[str, Any]
+    stamps: list[tuple[int, int]]
 
 
-def resolve_source(source: tuple[str, ...], dataset_size: str | None) -> Source:
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Returns what changes when a file is written to: its size and the time of its last change."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def resolve_source(
+    source: tuple[str, ...],
+    dataset_size: str | None,
+    revision: str | None = None,
+    console: Console | None = None,
+) -> Source:
     """Finds (and for the Hub, downloads) the files that the `--source` option names.
 
     Args:
         source: ("hub",), ("sample",), or files, folders and globs.
         dataset_size: the Hub dataset's config; not looked at for other sources.
+        revision: the Hub dataset's commit, by default the newest.
+        console: where the progress of a download is shown.
 
     Raises:
-        UserError: unknown size, no such file, a type of file that cannot be read, or trouble with
-            the Hub.
+        UserError: unknown size, no such file, a file that cannot be read, or trouble with the Hub.
     """
     if source == ("hub",):
-        return _resolve_hub(dataset_size or DEFAULT_HUB_SIZE)
+        return _resolve_hub(dataset_size or DEFAULT_HUB_SIZE, revision, console)
     if source == ("sample",):
         path = Path(str(resources.files("kiem.data") / "sample" / "dutch.jsonl"))
-        return Source(
-            "sample",
-            [path],
-            ["sample"],
-            {"kind": "sample", "sha256": {"sample": sha256_file(path)}},
-        )
+        return _local_source("sample", "sample", [path], ["sample"])
     if "hub" in source or "sample" in source:
         raise UserError(
             "'hub' and 'sample' stand alone",
@@ -64,7 +80,8 @@ def resolve_source(source: tuple[str, ...], dataset_size: str | None) -> Source:
             exit_code=ExitCode.BAD_OPTION,
         )
     paths = [path for pattern in source for path in _expand(pattern)]
-    repeated = sorted({str(path) for path in paths if paths.count(path) > 1})
+    counts = Counter(path.resolve() for path in paths)
+    repeated = sorted(str(path) for path, count in counts.items() if count > 1)
     if repeated:
         raise UserError(
             f"named twice: {', '.join(repeated)}",
@@ -72,11 +89,18 @@ def resolve_source(source: tuple[str, ...], dataset_size: str | None) -> Source:
             fix="Name each file once, so that its text does not count double.",
             exit_code=ExitCode.BAD_OPTION,
         )
-    names = [str(path) for path in paths]
-    hashes = {name: sha256_file(path) for name, path in zip(names, paths, strict=True)}
     first = Path(source[0])
-    name = first.name if first.is_dir() else paths[0].name.split(".")[0]
-    return Source(name, paths, names, {"kind": "files", "sha256": hashes})
+    name = first.resolve().name if first.is_dir() else paths[0].name.split(".")[0]
+    return _local_source(name, "files", paths, [str(path) for path in paths])
+
+
+def _local_source(name: str, kind: str, paths: list[Path], names: list[str]) -> Source:
+    hashes, stamps = {}, []
+    for path, file_name in zip(paths, names, strict=True):
+        with reading_errors(file_name):
+            stamps.append(file_stamp(path))  # before the hash, so that no change goes unseen
+            hashes[file_name] = sha256_file(path)
+    return Source(name, paths, names, {"kind": kind, "sha256": hashes}, stamps)
 
 
 def word_limit(dataset_size: str | None) -> int | None:
@@ -100,10 +124,17 @@ def take_words(texts: Iterable[str], limit: int | None) -> Iterator[str]:
     num_words = 0
     for text in texts:
         if limit is not None:
-            num_words += len(text.split())
+            num_words += count_words(text)
             if num_words > limit:
                 return
         yield text
+
+
+def count_words(text: str) -> int:
+    """Returns the number of white-space words, `len(text.split())`, in little memory."""
+    blocks = [text[n : n + _WORD_BLOCK] for n in range(0, len(text), _WORD_BLOCK)]
+    cut = sum(not a[-1].isspace() and not b[0].isspace() for a, b in pairwise(blocks))
+    return sum(len(block.split()) for block in blocks) - cut
 
 
 def check_hub_size(dataset_size: str) -> None:
@@ -121,10 +152,10 @@ def check_hub_size(dataset_size: str) -> None:
         )
 
 
-def _resolve_hub(dataset_size: str) -> Source:
+def _resolve_hub(dataset_size: str, revision: str | None, console: Console | None) -> Source:
     check_hub_size(dataset_size)
     # Always the train split: a config's own test split can be in a larger config's train split.
-    files = download_dataset_files(HUB_DATASET, dataset_size, "train")
+    files = download_dataset_files(HUB_DATASET, dataset_size, "train", revision, console)
     description = {
         "kind": "hub",
         "dataset": HUB_DATASET,
@@ -132,18 +163,25 @@ def _resolve_hub(dataset_size: str) -> Source:
         "revision": files.revision,
         "files": files.names,
     }
-    return Source(dataset_size, files.paths, files.names, description)
+    stamps = [file_stamp(path) for path in files.paths]
+    return Source(dataset_size, files.paths, files.names, description, stamps)
 
 
 def _expand(pattern: str) -> list[Path]:
-    path = Path(pattern)
-    if path.is_dir():
-        found = [p for p in sorted(path.iterdir()) if p.is_file() and p.name.endswith(SUFFIXES)]
-    elif path.is_file():
-        found = [path]
-    else:
-        found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-        found = [p for p in found if p.is_file()]
+    """Returns the files that a path, folder or glob stands for; leaves none out unsaid."""
+    with reading_errors(f"--source {pattern}"):
+        path = Path(pattern)
+        if not pattern:  # Path("") would be the current folder
+            found = []
+        elif path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
+        elif path.exists() or path.is_symlink():
+            found = [path]
+        else:
+            found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+            found = [p for p in found if p.name.endswith(SUFFIXES) or not p.is_dir()]
+        for path in found:
+            _check_file(path)
     if not found:
         raise UserError(
             "no such file",
@@ -151,13 +189,18 @@ def _expand(pattern: str) -> list[Path]:
             fix=f"Name existing files, or a folder with files that end in {', '.join(SUFFIXES)}.",
             exit_code=ExitCode.NOT_FOUND,
         )
-    for path in found:
-        if not path.name.endswith(SUFFIXES):
-            raise _bad_input(
-                str(path), "unknown type of file", f"Files must end in {', '.join(SUFFIXES)}."
-            )
     return found
 
 
-def _bad_input(where: str, what: str, fix: str) -> UserError:
-    return UserError(what, where=where, fix=fix, exit_code=ExitCode.BAD_INPUT)
+def _check_file(path: Path) -> None:
+    """Raises a UserError if the path is not one of a file that can be read."""
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in str(path)):
+        what = "the file's name has a line break, a control character or bytes that are not UTF-8"
+        raise bad_input(ascii(str(path)), what, "Rename it.")
+    if not path.name.endswith(SUFFIXES):
+        fix = f"Files must end in {', '.join(SUFFIXES)}."
+        raise bad_input(str(path), "unknown type of file", fix)
+    if not path.is_file():
+        is_dangling = path.is_symlink() and not path.exists()
+        what = "is a link to a file that is not there" if is_dangling else "is not a regular file"
+        raise bad_input(str(path), what, "Remove it, or name only files with --source.")

@@ -23,14 +23,16 @@ import pyarrow as pa
 from kiem.data.arrow import from_numpy
 from kiem.data.encoding import Encoder
 from kiem.data.packing import frame
-from kiem.data.readers import Piece, Row, cut_source, place, read_rows
-from kiem.data.sources import Source
+from kiem.data.readers import Piece, cut_source, place, read_rows
+from kiem.data.rows import Row
+from kiem.data.sources import Source, count_words
 from kiem.data.split import split_position
 from kiem.files import check_seal, sealed_file
 
 UNIT_BYTES = 4_000_000
 _BATCH_CHARACTERS = 8_000_000
-_SCHEMA = pa.schema(
+_ROW_CHARACTERS = 100
+UNIT_SCHEMA = pa.schema(
     [
         ("ids", pa.large_list(pa.int32())),
         ("position", pa.uint64()),
@@ -140,11 +142,11 @@ def finish_unit(unit: Unit, job: UnitJob, encoder: Encoder) -> UnitSummary:
     if path.exists() and check_seal(path):
         return read_unit(path)[1]
     maker = _UnitMaker(unit, job, encoder)
-    with sealed_file(path) as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+    with sealed_file(path) as file, pa.ipc.new_stream(file, UNIT_SCHEMA) as writer:
         for batch in maker.batches():
             writer.write_batch(batch)
         metadata = {"summary": msgspec.json.encode(maker.summary)}
-        last = pa.RecordBatch.from_pylist([], schema=_SCHEMA)
+        last = pa.RecordBatch.from_pylist([], schema=UNIT_SCHEMA)
         writer.write_batch(last, custom_metadata=metadata)
     return maker.summary
 
@@ -184,7 +186,7 @@ class _UnitMaker:
         is_kept = np.array([row.text is not None for _, row in rows])
         texts = [row.text for _, row in kept if row.text is not None]
         num_bytes = np.array([len(text.encode()) for text in texts], np.int64)
-        num_words = np.array([len(text.split()) for text in texts], np.int64)
+        num_words = np.array([count_words(text) for text in texts], np.int64)
         positions = np.array([split_position(t, self._job.seed) for t in texts], np.uint64)
         started = self._took("counting", started)
         encoded = self._encoder.encode(texts, lambda number: _place(self._job, kept[number]))
@@ -212,7 +214,7 @@ class _UnitMaker:
             from_numpy(np.array([first_piece(piece) for piece, _ in rows], np.int32)),
             from_numpy(np.array([row.number for _, row in rows], np.int64)),
         ]
-        return pa.record_batch(columns, schema=_SCHEMA)
+        return pa.record_batch(columns, schema=UNIT_SCHEMA)
 
     def _took(self, stage: str, started: float) -> float:
         now = time.perf_counter()
@@ -234,7 +236,8 @@ def _batches(rows: Iterator[tuple[Piece, Row]]) -> Iterator[list[tuple[Piece, Ro
     num_characters = 0
     for piece, row in rows:
         batch.append((piece, row))
-        num_characters += len(row.text or "")
+        # Rejected rows have no text, but are kept in memory too.
+        num_characters += len(row.text or "") + _ROW_CHARACTERS
         if num_characters >= _BATCH_CHARACTERS:
             yield batch
             batch, num_characters = [], 0

@@ -6,6 +6,7 @@ when it is done with one; which worker takes which unit changes nothing in the r
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -68,14 +69,15 @@ class _Worker:
 
     def start(self, unit: Unit) -> None:
         self.unit = unit
-        self.connection.send(unit)
+        with contextlib.suppress(OSError):  # it is dead, which `result` will report
+            self.connection.send(unit)
 
     def result(self) -> tuple[Unit, UnitSummary]:
         unit, self.unit = self.unit, None
         assert unit is not None
         try:
             answer = self.connection.recv()
-        except EOFError as error:
+        except (EOFError, OSError) as error:
             self._process.join()
             raise UserError(
                 f"a worker process was ended from outside (exit code {self._process.exitcode})",
