@@ -60,6 +60,13 @@ class PreprocessOptions:
     longer than a chunk, put the others where they fit best and fill the ends with padding."""
     on_bad_document: Literal["stop", "skip"] = "stop"
     """What to do at a line or row that is no document: stop and name it, or skip and count it."""
+    clean: Literal["none", "dutch"] = "none"
+    """dutch: mend characters, leave out what FineWeb-2's filters for Dutch reject, and keep only
+    the first of equal documents. none: the Hub dataset is filtered already."""
+    near_duplicates: bool = False
+    """Leave out documents that are nearly equal to an earlier one (pip install 'kiem[dedup]')."""
+    decontaminate: tuple[Path, ...] = ()
+    """Leave out documents that share 13 consecutive words with these evaluation files."""
     verify: Path | None = None
     """Make nothing; check every hash and count of this chunk directory instead."""
     overwrite: bool = False

@@ -18,15 +18,17 @@ import pyarrow as pa
 
 from kiem.data.arrow import to_numpy
 from kiem.data.chunks import SplitWriter
+from kiem.data.near_duplicates import band_names
 from kiem.data.packing import make_packer
 from kiem.data.split import split_limit
 from kiem.data.tokenizer import Tokenizer
-from kiem.data.units import UNIT_SCHEMA, Unit, UnitJob, UnitSummary, read_unit
+from kiem.data.units import Unit, UnitJob, UnitSummary, read_unit
+from kiem.data.words import came_before
 from kiem.errors import ExitCode, UserError
 from kiem.files import check_seal
 
 SPLITS = ("train", "test")
-_TRAIN, _TEST, _REJECTED, _BEYOND = 0, 1, 2, 3
+_TRAIN, _TEST, _REJECTED, _BEYOND, _DUPLICATE, _NEAR_DUPLICATE = range(6)
 
 
 @dataclass
@@ -73,7 +75,6 @@ def decide(units: Sequence[Unit], job: UnitJob, test_share: float, word_limit: i
     positions: list[np.ndarray] = []
     rejected: Counter[str] = Counter()
     num_rows = num_words = 0
-    lowest = 2**64
     for unit in units:
         path = job.path(unit)
         if not path.exists():
@@ -96,16 +97,42 @@ def decide(units: Sequence[Unit], job: UnitJob, test_share: float, word_limit: i
         num_rows += int(counted.sum())
         for reason in reasons[fate == _REJECTED]:
             rejected[summary.reasons[reason]] += 1
-        kept = columns["position"][fate == _TRAIN]
-        lowest = min(lowest, int(kept.min(initial=2**64 - 1)))
         fates.append(fate)
         positions.append(columns["position"])
         if not counted.all():
             break
+    # Equal texts have equal positions. That two different ones have, too, is to be expected once
+    # in some 6 billion documents, since positions are hashes of 64 bits.
+    if job.cleaning.filters != "none":
+        _reject_repeated(fates, positions, _DUPLICATE)
+    if job.cleaning.near_duplicates:
+        for name in band_names():
+            paths = [job.path(unit) for unit in units[: len(fates)]]
+            keys = [_read_columns(path, (name,))[0][name] for path in paths]
+            _reject_repeated(fates, keys, _NEAR_DUPLICATE)
+    for code, reason in ((_DUPLICATE, "duplicate"), (_NEAR_DUPLICATE, "near duplicate")):
+        if number := sum(int((fate == code).sum()) for fate in fates):
+            rejected[reason] += number
+    lowest = min(
+        int(position[fate == _TRAIN].min(initial=2**64 - 1))
+        for fate, position in zip(fates, positions, strict=True)
+    )
     limit = np.uint64(min(split_limit(test_share, lowest), 2**64 - 1))
     for fate, position in zip(fates, positions, strict=True):
         fate[(fate == _TRAIN) & (position < limit)] = _TEST
     return Fates(fates, rejected, num_rows)
+
+
+def _reject_repeated(fates: list[np.ndarray], keys: list[np.ndarray], code: int) -> None:
+    """Marks the documents whose key an earlier one has, itself left out for likeness or not."""
+    is_document = [(fate == _TRAIN) | (fate == _NEAR_DUPLICATE) for fate in fates]
+    chosen = [key[here].astype(np.uint64) for key, here in zip(keys, is_document, strict=True)]
+    is_again = came_before(np.concatenate(chosen))
+    start = 0
+    for fate, here in zip(fates, is_document, strict=True):
+        places = np.flatnonzero(here)
+        fate[places[is_again[start : start + len(places)]]] = code
+        start += len(places)
 
 
 def write_splits(
@@ -194,9 +221,7 @@ def _count(
 def _read_columns(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], UnitSummary]:
     """Returns whole columns of a unit file, as copies, and its summary."""
     batches, summary = read_unit(path)
-    columns = {}
-    for name in names:
-        parts = [to_numpy(batch.column(name)) for batch in batches]
-        dtype = UNIT_SCHEMA.field(name).type.to_pandas_dtype()
-        columns[name] = np.concatenate([np.empty(0, dtype), *parts])
+    columns = {
+        name: np.concatenate([to_numpy(batch.column(name)) for batch in batches]) for name in names
+    }
     return columns, summary

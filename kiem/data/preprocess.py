@@ -6,11 +6,10 @@ resolve the source -> plan of units -> finish every unit (in worker processes, e
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ import kiem
 from kiem.cli import warn
 from kiem.config import PreprocessOptions
 from kiem.data.assemble import decide, write_splits
-from kiem.data.chunks import finish_directory, read_manifest, verify_directory
+from kiem.data.chunks import finish_directory, verify_directory
+from kiem.data.cleaning import Cleaning, make_cleaning
 from kiem.data.encoding import fast_path, load_encoders
 from kiem.data.ray_workers import run_units_on_ray
 from kiem.data.sources import (
@@ -43,33 +43,24 @@ from kiem.data.tokenizer import (
     vocabulary_size_to_train,
     write_tokenizer,
 )
-from kiem.data.units import Reading, Unit, UnitJob, UnitSummary, plan_units, read_unit_rows
+from kiem.data.units import Reading, Unit, UnitJob, UnitSummary, plan_units, read_clean_texts
 from kiem.data.workers import run_units
+from kiem.data.workspace import (
+    clear_after_kill,
+    earlier_identity,
+    refuse_other,
+    working_folder,
+)
 from kiem.errors import ExitCode, UserError
 from kiem.files import (
     check_name,
-    empty_folder,
-    is_removed,
-    locked_folder,
     new_folder,
-    remove_folder,
     require_free_space,
     write_bytes,
-    write_json,
 )
 
-# Raised whenever units made by older versions would not be what this one makes.
-_UNIT_VERSION = 1
-_PLAN_FILE = "plan.json"
 # Units and chunks are there at the same time; four bytes a token and at least three of text in it.
 _OUTPUT_BYTES_PER_TEXT_BYTE = 3
-# After these, the same command can go on; after others it needs other input or options.
-_PASSING = (
-    ExitCode.DISK_SPACE,
-    ExitCode.NOT_WRITABLE,
-    ExitCode.OUT_OF_MEMORY,
-    ExitCode.DAMAGED,
-)
 
 
 def preprocess(options: PreprocessOptions, console: Console) -> Path:
@@ -103,18 +94,20 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
         revision = None if options.overwrite else _pinned_revision(options)
         source = resolve_source(options.source, options.dataset_size, revision, console)
     folder = options.output_dir / directory_name(options, source.name)
-    identity = _identity(options, source, tokenizer)
+    cleaning = make_cleaning(options)
+    identity = _identity(options, source, tokenizer, cleaning)
     if folder.exists() and not options.overwrite:
-        _refuse_other(folder, read_manifest(folder), identity)
+        refuse_other(folder, earlier_identity(folder), identity)
         verify_directory(folder)
-        _clear_after_kill(folder)
+        clear_after_kill(folder)
         console.print(f"{folder} is there already, made of the same text; verified.")
         return folder
     reading = Reading(source, options.text_column, options.on_bad_document)
     units = plan_units(source)
-    with _working_folder(folder, identity, options.overwrite) as work:
-        tokenizer = tokenizer or _trained_tokenizer(reading, units, options, work, console)
-        job = UnitJob(work, reading, options.seed, tokenizer.bos_id, tokenizer.eos_id)
+    with working_folder(folder, identity, options.overwrite) as work:
+        if tokenizer is None:
+            tokenizer = _trained_tokenizer(reading, cleaning, units, options, work, console)
+        job = UnitJob(work, reading, options.seed, tokenizer.bos_id, tokenizer.eos_id, cleaning)
         seconds = _finish_units(units, job, tokenizer, options, console)
         packing_started = time.perf_counter()
         with new_folder(folder, overwrite=options.overwrite, temporary=work / "result") as result:
@@ -129,51 +122,13 @@ def _pinned_revision(options: PreprocessOptions) -> str | None:
     """Returns the commit of the Hub dataset with which an earlier run of this command began."""
     size = options.dataset_size or DEFAULT_HUB_SIZE
     folder = options.output_dir / directory_name(options, size)
-    earlier = read_manifest(folder) if folder.exists() else _read_plan(_unfinished(folder))
-    source = earlier.get("source", {})
+    source = earlier_identity(folder).get("source", {})
     return source.get("revision") if source.get("config") == size else None
-
-
-def _unfinished(folder: Path) -> Path:
-    """Returns the folder in which a chunk directory's units wait until it is written."""
-    return folder.with_name(f".{folder.name}.unfinished")
-
-
-def _clear_after_kill(folder: Path) -> None:
-    """Removes what a run left that was killed after it had finished the chunk directory."""
-    work = _unfinished(folder)
-    if not is_removed(work):
-        with locked_folder(work):
-            remove_folder(work)
-
-
-@contextmanager
-def _working_folder(folder: Path, identity: dict[str, Any], overwrite: bool) -> Iterator[Path]:
-    """Gives the folder for finished units, which an interrupted run leaves for the next one."""
-    work = _unfinished(folder)
-    with locked_folder(work):
-        earlier = _read_plan(work)
-        if overwrite or earlier.get("unit_version") != _UNIT_VERSION:
-            empty_folder(work)
-            write_json(work / _PLAN_FILE, {"unit_version": _UNIT_VERSION, **identity})
-        else:
-            _refuse_other(work, earlier, identity)
-        try:
-            yield work
-        except UserError as error:
-            if error.exit_code not in _PASSING:
-                remove_folder(work)
-            raise
-        remove_folder(work)
-
-
-def _read_plan(work: Path) -> dict[str, Any]:
-    plan = work / _PLAN_FILE
-    return json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else {}
 
 
 def _trained_tokenizer(
     reading: Reading,
+    cleaning: Cleaning,
     units: Sequence[Unit],
     options: PreprocessOptions,
     work: Path,
@@ -185,8 +140,7 @@ def _trained_tokenizer(
     file = work / TOKENIZER_FILE
     if file.exists():
         return parse_tokenizer(file.read_bytes(), options.tokenizer)
-    rows = (row for unit in units for _, row in read_unit_rows(unit, reading))
-    texts = take_words((r.text for r in rows if r.text is not None), _word_limit(options))
+    texts = take_words(read_clean_texts(units, reading, cleaning), _word_limit(options))
     with console.status(f"Training a vocabulary of {vocabulary_size} entries"):
         chosen = training_texts(texts, options.test_split, options.seed)
         tokenizer = train_tokenizer(chosen, vocabulary_size)
@@ -305,7 +259,7 @@ def _check_options(options: PreprocessOptions) -> None:
 
 
 def _identity(
-    options: PreprocessOptions, source: Source, tokenizer: Tokenizer | None
+    options: PreprocessOptions, source: Source, tokenizer: Tokenizer | None, cleaning: Cleaning
 ) -> dict[str, Any]:
     """What a chunk directory is made of, as the manifest records it."""
     return {
@@ -317,28 +271,11 @@ def _identity(
             "text_column": options.text_column,
             "packing": options.packing,
             "on_bad_document": options.on_bad_document,
+            **cleaning.identity,
             "tokenizer": tokenizer.sha256 if tokenizer else options.tokenizer,
         },
         "source": source.description,
     }
-
-
-def _refuse_other(folder: Path, recorded: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Raises a UserError if what is in `folder` is made of other text or with other options."""
-    different = [
-        f"--{name.replace('_', '-')} was {recorded['options'].get(name)!r}"
-        for name, value in identity["options"].items()
-        if recorded["options"].get(name) != value
-    ]
-    if recorded["source"] != identity["source"]:
-        different.append("--source was other text")
-    if different:
-        raise UserError(
-            f"this was made differently: {'; '.join(different)}",
-            where=str(folder),
-            fix="Choose another --name, or replace it with --overwrite.",
-            exit_code=ExitCode.ALREADY_EXISTS,
-        )
 
 
 def _check_enough(splits: dict[str, dict[str, Any]], options: PreprocessOptions) -> None:

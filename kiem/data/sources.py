@@ -71,7 +71,7 @@ def resolve_source(
         return _resolve_hub(dataset_size or DEFAULT_HUB_SIZE, revision, console)
     if source == ("sample",):
         path = Path(str(resources.files("kiem.data") / "sample" / "dutch.jsonl"))
-        return _local_source("sample", "sample", [path], ["sample"])
+        return local_source("sample", "sample", [path], ["sample"])
     if "hub" in source or "sample" in source:
         raise UserError(
             "'hub' and 'sample' stand alone",
@@ -91,10 +91,11 @@ def resolve_source(
         )
     first = Path(source[0])
     name = first.resolve().name if first.is_dir() else paths[0].name.split(".")[0]
-    return _local_source(name, "files", paths, [str(path) for path in paths])
+    return local_source(name, "files", paths, [str(path) for path in paths])
 
 
-def _local_source(name: str, kind: str, paths: list[Path], names: list[str]) -> Source:
+def local_source(name: str, kind: str, paths: list[Path], names: list[str]) -> Source:
+    """Returns files of this machine as a source; raises a UserError if one cannot be read."""
     hashes, stamps = {}, []
     for path, file_name in zip(paths, names, strict=True):
         with reading_errors(file_name):

@@ -5,13 +5,14 @@ one file with a row for every row of the source, and its checksum at the end:
 
     ids       large_list<int32>   <bos> text <eos>; empty for a rejected row
     position  uint64              place in the split
-    words, bytes, source, piece, row, reason (-1: kept), fingerprint and text when asked for
+    words, bytes, source, piece, row, reason (-1: kept)
+    band_0 ... uint64             keys of near duplicates, when asked for
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,18 +22,21 @@ import numpy as np
 import pyarrow as pa
 
 from kiem.data.arrow import from_numpy
+from kiem.data.cleaning import Cleaning
 from kiem.data.encoding import Encoder
+from kiem.data.near_duplicates import band_keys, band_names
 from kiem.data.packing import frame
 from kiem.data.readers import Piece, cut_source, place, read_rows
 from kiem.data.rows import Row
 from kiem.data.sources import Source, count_words
 from kiem.data.split import split_position
+from kiem.data.words import WordHashes
 from kiem.files import check_seal, sealed_file
 
 UNIT_BYTES = 4_000_000
 _BATCH_CHARACTERS = 8_000_000
 _ROW_CHARACTERS = 100
-UNIT_SCHEMA = pa.schema(
+_SCHEMA = pa.schema(
     [
         ("ids", pa.large_list(pa.int32())),
         ("position", pa.uint64()),
@@ -85,6 +89,7 @@ class UnitJob:
         seed: of the split.
         bos_id: put before every document.
         eos_id: put after every document.
+        cleaning: what is mended and left out.
     """
 
     folder: Path
@@ -92,6 +97,7 @@ class UnitJob:
     seed: int
     bos_id: int
     eos_id: int
+    cleaning: Cleaning
 
     def path(self, unit: Unit) -> Path:
         """Returns the file that a finished unit becomes."""
@@ -142,21 +148,21 @@ def finish_unit(unit: Unit, job: UnitJob, encoder: Encoder) -> UnitSummary:
     if path.exists() and check_seal(path):
         return read_unit(path)[1]
     maker = _UnitMaker(unit, job, encoder)
-    with sealed_file(path) as file, pa.ipc.new_stream(file, UNIT_SCHEMA) as writer:
+    schema = _schema(job)
+    with sealed_file(path) as file, pa.ipc.new_stream(file, schema) as writer:
         for batch in maker.batches():
             writer.write_batch(batch)
         metadata = {"summary": msgspec.json.encode(maker.summary)}
-        last = pa.RecordBatch.from_pylist([], schema=UNIT_SCHEMA)
+        last = pa.RecordBatch.from_pylist([], schema=schema)
         writer.write_batch(last, custom_metadata=metadata)
     return maker.summary
 
 
 def read_unit(path: Path) -> tuple[list[pa.RecordBatch], UnitSummary]:
-    """Returns the batches of a unit file, memory-mapped, and its summary."""
+    """Returns the batches of a unit file, memory-mapped, the last one empty, and its summary."""
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
-        *found, (_, metadata) = reader.iter_batches_with_custom_metadata()
-    summary = msgspec.json.decode(metadata[b"summary"], type=UnitSummary)
-    return [batch for batch, _ in found], summary
+        batches, metadata = zip(*reader.iter_batches_with_custom_metadata(), strict=True)
+    return list(batches), msgspec.json.decode(metadata[-1][b"summary"], type=UnitSummary)
 
 
 class _UnitMaker:
@@ -166,6 +172,7 @@ class _UnitMaker:
         self._unit = unit
         self._job = job
         self._encoder = encoder
+        self._hashes = WordHashes()
         self._sources: dict[str, int] = {}
         self._reasons: dict[str, int] = {}
         self.summary = UnitSummary([], [], 0, 0, 0, 0, {})
@@ -182,13 +189,22 @@ class _UnitMaker:
 
     def _encode(self, rows: list[tuple[Piece, Row]]) -> pa.RecordBatch:
         started = time.perf_counter()
-        kept = [(piece, row) for piece, row in rows if row.text is not None]
-        is_kept = np.array([row.text is not None for _, row in rows])
-        texts = [row.text for _, row in kept if row.text is not None]
+        cleaned = self._job.cleaning.clean([row for _, row in rows], self._hashes)
+        started = self._took("cleaning", started)
+        is_kept = np.array([reason is None for _, reason in cleaned])
+        kept = [found for found, (_, reason) in zip(rows, cleaned, strict=True) if reason is None]
+        texts = [text for text, reason in cleaned if text is not None and reason is None]
         num_bytes = np.array([len(text.encode()) for text in texts], np.int64)
         num_words = np.array([count_words(text) for text in texts], np.int64)
         positions = np.array([split_position(t, self._job.seed) for t in texts], np.uint64)
-        started = self._took("counting", started)
+        if self._job.cleaning.near_duplicates:
+            started = self._took("counting", started)
+            keys = _spread(band_keys(texts, self._hashes), is_kept)
+            bands = [from_numpy(band) for band in keys.T]
+            started = self._took("near duplicates", started)
+        else:
+            bands = []
+            started = self._took("counting", started)
         encoded = self._encoder.encode(texts, lambda number: _place(self._job, kept[number]))
         framed = frame(encoded, self._job.bos_id, self._job.eos_id)
         started = self._took("encoding", started)
@@ -199,9 +215,7 @@ class _UnitMaker:
         summary.tokens += len(framed.ids)
         lengths = _spread(framed.lengths, is_kept)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        reasons = [
-            self._number(self._reasons, r.problem.reason) if r.problem else -1 for _, r in rows
-        ]
+        reasons = [-1 if r is None else self._number(self._reasons, r) for _, r in cleaned]
         sources = [self._number(self._sources, row.source) for _, row in rows]
         first_piece = self._unit.pieces.index
         columns = [
@@ -213,8 +227,9 @@ class _UnitMaker:
             from_numpy(np.array(reasons, np.int32)),
             from_numpy(np.array([first_piece(piece) for piece, _ in rows], np.int32)),
             from_numpy(np.array([row.number for _, row in rows], np.int64)),
+            *bands,
         ]
-        return pa.record_batch(columns, schema=UNIT_SCHEMA)
+        return pa.record_batch(columns, schema=_schema(self._job))
 
     def _took(self, stage: str, started: float) -> float:
         now = time.perf_counter()
@@ -229,6 +244,21 @@ class _UnitMaker:
 def read_unit_rows(unit: Unit, reading: Reading) -> Iterator[tuple[Piece, Row]]:
     """Yields the rows of a unit."""
     return read_rows(reading.source, unit.pieces, reading.text_column, reading.on_bad_document)
+
+
+def _schema(job: UnitJob) -> pa.Schema:
+    names = band_names() if job.cleaning.near_duplicates else []
+    return pa.schema([*_SCHEMA, *((name, pa.uint64()) for name in names)])
+
+
+def read_clean_texts(units: Sequence[Unit], reading: Reading, cleaning: Cleaning) -> Iterator[str]:
+    """Yields the documents that are not left out, mended, but equal ones each time they come."""
+    hashes = WordHashes()
+    for unit in units:
+        for rows in _batches(read_unit_rows(unit, reading)):
+            for text, reason in cleaning.clean([row for _, row in rows], hashes):
+                if text is not None and reason is None:
+                    yield text
 
 
 def _batches(rows: Iterator[tuple[Piece, Row]]) -> Iterator[list[tuple[Piece, Row]]]:
@@ -252,8 +282,8 @@ def _place(job: UnitJob, found: tuple[Piece, Row]) -> str:
 
 
 def _spread(values: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
-    """Returns values [kept] with zeros at the rejected rows, [rows]."""
-    spread = np.zeros(len(is_kept), values.dtype)
+    """Returns values [kept, ...] with zeros at the rejected rows, [rows, ...]."""
+    spread = np.zeros((len(is_kept), *values.shape[1:]), values.dtype)
     spread[is_kept] = values
     return spread
 

@@ -1,0 +1,97 @@
+"""The folder beside a chunk directory in which its finished units wait, also for a later run.
+
+What is in either of them is known by its identity: all options and files that its content depends
+on. Work on other text or with other options is never taken up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kiem.data.chunks import read_manifest
+from kiem.errors import ExitCode, UserError
+from kiem.files import empty_folder, is_removed, locked_folder, remove_folder, write_json
+
+# Raised whenever units made by older versions would not be what this one makes.
+_UNIT_VERSION = 2
+_PLAN_FILE = "plan.json"
+# After these, the same command can go on; after others it needs other input or options.
+_PASSING = (
+    ExitCode.DISK_SPACE,
+    ExitCode.NOT_WRITABLE,
+    ExitCode.OUT_OF_MEMORY,
+    ExitCode.DAMAGED,
+)
+
+
+@contextmanager
+def working_folder(folder: Path, identity: dict[str, Any], overwrite: bool) -> Iterator[Path]:
+    """Gives the folder for finished units, which an interrupted run leaves for the next one.
+
+    Args:
+        folder: the chunk directory that is to be made.
+        identity: what it will be made of.
+        overwrite: whether to begin again.
+
+    Raises:
+        UserError: another process works there, or an earlier run worked on something else.
+    """
+    work = _unfinished(folder)
+    with locked_folder(work):
+        earlier = _read_plan(work)
+        if overwrite or earlier.get("unit_version") != _UNIT_VERSION:
+            empty_folder(work)
+            write_json(work / _PLAN_FILE, {"unit_version": _UNIT_VERSION, **identity})
+        else:
+            refuse_other(work, earlier, identity)
+        try:
+            yield work
+        except UserError as error:
+            if error.exit_code not in _PASSING:
+                remove_folder(work)
+            raise
+        remove_folder(work)
+
+
+def clear_after_kill(folder: Path) -> None:
+    """Removes what a run left that was killed after it had finished the chunk directory."""
+    work = _unfinished(folder)
+    if not is_removed(work):
+        with locked_folder(work):
+            remove_folder(work)
+
+
+def earlier_identity(folder: Path) -> dict[str, Any]:
+    """Returns what a chunk directory or the unfinished work on it was made of, {} if not there."""
+    return read_manifest(folder) if folder.exists() else _read_plan(_unfinished(folder))
+
+
+def refuse_other(folder: Path, recorded: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raises a UserError if what is in `folder` is made of other text or with other options."""
+    different = [
+        f"--{name.replace('_', '-')} was {recorded['options'].get(name)!r}"
+        for name, value in identity["options"].items()
+        if recorded["options"].get(name) != value
+    ]
+    if recorded["source"] != identity["source"]:
+        different.append("--source was other text")
+    if different:
+        raise UserError(
+            f"this was made differently: {'; '.join(different)}",
+            where=str(folder),
+            fix="Choose another --name, or replace it with --overwrite.",
+            exit_code=ExitCode.ALREADY_EXISTS,
+        )
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.unfinished")
+
+
+def _read_plan(work: Path) -> dict[str, Any]:
+    plan = work / _PLAN_FILE
+    return json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else {}
