@@ -1,6 +1,7 @@
 # make demo       the whole way on the built-in sample, in a few minutes
 # make test       format, lint, types and tests
-# make chaos, make bench come with the parts they test
+# make chaos      the tests that kill and damage things, in full counts (some ten minutes)
+# make bench      the benchmarks: make bench TEXT=folder with .jsonl files
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ CONSTRAINTS ?= constraints.txt
 DEMO_MINUTES ?= 2
 GEMMA_TOKENIZER := .cache/gemma3/tokenizer.json
 
-.PHONY: demo test format gemma-tokenizer install
+.PHONY: bench chaos demo test format gemma-tokenizer install
 
 demo: $(VENV)/installed
 	$(BIN)/python preprocess.py --source sample --tokenizer train:2048 --chunk-size 256 \
@@ -33,6 +34,16 @@ test: $(VENV)/installed gemma-tokenizer
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# The seed is printed; with CHAOS_SEED=that the same things happen at the same places again.
+CHAOS_SEED ?= $(shell date +%s)
+chaos: $(VENV)/installed gemma-tokenizer
+	@echo "CHAOS_SEED=$(CHAOS_SEED)"
+	KIEM_CHAOS_SCALE=1.0 KIEM_CHAOS_SEED=$(CHAOS_SEED) KIEM_FUZZ_FILES=6000 \
+	    $(BIN)/python -m pytest tests/test_restart.py tests/test_bad_input.py tests/test_ray.py
+
+bench: $(VENV)/installed gemma-tokenizer
+	$(BIN)/python benchmarks/preprocessing.py --text $(TEXT) --tokenizer $(GEMMA_TOKENIZER)
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .
