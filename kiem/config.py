@@ -167,3 +167,31 @@ class InferenceOptions:
     """Write prompts and continuations to this JSON Lines file."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the weights. auto: bf16 on GPUs that have it; as stored on CPUs."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Measure a language model: bits per byte of text, and minimal pairs. Without --data and
+    --suite it takes the built-in minimal pairs."""
+
+    model_path: str
+    """Model directory (final_model/ of a run), or a Hub id. Any causal model that transformers can
+    load is measured alike, if transformers is installed."""
+    data: tuple[str, ...] = ()
+    """Text to measure bits per byte on: files, folders and globs of .txt, .jsonl, .jsonl.gz and
+    .parquet, sample (the built-in text), or a chunk directory, whose test split is taken."""
+    suite: tuple[str, ...] = ()
+    """minimal-pairs (the built-in Dutch ones), or files in BLiMP's shape (.jsonl, .parquet)."""
+    context: int | None = None
+    """Most tokens the model reads at once; longer documents are read in overlapping windows.
+    Default: the chunk size that a kiem model was trained with, the longest of other models."""
+    text_column: str = "text"
+    """Column (Parquet) or key (JSON Lines) of --data that holds a document's text."""
+    max_documents: int | None = None
+    """Take only so many documents of --data, the first ones."""
+    json: Path | None = None
+    """Write the results to this file."""
+    seed: int = 42
+    """Seed of the resampling that gives the intervals."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the weights. auto: bf16 on GPUs that have it; as stored on CPUs."""

@@ -35,12 +35,15 @@ class Source:
     description: dict[str, Any] = field(default_factory=dict)
 
 
-def resolve_source(source: tuple[str, ...], dataset_size: str | None) -> Source:
-    """Finds (and for the Hub, downloads) the files that the `--source` option names.
+def resolve_source(
+    source: tuple[str, ...], dataset_size: str | None, option: str = "--source"
+) -> Source:
+    """Finds (and for the Hub, downloads) the files that an option names.
 
     Args:
         source: ("hub",), ("sample",), or files, folders and globs.
         dataset_size: the Hub dataset's config; not looked at for other sources.
+        option: the option's name, for messages.
 
     Raises:
         UserError: unknown size, no such file, a type of file that cannot be read, or trouble with
@@ -59,16 +62,16 @@ def resolve_source(source: tuple[str, ...], dataset_size: str | None) -> Source:
     if "hub" in source or "sample" in source:
         raise UserError(
             "'hub' and 'sample' stand alone",
-            where="--source",
+            where=option,
             fix="Give either one of them, or files.",
             exit_code=ExitCode.BAD_OPTION,
         )
-    paths = [path for pattern in source for path in _expand(pattern)]
+    paths = [path for pattern in source for path in _expand(pattern, option)]
     repeated = sorted({str(path) for path in paths if paths.count(path) > 1})
     if repeated:
         raise UserError(
             f"named twice: {', '.join(repeated)}",
-            where="--source",
+            where=option,
             fix="Name each file once, so that its text does not count double.",
             exit_code=ExitCode.BAD_OPTION,
         )
@@ -135,7 +138,7 @@ def _resolve_hub(dataset_size: str) -> Source:
     return Source(dataset_size, files.paths, files.names, description)
 
 
-def _expand(pattern: str) -> list[Path]:
+def _expand(pattern: str, option: str) -> list[Path]:
     path = Path(pattern)
     if path.is_dir():
         found = [p for p in sorted(path.iterdir()) if p.is_file() and p.name.endswith(SUFFIXES)]
@@ -147,7 +150,7 @@ def _expand(pattern: str) -> list[Path]:
     if not found:
         raise UserError(
             "no such file",
-            where=f"--source {pattern}",
+            where=f"{option} {pattern}",
             fix=f"Name existing files, or a folder with files that end in {', '.join(SUFFIXES)}.",
             exit_code=ExitCode.NOT_FOUND,
         )
