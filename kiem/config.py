@@ -123,6 +123,8 @@ class TrainingOptions:
     activation_checkpointing: Literal["auto", "none", "full"] = "auto"
     """full: keep only each layer's input and compute the rest again for the backward pass: less
     memory, a third more time. auto: full above 500 million parameters."""
+    minimal_pairs: bool = True
+    """At the end measure how often the model prefers correct Dutch to a mistake (430 pairs)."""
     sample_prompt: str = "Nederland is"
     """Text that the model continues at every evaluation."""
     log_steps: int = 1
