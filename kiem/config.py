@@ -197,3 +197,26 @@ class EvaluationOptions:
     """Seed of the resampling that gives the intervals."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the weights. auto: bf16 on GPUs that have it; as stored on CPUs."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write a trained model in a format for other programs, or publish it."""
+
+    model_path: str
+    """Model directory (final_model/ of a run), or the Hub id of a Gemma 3 text model."""
+    output: Path
+    """What to write: a file (gguf) or a folder (safetensors)."""
+    format: Literal["gguf", "safetensors"] = "gguf"
+    """gguf: one file for llama.cpp, Ollama, LM Studio and others. safetensors: a model directory
+    for transformers and vLLM, such as this one but in another precision."""
+    dtype: Literal["f32", "bf16", "f16", "q8_0"] = "bf16"
+    """Precision of the matrices. q8_0 (gguf only): 8 bits and a scale for every 32 values."""
+    overwrite: bool = False
+    """Replace the output if it exists."""
+    push_to_hub: str | None = None
+    """Upload the result to this repository (OWNER/NAME) on the Hub, which is made if need be."""
+    private: bool = True
+    """With --push-to-hub: a repository that is made is private; you can publish it on its page."""
+    dry_run: bool = False
+    """With --push-to-hub: write the output and say what would be uploaded, but upload nothing."""

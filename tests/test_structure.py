@@ -10,7 +10,7 @@ from conftest import ROOT, run_script
 
 PACKAGE = ROOT / "kiem"
 # A folder imports only from itself and from those before it.
-FOLDERS = ("data", "model", "inference", "evaluation", "training")
+FOLDERS = ("data", "model", "inference", "evaluation", "training", "export")
 MOST_LINES = {"kiem": 350, "tests": 420}
 
 
@@ -65,7 +65,7 @@ def test_files_fit_in_the_head() -> None:
 
 
 def test_help_is_there_before_torch() -> None:
-    for script in ("preprocess.py", "training.py", "inference.py", "evaluate.py"):
+    for script in ("preprocess.py", "training.py", "inference.py", "evaluate.py", "export.py"):
         code = (
             "import runpy, sys\n"
             f"sys.argv = ['{script}', '--help']\n"

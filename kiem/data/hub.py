@@ -124,11 +124,36 @@ def download_model(repo: str) -> Path:
     return Path(model.call(snapshot_download, repo, revision=commit, allow_patterns=wanted))
 
 
+def upload(repo: str, path: Path, *, private: bool) -> str:
+    """Uploads a file or a folder to a model repository in one commit; returns the page's address.
+
+    Args:
+        repo: the repository, which is made if need be.
+        path: what to upload; a folder's files go to the top of the repository.
+        private: whether only you see a repository that is made.
+
+    Raises:
+        UserError: no login, no right to write there, no network, or no OWNER/NAME.
+    """
+    from huggingface_hub import HfApi
+
+    model, api = _Repo("model", repo, needed_right="write to"), HfApi()
+    url = model.call(api.create_repo, repo, private=private, exist_ok=True)
+    message = f"Upload {path.name} with kiem"
+    if path.is_dir():
+        model.call(api.upload_folder, repo_id=repo, folder_path=path, commit_message=message)
+    else:
+        where = {"repo_id": repo, "path_in_repo": path.name, "commit_message": message}
+        model.call(api.upload_file, path_or_fileobj=path, **where)
+    return str(url)
+
+
 @dataclass(frozen=True)
 class _Repo:
     type: str
     id: str
     revision: str | None = None
+    needed_right: str = "read"
 
     def files(self, needed: str) -> tuple[str, list[str]]:
         """Returns a commit and its files; offline the newest cached one, best with `needed`."""
@@ -253,7 +278,7 @@ def _explain(error: BaseException, repo: _Repo) -> tuple[str, str, ExitCode]:
         fix = f"Accept it on {page}. A fine-grained token must be allowed gated repositories too."
         return "your account has not accepted its licence", fix, ExitCode.HUB_LICENCE
     if status in (401, 403) and has_token:
-        fix = f"Take a valid one that may read this {repo.type}: {_LOG_IN}."
+        fix = f"Take a valid one that may {repo.needed_right} this {repo.type}: {_LOG_IN}."
         return f"the Hub refuses your login token ({status})", fix, ExitCode.HUB_LOGIN
     if status == 401:
         what = "it does not exist, or it is private and you are not logged in"
