@@ -23,6 +23,8 @@ from socket import SO_LINGER, SOL_SOCKET
 from typing import Any, final
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from hub_uploads import answer_upload
+
 LFS_SUFFIXES = (".parquet", ".safetensors", ".bin", ".model")
 LFS_MIN_BYTES = 10_000_000
 
@@ -81,6 +83,7 @@ class HubServer:
         private: repositories that are hidden from all but tokens in `accepted`.
         tokens: login tokens that are valid.
         accepted: login tokens that are valid and whose owner accepted every licence.
+        writers: login tokens that are valid and may create and change repositories.
 
     Attributes:
         log: (method, path with query, whether a token was sent) of each request so far.
@@ -95,9 +98,11 @@ class HubServer:
         private: Collection[str] = (),
         tokens: Collection[str] = (),
         accepted: Collection[str] = (),
+        writers: Collection[str] = (),
     ):
         self.gated, self.private = set(gated), set(private)
-        self.tokens, self.accepted = {*tokens, *accepted}, set(accepted)
+        self.tokens, self.accepted = {*tokens, *accepted, *writers}, {*accepted, *writers}
+        self.writers, self.uploaded = set(writers), dict[str, bytes]()
         self.log: list[tuple[str, str, bool]] = []
         self.ranges: list[str] = []
         self._repos: dict[str, _Repo] = {}
@@ -190,6 +195,11 @@ class HubServer:
     def find_repo(self, name: str) -> _Repo | None:
         return self._repos.get(name)
 
+    def contents(self, name: str) -> dict[str, bytes]:
+        """Returns the files of a repository's newest commit."""
+        found = self._repos[name].files("main")
+        return {path: file.content for path, file in found[1].items()} if found else {}
+
     def find_blob(self, sha256: str) -> _File | None:
         trees = (tree for repo in self._repos.values() for tree in repo.commits.values())
         files = (file for tree in trees for file in tree.values())
@@ -223,6 +233,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer()
+
+    def do_POST(self) -> None:
+        self._receive()
+
+    def do_PUT(self) -> None:
+        self._receive()
+
+    def _receive(self) -> None:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        self.server.hub.log.append((self.command, self.path, bool(token)))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        status, value = answer_upload(self.server.hub, self.path, token, body)
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _answer(self) -> None:
         hub, url = self.server.hub, urlsplit(self.path)

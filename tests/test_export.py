@@ -270,3 +270,45 @@ def test_dry_run_asks_the_hub_nothing(final_model: Path, tmp_path: Path) -> None
     assert "would be uploaded to iemand/model" in done.stdout
     for path in final_model.iterdir():
         assert path.name in done.stdout
+
+
+@pytest.mark.parametrize("output", ["out", "model.gguf"])
+def test_push_to_hub(output: str, final_model: Path, tmp_path: Path) -> None:
+    """Twice, since the second time the repository is there; then it loads from there."""
+    kind = "gguf" if output.endswith(".gguf") else "safetensors"
+    command = (
+        *("export.py", "--model-path", final_model, "--format", kind, "--overwrite"),
+        *("--output", tmp_path / output, "--push-to-hub", "iemand/model"),
+    )
+    with HubServer({}, writers=["hf_test"]) as hub:
+        env = hub.environment(tmp_path / "cache", token="hf_test")
+        for _ in range(2):
+            done = run_script(*command, env=env)
+            assert done.returncode == 0, done.stderr
+            assert f"{hub.url}/iemand/model" in done.stdout
+        assert hub.private == {"iemand/model"}
+        written = tmp_path / output
+        paths = written.iterdir() if written.is_dir() else [written]
+        found = hub.contents("iemand/model")
+        del found[".gitattributes"]
+        assert found == {path.name: path.read_bytes() for path in paths}
+        if kind == "safetensors":
+            prompt = ("--prompt", "De zee", "--max-new-tokens", "2")
+            done = run_script("inference.py", "--model-path", "iemand/model", *prompt, env=env)
+            assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("token", "words"), [(None, "log"), ("hf_reader", "may write to")])
+def test_push_without_the_right(
+    token: str | None, words: str, final_model: Path, tmp_path: Path
+) -> None:
+    with HubServer({}, tokens=["hf_reader"]) as hub:
+        done = run_script(
+            *("export.py", "--model-path", final_model, "--output", tmp_path / "model.gguf"),
+            *("--push-to-hub", "iemand/model"),
+            env=hub.environment(tmp_path / "cache", token=token),
+        )
+    assert done.returncode == ExitCode.HUB_LOGIN, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "model.gguf").is_file()
