@@ -31,9 +31,14 @@ from kiem.cli import parse
 from kiem.config import EvaluationOptions
 from kiem.data.tokenizer import Tokenizer
 from kiem.errors import ExitCode, UserError
-from kiem.evaluation.bits_per_byte import Document, Measured, bits_per_byte, measure, windows
+from kiem.evaluation.bits_per_byte import Document, Measured, bits_per_byte, measure
 from kiem.evaluation.evaluate import evaluate
-from kiem.evaluation.language_model import LanguageModel, open_language_model, own_language_model
+from kiem.evaluation.language_model import (
+    LanguageModel,
+    open_language_model,
+    own_language_model,
+    windows,
+)
 from kiem.evaluation.minimal_pairs import BUILT_IN, Pair, accuracy, prefers_good, read_suite
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
@@ -196,6 +201,8 @@ def test_foreign_model_equals_a_plain_reference(gpt2: Path, sample_texts: list[s
         expected = sliding_reference(log_probs, ids, tokenizer.eos_token_id, 64)
         assert measured.nats[number] == pytest.approx(expected, rel=1e-5)
     assert measured.num_bytes.tolist() == [len(text.encode()) for text in texts]
+    with pytest.raises(UserError, match="65 tokens are more than its 64"):
+        open_language_model(str(gpt2), "auto", 65)
 
 
 def test_interval_is_that_of_resampled_documents() -> None:
@@ -243,6 +250,7 @@ def test_preference_is_for_the_likelier_sentence(model: Gemma3, trained: Tokeniz
 
     pairs = [Pair(a, b, "x") for a in texts for b in texts if a != b]
     found = prefers_good(own_language_model(model, trained, 128), pairs)
+    assert len(prefers_good(own_language_model(model, trained, 8), pairs)) == len(pairs)
     assert found.tolist() == [nats(pair.good) < nats(pair.bad) for pair in pairs]
     assert found.sum() == 3
 

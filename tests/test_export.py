@@ -238,24 +238,31 @@ def test_safetensors_in_bf16(final_model: Path, tmp_path: Path) -> None:
         (("--no-private",), ExitCode.NO_EFFECT),
         (("--output", "MODEL", "--format", "safetensors", "--overwrite"), ExitCode.ALREADY_EXISTS),
         (("--output", "FILE"), ExitCode.ALREADY_EXISTS),
+        (("--output", "WEIGHTS", "--overwrite"), ExitCode.BAD_OPTION),
         (("--output", "FOLDER", "--overwrite"), ExitCode.BAD_OPTION),
+        (("--output", "FOLDER", "--format", "safetensors", "--overwrite"), ExitCode.ALREADY_EXISTS),
+        (("--output", "FILE", "--format", "safetensors", "--overwrite"), ExitCode.ALREADY_EXISTS),
+        (("--push-to-hub", "model"), ExitCode.BAD_OPTION),
     ],
 )
 def test_mistakes(options: tuple[str, ...], code: int, final_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file.gguf").write_text("mine")
     (tmp_path / "folder").mkdir()
+    weights = (final_model / "model.safetensors").read_bytes()
     places = {
         "MODEL": final_model,
-        "FILE": tmp_path / "file",
+        "WEIGHTS": final_model / "model.safetensors",
+        "FILE": tmp_path / "file.gguf",
         "FOLDER": tmp_path / "folder",
     }
     given = [str(places.get(word, word)) for word in options]
-    output = [] if "--output" in given else ["--output", str(tmp_path / "new")]
+    output = [] if "--output" in given else ["--output", str(tmp_path / "new.gguf")]
     with pytest.raises(UserError) as caught:
         run_export(final_model, *given, *output)
     assert caught.value.exit_code == code
-    assert (tmp_path / "file").read_text() == "mine"
-    assert (final_model / "model.safetensors").is_file()
+    assert (tmp_path / "file.gguf").read_text() == "mine"
+    assert (tmp_path / "folder").is_dir()
+    assert (final_model / "model.safetensors").read_bytes() == weights
 
 
 def test_dry_run_asks_the_hub_nothing(final_model: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kiem.evaluation.language_model import LanguageModel, Row, sum_nats
+from kiem.evaluation.language_model import LanguageModel, text_nats
 from kiem.randomness import derive_seed
 
 _RESAMPLES = 1000
@@ -62,24 +62,6 @@ class BitsPerByte:
     tokens: int
 
 
-def windows(ids: list[int], bos_id: int, context: int) -> Iterator[Row]:
-    """Yields the rows in which a document's tokens are scored, each token in exactly one.
-
-    Args:
-        ids: the document's tokens, without control tokens.
-        bos_id: what each row begins with.
-        context: most tokens in a row, with <bos>; at least 3.
-    """
-    room = context - 1
-    end = min(len(ids), room)
-    yield Row([bos_id, *ids[:end]], 1)
-    while end < len(ids):
-        new = min(len(ids) - end, room - room // 2)
-        end += new
-        start = max(0, end - room)
-        yield Row([bos_id, *ids[start:end]], 1 + end - new - start)
-
-
 def measure(model: LanguageModel, documents: Iterator[Document]) -> Measured:
     """Returns what a model makes of documents; no token is scored twice."""
     nats: list[np.ndarray] = []
@@ -89,14 +71,7 @@ def measure(model: LanguageModel, documents: Iterator[Document]) -> Measured:
     num_unknown = 0
     for block in _blocks(documents):
         encoded = model.encode([document.text for document in block])
-        rows, owners = [], []
-        for number, ids in enumerate(encoded):
-            for row in windows(ids, model.bos_id, model.context):
-                rows.append(row)
-                owners.append(number)
-        block_nats = np.zeros(len(block))
-        np.add.at(block_nats, owners, sum_nats(model, rows))
-        nats.append(block_nats)
+        nats.append(text_nats(model, encoded))
         num_bytes += [len(document.text.encode()) for document in block]
         num_tokens += [len(ids) for ids in encoded]
         sources += [document.source for document in block]
@@ -126,7 +101,7 @@ def bits_per_byte(measured: Measured, source: str | None, seed: int) -> BitsPerB
     num_bytes = measured.num_bytes[chosen]
     generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "bootstrap")))
     resampled = []
-    for _ in range(_RESAMPLES):
+    for _ in range(_RESAMPLES if len(bits) > 1 else 1):  # of one document all are alike
         drawn = generator.integers(len(bits), size=len(bits))
         resampled.append(bits[drawn].sum() / num_bytes[drawn].sum())
     low, high = np.percentile(resampled, [2.5, 97.5])

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kiem.cli import warn
@@ -26,6 +27,7 @@ from kiem.files import format_bytes, write_json
 
 _PIECE_BYTES = 1 << 26
 _SMALLEST_CONTEXT = 8
+_MOST_SOURCES_SHOWN = 50
 
 
 def evaluate(options: EvaluationOptions, console: Console) -> dict[str, Any]:
@@ -157,18 +159,20 @@ def _show(results: dict[str, Any], console: Console) -> None:
     if "bpb" in results:
         title = f"bits per byte, context of {results['context']:,} tokens"
         table = Table("source", "bits per byte", "95 %", "documents", "text", "tokens", title=title)
-        lines = list(results["per_source"].items())
-        for name, line in [*(lines if len(lines) > 1 else []), ("all", results)]:
+        lines = list(results["per_source"].items()) if len(results["per_source"]) > 1 else []
+        for name, line in [*lines[:_MOST_SOURCES_SHOWN], ("all", results)]:
             interval = f"{line['bpb_low']:.3f} to {line['bpb_high']:.3f}"
             counts = f"{line['documents']:,}", format_bytes(line["bytes"]), f"{line['tokens']:,}"
-            table.add_row(name, f"{line['bpb']:.4f}", interval, *counts)
+            table.add_row(escape(name), f"{line['bpb']:.4f}", interval, *counts)
         console.print(table)
+        if len(lines) > _MOST_SOURCES_SHOWN:
+            console.print(f"{len(lines) - _MOST_SOURCES_SHOWN} more sources are in --json FILE")
     if "minimal_pairs" in results:
         found = results["minimal_pairs"]
         table = Table("phenomenon", "correct", "95 %", "pairs", title="minimal pairs")
         for name, line in [*found["phenomena"].items(), ("all", found)]:
             interval = f"{line['accuracy_low']:.0%} to {line['accuracy_high']:.0%}"
-            table.add_row(name, f"{line['accuracy']:.1%}", interval, f"{line['pairs']:,}")
+            table.add_row(escape(name), f"{line['accuracy']:.1%}", interval, f"{line['pairs']:,}")
         console.print(table)
 
 

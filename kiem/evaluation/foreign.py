@@ -59,7 +59,15 @@ def open_foreign_model(
     bos_id = tokenizer.bos_token_id
     if bos_id is None:
         bos_id = tokenizer.eos_token_id
-    longest = context or getattr(config, "max_position_embeddings", None)
+    possible = getattr(config, "max_position_embeddings", None)
+    if context is not None and possible is not None and context > possible:
+        raise UserError(
+            f"{context} tokens are more than its {possible} positions",
+            where="--context",
+            fix=f"Give {possible} or fewer.",
+            exit_code=ExitCode.BAD_OPTION,
+        )
+    longest = context or possible
     if bos_id is None or longest is None:
         raise UserError(
             "its tokenizer has no <bos> or <eos>" if bos_id is None else "no longest context known",

@@ -6,7 +6,7 @@ Shapes: B sequences in a batch, T tokens, N tokens that are scored.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -97,6 +97,36 @@ def own_language_model(model: Gemma3, tokenizer: Tokenizer, context: int) -> Lan
         tokens_per_batch=_TOKENS_PER_BATCH,
         device=model.model.embed_tokens.weight.device,
     )
+
+
+def windows(ids: list[int], bos_id: int, context: int) -> Iterator[Row]:
+    """Yields the rows in which a document's tokens are scored, each token in exactly one.
+
+    Args:
+        ids: the document's tokens, without control tokens.
+        bos_id: what each row begins with.
+        context: most tokens in a row, with <bos>; at least 3.
+    """
+    room = context - 1
+    end = min(len(ids), room)
+    yield Row([bos_id, *ids[:end]], 1)
+    while end < len(ids):
+        new = min(len(ids) - end, room - room // 2)
+        end += new
+        start = max(0, end - room)
+        yield Row([bos_id, *ids[start:end]], 1 + end - new - start)
+
+
+def text_nats(model: LanguageModel, encoded: Sequence[list[int]]) -> np.ndarray:
+    """Returns -log p of whole texts after <bos>, fp64 [texts]; texts as `windows` takes them."""
+    rows, owners = [], []
+    for number, ids in enumerate(encoded):
+        for row in windows(ids, model.bos_id, model.context):
+            rows.append(row)
+            owners.append(number)
+    nats = np.zeros(len(encoded))
+    np.add.at(nats, owners, sum_nats(model, rows))
+    return nats
 
 
 def sum_nats(model: LanguageModel, rows: Sequence[Row]) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from kiem.data.sources import resolve_source
 from kiem.errors import ExitCode, UserError
-from kiem.evaluation.language_model import LanguageModel, Row, sum_nats
+from kiem.evaluation.language_model import LanguageModel, text_nats
 
 BUILT_IN = "minimal-pairs"
 # What BLiMP, BLiMP-NL and others call the phenomenon that a pair is about.
@@ -68,8 +68,7 @@ def prefers_good(model: LanguageModel, pairs: Sequence[Pair]) -> np.ndarray:
     Compared are the probabilities of the whole sentences after <bos>; a tie is not a preference.
     """
     texts = [text for pair in pairs for text in (pair.good, pair.bad)]
-    rows = [Row([model.bos_id, *ids][: model.context], 1) for ids in model.encode(texts)]
-    good, bad = sum_nats(model, rows).reshape(-1, 2).T
+    good, bad = text_nats(model, model.encode(texts)).reshape(-1, 2).T
     return good < bad
 
 

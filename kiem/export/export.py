@@ -8,12 +8,18 @@ import torch
 from rich.console import Console
 
 from kiem.config import ExportOptions
-from kiem.data.hub import upload
+from kiem.data.hub import looks_like_hub_id, upload
 from kiem.data.tokenizer import Tokenizer, write_tokenizer
 from kiem.errors import ExitCode, UserError, no_effect
 from kiem.export.gguf_file import write_gguf
 from kiem.files import format_bytes, new_folder, require_free_space, write_bytes
-from kiem.model.files import find_model, read_model, read_model_tokenizer, write_model
+from kiem.model.files import (
+    CONFIG_FILE,
+    find_model,
+    read_model,
+    read_model_tokenizer,
+    write_model,
+)
 from kiem.model.gemma3 import Gemma3
 
 _BYTES_PER_VALUE = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}
@@ -74,32 +80,31 @@ def _files(output: Path) -> list[Path]:
 
 
 def _check_options(options: ExportOptions) -> None:
+    def bad(option: str, what: str, fix: str, code: ExitCode = ExitCode.BAD_OPTION) -> UserError:
+        return UserError(what, where=option, fix=fix, exit_code=code)
+
+    output, place = options.output, f"--output {options.output}"
     if options.format == "safetensors" and options.dtype == "q8_0":
-        raise UserError(
-            "safetensors has no q8_0",
-            where="--dtype q8_0",
-            fix="Choose bf16, f16 or f32, or --format gguf.",
-            exit_code=ExitCode.BAD_OPTION,
-        )
+        fix = "Choose bf16, f16 or f32, or --format gguf."
+        raise bad("--dtype q8_0", "safetensors has no q8_0", fix)
+    if options.format == "gguf" and (output.suffix != ".gguf" or output.is_dir()):
+        raise bad(place, "this is not the name of a GGUF file", "Name one, such as model.gguf.")
     if options.push_to_hub is None:
         if options.dry_run:
             raise no_effect("--dry-run", "without --push-to-hub")
         if not options.private:
             raise no_effect("--no-private", "without --push-to-hub")
-    is_source = (
-        options.output.exists() and options.output.resolve() == Path(options.model_path).resolve()
-    )
-    if is_source or (options.output.exists() and not options.overwrite):
-        raise UserError(
-            "this is the model itself" if is_source else "it exists already",
-            where=f"--output {options.output}",
-            fix="Choose another name" + ("." if is_source else ", or replace it with --overwrite."),
-            exit_code=ExitCode.ALREADY_EXISTS,
-        )
-    if options.output.is_dir() and options.format == "gguf":
-        raise UserError(
-            "GGUF is one file, and this is a folder",
-            where=f"--output {options.output}",
-            fix="Name a file, such as model.gguf.",
-            exit_code=ExitCode.BAD_OPTION,
-        )
+    elif not looks_like_hub_id(options.push_to_hub):
+        fix = "Write it as OWNER/NAME."
+        raise bad(f"--push-to-hub {options.push_to_hub}", "this is not a Hub name", fix)
+    if not output.exists():
+        return
+    exists = ExitCode.ALREADY_EXISTS
+    if not options.overwrite:
+        raise bad(place, "it exists already", "Choose another name, or --overwrite.", exists)
+    if output.resolve() == Path(options.model_path).resolve():
+        raise bad(place, "this is the model itself", "Choose another name.", exists)
+    # --overwrite replaces a folder with all that is in it.
+    if options.format == "safetensors" and not (output / CONFIG_FILE).is_file():
+        what = "it holds something else than a model, which would be lost"
+        raise bad(place, what, "Choose another name.", exists)
