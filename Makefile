@@ -1,5 +1,6 @@
 # make demo       the whole way on the built-in sample, in a few minutes
 # make test       format, lint, types and tests
+# make export-check MODEL=...   llama.cpp against kiem on an exported model (builds it, minutes)
 # make chaos      the tests that kill and damage things, in full counts (some ten minutes)
 # make bench      the benchmarks: make bench TEXT=folder with .jsonl files
 
@@ -11,7 +12,10 @@ CONSTRAINTS ?= constraints.txt
 DEMO_MINUTES ?= 2
 GEMMA_TOKENIZER := .cache/gemma3/tokenizer.json
 
-.PHONY: bench chaos demo test format gemma-tokenizer install
+MODEL ?= trained_models/gemma3-micro-dutch-latest/final_model
+LLAMA := .cache/llama-cpp
+
+.PHONY: bench chaos demo export-check format gemma-tokenizer install test
 
 demo: $(VENV)/installed
 	$(BIN)/python preprocess.py --source sample --tokenizer train:2048 --chunk-size 256 \
@@ -48,6 +52,19 @@ bench: $(VENV)/installed gemma-tokenizer
 format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+export-check: $(VENV)/installed $(LLAMA)/installed
+	$(BIN)/python export.py --model-path $(MODEL) --format gguf --dtype f32 \
+	    --output $(LLAMA)/model.gguf --overwrite
+	$(BIN)/python benchmarks/export_check.py expect --model $(MODEL) --expected $(LLAMA)/expected.json
+	$(LLAMA)/bin/python benchmarks/export_check.py compare --model $(LLAMA)/model.gguf \
+	    --expected $(LLAMA)/expected.json
+
+# In an environment of its own: it is built from source, and only this check needs it.
+$(LLAMA)/installed:
+	$(PYTHON) -m venv $(LLAMA)
+	nice -n 15 $(LLAMA)/bin/pip install --quiet llama-cpp-python==0.3.36
+	touch $@
 
 install: $(VENV)/installed
 

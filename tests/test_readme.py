@@ -17,7 +17,7 @@ from hub_server import HubServer
 from kiem.config import HUB_DATASET, HUB_TOKENIZER
 from kiem.data.tokenizer import train_tokenizer
 
-SCRIPTS = ("preprocess", "training", "inference")
+SCRIPTS = ("preprocess", "training", "inference", "evaluate", "export")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

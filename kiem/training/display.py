@@ -118,6 +118,9 @@ def show_results(run: Run, figures: dict[str, Any], final_model: Path, console: 
     table.add_row("test loss", f"{figures['test_loss']:.4f}")
     table.add_row("test perplexity", f"{figures['test_perplexity']:.2f}")
     table.add_row("test bits per byte", f"{figures['test_bpb']:.4f}")
+    if "minimal_pairs" in figures:
+        pairs = figures["minimal_pairs"]
+        table.add_row("minimal pairs", f"{pairs['correct']} of {pairs['pairs']} correct")
     console.print(table)
     console.print(f"[dim]{escape(figures['sample'])}[/]")
     console.print(f"\nTry it: python inference.py --model-path {final_model} --interactive")

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kiem.evaluation.language_model import own_language_model
+from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, summarize
 from kiem.inference.engine import complete
 from kiem.inference.sampling import Sampling
 from kiem.model.gemma3 import next_token_targets
@@ -55,6 +57,25 @@ def evaluate(run: Run, devices: Devices, max_chunks: int | None) -> dict[str, An
         "test_bpb": loss * predictable_tokens / (math.log(2) * test["bytes"]),
         "test_chunks": num_chunks,
     }
+
+
+def measure_minimal_pairs(run: Run, devices: Devices) -> dict[str, Any]:
+    """Measures the built-in minimal pairs; takes no random numbers and changes nothing.
+
+    Args:
+        run: the run.
+        devices: all processes share the pairs among them.
+
+    Returns:
+        `minimal_pairs`, as evaluate.py has it, the same in all processes.
+    """
+    pairs = read_suite((BUILT_IN,))
+    model = own_language_model(run.model, run.tokenizer, run.train.chunk_size)
+    is_correct = torch.zeros(len(pairs), device=devices.device)
+    with devices.autocast():
+        own = prefers_good(model, pairs[devices.rank :: devices.world_size])
+    is_correct[devices.rank :: devices.world_size] = torch.from_numpy(own).to(is_correct)
+    return {"minimal_pairs": summarize(pairs, devices.sum(is_correct).bool().cpu().numpy())}
 
 
 def sample_text(run: Run, devices: Devices) -> str:

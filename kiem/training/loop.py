@@ -22,7 +22,7 @@ from kiem.training.batches import Order, micro_batches
 from kiem.training.checkpoint import prune_checkpoints, save_checkpoint
 from kiem.training.devices import Devices, open_devices
 from kiem.training.display import Display, show_plan, show_results
-from kiem.training.evaluate import evaluate, sample_text
+from kiem.training.evaluate import evaluate, measure_minimal_pairs, sample_text
 from kiem.training.optimizer import learning_rate_share
 from kiem.training.run import Run, finish_run, prepare_run
 
@@ -43,6 +43,8 @@ def train(options: TrainingOptions, console: Console) -> None:
         try:
             train_to_the_end(run, devices, console)
             figures = evaluate(run, devices, max_chunks=None)
+            if options.minimal_pairs:
+                figures |= measure_minimal_pairs(run, devices)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(run) from error
         figures["sample"] = sample_text(run, devices)

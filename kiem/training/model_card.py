@@ -41,6 +41,11 @@ def model_card(summary: dict[str, Any], run_name: str) -> str:
         ("Test loss", f"{summary['test_loss']:.4f} nats per token"),
         ("Test bits per byte", f"{summary['test_bpb']:.4f}"),
     ]
+    if "minimal_pairs" in summary:
+        pairs = summary["minimal_pairs"]
+        interval = f"{pairs['accuracy_low']:.1%} to {pairs['accuracy_high']:.1%}"
+        text = f"{pairs['accuracy']:.1%} of {pairs['pairs']} (95 %: {interval}; chance is 50 %)"
+        rows.append(("Dutch minimal pairs", text))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     licence = (
         "Its tokenizer is Gemma's: the [Gemma terms](https://ai.google.dev/gemma/terms) apply.\n"
