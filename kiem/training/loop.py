@@ -22,8 +22,9 @@ from kiem.training.batches import Order, micro_batches
 from kiem.training.checkpoint import prune_checkpoints, save_checkpoint
 from kiem.training.devices import Devices, open_devices
 from kiem.training.display import Display, show_plan, show_results
-from kiem.training.evaluate import evaluate, sample_text
+from kiem.training.evaluate import evaluate, sample_texts
 from kiem.training.optimizer import learning_rate_share
+from kiem.training.reporter import Reporter
 from kiem.training.run import Run, finish_run, prepare_run
 
 
@@ -45,11 +46,13 @@ def train(options: TrainingOptions, console: Console) -> None:
             figures = evaluate(run, devices, max_chunks=None)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(run) from error
-        figures["sample"] = sample_text(run, devices)
+        figures["samples"] = sample_texts(run, devices)
         figures["memory_bytes"] = peak_memory_bytes(devices.device)
         if devices.is_first:
             _write(run, figures)
-            show_results(run, figures, finish_run(run, devices, figures), console)
+            final_model = finish_run(run, figures)
+            Reporter(run.directory, console).write()
+            show_results(run, figures, final_model, console)
         devices.wait_for_all()
 
 
@@ -61,6 +64,7 @@ def train_to_the_end(run: Run, devices: Devices, console: Console) -> None:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     order = Order(run.train.num_chunks, options.seed)
     attention_bos_id = special_ids["bos"] if options.document_mask else None
+    reporter = Reporter(run.directory, console)
     with Display(run, console) as display:
         while run.progress < 1:
             started = time.perf_counter()
@@ -121,9 +125,11 @@ def train_to_the_end(run: Run, devices: Devices, console: Console) -> None:
             # Evaluate, save.
             if run.evaluation_is_due(progress_before):
                 figures = evaluate(run, devices, max_chunks=options.eval_chunks)
-                figures["sample"] = sample_text(run, devices)
+                figures["samples"] = sample_texts(run, devices)
                 _write(run, figures)
                 display.show_evaluation(figures)
+                if devices.is_first:
+                    reporter.write_if_cheap()
             if run.save_is_due(seconds_before):
                 if devices.is_first:
                     _save(run)

@@ -9,8 +9,7 @@ from typing import Any
 
 from kiem.errors import ExitCode, UserError
 from kiem.files import append_json_line, write_text
-
-METRICS_FILE = "metrics.jsonl"
+from kiem.report.record import METRICS_FILE, read_metrics
 
 
 class Metrics:
@@ -52,10 +51,9 @@ def keep_metrics_until(run_directory: Path, step: int) -> None:
     """Drops the lines of a resumed run that come after its checkpoint: they will come again."""
     path = run_directory / METRICS_FILE
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        write_text(path, "".join(kept))
+        lines, _ = read_metrics(path)
+        kept = [line for line in lines if line["step"] <= step and step > 0]
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
 def _start_wandb(
