@@ -47,17 +47,29 @@ def parse(options_class: type[Options], arguments: Sequence[str], program: str) 
     return parsed
 
 
-def run(options_class: type[Options], program: str, main: Callable[[Options, Console], Any]) -> int:
+def run(
+    options_class: type[Options],
+    program: str,
+    main: Callable[[Options, Console], Any],
+    arguments: Sequence[str] | None = None,
+) -> int:
     """Parses the command line, runs a script's main function and returns its exit code.
 
     A `UserError` becomes one message on standard error; Ctrl-C stops quietly. Of several processes
     on a machine only the first one speaks.
+
+    Args:
+        options_class: one of the dataclasses in kiem.config.
+        program: the script's name, for the help text.
+        main: what to call with the options and a console.
+        arguments: the command line without the program's name. Default: this process's.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     console = Console(quiet=not is_first, highlight=False, soft_wrap=True)
     messages = Console(stderr=True, quiet=not is_first, highlight=False, soft_wrap=True)
     try:
-        main(parse(options_class, sys.argv[1:], program), console)
+        main(parse(options_class, arguments, program), console)
     except UserError as error:
         messages.print(f"error: {error}", markup=False)
         return int(error.exit_code)

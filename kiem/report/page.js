@@ -51,7 +51,8 @@ function lines(data, severalRuns) {
       interaction: { mode: "nearest", axis: "x", intersect: false },
       plugins: {
         legend: { display: new Set(data.series.map((series) => series.run + series.kind)).size > 1,
-          labels: { boxHeight: 2, boxWidth: 18 } },
+          labels: { boxHeight: 2, boxWidth: 18,
+            filter: (item) => data.series[item.datasetIndex].kind !== "noise" } },
         tooltip: { callbacks: {
           title: (items) => `${axis.selectedOptions[0].text}: ${number(items[0].parsed.x)}`,
           label: (item) => `${item.dataset.label}: ${number(item.parsed.y)}`,

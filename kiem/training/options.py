@@ -23,6 +23,7 @@ _NOT_NEGATIVE = (
     "eval_steps",
     "save_steps",
     "save_total_limit",
+    "price",
 )
 
 
