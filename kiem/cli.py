@@ -86,8 +86,8 @@ def warn(console: Console, message: str) -> None:
     console.print(f"[yellow]warning:[/] {message}")
 
 
-def to_yaml(options: Any) -> str:
-    """Returns options as the YAML that `--config` reads back; unset ones are left out."""
+def to_dict(options: Any) -> dict[str, Any]:
+    """Returns options as plain values by name; unset ones are left out."""
     values: dict[str, Any] = {}
     for name, value in dataclasses.asdict(options).items():
         if isinstance(value, Path):
@@ -96,7 +96,12 @@ def to_yaml(options: Any) -> str:
             values[name] = list(value)
         elif value is not None:
             values[name] = value
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return values
+
+
+def to_yaml(options: Any) -> str:
+    """Returns options as the YAML that `--config` reads back; unset ones are left out."""
+    return yaml.safe_dump(to_dict(options), sort_keys=False, allow_unicode=True)
 
 
 def _take_config(arguments: list[str]) -> Path | None:

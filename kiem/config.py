@@ -127,10 +127,12 @@ class TrainingOptions:
     """Texts that the model continues at every evaluation."""
     log_steps: int = 1
     """Write metrics every so many updates."""
+    trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
+    """Send metrics and samples there as well; tensorboard writes into the run directory."""
     use_wandb: bool = False
-    """Send metrics to Weights & Biases as well."""
+    """The same as --trackers wandb."""
     wandb_project: str | None = None
-    """Project in Weights & Biases. Default: kiem."""
+    """Project in Weights & Biases or trackio. Default: kiem."""
     price: float | None = None
     """What an hour on this hardware costs, for the report."""
 

@@ -187,25 +187,6 @@ def test_config_file_gives_options_and_the_command_line_goes_first(
     assert (config["max_steps"], config["batch_size"]) == (2, 4)
 
 
-def test_wandb_offline(sample_chunks: Path, tmp_path: Path) -> None:
-    done = run_script(
-        "training.py",
-        *(
-            "--dataset-path",
-            sample_chunks,
-            *MICRO,
-            *SMALL_BATCH,
-            "--output-dir",
-            tmp_path,
-            "--use-wandb",
-        ),
-        *("--run-name", "run"),
-        env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-run.wandb"))
-
-
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import kiem
-from kiem.cli import to_yaml, warn
+from kiem.cli import to_dict, to_yaml, warn
 from kiem.config import TrainingOptions
 from kiem.data.chunks import (
     MANIFEST_FILE,
@@ -48,6 +48,7 @@ from kiem.training.model_card import model_card
 from kiem.training.optimizer import make_optimizer
 from kiem.training.options import check_options
 from kiem.training.recipe import Recipe, settle, usual_for
+from kiem.training.trackers import open_trackers
 
 _EVALUATIONS_PER_RUN = 5
 _SECONDS_BETWEEN_SAVES = 1800
@@ -172,9 +173,8 @@ def prepare_run(options: TrainingOptions, devices: Devices, console: Console) ->
         write_text(directory / CONFIG_FILE, to_yaml(options))
         write_json(directory / FACTS_FILE, run.facts)
         keep_metrics_until(directory, run.step)
-        project = (options.wandb_project or "kiem") if options.use_wandb else None
-        config = {**dataclasses.asdict(options), **dataclasses.asdict(recipe)}
-        run.metrics = Metrics(directory, project, directory.name, config)
+        config = {**to_dict(options), **run.facts}
+        run.metrics = Metrics(directory, open_trackers(options, directory, config, run.step))
         if run.resumed_from is None:
             for message in _small_data_warnings(run):
                 warn(console, message)
