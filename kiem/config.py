@@ -123,6 +123,8 @@ class TrainingOptions:
     activation_checkpointing: Literal["auto", "none", "full"] = "auto"
     """full: keep only each layer's input and compute the rest again for the backward pass: less
     memory, a third more time. auto: full above 500 million parameters."""
+    language: str = "nl"
+    """ISO 639 code of the text's language, for the model card."""
     sample_prompt: tuple[str, ...] = ("Nederland is", "De hoofdstad van", "Er was eens")
     """Texts that the model continues at every evaluation."""
     log_steps: int = 1

@@ -154,6 +154,16 @@ def test_resumed_run_equals_an_undisturbed_one(sample_chunks: Path, tmp_path: Pa
     assert [line["step"] for line in metrics(resumed)] == expected
 
 
+def test_evaluations_do_not_disturb_the_training(sample_chunks: Path, tmp_path: Path) -> None:
+    options = ("--model", "gemma3-micro", "--save-steps", "0", "--max-steps", "4", *SMALL_BATCH)
+    looked_at = train(sample_chunks, tmp_path / "a", *options, "--eval-steps", "1")
+    left_alone = train(sample_chunks, tmp_path / "b", *options, "--eval-steps", "0")
+    assert len([line for line in metrics(looked_at) if "test_loss" in line]) == 4
+    assert losses(looked_at) == losses(left_alone)
+    for name, tensor in weights(left_alone).items():
+        assert torch.equal(weights(looked_at)[name], tensor), name
+
+
 def test_training_can_go_on_from_a_model(
     trained_run: Path, sample_chunks: Path, tmp_path: Path
 ) -> None:

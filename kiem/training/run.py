@@ -40,11 +40,11 @@ from kiem.model.files import find_model, read_model, write_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 from kiem.model.presets import name_of, preset
+from kiem.report.card import model_card
 from kiem.report.record import CONFIG_FILE, FACTS_FILE, SUMMARY_FILE
 from kiem.training.checkpoint import list_checkpoints, load_checkpoint
 from kiem.training.devices import Devices
 from kiem.training.metrics import Metrics, keep_metrics_until
-from kiem.training.model_card import model_card
 from kiem.training.optimizer import make_optimizer
 from kiem.training.options import check_options
 from kiem.training.recipe import Recipe, settle, usual_for
@@ -203,7 +203,8 @@ def finish_run(run: Run, figures: dict[str, Any]) -> Path:
         write_model(run.model, unfinished, run.tokenizer.special_ids)
         write_tokenizer(run.tokenizer, unfinished)
         write_json(unfinished / SUMMARY_FILE, summary)
-        write_text(unfinished / "README.md", model_card(summary, run.directory.name))
+        card = model_card(summary, run.directory.name, run.options.language)
+        write_text(unfinished / "README.md", card)
     point_link(run.directory.parent / f"{run.model_name}-dutch-latest", run.directory.name)
     run.metrics.close(summary)
     return folder
