@@ -10,7 +10,7 @@ CONSTRAINTS ?= constraints.txt
 DEMO_MINUTES ?= 2
 GEMMA_TOKENIZER := .cache/gemma3/tokenizer.json
 
-.PHONY: demo test format gemma-tokenizer chart-js install
+.PHONY: demo test format reference gemma-tokenizer chart-js install
 
 demo: $(VENV)/installed
 	$(BIN)/python preprocess.py --source sample --tokenizer train:2048 --chunk-size 256 \
@@ -33,6 +33,10 @@ test: $(VENV)/installed gemma-tokenizer
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# What docs/reference.md says comes from the dataclasses of the options.
+reference: $(VENV)/installed
+	$(BIN)/python -m kiem.reference > docs/reference.md
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .
