@@ -199,6 +199,27 @@ def test_a_report_that_cannot_be_written_stops_nothing(sample_chunks: Path, tmp_
     assert (tmp_path / "run" / "final_model").is_dir()
 
 
+def test_a_run_that_stops_says_why(sample_chunks: Path, tmp_path: Path) -> None:
+    done = run_script(
+        "training.py",
+        *("--dataset-path", sample_chunks, "--model", "gemma3-micro", "--max-steps", "9"),
+        *("--output-dir", tmp_path, "--run-name", "run", "--learning-rate", "1e30"),
+        *("--batch-size", "4", "--gradient-accumulation-steps", "1", "--eval-steps", "0"),
+    )
+    assert done.returncode == ExitCode.NOT_FINITE
+    page = Page((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    assert "gradient norm nan are not both finite" in page.text
+    assert "running, or stopped" in page.text
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 3)
+    (run / "run.json").write_text("{")
+    done = run_script("report.py", "--runs", run)
+    assert done.returncode == ExitCode.DAMAGED
+    assert "run.json: cannot be read" in done.stderr
+
+
 def test_the_plotting_library_is_the_published_one() -> None:
     """Its bytes are those that `make chart-js` takes from the npm package."""
     file = ROOT / "kiem" / "report" / "chart.umd.min.js"

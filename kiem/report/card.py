@@ -96,6 +96,8 @@ def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "highest learning rate", f"{recipe['learning_rate']:g}"
     yield "hardware", f"{hardware['devices']} x {hardware['device']}, {hardware['precision']}"
     yield "training time", f"{summary['seconds'] / 3600:.2f} hours"
+    if "joules" in summary:
+        yield "energy", f"{summary['joules'] / 3.6e6:.3g} kWh"
     yield "versions", ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
     yield "finished", summary["finished"]
 

@@ -120,6 +120,8 @@ def _costs(record: Record, price: float | None) -> Iterator[tuple[str, str]]:
     yield "training time", _duration(last["seconds"])
     if "memory_bytes" in last:
         yield "peak memory of a process", format_bytes(last["memory_bytes"])
+    if "joules" in last:
+        yield "energy", f"{last['joules'] / 3.6e6:.3g} kWh"
     price = record.options.get("price") if price is None else price
     if price is not None:
         yield "price per hour", f"{price:,.2f}"

@@ -15,6 +15,8 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 FACTS_FILE = "run.json"
 SUMMARY_FILE = "training_summary.json"
+_UPDATE_KEYS = {"loss", "tokens", "seconds"}
+_TEST_KEYS = {"test_loss", "test_bpb"}
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,15 @@ def read_record(directory: Path) -> Record:
             exit_code=ExitCode.NOT_FOUND,
         )
     lines, num_damaged = read_metrics(path)
-    updates = [line for line in lines if "loss" in line]
-    options = yaml.safe_load(_text(directory / CONFIG_FILE)) or {}
-    summary = _text(directory / "final_model" / SUMMARY_FILE)
-    facts = json.loads(summary or _text(directory / FACTS_FILE) or "{}")
+    updates = [line for line in lines if line.keys() >= _UPDATE_KEYS]
+    evaluations = [line for line in lines if line.keys() >= _TEST_KEYS]
+    summary = directory / "final_model" / SUMMARY_FILE
     return Record(
         name=directory.resolve().name,
-        options=options,
-        facts=facts,
+        options=_mapping(directory / CONFIG_FILE),
+        facts=_mapping(summary) or _mapping(directory / FACTS_FILE),
         updates=updates,
-        evaluations=_with_progress([line for line in lines if "test_loss" in line], updates),
+        evaluations=_with_progress(evaluations, updates),
         warnings=[line for line in lines if "warning" in line],
         num_damaged=num_damaged,
     )
@@ -111,5 +112,21 @@ def _with_progress(
     return found
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+def _mapping(path: Path) -> dict[str, Any]:
+    """Returns what a YAML or JSON file holds by name; nothing when it is not there.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return dict((json.loads if path.suffix == ".json" else yaml.safe_load)(text) or {})
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        raise UserError(
+            f"cannot be read ({error})",
+            where=str(path),
+            fix="Remove the file: the report then does without it.",
+            exit_code=ExitCode.DAMAGED,
+        ) from error

@@ -70,6 +70,7 @@ class Run:
         fingerprint: what must not change when the run is resumed.
         facts: what the run is made of, for the report and the model card.
         step, tokens, seconds: updates, tokens and training time so far, evaluations not counted.
+        joules: energy so far, where the hardware counts it; 0 elsewhere.
         resumed_from: the checkpoint this run went on from.
     """
 
@@ -89,6 +90,7 @@ class Run:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    joules: float = 0.0
     resumed_from: Path | None = None
 
     @property
@@ -167,6 +169,7 @@ def prepare_run(options: TrainingOptions, devices: Devices, console: Console) ->
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, model, run.optimizer, run.fingerprint)
         run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
+        run.joules = state.get("joules", 0.0)  # older checkpoints have none
     run.facts = _facts(run, devices)
     if devices.is_first:
         directory.mkdir(parents=True, exist_ok=True)
@@ -195,6 +198,7 @@ def finish_run(run: Run, figures: dict[str, Any]) -> Path:
         "steps": run.step,
         "tokens": run.tokens,
         "seconds": run.seconds,
+        **({"joules": run.joules} if run.joules else {}),
         **figures,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
