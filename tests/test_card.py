@@ -55,20 +55,18 @@ def test_facts_are_the_runs(trained_run: Path, summary: dict[str, Any]) -> None:
     assert "Gemma terms" not in text
 
 
-def test_terms_sources_and_pairs(summary: dict[str, Any]) -> None:
+def test_terms_and_minimal_pairs(summary: dict[str, Any]) -> None:
     summary["tokenizer"]["num_rows"] = GEMMA_VOCABULARY
     summary["initialized_from"] = "google/gemma-3-270m"
     source = {"kind": "hub", "dataset": "a/b", "config": "10k", "revision": "0123"}
     summary["data"]["source"] = source
-    summary["per_source"] = {"wiki|1": {"bpb": 1.23456, "low": 1.2, "high": 1.3}}
-    pair = {"accuracy": 0.75, "low": 0.7, "high": 0.8, "pairs": 20}
-    summary["minimal_pairs"] = {"negation": pair}
+    share = {"accuracy": 0.75, "accuracy_low": 0.7, "accuracy_high": 0.8, "pairs": 20}
+    summary["minimal_pairs"] = {**share, "phenomena": {"om|te": share}}
     summary["samples"] = [{"prompt": "Er was", "text": " | eens\n# een <b>*kop*"}]
     text = model_card(summary, "run", "fy")
     data = ModelCard(text).data
     assert (data.license, data.base_model) == ("gemma", "google/gemma-3-270m")
     assert (data.datasets, data.language) == (["a/b"], ["fy"])
     assert "https://ai.google.dev/gemma/terms" in text
-    assert r"| wiki\|1 | 1.2346 | 1.2000 to 1.3000 |" in text
-    assert "| negation | 75.0 % | 70.0 to 80.0 % | 20 |" in text
+    assert "| all | 75.0 % | 70.0 to 80.0 % | 20 |\n| om\\|te | 75.0 % |" in text
     assert r"> **Er was** \| eens \# een \<b\>\*kop\*" in text

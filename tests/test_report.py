@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -112,13 +113,18 @@ def test_text_of_a_run_stays_text(tmp_path: Path) -> None:
     assert page.tags.count("script") == charts + 2  # the library and the page's own
 
 
-def test_figures_in_brackets_and_sources_are_drawn_when_there(trained_run: Path) -> None:
-    record = read_record(trained_run)
-    pairs = {"negation <niet>": {"accuracy": 0.75, "low": 0.6, "high": 0.9, "pairs": 20}}
-    pairs["word order"] = {"accuracy": 0.9, "low": 0.8, "high": 0.95, "pairs": 20}
-    sources = {"wiki": {"bpb": 1.5, "low": 1.4, "high": 1.6}, "law": {"bpb": 1.25}}
-    record.facts.update(minimal_pairs=pairs, per_source=sources)
-    page = Page(render([record]))
+def test_sources_and_minimal_pairs_are_drawn_when_there(trained_run: Path, tmp_path: Path) -> None:
+    def share(accuracy: float, low: float, high: float) -> dict[str, Any]:
+        return {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "pairs": 20}
+
+    phenomena = {"negation <niet>": share(0.75, 0.6, 0.9), "word order": share(0.9, 0.8, 0.95)}
+    sources = {"wiki": {"bpb": 1.5, "bpb_low": 1.4, "bpb_high": 1.6}, "law": {"bpb": 1.25}}
+    evaluation = {"minimal_pairs": {**share(0.825, 0.7, 0.9), "phenomena": phenomena}}
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    (run / "evaluation.json").write_text(json.dumps({**evaluation, "per_source": sources}))
+    page = Page(render([read_record(run)]))
+    assert "82.5%" in page.text
     assert page.sections[2:4] == ["per-source", "minimal-pairs"]
     chart = page.chart("Minimal pairs by phenomenon")
     assert chart["groups"] == ["word order", "negation <niet>"]

@@ -36,8 +36,7 @@ def model_card(summary: dict[str, Any], run_name: str, language: str) -> str:
         prompt=json.dumps(samples[0]["prompt"] if samples else "Nederland", ensure_ascii=False),
         summary={"samples": samples, **summary},
         facts=[(name, _one_line(value)) for name, value in _facts(summary)],
-        sources=_with_intervals(summary.get("per_source", {})),
-        pairs=_with_intervals(summary.get("minimal_pairs", {})),
+        pairs=summary.get("minimal_pairs"),
         is_gemmas=_is_gemmas(summary),
     )
     return f"---\n{_metadata(summary, run_name, language)}\n---\n\n{body}"
@@ -104,11 +103,6 @@ def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _is_gemmas(summary: dict[str, Any]) -> bool:
     return bool(summary["tokenizer"]["num_rows"] == GEMMA_VOCABULARY)
-
-
-def _with_intervals(results: dict[str, Any]) -> dict[str, Any]:
-    """Returns the entries that have an interval; others have no place in the tables."""
-    return {name: entry for name, entry in results.items() if {"low", "high"} <= entry.keys()}
 
 
 def _one_line(text: str) -> str:

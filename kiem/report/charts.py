@@ -63,13 +63,15 @@ def curves(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def per_source_bars(records: Sequence[Record]) -> dict[str, Any] | None:
     """Returns the bar chart of bits per byte by source, or None when no run has them."""
-    return _bars(records, "per_source", "bpb", "Bits per byte by source", "bits per byte", 1)
+    tables = [record.facts.get("per_source", {}) for record in records]
+    return _bars(records, tables, "bpb", "Bits per byte by source", "bits per byte", 1)
 
 
 def minimal_pair_bars(records: Sequence[Record]) -> dict[str, Any] | None:
     """Returns the bar chart of accuracy by phenomenon, or None when no run has it."""
+    tables = [record.facts.get("minimal_pairs", {}).get("phenomena", {}) for record in records]
     title = "Minimal pairs by phenomenon"
-    return _bars(records, "minimal_pairs", "accuracy", title, "% chosen rightly", 100)
+    return _bars(records, tables, "accuracy", title, "% chosen rightly", 100)
 
 
 def text_bars(records: Sequence[Record]) -> dict[str, Any] | None:
@@ -141,18 +143,28 @@ def _stretches(num: int, num_stretches: int) -> list[range]:
 
 
 def _bars(
-    records: Sequence[Record], key: str, name: str, title: str, unit: str, factor: float
+    records: Sequence[Record],
+    tables: Sequence[dict[str, dict[str, float]]],
+    key: str,
+    title: str,
+    unit: str,
+    factor: float,
 ) -> dict[str, Any] | None:
+    """Returns the bars of one figure with its interval, `key`_low to `key`_high where it has one.
+
+    Args:
+        records: the runs.
+        tables: for each run, its groups and their figures.
+        key: of the figure.
+        title, unit: as people read them.
+        factor: from the figure to the unit.
+    """
+    ends = {"value": key, "low": f"{key}_low", "high": f"{key}_high"}
     series = []
-    for color, record in enumerate(records):
+    for color, (record, table) in enumerate(zip(records, tables, strict=True)):
         figures = {
-            group: {
-                end: entry[source] * factor
-                for end, source in (("value", name), ("low", "low"), ("high", "high"))
-                if isinstance(entry.get(source), int | float)
-            }
-            for group, entry in record.facts.get(key, {}).items()
-            if isinstance(entry, dict) and isinstance(entry.get(name), int | float)
+            group: {end: entry[name] * factor for end, name in ends.items() if name in entry}
+            for group, entry in table.items()
         }
         if figures:
             series.append((color, record.name, figures))

@@ -79,6 +79,8 @@ def _tiles(record: Record, price: float | None) -> list[tuple[str, str]]:
             ("test bits per byte", f"{last['test_bpb']:.3f}"),
             ("test loss", f"{last['test_loss']:.3f}"),
         ]
+    if "minimal_pairs" in record.facts:
+        tiles.append(("minimal pairs", f"{record.facts['minimal_pairs']['accuracy']:.1%}"))
     if record.updates:
         last = record.updates[-1]
         tiles.append(("tokens", _large(last["tokens"])))
@@ -91,7 +93,7 @@ def _tiles(record: Record, price: float | None) -> list[tuple[str, str]]:
 def _facts(record: Record) -> Iterator[tuple[str, str]]:
     """Yields what was run, as far as the run wrote it down."""
     facts = record.facts
-    if not facts:
+    if "model" not in facts:
         return
     data, recipe, hardware = facts["data"], facts["recipe"], facts["hardware"]
     made_with, source = data["options"], data["source"]

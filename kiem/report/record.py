@@ -15,6 +15,8 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 FACTS_FILE = "run.json"
 SUMMARY_FILE = "training_summary.json"
+EVALUATION_FILE = "evaluation.json"
+_EVALUATED = ("per_source", "minimal_pairs")
 _UPDATE_KEYS = {"loss", "tokens", "seconds"}
 _TEST_KEYS = {"test_loss", "test_bpb"}
 
@@ -26,7 +28,9 @@ class Record:
     Attributes:
         name: of the run directory.
         options: config.yaml.
-        facts: training_summary.json of a finished run, else run.json, which has no results yet.
+        facts: training_summary.json of a finished run, else run.json, which has no results yet; and
+            bits per byte by source and minimal pairs of an evaluation.json, as evaluate.py --json
+            writes it, in the run directory.
         updates: lines of metrics.jsonl with a training loss, in the order of their steps.
         evaluations: those with a test loss, with the `tokens` and `seconds` of their update.
         warnings: those with a warning.
@@ -64,11 +68,13 @@ def read_record(directory: Path) -> Record:
     lines, num_damaged = read_metrics(path)
     updates = [line for line in lines if line.keys() >= _UPDATE_KEYS]
     evaluations = [line for line in lines if line.keys() >= _TEST_KEYS]
-    summary = directory / "final_model" / SUMMARY_FILE
+    summary = _mapping(directory / "final_model" / SUMMARY_FILE)
+    evaluation = _mapping(directory / EVALUATION_FILE)
+    measured = {name: evaluation[name] for name in _EVALUATED if name in evaluation}
     return Record(
         name=directory.resolve().name,
         options=_mapping(directory / CONFIG_FILE),
-        facts=_mapping(summary) or _mapping(directory / FACTS_FILE),
+        facts={**(summary or _mapping(directory / FACTS_FILE)), **measured},
         updates=updates,
         evaluations=_with_progress(evaluations, updates),
         warnings=[line for line in lines if "warning" in line],
