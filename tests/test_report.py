@@ -15,7 +15,7 @@ from conftest import ROOT, run_script
 
 from kiem.errors import ExitCode
 from kiem.files import sha256_file
-from kiem.report.charts import thin
+from kiem.report.charts import text_bars, thin
 from kiem.report.page import render, write_report
 from kiem.report.record import read_metrics, read_record
 
@@ -132,6 +132,17 @@ def test_sources_and_minimal_pairs_are_drawn_when_there(trained_run: Path, tmp_p
     assert chart["series"][0]["low"] == [80, 60]
     assert page.chart("Bits per byte by source")["series"][0]["high"] == [1.6, None]
     assert "1.5 (1.4 to 1.6)" in page.text
+
+
+def test_of_a_thousand_sources_the_largest_are_drawn(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 3)
+    record = read_record(run)
+    record.facts["data"] = {"bytes_per_source": {f"book {n}": n * 10**6 for n in range(1000)}}
+    chart = text_bars([record])
+    assert chart is not None
+    assert chart["title"].endswith("(the 100 largest of 1,000)")
+    assert chart["groups"][:2] == ["book 999", "book 998"]
+    assert len(chart["groups"]) == len(chart["series"][0]["value"]) == 100
 
 
 def test_damaged_and_repeated_lines(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from kiem.report.record import Record
 # A phone shows 400 points side by side and a wide screen 1200; four numbers for each are enough.
 _MOST_POINTS = 600
 _MOST_MEANS = 120
+_MOST_BARS = 100
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,9 @@ def _bar_chart(
         return None
     groups = sorted({group for _, _, figures in series for group in figures})
     groups.sort(key=lambda group: -max(f[group]["value"] for *_, f in series if group in f))
+    if len(groups) > _MOST_BARS:
+        title += f" (the {_MOST_BARS} largest of {len(groups):,})"
+        del groups[_MOST_BARS:]
     rows = [
         {
             "run": name,

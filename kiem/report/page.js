@@ -106,7 +106,11 @@ function bars(data, severalRuns) {
         x: { beginAtZero: true, title: { display: true, text: data.unit },
           suggestedMax: Math.max(...data.series.flatMap((series) => series.high.filter(Number.isFinite)), 0),
           ticks: { callback: number } },
-        y: { ticks: { autoSkip: false }, grid: { display: false } },
+        y: { grid: { display: false }, ticks: { autoSkip: false, callback(value) {
+          const most = this.chart.width < 600 ? 18 : 50;
+          const label = this.getLabelForValue(value);
+          return label.length > most ? `${label.slice(0, most - 1)}…` : label;
+        } } },
       },
       plugins: { legend: { display: severalRuns } },
     },
