@@ -86,21 +86,21 @@ def text_bars(records: Sequence[Record]) -> dict[str, Any] | None:
     return _bar_chart(series, "Training text by source", "MB")
 
 
-def thin(x: Sequence[float], y: Sequence[float], most: int) -> list[int]:
+def thin(y: Sequence[float], most: int) -> list[int]:
     """Chooses at most `most` places of a curve that keep its shape: both extremes of each stretch.
 
     Args:
-        x, y: the curve; `x` rises.
+        y: the curve.
         most: places to keep, at least 4.
 
     Returns:
         The places, in order; all of them when they are few enough.
     """
-    if len(x) <= most:
-        return list(range(len(x)))
+    if len(y) <= most:
+        return list(range(len(y)))
     num_stretches = most // 2 - 1
-    kept = {0, len(x) - 1}
-    for stretch in _stretches(len(x), num_stretches):
+    kept = {0, len(y) - 1}
+    for stretch in _stretches(len(y), num_stretches):
         kept.add(min(stretch, key=lambda place: y[place]))
         kept.add(max(stretch, key=lambda place: y[place]))
     return sorted(kept)
@@ -112,7 +112,7 @@ def _training_series(record: Record, curve: _Curve, color: int) -> list[dict[str
     points = _points(record.updates, curve.training, curve.factor)
     if not points:
         return []
-    places = thin(points["step"], points["y"], _MOST_POINTS)
+    places = thin(points["y"], _MOST_POINTS)
     thinned = {name: [values[place] for place in places] for name, values in points.items()}
     common = {"run": record.name, "color": color}
     if len(points["y"]) <= 2 * _MOST_MEANS:
