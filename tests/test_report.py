@@ -90,7 +90,8 @@ def write_run(folder: Path, num_steps: int, **facts: Any) -> Path:
 
 def test_every_run_leaves_a_report(trained_run: Path) -> None:
     page = Page((trained_run / "report.html").read_text(encoding="utf-8"))
-    assert page.sections == SECTIONS
+    measured = ("per-source", "minimal-pairs")
+    assert [section for section in page.sections if section not in measured] == SECTIONS
     for words in ("gemma3-micro", "train:1024", "Nederland is", "smaller model may do better"):
         assert words in page.text, words
     lines, _ = read_metrics(trained_run / "metrics.jsonl")
