@@ -125,7 +125,7 @@ class TrainingOptions:
     memory, a third more time. auto: full above 500 million parameters."""
     language: str = "nl"
     """ISO 639 code of the text's language, for the model card."""
-    sample_prompt: tuple[str, ...] = ("Nederland is", "De hoofdstad van", "Er was eens")
+    sample_prompt: tuple[str, ...] = ("Nederland is", "Er was eens")
     """Texts that the model continues at every evaluation."""
     log_steps: int = 1
     """Write metrics every so many updates."""
