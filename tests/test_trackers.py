@@ -29,7 +29,14 @@ def tracked(sample_chunks: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         *("training.py", "--dataset-path", sample_chunks, "--model", "gemma3-micro"),
         *("--output-dir", folder, "--run-name", "run", "--max-steps", "4", "--save-steps", "2"),
         *("--eval-steps", "2", "--batch-size", "4", "--gradient-accumulation-steps", "1"),
-        *("--trackers", "wandb", "tensorboard", "trackio", "--sample-prompt", "Er was <b>eens"),
+        *(
+            "--use-wandb",
+            "--trackers",
+            "tensorboard",
+            "trackio",
+            "--sample-prompt",
+            "Er was <b>eens",
+        ),
     )
     env = {"WANDB_MODE": "offline", "WANDB_API_KEY": SECRET, "HF_HUB_OFFLINE": "1"}
     env["TRACKIO_DIR"] = str(folder / "trackio")
