@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -35,13 +35,11 @@ def test_every_script_is_a_command() -> None:
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_help_comes_at_once(name: str) -> None:
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = run_script(*KIEM, *name.split(), "--help")
-        seconds.append(time.perf_counter() - started)
-        assert done.returncode == 0
-    assert min(seconds) < 0.5  # 0.15 s where nothing else runs
+    """In processor time: 0.14 s, and as long on the clock where nothing else runs."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run_script(*KIEM, *name.split(), "--help").returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 def test_a_command_works_and_mistakes_name_the_commands(trained_run: Path, tmp_path: Path) -> None:
