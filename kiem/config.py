@@ -132,14 +132,20 @@ class TrainingOptions:
     memory, a third more time. auto: full above 500 million parameters."""
     minimal_pairs: bool = True
     """At the end measure how often the model prefers correct Dutch to a mistake (430 pairs)."""
-    sample_prompt: str = "Nederland is"
-    """Text that the model continues at every evaluation."""
+    language: str = "nl"
+    """ISO 639 code of the text's language, for the model card."""
+    sample_prompt: tuple[str, ...] = ("Nederland is", "Er was eens")
+    """Texts that the model continues at every evaluation."""
     log_steps: int = 1
     """Write metrics every so many updates."""
+    trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
+    """Send metrics and samples there as well; tensorboard writes into the run directory."""
     use_wandb: bool = False
-    """Send metrics to Weights & Biases as well."""
+    """The same as --trackers wandb."""
     wandb_project: str | None = None
-    """Project in Weights & Biases. Default: kiem."""
+    """Project in Weights & Biases or trackio. Default: kiem."""
+    price: float | None = None
+    """What an hour on this hardware costs, for the report."""
 
 
 @dataclass(frozen=True)
@@ -227,3 +233,15 @@ class ExportOptions:
     """With --push-to-hub: a repository that is made is private; you can publish it on its page."""
     dry_run: bool = False
     """With --push-to-hub: write the output and say what would be uploaded, but upload nothing."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Draw the report of a run again, or one page that compares several runs."""
+
+    runs: tuple[Path, ...]
+    """Run directories, such as trained_models/gemma3-1b-dutch-latest."""
+    output: Path | None = None
+    """The page. Default: report.html in the run directory, or comparison.html for several runs."""
+    price: float | None = None
+    """What an hour on the hardware costs. Default: what the run was told."""

@@ -78,17 +78,19 @@ def measure_minimal_pairs(run: Run, devices: Devices) -> dict[str, Any]:
     return {"minimal_pairs": summarize(pairs, devices.sum(is_correct).bool().cpu().numpy())}
 
 
-def sample_text(run: Run, devices: Devices) -> str:
-    """Returns a short continuation of `--sample-prompt`; empty in all but the first process."""
+def sample_texts(run: Run, devices: Devices) -> list[dict[str, str]]:
+    """Returns short continuations of `--sample-prompt`; none in all but the first process.
+
+    Returns:
+        For each prompt, `prompt` and the `text` that the model continues it with.
+    """
     if not devices.is_first:
-        return ""
-    prompt = run.options.sample_prompt
-    text = complete(
-        run.model,
-        run.tokenizer,
-        prompt,
-        max_new_tokens=_SAMPLE_TOKENS,
-        sampling=Sampling(),
-        seed=run.options.seed,
-    )
-    return prompt + text
+        return []
+    how: dict[str, Any] = {"max_new_tokens": _SAMPLE_TOKENS, "sampling": Sampling()}
+    return [
+        {
+            "prompt": prompt,
+            "text": complete(run.model, run.tokenizer, prompt, seed=run.options.seed, **how),
+        }
+        for prompt in run.options.sample_prompt
+    ]
