@@ -68,5 +68,6 @@ def test_terms_and_minimal_pairs(summary: dict[str, Any]) -> None:
     assert (data.license, data.base_model) == ("gemma", "google/gemma-3-270m")
     assert (data.datasets, data.language) == (["a/b"], ["fy"])
     assert "https://ai.google.dev/gemma/terms" in text
-    assert "| all | 75.0 % | 70.0 to 80.0 % | 20 |\n| om\\|te | 75.0 % |" in text
+    assert "75.0 % of 20 (95 %: 70.0 to 80.0 %; chance is 50 %)" in text
+    assert "|---|---|---|---|\n| om\\|te | 75.0 % | 70.0 to 80.0 % | 20 |\n" in text
     assert r"> **Er was** \| eens \# een \<b\>\*kop\*" in text
