@@ -109,7 +109,7 @@ def test_minimal_pairs_disturb_nothing(
         assert torch.equal(weight, weights(without)[name])
     last, last_without = metrics(with_pairs)[-1], metrics(without)[-1]
     found = last.pop("minimal_pairs")
-    for name in ("test_loss", "test_bpb", "sample"):
+    for name in ("test_loss", "test_bpb", "samples"):
         assert last[name] == last_without[name]
     assert "minimal_pairs" not in last_without
     summary = json.loads((with_pairs / "final_model" / "training_summary.json").read_text())
