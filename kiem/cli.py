@@ -47,17 +47,29 @@ def parse(options_class: type[Options], arguments: Sequence[str], program: str) 
     return parsed
 
 
-def run(options_class: type[Options], program: str, main: Callable[[Options, Console], Any]) -> int:
+def run(
+    options_class: type[Options],
+    program: str,
+    main: Callable[[Options, Console], Any],
+    arguments: Sequence[str] | None = None,
+) -> int:
     """Parses the command line, runs a script's main function and returns its exit code.
 
     A `UserError` becomes one message on standard error; Ctrl-C stops quietly. Of several processes
     on a machine only the first one speaks.
+
+    Args:
+        options_class: one of the dataclasses in kiem.config.
+        program: the script's name, for the help text.
+        main: what to call with the options and a console.
+        arguments: the command line without the program's name. Default: this process's.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     console = Console(quiet=not is_first, highlight=False, soft_wrap=True)
     messages = Console(stderr=True, quiet=not is_first, highlight=False, soft_wrap=True)
     try:
-        main(parse(options_class, sys.argv[1:], program), console)
+        main(parse(options_class, arguments, program), console)
     except UserError as error:
         messages.print(f"error: {error}", markup=False)
         return int(error.exit_code)
@@ -74,8 +86,8 @@ def warn(console: Console, message: str) -> None:
     console.print(f"[yellow]warning:[/] {message}")
 
 
-def to_yaml(options: Any) -> str:
-    """Returns options as the YAML that `--config` reads back; unset ones are left out."""
+def to_dict(options: Any) -> dict[str, Any]:
+    """Returns options as plain values by name; unset ones are left out."""
     values: dict[str, Any] = {}
     for name, value in dataclasses.asdict(options).items():
         if isinstance(value, Path):
@@ -84,7 +96,12 @@ def to_yaml(options: Any) -> str:
             values[name] = list(value)
         elif value is not None:
             values[name] = value
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return values
+
+
+def to_yaml(options: Any) -> str:
+    """Returns options as the YAML that `--config` reads back; unset ones are left out."""
+    return yaml.safe_dump(to_dict(options), sort_keys=False, allow_unicode=True)
 
 
 def _take_config(arguments: list[str]) -> Path | None:

@@ -133,14 +133,22 @@ class TrainingOptions:
     activation_checkpointing: Literal["auto", "none", "full"] = "auto"
     """full: keep only each layer's input and compute the rest again for the backward pass: less
     memory, a third more time. auto: full above 500 million parameters."""
-    sample_prompt: str = "Nederland is"
-    """Text that the model continues at every evaluation."""
+    minimal_pairs: bool = True
+    """At the end measure how often the model prefers correct Dutch to a mistake (430 pairs)."""
+    language: str = "nl"
+    """ISO 639 code of the text's language, for the model card."""
+    sample_prompt: tuple[str, ...] = ("Nederland is", "Er was eens")
+    """Texts that the model continues at every evaluation."""
     log_steps: int = 1
     """Write metrics every so many updates."""
+    trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
+    """Send metrics and samples there as well; tensorboard writes into the run directory."""
     use_wandb: bool = False
-    """Send metrics to Weights & Biases as well."""
+    """The same as --trackers wandb."""
     wandb_project: str | None = None
-    """Project in Weights & Biases. Default: kiem."""
+    """Project in Weights & Biases or trackio. Default: kiem."""
+    price: float | None = None
+    """What an hour on this hardware costs, for the report."""
 
 
 @dataclass(frozen=True)
@@ -177,3 +185,66 @@ class InferenceOptions:
     """Write prompts and continuations to this JSON Lines file."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the weights. auto: bf16 on GPUs that have it; as stored on CPUs."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Measure a language model: bits per byte of text, and minimal pairs. Without --data and
+    --suite it takes the built-in minimal pairs."""
+
+    model_path: str
+    """Model directory (final_model/ of a run), or a Hub id. Any causal model that transformers can
+    load is measured alike, if transformers is installed."""
+    data: tuple[str, ...] = ()
+    """Text to measure bits per byte on: files, folders and globs of .txt, .jsonl, .jsonl.gz and
+    .parquet, sample (the built-in text), or a chunk directory, whose test split is taken."""
+    suite: tuple[str, ...] = ()
+    """minimal-pairs (the built-in Dutch ones), or files in BLiMP's shape (.jsonl, .parquet)."""
+    context: int | None = None
+    """Most tokens the model reads at once; longer documents are read in overlapping windows.
+    Default: the chunk size that a kiem model was trained with, the longest of other models."""
+    text_column: str = "text"
+    """Column (Parquet) or key (JSON Lines) of --data that holds a document's text."""
+    max_documents: int | None = None
+    """Take only so many documents of --data, the first ones."""
+    json: Path | None = None
+    """Write the results to this file."""
+    seed: int = 42
+    """Seed of the resampling that gives the intervals."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the weights. auto: bf16 on GPUs that have it; as stored on CPUs."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write a trained model in a format for other programs, or publish it."""
+
+    model_path: str
+    """Model directory (final_model/ of a run), or the Hub id of a Gemma 3 text model."""
+    output: Path
+    """What to write: a file (gguf) or a folder (safetensors)."""
+    format: Literal["gguf", "safetensors"] = "gguf"
+    """gguf: one file for llama.cpp, Ollama, LM Studio and others. safetensors: a model directory
+    for transformers and vLLM, such as this one but in another precision."""
+    dtype: Literal["f32", "bf16", "f16", "q8_0"] = "bf16"
+    """Precision of the matrices. q8_0 (gguf only): 8 bits and a scale for every 32 values."""
+    overwrite: bool = False
+    """Replace the output if it exists."""
+    push_to_hub: str | None = None
+    """Upload the result to this repository (OWNER/NAME) on the Hub, which is made if need be."""
+    private: bool = True
+    """With --push-to-hub: a repository that is made is private; you can publish it on its page."""
+    dry_run: bool = False
+    """With --push-to-hub: write the output and say what would be uploaded, but upload nothing."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Draw the report of a run again, or one page that compares several runs."""
+
+    runs: tuple[Path, ...]
+    """Run directories, such as trained_models/gemma3-1b-dutch-latest."""
+    output: Path | None = None
+    """The page. Default: report.html in the run directory, or comparison.html for several runs."""
+    price: float | None = None
+    """What an hour on the hardware costs. Default: what the run was told."""

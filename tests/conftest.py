@@ -36,6 +36,35 @@ def run_script(
     )
 
 
+def run_bash(
+    script: str, cwd: Path, env: dict[str, str] | None = None, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Runs shell commands as a page prints them, with this Python's commands first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-euc", script],
+        cwd=cwd,
+        env={**os.environ, "PATH": path, **(env or {})},
+        input=stdin,
+        text=True,
+        capture_output=True,
+        timeout=1200,
+        check=False,
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder that looks like a checkout, to run commands in without leaving traces."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for name in (*(path.name for path in ROOT.glob("*.py")), "kiem", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+    for name in ("Makefile", "constraints.txt"):
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
 @pytest.fixture(scope="session")
 def sample_chunks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chunk directory of the built-in sample with a small vocabulary of its own."""

@@ -16,49 +16,21 @@ import struct
 import threading
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socket import SO_LINGER, SOL_SOCKET
 from typing import Any, final
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LFS_SUFFIXES = (".parquet", ".safetensors", ".bin", ".model")
-LFS_MIN_BYTES = 10_000_000
+from hub_repos import File, Repo, is_lfs, metadata, tree_of
+from hub_uploads import answer_upload
 
 _REPO = r"(?P<repo>[^/]+(?:/[^/]+)?)"
 _API = re.compile(
     rf"/api/(?P<type>models|datasets)/{_REPO}(?:/(?P<action>revision|tree)/(?P<rev>[^/]+)(?P<path>/.+)?)?"
 )
 _RESOLVE = re.compile(rf"/(?P<type>datasets/)?{_REPO}/resolve/(?P<rev>[^/]+)/(?P<path>.+)")
-
-
-@dataclass(frozen=True)
-class _File:
-    source: bytes | Path
-
-    @cached_property
-    def content(self) -> bytes:
-        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
-
-    @cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.content).hexdigest()
-
-    @cached_property
-    def blob_id(self) -> str:
-        return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
-
-
-@dataclass
-class _Repo:
-    branches: dict[str, str] = field(default_factory=dict)
-    commits: dict[str, dict[str, _File]] = field(default_factory=dict)
-
-    def files(self, revision: str) -> tuple[str, dict[str, _File]] | None:
-        commit = self.branches.get(revision, revision)
-        return (commit, self.commits[commit]) if commit in self.commits else None
 
 
 @dataclass
@@ -82,6 +54,7 @@ class HubServer:
         private: repositories that are hidden from all but tokens in `accepted`.
         tokens: login tokens that are valid.
         accepted: login tokens that are valid and whose owner accepted every licence.
+        writers: login tokens that are valid and may create and change repositories.
 
     Attributes:
         log: (method, path with query, whether a token was sent) of each request so far.
@@ -97,13 +70,15 @@ class HubServer:
         private: Collection[str] = (),
         tokens: Collection[str] = (),
         accepted: Collection[str] = (),
+        writers: Collection[str] = (),
     ):
         self.gated, self.private = set(gated), set(private)
-        self.tokens, self.accepted = {*tokens, *accepted}, set(accepted)
+        self.tokens, self.accepted = {*tokens, *accepted, *writers}, {*accepted, *writers}
+        self.writers, self.uploaded = set(writers), dict[str, bytes]()
         self.log: list[tuple[str, str, bool]] = []
         self.times: list[float] = []
         self.ranges: list[str] = []
-        self._repos: dict[str, _Repo] = {}
+        self._repos: dict[str, Repo] = {}
         self._faults: list[_Fault] = []
         self._lock = threading.Lock()
         for name, files in repos.items():
@@ -162,12 +137,12 @@ class HubServer:
         """Makes a commit that replaces all files of a repository; returns its id."""
         if isinstance(files, Path):
             found = sorted(path for path in files.rglob("*") if path.is_file())
-            tree = {path.relative_to(files).as_posix(): _File(path) for path in found}
+            tree = {path.relative_to(files).as_posix(): File(path) for path in found}
         else:
-            tree = {path: _File(content) for path, content in sorted(files.items())}
+            tree = {path: File(content) for path, content in sorted(files.items())}
         listing = "".join(f"{path} {file.blob_id}\n" for path, file in tree.items())
         commit = hashlib.sha1(f"{name}\n{listing}".encode()).hexdigest()
-        repo = self._repos.setdefault(name, _Repo())
+        repo = self._repos.setdefault(name, Repo())
         repo.commits[commit] = tree
         repo.branches[branch] = commit
         return commit
@@ -194,10 +169,15 @@ class HubServer:
                     return fault
         return None
 
-    def find_repo(self, name: str) -> _Repo | None:
+    def find_repo(self, name: str) -> Repo | None:
         return self._repos.get(name)
 
-    def find_blob(self, sha256: str) -> _File | None:
+    def contents(self, name: str) -> dict[str, bytes]:
+        """Returns the files of a repository's newest commit."""
+        found = self._repos[name].files("main")
+        return {path: file.content for path, file in found[1].items()} if found else {}
+
+    def find_blob(self, sha256: str) -> File | None:
         trees = (tree for repo in self._repos.values() for tree in repo.commits.values())
         files = (file for tree in trees for file in tree.values())
         return next((file for file in files if file.sha256 == sha256), None)
@@ -230,6 +210,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer()
+
+    def do_POST(self) -> None:
+        self._receive()
+
+    def do_PUT(self) -> None:
+        self._receive()
+
+    def _receive(self) -> None:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        self.server.hub.log.append((self.command, self.path, bool(token)))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        status, value = answer_upload(self.server.hub, self.path, token, body)
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _answer(self) -> None:
         hub, url = self.server.hub, urlsplit(self.path)
@@ -266,7 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
         commit, files = found
         if match["action"] == "tree":
             folder = unquote(match["path"] or "").strip("/")
-            entries = _tree(
+            entries = tree_of(
                 files, folder, query.get("recursive", ["false"])[0].lower() in ("true", "1")
             )
             if folder and not entries:
@@ -277,7 +270,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         sizes = "blobs" in query
         siblings = [
-            {"rfilename": path, **(_metadata(path, file) if sizes else {})}
+            {"rfilename": path, **(metadata(path, file) if sizes else {})}
             for path, file in files.items()
         ]
         self._send_json(
@@ -316,7 +309,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(403, message, "GatedRepo", headers)
         elif path not in files:
             self._error(404, "Entry not found", "EntryNotFound", headers)
-        elif _is_lfs(path, files[path]):
+        elif is_lfs(path, files[path]):
             file = files[path]
             headers |= {
                 "X-Linked-Etag": f'"{file.sha256}"',
@@ -327,7 +320,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send_file(files[path], headers | {"ETag": f'"{files[path].blob_id}"'})
 
-    def _files(self, name: str, token: str, revision: str) -> tuple[str, dict[str, _File]] | None:
+    def _files(self, name: str, token: str, revision: str) -> tuple[str, dict[str, File]] | None:
         """Finds what a revision holds, or answers the request with the Hub's refusal."""
         hub = self.server.hub
         repo = hub.find_repo(name)
@@ -353,7 +346,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _send_file(self, file: _File, headers: dict[str, str]) -> None:
+    def _send_file(self, file: File, headers: dict[str, str]) -> None:
         total = len(file.content)
         headers = {**headers, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -383,32 +376,3 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())
         self.close_connection = True
-
-
-def _is_lfs(path: str, file: _File) -> bool:
-    return path.endswith(LFS_SUFFIXES) or len(file.content) >= LFS_MIN_BYTES
-
-
-def _metadata(path: str, file: _File) -> dict[str, Any]:
-    size = len(file.content)
-    lfs = {"sha256": file.sha256, "size": size, "pointerSize": 134}
-    return {"size": size, "blobId": file.blob_id, **({"lfs": lfs} if _is_lfs(path, file) else {})}
-
-
-def _tree(files: Mapping[str, _File], folder: str, recursive: bool) -> list[dict[str, Any]]:
-    prefix = f"{folder}/" if folder else ""
-    entries: dict[str, dict[str, Any]] = {}
-    for path, file in files.items():
-        if not path.startswith(prefix):
-            continue
-        parts = path.removeprefix(prefix).split("/")
-        for depth in range(1, len(parts) if recursive else min(len(parts), 2)):
-            name = prefix + "/".join(parts[:depth])
-            oid = hashlib.sha1(name.encode()).hexdigest()
-            entries[name] = {"type": "directory", "oid": oid, "size": 0, "path": name}
-        if len(parts) == 1 or recursive:
-            size = len(file.content)
-            entries[path] = {"type": "file", "oid": file.blob_id, "size": size, "path": path}
-            if _is_lfs(path, file):
-                entries[path]["lfs"] = {"oid": file.sha256, "size": size, "pointerSize": 134}
-    return list(entries.values())

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_bash
 from hub_server import HubServer
 
 from kiem.config import HUB_DATASET, HUB_TOKENIZER
 from kiem.data.tokenizer import train_tokenizer
 
-SCRIPTS = ("preprocess", "training", "inference")
+SCRIPTS = tuple(path.stem for path in ROOT.glob("*.py"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -26,34 +24,6 @@ def commands(heading: str) -> str:
     match = re.search(rf"## {heading}\n.*?```bash\n(.*?)```", README, re.DOTALL)
     assert match, heading
     return match[1]
-
-
-def run(
-    script: str, cwd: Path, env: dict[str, str] | None = None, stdin: str = ""
-) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        ["bash", "-euc", script],
-        cwd=cwd,
-        env={**os.environ, "PATH": path, **(env or {})},
-        input=stdin,
-        text=True,
-        capture_output=True,
-        timeout=1200,
-        check=False,
-    )
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A folder that looks like a checkout, to run commands in without leaving traces."""
-    folder = tmp_path / "checkout"
-    folder.mkdir()
-    for name in ("preprocess.py", "training.py", "inference.py", "kiem", "pyproject.toml"):
-        (folder / name).symlink_to(ROOT / name)
-    for name in ("Makefile", "constraints.txt"):
-        (folder / name).write_bytes((ROOT / name).read_bytes())
-    return folder
 
 
 @pytest.mark.slow
@@ -73,7 +43,7 @@ def test_the_three_commands(checkout: Path, tmp_path: Path, sample_texts: list[s
     with HubServer(repositories, gated=[HUB_TOKENIZER], **token) as hub:
         env = hub.environment(tmp_path / "cache", token="hf_test")
         prompt = "Nederland is\n/quit\n"
-        done = run(commands("The three commands"), checkout, env, stdin=prompt)
+        done = run_bash(commands("The three commands"), checkout, env, stdin=prompt)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "vocabulary of 600" in done.stdout
@@ -92,7 +62,7 @@ def test_own_text(checkout: Path) -> None:
     assert "train:16384" in script
     assert "--max-minutes 30" in script
     script = script.replace("train:16384", "train:2048").replace("minutes 30", "minutes 0.05")
-    done = run(script, checkout)
+    done = run_bash(script, checkout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (checkout / "trained_models" / "gemma3-nano-dutch-latest" / "final_model").is_dir()
 
@@ -103,14 +73,14 @@ def test_demo(checkout: Path) -> None:
     venv = checkout / ".venv"
     venv.symlink_to(Path(sys.executable).parent.parent)
     script = f"make --assume-old={venv.name}/installed demo DEMO_MINUTES=0.05"
-    done = run(script, checkout)
+    done = run_bash(script, checkout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test bits per byte" in done.stdout
     assert "What to try next" in done.stdout
 
 
 def test_options_in_the_documentation_exist() -> None:
-    helps = {s: run(f"python {s}.py --help", ROOT).stdout for s in SCRIPTS}
+    helps = {s: run_bash(f"python {s}.py --help", ROOT).stdout for s in SCRIPTS}
     num_checked = 0
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")

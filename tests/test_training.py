@@ -23,6 +23,7 @@ from kiem.errors import ExitCode
 from kiem.inference.loading import load_for_inference
 from kiem.model.presets import preset
 from kiem.training.batches import Order
+from kiem.training.energy import EnergyMeter
 from kiem.training.optimizer import learning_rate_share
 from kiem.training.recipe import settle, usual_for
 
@@ -67,7 +68,9 @@ def test_run_directory_holds_what_it_should(trained_run: Path) -> None:
     evaluations = [line for line in lines if "test_loss" in line]
     assert [line["step"] for line in evaluations] == [6, 12]
     assert evaluations[1]["test_loss"] < evaluations[0]["test_loss"] < math.log(1024)
-    assert evaluations[0]["sample"].startswith("Nederland is")
+    first = evaluations[0]["samples"][0]
+    assert first["prompt"] == "Nederland is"
+    assert len(first["text"]) > 0
     # Checkpoints at 4, 8 and 12, of which two are kept.
     assert sorted(p.name for p in (trained_run / "checkpoints").iterdir()) == ["step-12", "step-8"]
     latest = trained_run.parent / "gemma3-micro-dutch-latest"
@@ -92,6 +95,32 @@ def test_final_model_equals_transformers(trained_run: Path) -> None:
     card = (folder / "README.md").read_text()
     assert f"{reference.num_parameters():,} parameters" in card
     assert f"{summary['test_bpb']:.4f}" in card
+
+
+def test_minimal_pairs_disturb_nothing(
+    trained_run: Path, sample_chunks: Path, tmp_path: Path
+) -> None:
+    """The same figures as evaluate.py's, once in the summary and once in the log; the same weights,
+    test loss and sample of text as without them, on one process and on two."""
+    options = (*MICRO, *SMALL_BATCH)
+    with_pairs = train(sample_chunks, tmp_path / "with", *options)
+    without = train(sample_chunks, tmp_path / "without", *options, "--no-minimal-pairs")
+    for name, weight in weights(with_pairs).items():
+        assert torch.equal(weight, weights(without)[name])
+    last, last_without = metrics(with_pairs)[-1], metrics(without)[-1]
+    found = last.pop("minimal_pairs")
+    for name in ("test_loss", "test_bpb", "samples"):
+        assert last[name] == last_without[name]
+    assert "minimal_pairs" not in last_without
+    summary = json.loads((with_pairs / "final_model" / "training_summary.json").read_text())
+    assert summary["minimal_pairs"] == found
+    model = ("--model-path", with_pairs / "final_model", "--json", tmp_path / "out.json")
+    assert run_script("evaluate.py", *model).returncode == 0
+    assert json.loads((tmp_path / "out.json").read_text())["minimal_pairs"] == found
+    two = train(sample_chunks, tmp_path / "two", *options, launcher=torchrun(2))
+    assert metrics(two)[-1]["minimal_pairs"]["pairs"] == found["pairs"]
+    card = (trained_run / "final_model" / "README.md").read_text()
+    assert f"of {found['pairs']} (95 %" in card
 
 
 def test_evaluation_equals_transformers(trained_run: Path, sample_chunks: Path) -> None:
@@ -152,6 +181,16 @@ def test_resumed_run_equals_an_undisturbed_one(sample_chunks: Path, tmp_path: Pa
     assert [line["step"] for line in metrics(resumed)] == expected
 
 
+def test_evaluations_do_not_disturb_the_training(sample_chunks: Path, tmp_path: Path) -> None:
+    options = ("--model", "gemma3-micro", "--save-steps", "0", "--max-steps", "4", *SMALL_BATCH)
+    looked_at = train(sample_chunks, tmp_path / "a", *options, "--eval-steps", "1")
+    left_alone = train(sample_chunks, tmp_path / "b", *options, "--eval-steps", "0")
+    assert len([line for line in metrics(looked_at) if "test_loss" in line]) == 4
+    assert losses(looked_at) == losses(left_alone)
+    for name, tensor in weights(left_alone).items():
+        assert torch.equal(weights(looked_at)[name], tensor), name
+
+
 def test_training_can_go_on_from_a_model(
     trained_run: Path, sample_chunks: Path, tmp_path: Path
 ) -> None:
@@ -183,25 +222,6 @@ def test_config_file_gives_options_and_the_command_line_goes_first(
     assert len(losses(tmp_path / "again")) == 2
     config = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())
     assert (config["max_steps"], config["batch_size"]) == (2, 4)
-
-
-def test_wandb_offline(sample_chunks: Path, tmp_path: Path) -> None:
-    done = run_script(
-        "training.py",
-        *(
-            "--dataset-path",
-            sample_chunks,
-            *MICRO,
-            *SMALL_BATCH,
-            "--output-dir",
-            tmp_path,
-            "--use-wandb",
-        ),
-        *("--run-name", "run"),
-        env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-run.wandb"))
 
 
 @pytest.mark.parametrize(
@@ -295,3 +315,24 @@ def test_settled_recipe_keeps_the_usual_tokens_per_step() -> None:
         assert recipe.max_steps == math.ceil(10_000_000 / 256)
     small = settle(options, usual, 20, 1024, 4)
     assert (small.chunks_per_step, small.max_steps) == (4, 5)
+
+
+def test_energy_is_what_the_processors_count(tmp_path: Path) -> None:
+    """The layout of Linux's Documentation/power/powercap/powercap.rst; one counter turns over."""
+
+    def count(name: str, microjoules: int) -> None:
+        (tmp_path / name / "energy_uj").write_text(f"{microjoules}\n")
+
+    parts = {"intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:1": "package-1"}
+    for folder, name in parts.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "name").write_text(f"{name}\n")
+        (tmp_path / folder / "max_energy_range_uj").write_text("262143328850\n")
+        count(folder, 262_140_000_000)
+    meter = EnergyMeter(torch.device("cpu"), tmp_path)
+    assert meter.read_joules() == 0
+    count("intel-rapl:0", 262_141_000_000)
+    count("intel-rapl:0:0", 262_143_000_000)
+    count("intel-rapl:1", 6_671_150)  # 3.32885 J to the turn and 6.67115 J after it
+    assert meter.read_joules() == pytest.approx(1 + 10)
+    assert EnergyMeter(torch.device("cpu"), tmp_path / "none").read_joules() is None

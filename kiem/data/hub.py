@@ -5,7 +5,6 @@ A download is of one commit, so its files belong together. With HF_HUB_OFFLINE=1
 
 from __future__ import annotations
 
-import errno
 import re
 import time
 from collections.abc import Callable
@@ -13,12 +12,13 @@ from dataclasses import dataclass
 from fnmatch import filter as matching
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from rich.console import Console
 
 from kiem.data.download_progress import DownloadProgress
+from kiem.data.hub_errors import explain, pause_seconds
 from kiem.errors import ExitCode, UserError
 from kiem.files import format_bytes, require_free_space
 
@@ -27,11 +27,7 @@ _MODEL_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
 )
 _ONLINE = "Run it once without HF_HUB_OFFLINE, or name local files or a local folder instead."
-_LOG_IN = "run `hf auth login` or set HF_TOKEN (tokens: https://huggingface.co/settings/tokens)"
-_PASSING_STATUS = (408, 429, 500, 502, 503, 504)
-_PASSING_ERRORS = ("ReadError", "ReadTimeout", "RemoteProtocolError", "ChunkedEncodingError")
 _NUM_TRIES = 4
-_MAX_PAUSE_SECONDS = 60
 
 
 def looks_like_hub_id(name: str) -> bool:
@@ -139,6 +135,30 @@ def download_model(repo: str) -> Path:
     return Path(model.call(snapshot_download, repo, revision=commit, allow_patterns=wanted))
 
 
+def upload(repo: str, path: Path, *, private: bool) -> str:
+    """Uploads a file or a folder to a model repository in one commit; returns the page's address.
+
+    Args:
+        repo: the repository, which is made if need be.
+        path: what to upload; a folder's files go to the top of the repository.
+        private: whether only you see a repository that is made.
+
+    Raises:
+        UserError: no login, no right to write there, no network, or no OWNER/NAME.
+    """
+    from huggingface_hub import HfApi
+
+    model, api = _Repo("model", repo, needed_right="write to"), HfApi()
+    url = model.call(api.create_repo, repo, private=private, exist_ok=True)
+    message = f"Upload {path.name} with kiem"
+    if path.is_dir():
+        model.call(api.upload_folder, repo_id=repo, folder_path=path, commit_message=message)
+    else:
+        where = {"repo_id": repo, "path_in_repo": path.name, "commit_message": message}
+        model.call(api.upload_file, path_or_fileobj=path, **where)
+    return str(url)
+
+
 class _File(NamedTuple):
     """A file's size and its name among the blobs of the cache; zero and "" when not known."""
 
@@ -148,9 +168,10 @@ class _File(NamedTuple):
 
 @dataclass(frozen=True)
 class _Repo:
-    kind: str
+    kind: Literal["dataset", "model"]
     id: str
     revision: str | None = None
+    needed_right: str = "read"
 
     def files(self, needed: str) -> tuple[str, dict[str, _File]]:
         """Returns a commit and its files; offline the newest cached one, best with `needed`."""
@@ -214,10 +235,12 @@ class _Repo:
                 error: BaseException = raised
                 while isinstance(error, LocalEntryNotFoundError) and error.__cause__:
                     error = error.__cause__
-                pause = _pause_seconds(error, attempt)
+                pause = pause_seconds(error, attempt)
                 if pause is None or attempt == _NUM_TRIES - 1:
                     # Not "from error": a message about a malformed header quotes the token.
-                    raise self.error(*_explain(error, self)) from None
+                    raise self.error(
+                        *explain(error, self.kind, self.id, self.needed_right)
+                    ) from None
                 time.sleep(pause)
 
     def require_all_parts(self, names: list[str]) -> None:
@@ -275,59 +298,3 @@ def _configs_by_folder(names: list[str]) -> dict[str, dict[str, list[str]]]:
 def _matches(name: str, pattern: str) -> bool:
     same_depth = "**" in pattern or name.count("/") == pattern.count("/")
     return same_depth and fnmatchcase(name, pattern)
-
-
-def _pause_seconds(error: BaseException, attempt: int) -> int | None:
-    """Returns how long to wait before the next try, or None if that would not help."""
-    response = getattr(error, "response", None)
-    asked = getattr(response, "headers", {}).get("Retry-After", "")
-    pause = int(asked) if asked.isdigit() else 2**attempt
-    passes = getattr(response, "status_code", None) in _PASSING_STATUS
-    passes = passes or type(error).__name__ in _PASSING_ERRORS
-    return pause if passes and pause <= _MAX_PAUSE_SECONDS else None
-
-
-def _explain(error: BaseException, repo: _Repo) -> tuple[str, str, ExitCode]:
-    """Returns what went wrong in huggingface_hub, what to do about it, and the exit code."""
-    from huggingface_hub import constants, errors
-
-    response, number = getattr(error, "response", None), getattr(error, "errno", None)
-    status = getattr(response, "status_code", None)
-    has_token = response is not None and "authorization" in response.request.headers
-    is_gated = isinstance(error, errors.GatedRepoError)
-    page = f"https://huggingface.co/{'datasets/' * (repo.kind == 'dataset')}{repo.id}"
-    again = "Run it again; files that are complete are not downloaded again."
-    if is_gated and not has_token:
-        what = "you are not logged in, and it has a licence to accept"
-        return what, f"Accept the licence on {page}, then {_LOG_IN}.", ExitCode.HUB_LOGIN
-    if is_gated and status == 403:
-        fix = f"Accept it on {page}. A fine-grained token must be allowed gated repositories too."
-        return "your account has not accepted its licence", fix, ExitCode.HUB_LICENCE
-    if status in (401, 403) and has_token:
-        fix = f"Take a valid one that may read this {repo.kind}: {_LOG_IN}."
-        return f"the Hub refuses your login token ({status})", fix, ExitCode.HUB_LOGIN
-    if status == 401:
-        what = "it does not exist, or it is private and you are not logged in"
-        return what, f"Check the name on {page}. If it is private, {_LOG_IN}.", ExitCode.HUB_LOGIN
-    if status == 404:
-        kind = "revision" if isinstance(error, errors.RevisionNotFoundError) else repo.kind
-        return f"the Hub has no such {kind}", f"Check the name on {page}.", ExitCode.NOT_FOUND
-    if status == 429:
-        fix = "Wait a few minutes and run it again. The Hub allows more to who is logged in."
-        return "too many requests to the Hub (429)", fix, ExitCode.NETWORK
-    if status:
-        return f"the Hub answers with error {status}", again, ExitCode.NETWORK
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-        fix = f"Free some space in {constants.HF_HUB_CACHE}, or set HF_HOME to a larger disk."
-        return "the disk is full", fix, ExitCode.DISK_SPACE
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-        fix = f"Make {constants.HF_HUB_CACHE} writable, or set HF_HOME to another folder."
-        return "the cache folder cannot be written", fix, ExitCode.NOT_WRITABLE
-    if isinstance(error, errors.HFValidationError):
-        return "this is not a Hub name", "Write it as OWNER/NAME.", ExitCode.BAD_OPTION
-    if type(error).__name__ in ("UnicodeEncodeError", "LocalProtocolError"):
-        return "your login token is damaged", f"Repair it: {_LOG_IN}.", ExitCode.HUB_LOGIN
-    reason = re.sub(r"(hf_|Bearer |://)[^\s'\"]+", r"\1***", f"{type(error).__name__}: {error}")
-    fix = f"Check the network. {again} Without a network, set HF_HUB_OFFLINE=1 to use what is "
-    fix += "already downloaded, or name local files or a local folder instead."
-    return f"no connection to the Hub ({reason[:200]})", fix, ExitCode.NETWORK

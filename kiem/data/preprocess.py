@@ -94,7 +94,9 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     tokenizer = None if vocabulary_size else load_tokenizer(options.tokenizer)
     if source is None:  # go on with the same text, although the dataset may have changed
         revision = None if options.overwrite else _pinned_revision(options)
-        source = resolve_source(options.source, options.dataset_size, revision, console)
+        source = resolve_source(
+            options.source, options.dataset_size, revision=revision, console=console
+        )
     folder = options.output_dir / directory_name(options, source.name)
     cleaning = make_cleaning(options)
     identity = _identity(options, source, tokenizer, cleaning)

@@ -53,16 +53,19 @@ def file_stamp(path: Path) -> tuple[int, int]:
 def resolve_source(
     source: tuple[str, ...],
     dataset_size: str | None,
+    *,
     revision: str | None = None,
     console: Console | None = None,
+    option: str = "--source",
 ) -> Source:
-    """Finds (and for the Hub, downloads) the files that the `--source` option names.
+    """Finds (and for the Hub, downloads) the files that an option names.
 
     Args:
         source: ("hub",), ("sample",), or files, folders and globs.
         dataset_size: the Hub dataset's config; not looked at for other sources.
         revision: the Hub dataset's commit, by default the newest.
         console: where the progress of a download is shown.
+        option: the option's name, for messages.
 
     Raises:
         UserError: unknown size, no such file, a file that cannot be read, or trouble with the Hub.
@@ -75,17 +78,17 @@ def resolve_source(
     if "hub" in source or "sample" in source:
         raise UserError(
             "'hub' and 'sample' stand alone",
-            where="--source",
+            where=option,
             fix="Give either one of them, or files.",
             exit_code=ExitCode.BAD_OPTION,
         )
-    paths = [path for pattern in source for path in _expand(pattern)]
+    paths = [path for pattern in source for path in _expand(pattern, option)]
     counts = Counter(path.resolve() for path in paths)
     repeated = sorted(str(path) for path, count in counts.items() if count > 1)
     if repeated:
         raise UserError(
             f"named twice: {', '.join(repeated)}",
-            where="--source",
+            where=option,
             fix="Name each file once, so that its text does not count double.",
             exit_code=ExitCode.BAD_OPTION,
         )
@@ -168,9 +171,9 @@ def _resolve_hub(dataset_size: str, revision: str | None, console: Console | Non
     return Source(dataset_size, files.paths, files.names, description, stamps)
 
 
-def _expand(pattern: str) -> list[Path]:
+def _expand(pattern: str, option: str) -> list[Path]:
     """Returns the files that a path, folder or glob stands for; leaves none out unsaid."""
-    with reading_errors(f"--source {pattern}"):
+    with reading_errors(f"{option} {pattern}"):
         path = Path(pattern)
         if not pattern:  # Path("") would be the current folder
             found = []
@@ -186,7 +189,7 @@ def _expand(pattern: str) -> list[Path]:
     if not found:
         raise UserError(
             "no such file",
-            where=f"--source {pattern}",
+            where=f"{option} {pattern}",
             fix=f"Name existing files, or a folder with files that end in {', '.join(SUFFIXES)}.",
             exit_code=ExitCode.NOT_FOUND,
         )
@@ -204,4 +207,4 @@ def _check_file(path: Path) -> None:
     if not path.is_file():
         is_dangling = path.is_symlink() and not path.exists()
         what = "is a link to a file that is not there" if is_dangling else "is not a regular file"
-        raise bad_input(str(path), what, "Remove it, or name only files with --source.")
+        raise bad_input(str(path), what, "Remove it, or name only files.")

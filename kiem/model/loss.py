@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
@@ -38,6 +39,23 @@ def summed_cross_entropy(
     """
     loss, nats = _SummedCrossEntropy.apply(hidden, weight, targets, z_loss)
     return loss, nats
+
+
+def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Returns -log p[target] of each token, fp32 [N], without gradient.
+
+    Args:
+        hidden: [N, D]; under autocast the products run in its precision.
+        weight: [V, D].
+        targets: int64 [N].
+    """
+    nats = torch.empty(len(hidden), device=hidden.device)
+    with torch.no_grad():
+        for start in range(0, len(hidden), ROWS_PER_BLOCK):
+            rows = slice(start, start + ROWS_PER_BLOCK)
+            logits = F.linear(hidden[rows], weight).float()  # R V
+            nats[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
+    return nats
 
 
 class _SummedCrossEntropy(torch.autograd.Function):

@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from kiem.files import format_bytes
+from kiem.report.page import REPORT_FILE
 from kiem.training.devices import Devices
 from kiem.training.run import Run
 
@@ -74,9 +75,9 @@ class Display:
         """Shows an evaluation and its sample of text."""
         self._console.print(
             f"step {self._run.step:,}: test loss {figures['test_loss']:.3f}, perplexity "
-            f"{figures['test_perplexity']:.1f}, {figures['test_bpb']:.3f} bits per byte\n"
-            f"  [dim]{escape(figures['sample'])}[/]",
+            f"{figures['test_perplexity']:.1f}, {figures['test_bpb']:.3f} bits per byte"
         )
+        _show_first_sample(figures, self._console)
 
 
 def show_plan(run: Run, devices: Devices, console: Console) -> None:
@@ -118,6 +119,15 @@ def show_results(run: Run, figures: dict[str, Any], final_model: Path, console: 
     table.add_row("test loss", f"{figures['test_loss']:.4f}")
     table.add_row("test perplexity", f"{figures['test_perplexity']:.2f}")
     table.add_row("test bits per byte", f"{figures['test_bpb']:.4f}")
+    if "minimal_pairs" in figures:
+        pairs = figures["minimal_pairs"]
+        table.add_row("minimal pairs", f"{pairs['correct']} of {pairs['pairs']} correct")
     console.print(table)
-    console.print(f"[dim]{escape(figures['sample'])}[/]")
-    console.print(f"\nTry it: python inference.py --model-path {final_model} --interactive")
+    _show_first_sample(figures, console)
+    console.print(f"\nThe run on one page: {run.directory / REPORT_FILE}")
+    console.print(f"Try it: python inference.py --model-path {final_model} --interactive")
+
+
+def _show_first_sample(figures: dict[str, Any], console: Console) -> None:
+    for sample in figures["samples"][:1]:
+        console.print(f"  [dim]{escape(sample['prompt'] + sample['text'])}[/]")

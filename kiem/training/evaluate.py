@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kiem.evaluation.language_model import own_language_model
+from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, summarize
 from kiem.inference.engine import complete
 from kiem.inference.sampling import Sampling
 from kiem.model.gemma3 import next_token_targets
@@ -57,17 +59,38 @@ def evaluate(run: Run, devices: Devices, max_chunks: int | None) -> dict[str, An
     }
 
 
-def sample_text(run: Run, devices: Devices) -> str:
-    """Returns a short continuation of `--sample-prompt`; empty in all but the first process."""
+def measure_minimal_pairs(run: Run, devices: Devices) -> dict[str, Any]:
+    """Measures the built-in minimal pairs; takes no random numbers and changes nothing.
+
+    Args:
+        run: the run.
+        devices: all processes share the pairs among them.
+
+    Returns:
+        `minimal_pairs`, as evaluate.py has it, the same in all processes.
+    """
+    pairs = read_suite((BUILT_IN,))
+    model = own_language_model(run.model, run.tokenizer, run.train.chunk_size)
+    is_correct = torch.zeros(len(pairs), device=devices.device)
+    with devices.autocast():
+        own = prefers_good(model, pairs[devices.rank :: devices.world_size])
+    is_correct[devices.rank :: devices.world_size] = torch.from_numpy(own).to(is_correct)
+    return {"minimal_pairs": summarize(pairs, devices.sum(is_correct).bool().cpu().numpy())}
+
+
+def sample_texts(run: Run, devices: Devices) -> list[dict[str, str]]:
+    """Returns short continuations of `--sample-prompt`; none in all but the first process.
+
+    Returns:
+        For each prompt, `prompt` and the `text` that the model continues it with.
+    """
     if not devices.is_first:
-        return ""
-    prompt = run.options.sample_prompt
-    text = complete(
-        run.model,
-        run.tokenizer,
-        prompt,
-        max_new_tokens=_SAMPLE_TOKENS,
-        sampling=Sampling(),
-        seed=run.options.seed,
-    )
-    return prompt + text
+        return []
+    how: dict[str, Any] = {"max_new_tokens": _SAMPLE_TOKENS, "sampling": Sampling()}
+    return [
+        {
+            "prompt": prompt,
+            "text": complete(run.model, run.tokenizer, prompt, seed=run.options.seed, **how),
+        }
+        for prompt in run.options.sample_prompt
+    ]

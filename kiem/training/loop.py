@@ -22,8 +22,10 @@ from kiem.training.batches import Order, micro_batches
 from kiem.training.checkpoint import prune_checkpoints, save_checkpoint
 from kiem.training.devices import Devices, open_devices
 from kiem.training.display import Display, show_plan, show_results
-from kiem.training.evaluate import evaluate, sample_text
+from kiem.training.energy import EnergyMeter
+from kiem.training.evaluate import evaluate, measure_minimal_pairs, sample_texts
 from kiem.training.optimizer import learning_rate_share
+from kiem.training.reporter import Reporter
 from kiem.training.run import Run, finish_run, prepare_run
 
 
@@ -39,21 +41,32 @@ def train(options: TrainingOptions, console: Console) -> None:
     """
     with open_devices(options.precision) as devices:
         run = prepare_run(options, devices, console)
+        reporter = Reporter(run.directory, console)
         show_plan(run, devices, console)
         try:
-            train_to_the_end(run, devices, console)
+            train_to_the_end(run, devices, console, reporter)
             figures = evaluate(run, devices, max_chunks=None)
+            if options.minimal_pairs:
+                figures |= measure_minimal_pairs(run, devices)
+            figures["samples"] = sample_texts(run, devices)
+            figures["memory_bytes"] = peak_memory_bytes(devices.device)
+            if devices.is_first:
+                _write(run, figures)
+                final_model = finish_run(run, figures)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(run) from error
-        figures["sample"] = sample_text(run, devices)
-        figures["memory_bytes"] = peak_memory_bytes(devices.device)
+        except UserError as error:
+            _write(run, {"warning": f"stopped: {error.what}"})
+            raise
+        finally:  # a run that was stopped has something to tell as well
+            if devices.is_first:
+                reporter.write()
         if devices.is_first:
-            _write(run, figures)
-            show_results(run, figures, finish_run(run, devices, figures), console)
+            show_results(run, figures, final_model, console)
         devices.wait_for_all()
 
 
-def train_to_the_end(run: Run, devices: Devices, console: Console) -> None:
+def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Reporter) -> None:
     """Does the updates that are left; the trained weights are then in `run.model`."""
     options, recipe, special_ids = run.options, run.recipe, run.tokenizer.special_ids
     model: Any = run.model
@@ -61,6 +74,7 @@ def train_to_the_end(run: Run, devices: Devices, console: Console) -> None:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     order = Order(run.train.num_chunks, options.seed)
     attention_bos_id = special_ids["bos"] if options.document_mask else None
+    energy = EnergyMeter(devices.device)
     with Display(run, console) as display:
         while run.progress < 1:
             started = time.perf_counter()
@@ -114,6 +128,9 @@ def train_to_the_end(run: Run, devices: Devices, console: Console) -> None:
                 "memory_bytes": peak_memory_bytes(devices.device),
                 "seconds": run.seconds,
             }
+            if (joules := energy.read_joules()) is not None:
+                run.joules += joules
+                figures["joules"] = run.joules
             if run.step % options.log_steps == 0:
                 _write(run, figures)
             display.show_step(figures)
@@ -121,9 +138,11 @@ def train_to_the_end(run: Run, devices: Devices, console: Console) -> None:
             # Evaluate, save.
             if run.evaluation_is_due(progress_before):
                 figures = evaluate(run, devices, max_chunks=options.eval_chunks)
-                figures["sample"] = sample_text(run, devices)
+                figures["samples"] = sample_texts(run, devices)
                 _write(run, figures)
                 display.show_evaluation(figures)
+                if devices.is_first:
+                    reporter.write_if_cheap()
             if run.save_is_due(seconds_before):
                 if devices.is_first:
                     _save(run)
@@ -136,7 +155,8 @@ def _write(run: Run, figures: dict[str, Any]) -> None:
 
 
 def _save(run: Run) -> None:
-    state = {"tokens": run.tokens, "seconds": run.seconds, "fingerprint": run.fingerprint}
+    counts = {"tokens": run.tokens, "seconds": run.seconds, "joules": run.joules}
+    state = {**counts, "fingerprint": run.fingerprint}
     folder = run.directory / "checkpoints"
     save_checkpoint(folder, run.step, run.model, run.optimizer, run.tokenizer.special_ids, state)
     prune_checkpoints(folder, run.options.save_total_limit)

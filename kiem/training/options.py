@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kiem.config import TrainingOptions
 from kiem.errors import ExitCode, UserError, no_effect
+from kiem.training.trackers import tracker_names
 
 _POSITIVE = (
     "epochs",
@@ -23,6 +24,7 @@ _NOT_NEGATIVE = (
     "eval_steps",
     "save_steps",
     "save_total_limit",
+    "price",
 )
 
 
@@ -59,8 +61,8 @@ def check_options(options: TrainingOptions) -> None:
     has_budget = options.max_steps is not None or options.max_minutes is not None
     if has_budget and options.epochs != 1.0:
         raise no_effect("--epochs", "together with --max-steps or --max-minutes")
-    if options.wandb_project is not None and not options.use_wandb:
-        raise no_effect("--wandb-project", "without --use-wandb")
+    if options.wandb_project is not None and not {"wandb", "trackio"} & {*tracker_names(options)}:
+        raise no_effect("--wandb-project", "without --use-wandb or --trackers trackio")
     if options.init_from is not None and options.model != "gemma3-1b":
         raise no_effect("--model", "with --init-from, which brings its own shape")
 

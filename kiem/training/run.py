@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 
 import kiem
-from kiem.cli import to_yaml, warn
+from kiem.cli import to_dict, to_yaml, warn
 from kiem.config import TrainingOptions
 from kiem.data.chunks import (
     MANIFEST_FILE,
@@ -39,13 +40,15 @@ from kiem.model.files import find_model, read_model, write_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 from kiem.model.presets import name_of, preset
+from kiem.report.card import model_card
+from kiem.report.record import CONFIG_FILE, FACTS_FILE, SUMMARY_FILE
 from kiem.training.checkpoint import list_checkpoints, load_checkpoint
 from kiem.training.devices import Devices
 from kiem.training.metrics import Metrics, keep_metrics_until
-from kiem.training.model_card import model_card
 from kiem.training.optimizer import make_optimizer
 from kiem.training.options import check_options
 from kiem.training.recipe import Recipe, settle, usual_for
+from kiem.training.trackers import open_trackers
 
 _EVALUATIONS_PER_RUN = 5
 _SECONDS_BETWEEN_SAVES = 1800
@@ -65,7 +68,9 @@ class Run:
         model, model_name, optimizer: what is trained.
         metrics: the run's log; only the first process has one.
         fingerprint: what must not change when the run is resumed.
+        facts: what the run is made of, for the report and the model card.
         step, tokens, seconds: updates, tokens and training time so far, evaluations not counted.
+        joules: energy so far, where the hardware counts it; 0 elsewhere.
         resumed_from: the checkpoint this run went on from.
     """
 
@@ -80,10 +85,12 @@ class Run:
     model_name: str
     optimizer: torch.optim.Optimizer
     fingerprint: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
     metrics: Metrics | None = None
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    joules: float = 0.0
     resumed_from: Path | None = None
 
     @property
@@ -162,41 +169,66 @@ def prepare_run(options: TrainingOptions, devices: Devices, console: Console) ->
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, model, run.optimizer, run.fingerprint)
         run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
+        run.joules = state.get("joules", 0.0)  # older checkpoints have none
+    run.facts = _facts(run, devices)
     if devices.is_first:
         directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / "config.yaml", to_yaml(options))
+        write_text(directory / CONFIG_FILE, to_yaml(options))
+        write_json(directory / FACTS_FILE, run.facts)
         keep_metrics_until(directory, run.step)
-        project = (options.wandb_project or "kiem") if options.use_wandb else None
-        config = {**dataclasses.asdict(options), **dataclasses.asdict(recipe)}
-        run.metrics = Metrics(directory, project, directory.name, config)
-        _warn_of_small_data(run, console)
+        config = {**to_dict(options), **run.facts}
+        run.metrics = Metrics(directory, open_trackers(options, directory, config, run.step))
+        if run.resumed_from is None:
+            for message in _small_data_warnings(run):
+                warn(console, message)
+                run.metrics.write(run.step, {"warning": message})
     return run
 
 
-def finish_run(run: Run, devices: Devices, figures: dict[str, Any]) -> Path:
+def finish_run(run: Run, figures: dict[str, Any]) -> Path:
     """Writes final_model/ and points the latest link at the run; returns the model directory.
 
     Args:
         run: the trained run.
-        devices: where it ran.
         figures: the last evaluation.
     """
     assert run.metrics is not None
     summary = {
-        "model": run.model_name,
-        "parameters": run.model.config.num_parameters(),
-        "initialized_from": run.options.init_from or "random weights",
+        **run.facts,
         "steps": run.step,
         "tokens": run.tokens,
         "seconds": run.seconds,
+        **({"joules": run.joules} if run.joules else {}),
         **figures,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    folder = run.directory / "final_model"
+    with new_folder(folder, overwrite=folder.exists()) as unfinished:
+        write_model(run.model, unfinished, run.tokenizer.special_ids)
+        write_tokenizer(run.tokenizer, unfinished)
+        write_json(unfinished / SUMMARY_FILE, summary)
+        card = model_card(summary, run.directory.name, run.options.language)
+        write_text(unfinished / "README.md", card)
+    point_link(run.directory.parent / f"{run.model_name}-dutch-latest", run.directory.name)
+    run.metrics.close(summary)
+    return folder
+
+
+def _facts(run: Run, devices: Devices) -> dict[str, Any]:
+    """Returns what a run is made of: all of its summary that is known before it starts."""
+    train, test = (run.manifest["splits"][split] for split in ("train", "test"))
+    return {
+        "model": run.model_name,
+        "parameters": run.model.config.num_parameters(),
+        "initialized_from": run.options.init_from or "random weights",
         "data": {
             "source": run.manifest["source"],
             "options": run.manifest["options"],
             "manifest_sha256": run.fingerprint["data"],
-            "train_tokens": run.manifest["splits"]["train"]["tokens"],
-            "train_documents": run.manifest["splits"]["train"]["documents"],
-            "test_documents": run.manifest["splits"]["test"]["documents"],
+            "train_tokens": train["tokens"],
+            "train_documents": train["documents"],
+            "test_documents": test["documents"],
+            "bytes_per_source": train["bytes_per_source"],
         },
         "tokenizer": run.manifest["tokenizer"],
         "recipe": dataclasses.asdict(run.recipe),
@@ -210,17 +242,7 @@ def finish_run(run: Run, devices: Devices, figures: dict[str, Any]) -> Path:
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    folder = run.directory / "final_model"
-    with new_folder(folder, overwrite=folder.exists()) as unfinished:
-        write_model(run.model, unfinished, run.tokenizer.special_ids)
-        write_tokenizer(run.tokenizer, unfinished)
-        write_json(unfinished / "training_summary.json", summary)
-        write_text(unfinished / "README.md", model_card(summary, run.directory.name))
-    point_link(run.directory.parent / f"{run.model_name}-dutch-latest", run.directory.name)
-    run.metrics.close(summary)
-    return folder
 
 
 def _make_model(options: TrainingOptions, tokenizer: Tokenizer) -> Gemma3:
@@ -288,20 +310,18 @@ def _check_disk(options: TrainingOptions, directory: Path, model: Gemma3) -> Non
     require_free_space(directory, needed, f"the model and {checkpoints} checkpoints")
 
 
-def _warn_of_small_data(run: Run, console: Console) -> None:
+def _small_data_warnings(run: Run) -> Iterator[str]:
     train = run.manifest["splits"]["train"]
     if run.train.num_chunks < run.recipe.chunks_per_step:
-        warn(
-            console,
+        yield (
             f"one update reads {run.recipe.chunks_per_step} chunks, but there are only "
-            f"{run.train.num_chunks}: each is read several times in every update",
+            f"{run.train.num_chunks}: each is read several times in every update"
         )
     num_parameters = run.model.config.num_parameters()
     if train["tokens"] < num_parameters:
-        warn(
-            console,
+        yield (
             f"{train['tokens']:,} tokens of text for {num_parameters:,} parameters; about 20 for "
-            "each are usual (arXiv:2203.15556): a smaller model may do better",
+            "each are usual (arXiv:2203.15556): a smaller model may do better"
         )
 
 

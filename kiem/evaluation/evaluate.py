@@ -1,0 +1,199 @@
+"""What evaluate.py does: read text and suites, measure the model, show and write the results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kiem.cli import warn
+from kiem.config import EvaluationOptions
+from kiem.data.chunks import MANIFEST_FILE, open_split, read_manifest, read_tokenizer, verify_shards
+from kiem.data.readers import cut_source, place, read_rows
+from kiem.data.sources import resolve_source
+from kiem.errors import ExitCode, UserError, no_effect
+from kiem.evaluation.bits_per_byte import Document, bits_per_byte, measure
+from kiem.evaluation.language_model import LanguageModel, open_language_model
+from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, summarize
+from kiem.files import format_bytes, write_json
+
+_PIECE_BYTES = 1 << 26
+_SMALLEST_CONTEXT = 8
+_MOST_SOURCES_SHOWN = 50
+
+
+def evaluate(options: EvaluationOptions, console: Console) -> dict[str, Any]:
+    """Runs evaluate.py.
+
+    Args:
+        options: all options of evaluate.py.
+        console: where the tables go.
+
+    Returns:
+        What `--json` writes.
+
+    Raises:
+        UserError: anything about options, data, suite or model that a person can mend.
+    """
+    _check_options(options)
+    names = options.suite or (() if options.data else (BUILT_IN,))
+    pairs = read_suite(names) if names else []
+    documents = read_documents(options) if options.data else iter(())
+    model = open_language_model(options.model_path, options.precision, options.context)
+    results: dict[str, Any] = {"model": options.model_path, "context": model.context}
+    started = time.perf_counter()
+    if options.data:
+        with console.status("bits per byte"):
+            results |= _measure_text(model, documents, options, console)
+    if pairs:
+        with console.status("minimal pairs"):
+            results["suite"] = list(names)
+            results["minimal_pairs"] = summarize(pairs, prefers_good(model, pairs))
+    results["seconds"] = time.perf_counter() - started
+    _show(results, console)
+    if options.json is not None:
+        write_json(options.json, results)
+    return results
+
+
+def read_documents(options: EvaluationOptions) -> Iterator[Document]:
+    """Yields the documents of `--data`; what can be checked without reading is checked at once.
+
+    Raises:
+        UserError: there is no such file, or a line or row is no document; names it.
+    """
+    first = Path(options.data[0])
+    if len(options.data) == 1 and (first / MANIFEST_FILE).is_file():
+        if options.text_column != "text":
+            raise no_effect("--text-column", "with a chunk directory")
+        documents = _test_split(first)
+    elif "hub" in options.data:
+        raise UserError(
+            "'hub' is not text that was kept apart",
+            where="--data hub",
+            fix="Give the chunk directory that preprocess.py made of it.",
+            exit_code=ExitCode.BAD_OPTION,
+        )
+    else:
+        documents = _file_documents(options)
+    return islice(documents, options.max_documents)
+
+
+def _file_documents(options: EvaluationOptions) -> Iterator[Document]:
+    source = resolve_source(options.data, None, option="--data")
+    pieces = cut_source(source, _PIECE_BYTES)
+
+    def documents() -> Iterator[Document]:
+        for piece, row in read_rows(source, pieces, options.text_column, "skip"):
+            if row.text is None:
+                path, name = source.paths[piece.file], source.names[piece.file]
+                assert row.problem is not None
+                raise UserError(
+                    row.problem.what,
+                    where=place(path, name, piece, row.number),
+                    fix="Mend or remove it, or name the text's column with --text-column.",
+                    exit_code=ExitCode.BAD_INPUT,
+                )
+            yield Document(row.text, row.source)
+
+    return documents()
+
+
+def _test_split(folder: Path) -> Iterator[Document]:
+    """Returns the test documents of a chunk directory, as text again."""
+    manifest = read_manifest(folder)
+    if manifest["options"].get("packing", "concat") != "concat":
+        raise UserError(
+            "the documents of this chunk directory are not in one piece (--packing best-fit)",
+            where=f"--data {folder}",
+            fix="Give files of text.",
+            exit_code=ExitCode.BAD_INPUT,
+        )
+    tokenizer = read_tokenizer(folder, manifest)
+    verify_shards(folder, manifest)
+    blocks = open_split(folder, manifest, "test").blocks
+    ids = np.concatenate([block.reshape(-1) for block in blocks])
+    starts = np.flatnonzero(ids == tokenizer.bos_id)
+    return (
+        Document(tokenizer.decode(document.tolist()), "test split")
+        for document in np.split(ids, starts)[1:]
+    )
+
+
+def _measure_text(
+    model: LanguageModel,
+    documents: Iterator[Document],
+    options: EvaluationOptions,
+    console: Console,
+) -> dict[str, Any]:
+    measured = measure(model, documents)
+    if not measured.sources:
+        raise UserError(
+            "there is no document",
+            where=f"--data {options.data[0]}",
+            fix="Give files with text.",
+            exit_code=ExitCode.BAD_INPUT,
+        )
+    if measured.num_unknown:
+        warn(
+            console,
+            f"{measured.num_unknown:,} tokens stand for text that the tokenizer cannot express; "
+            "the model's bits per byte are too low by what it need not predict",
+        )
+    names = sorted(set(measured.sources))
+    return {
+        **asdict(bits_per_byte(measured, None, options.seed)),
+        "per_source": {n: asdict(bits_per_byte(measured, n, options.seed)) for n in names},
+    }
+
+
+def _show(results: dict[str, Any], console: Console) -> None:
+    if "bpb" in results:
+        title = f"bits per byte, context of {results['context']:,} tokens"
+        table = Table("source", "bits per byte", "95 %", "documents", "text", "tokens", title=title)
+        lines = list(results["per_source"].items()) if len(results["per_source"]) > 1 else []
+        for name, line in [*lines[:_MOST_SOURCES_SHOWN], ("all", results)]:
+            interval = f"{line['bpb_low']:.3f} to {line['bpb_high']:.3f}"
+            counts = f"{line['documents']:,}", format_bytes(line["bytes"]), f"{line['tokens']:,}"
+            table.add_row(escape(name), f"{line['bpb']:.4f}", interval, *counts)
+        console.print(table)
+        if len(lines) > _MOST_SOURCES_SHOWN:
+            console.print(f"{len(lines) - _MOST_SOURCES_SHOWN} more sources are in --json FILE")
+    if "minimal_pairs" in results:
+        found = results["minimal_pairs"]
+        table = Table("phenomenon", "correct", "95 %", "pairs", title="minimal pairs")
+        for name, line in [*found["phenomena"].items(), ("all", found)]:
+            interval = f"{line['accuracy_low']:.0%} to {line['accuracy_high']:.0%}"
+            table.add_row(escape(name), f"{line['accuracy']:.1%}", interval, f"{line['pairs']:,}")
+        console.print(table)
+
+
+def _check_options(options: EvaluationOptions) -> None:
+    if options.context is not None and options.context < _SMALLEST_CONTEXT:
+        raise UserError(
+            f"{options.context} tokens are too few",
+            where="--context",
+            fix=f"Give {_SMALLEST_CONTEXT} or more.",
+            exit_code=ExitCode.BAD_OPTION,
+        )
+    if options.max_documents is not None and options.max_documents < 1:
+        raise UserError(
+            f"{options.max_documents} is too small",
+            where="--max-documents",
+            fix="Give 1 or more.",
+            exit_code=ExitCode.BAD_OPTION,
+        )
+    for name, is_given in (
+        ("--max-documents", options.max_documents is not None),
+        ("--text-column", options.text_column != "text"),
+    ):
+        if is_given and not options.data:
+            raise no_effect(name, "without --data")

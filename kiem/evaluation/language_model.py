@@ -1,0 +1,169 @@
+"""What evaluation needs of a language model, and how kiem's own model gives it.
+
+Shapes: B sequences in a batch, T tokens, N tokens that are scored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kiem.data.tokenizer import Tokenizer
+from kiem.inference.loading import load_for_inference
+from kiem.model.files import CONFIG_FILE, find_model
+from kiem.model.gemma3 import Gemma3
+from kiem.model.loss import token_cross_entropy
+
+_TOKENS_PER_BATCH = 8192
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with its tokenizer.
+
+    Attributes:
+        encode: texts to token ids, without control tokens.
+        nats: (ids int64 [B, T], scored bool [B, T]) to -log p of the scored tokens given those
+            before them in their row, fp32 [N] in the order of the rows; column 0 is never scored.
+        bos_id: the token that every text begins with.
+        unknown_id: the token for text that the tokenizer cannot express, if it has one.
+        context: most tokens in a row.
+        tokens_per_batch: how many tokens to hand to `nats` at once.
+        device: where ids must be.
+    """
+
+    encode: Callable[[Sequence[str]], list[list[int]]]
+    nats: Callable[[Tensor, Tensor], Tensor]
+    bos_id: int
+    unknown_id: int | None
+    context: int
+    tokens_per_batch: int
+    device: torch.device
+
+
+class Row(NamedTuple):
+    """Tokens to read, and the place of the first one to score; the rest is scored too."""
+
+    ids: list[int]
+    first_scored: int
+
+
+def open_language_model(
+    name: str, precision: Literal["auto", "fp32", "bf16"], context: int | None
+) -> LanguageModel:
+    """Loads a model for evaluation: a Gemma 3 text model, or another one through transformers.
+
+    Args:
+        name: a folder or Hub id.
+        precision: of the weights.
+        context: most tokens in a row; None: what the model was trained with.
+
+    Raises:
+        UserError: there is no such model, or transformers is needed and not installed.
+    """
+    folder = find_model(name)
+    description = _read_json(folder / CONFIG_FILE)
+    if description.get("model_type", "gemma3_text") != "gemma3_text":
+        from kiem.evaluation.foreign import open_foreign_model
+
+        return open_foreign_model(folder, precision, context)
+    loaded = load_for_inference(str(folder), precision)
+    return own_language_model(
+        loaded.model, loaded.tokenizer, context or _trained_context(folder, loaded.model)
+    )
+
+
+def own_language_model(model: Gemma3, tokenizer: Tokenizer, context: int) -> LanguageModel:
+    """Returns kiem's own model as evaluation needs it."""
+
+    def nats(ids: Tensor, scored: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = model.hidden_states(ids)[:, :-1][scored[:, 1:]]  # N D
+            return token_cross_entropy(hidden, model.model.embed_tokens.weight, ids[scored])
+
+    return LanguageModel(
+        encode=tokenizer.encode_batch,
+        nats=nats,
+        bos_id=tokenizer.bos_id,
+        unknown_id=tokenizer.token_id("<unk>"),
+        context=context,
+        tokens_per_batch=_TOKENS_PER_BATCH,
+        device=model.model.embed_tokens.weight.device,
+    )
+
+
+def windows(ids: list[int], bos_id: int, context: int) -> Iterator[Row]:
+    """Yields the rows in which a document's tokens are scored, each token in exactly one.
+
+    Args:
+        ids: the document's tokens, without control tokens.
+        bos_id: what each row begins with.
+        context: most tokens in a row, with <bos>; at least 3.
+    """
+    room = context - 1
+    end = min(len(ids), room)
+    yield Row([bos_id, *ids[:end]], 1)
+    while end < len(ids):
+        new = min(len(ids) - end, room - room // 2)
+        end += new
+        start = max(0, end - room)
+        yield Row([bos_id, *ids[start:end]], 1 + end - new - start)
+
+
+def text_nats(model: LanguageModel, encoded: Sequence[list[int]]) -> np.ndarray:
+    """Returns -log p of whole texts after <bos>, fp64 [texts]; texts as `windows` takes them."""
+    rows, owners = [], []
+    for number, ids in enumerate(encoded):
+        for row in windows(ids, model.bos_id, model.context):
+            rows.append(row)
+            owners.append(number)
+    nats = np.zeros(len(encoded))
+    np.add.at(nats, owners, sum_nats(model, rows))
+    return nats
+
+
+def sum_nats(model: LanguageModel, rows: Sequence[Row]) -> np.ndarray:
+    """Returns the summed -log p of each row's scored tokens, fp64 [rows].
+
+    Rows of similar length share a batch. The padding comes last, where no token looks at it.
+    """
+    sums = np.zeros(len(rows))
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number].ids))
+    start = 0
+    while start < len(order):
+        longest = len(rows[order[start]].ids)
+        numbers = order[start : start + max(1, model.tokens_per_batch // longest)]
+        start += len(numbers)
+        ids = torch.zeros(len(numbers), longest, dtype=torch.int64)
+        scored = torch.zeros(len(numbers), longest, dtype=torch.bool)
+        for place, number in enumerate(numbers):
+            row = rows[number]
+            ids[place, : len(row.ids)] = torch.tensor(row.ids)
+            scored[place, row.first_scored : len(row.ids)] = True
+        nats = model.nats(ids.to(model.device), scored.to(model.device)).double().cpu()
+        places = scored.nonzero()[:, 0]
+        sums[numbers] = torch.zeros(len(numbers), dtype=torch.float64).index_add(0, places, nats)
+    return sums
+
+
+def _trained_context(folder: Path, model: Gemma3) -> int:
+    """Returns how many tokens a kiem model saw at once in training, others' longest context."""
+    summary = _read_json(folder / "training_summary.json")
+    chunk_size = summary.get("data", {}).get("options", {}).get("chunk_size")
+    return int(chunk_size or model.config.max_position_embeddings)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Returns a JSON object, empty if there is none: whoever loads the model explains that."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,124 @@
+"""A tokenizer.json as llama.cpp wants it: entries with scores and types, and no list of merges.
+
+llama.cpp encodes as SentencePiece does: of all neighbours that together are an entry it merges
+those whose entry has the highest score, the leftmost first. A list of merges says the same if it
+has every way to make each entry and keeps those that make the same entry together; the score is
+then the place in the list. Both are checked here, for Gemma's own tokenizer as for one that kiem
+trained. (The usual converter needs Gemma's tokenizer.model, and takes a wrong path without it:
+llama.cpp#19152.)
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from kiem.data.tokenizer import BYTE_TOKENS, WORD_PIECES, Tokenizer
+from kiem.errors import ExitCode, UserError
+
+
+class TokenType(IntEnum):
+    """llama.cpp's kinds of entries."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Entries by id: their text, score and type."""
+
+    tokens: list[str]
+    scores: list[float]
+    types: list[TokenType]
+
+
+def make_vocabulary(tokenizer: Tokenizer, num_rows: int) -> Vocabulary:
+    """Returns a tokenizer's vocabulary with scores.
+
+    Args:
+        tokenizer: the tokenizer.
+        num_rows: rows of the model's embedding; entries beyond them, such as Gemma's
+            <image_soft_token>, are left out, and rows without an entry get one that is unused.
+
+    Raises:
+        UserError: llama.cpp would encode text in another way than this tokenizer does.
+    """
+    description = json.loads(tokenizer.json_bytes)
+    entries: dict[str, int] = description["model"]["vocab"]
+    added = {token["content"]: token for token in description["added_tokens"]}
+    reserved = {*BYTE_TOKENS, *added}
+    ranks = _ranks(description, reserved)
+    lowest = -float(len(ranks))
+    tokens = [f"[PAD{number}]" for number in range(num_rows)]
+    scores, types = [lowest] * num_rows, [TokenType.UNUSED] * num_rows
+    ids = {**entries, **{content: token["id"] for content, token in added.items()}}
+    for text, number in ids.items():
+        if number < num_rows:
+            tokens[number] = text
+            scores[number] = -float(ranks[text]) if text in ranks else lowest
+            types[number] = _type_of(text, added.get(text))
+    return Vocabulary(tokens, scores, types)
+
+
+def _type_of(text: str, added: dict[str, Any] | None) -> TokenType:
+    if text == "<unk>":
+        return TokenType.UNKNOWN
+    if text in BYTE_TOKENS:
+        return TokenType.BYTE
+    if added is None or not text.strip("▁"):
+        # Runs of spaces are added tokens in Gemma's file, but are reached by merging: an added
+        # token is looked for before spaces become "▁", and would be written as "▁" too.
+        return TokenType.NORMAL
+    return TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+
+
+def _ranks(description: dict[str, Any], reserved: set[str]) -> dict[str, int]:
+    """Returns entry -> its place among all that merging can make, the first being made first."""
+    model, pre_tokenizer = description["model"], description["pre_tokenizer"]
+    never_cuts = pre_tokenizer is None or (
+        # Gemma's, which finds no space any more, or kiem's, across which no entry goes.
+        pre_tokenizer["type"] == "Split"
+        and pre_tokenizer["pattern"] in ({"String": " "}, {"Regex": WORD_PIECES})
+    )
+    replaces_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    is_plain = model["type"] == "BPE" and model.get("byte_fallback") and never_cuts
+    if not is_plain or model.get("ignore_merges") or description["normalizer"] != replaces_spaces:
+        raise _not_expressible("it is not a byte-fallback BPE over text with its spaces replaced")
+    entries: dict[str, int] = model["vocab"]
+    ranks: dict[str, int] = {}
+    previous = ""
+    for merge in model["merges"]:
+        left, right = merge if isinstance(merge, list) else merge.split(" ")
+        made = left + right
+        # Gemma's runs of spaces are listed by their left part. Merging goes from left to right and
+        # keeps the longer runs left, so the longest left part also makes the longest run.
+        is_run = len(set(made)) == 1
+        if made != previous and made in ranks and not is_run:
+            raise _not_expressible(f"the merges that make {made!r} are not together")
+        ranks.setdefault(made, len(ranks))
+        previous = made
+    possible = sum(
+        entry[:cut] in entries and entry[cut:] in entries
+        for entry in entries
+        if entry not in reserved or entry in ranks
+        for cut in range(1, len(entry))
+    )
+    if possible != len(model["merges"]):
+        raise _not_expressible("not every pair of entries that make an entry may merge")
+    return ranks
+
+
+def _not_expressible(why: str) -> UserError:
+    return UserError(
+        f"llama.cpp would encode text differently: {why}",
+        where="tokenizer.json",
+        fix="GGUF takes Gemma's tokenizer or one that preprocess.py trained (train:N).",
+        exit_code=ExitCode.TOKENIZER_MISMATCH,
+    )

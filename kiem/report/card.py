@@ -1,0 +1,111 @@
+"""The model card: README.md of a model directory, with facts from the run only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from kiem.files import format_bytes
+from kiem.inference.text import printable
+from kiem.model.presets import GEMMA_VOCABULARY
+
+_MARKUP = "\\`*_[]<>|#~$"
+
+
+def model_card(summary: dict[str, Any], run_name: str, language: str) -> str:
+    """Returns the text of README.md, with the metadata that the Hub reads at its top.
+
+    Args:
+        summary: the content of training_summary.json.
+        run_name: name of the run, which becomes the model's title.
+        language: code of the text's language.
+    """
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["line"] = _one_line
+    text = resources.files("kiem.report").joinpath("card.md").read_text(encoding="utf-8")
+    samples = summary.get("samples", [])
+    body = environment.from_string(text).render(
+        name=run_name,
+        prompt=json.dumps(samples[0]["prompt"] if samples else "Nederland", ensure_ascii=False),
+        summary={"samples": samples, **summary},
+        facts=[(name, _one_line(value)) for name, value in _facts(summary)],
+        pairs=summary.get("minimal_pairs"),
+        is_gemmas=_is_gemmas(summary),
+    )
+    return f"---\n{_metadata(summary, run_name, language)}\n---\n\n{body}"
+
+
+def _metadata(summary: dict[str, Any], run_name: str, language: str) -> str:
+    """Returns the YAML that the Hub reads."""
+    from huggingface_hub import EvalResult, ModelCardData  # slow to import, once at the end
+
+    source = summary["data"]["source"]
+    start = summary["initialized_from"]
+    is_hub_model = start.count("/") == 1 and not Path(start).exists()
+    test_text = source.get("dataset", source["kind"])
+    common: dict[str, Any] = {
+        "task_type": "text-generation",
+        "dataset_type": "held-out",
+        "dataset_name": f"held-out documents of {test_text}",
+    }
+    results = [
+        EvalResult(metric_type=name, metric_value=round(value, 4), **common)
+        for name, value in (
+            ("bits_per_byte", summary["test_bpb"]),
+            ("perplexity", summary["test_perplexity"]),
+        )
+    ]
+    return ModelCardData(
+        language=[language],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license="gemma" if _is_gemmas(summary) else "unknown",
+        tags=["kiem", "gemma3"],
+        datasets=[source["dataset"]] if source["kind"] == "hub" else None,
+        base_model=start if is_hub_model else None,
+        model_name=run_name,
+        eval_results=results,
+    ).to_yaml()
+
+
+def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    data, recipe, hardware = summary["data"], summary["recipe"], summary["hardware"]
+    source, tokenizer = data["source"], summary["tokenizer"]
+    yield "model", f"{summary['model']}, {summary['parameters']:,} parameters"
+    yield "started from", summary["initialized_from"]
+    if source["kind"] == "hub":
+        name = f"{source['dataset']}, config {source['config']}, revision {source['revision']}"
+        yield "text", name
+    else:
+        yield "text", {"sample": "the built-in sample", "files": "local files"}[source["kind"]]
+    yield "training documents", f"{data['train_documents']:,}"
+    if "bytes_per_source" in data:
+        yield "training text", format_bytes(sum(data["bytes_per_source"].values()))
+    yield "tokenizer", f"{tokenizer['origin']}, {tokenizer['num_rows']:,} rows"
+    yield "tokens trained on", f"{summary['tokens']:,} in {summary['steps']:,} updates"
+    per_update = recipe["chunks_per_step"] * data["options"]["chunk_size"]
+    yield "tokens per update", f"{per_update:,}"
+    yield "highest learning rate", f"{recipe['learning_rate']:g}"
+    yield "hardware", f"{hardware['devices']} x {hardware['device']}, {hardware['precision']}"
+    yield "training time", f"{summary['seconds'] / 3600:.2f} hours"
+    if "joules" in summary:
+        yield "energy", f"{summary['joules'] / 3.6e6:.3g} kWh"
+    yield "versions", ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
+    yield "finished", summary["finished"]
+
+
+def _is_gemmas(summary: dict[str, Any]) -> bool:
+    return bool(summary["tokenizer"]["num_rows"] == GEMMA_VOCABULARY)
+
+
+def _one_line(text: str) -> str:
+    """Returns text on one line, with what Markdown would read as markup escaped."""
+    line = " ".join(printable(text).splitlines())
+    return "".join(f"\\{c}" if c in _MARKUP else c for c in line)

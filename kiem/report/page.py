@@ -1,0 +1,179 @@
+"""report.html: one self-contained page about a run, or about several side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from kiem.files import format_bytes, write_text
+from kiem.inference.text import printable
+from kiem.report.charts import curves, minimal_pair_bars, per_source_bars, text_bars
+from kiem.report.record import Record, read_record
+
+REPORT_FILE = "report.html"
+_MOST_SAMPLES = 12
+
+
+def write_report(directories: Sequence[Path], output: Path, price: float | None = None) -> None:
+    """Draws the report of one or several runs, whether finished or not.
+
+    Args:
+        directories: run directories.
+        output: the page to write.
+        price: of an hour on the hardware. Default: what the run was told.
+
+    Raises:
+        UserError: a folder is no run directory, or the page cannot be written.
+    """
+    write_text(output, render([read_record(directory) for directory in directories], price))
+
+
+def render(records: Sequence[Record], price: float | None = None) -> str:
+    """Returns the page as HTML; see `write_report`."""
+    files = resources.files("kiem.report")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(_read(files, "template.html"))
+    library = _read(files, "chart.umd.min.js").rsplit("//# sourceMappingURL", 1)[0]
+    return template.render(
+        records=records,
+        title=" and ".join(record.name for record in records),
+        style=Markup(_read(files, "page.css")),
+        library=Markup(library),
+        script=Markup(_read(files, "page.js")),
+        status=[_status(record) for record in records],
+        tiles=[_tiles(record, price) for record in records],
+        facts=_side_by_side([dict(_facts(record)) for record in records]),
+        options=_side_by_side([{k: _shown(v) for k, v in r.options.items()} for r in records]),
+        curves=curves(records),
+        per_source=per_source_bars(records),
+        minimal_pairs=minimal_pair_bars(records),
+        text=text_bars(records),
+        samples=[(record.name, _samples(record)) for record in records],
+        vocabulary=[(r.name, *use) for r in records if (use := _vocabulary_use(r))],
+        costs=_side_by_side([dict(_costs(record, price)) for record in records]),
+    )
+
+
+def _status(record: Record) -> str:
+    if record.is_finished:
+        return f"finished {record.facts['finished'].replace('T', ' ')[:16]} UTC"
+    last = record.updates[-1]["step"] if record.updates else 0
+    most = record.facts.get("recipe", {}).get("max_steps")
+    return f"at step {last:,}{f' of {most:,}' if most else ''}: running, or stopped"
+
+
+def _tiles(record: Record, price: float | None) -> list[tuple[str, str]]:
+    """Returns what one wants to know first: pairs of a name and a figure."""
+    tiles = []
+    if record.evaluations:
+        last = record.evaluations[-1]
+        tiles += [
+            ("test bits per byte", f"{last['test_bpb']:.3f}"),
+            ("test loss", f"{last['test_loss']:.3f}"),
+        ]
+    if "minimal_pairs" in record.facts:
+        tiles.append(("minimal pairs", f"{record.facts['minimal_pairs']['accuracy']:.1%}"))
+    if record.updates:
+        last = record.updates[-1]
+        tiles.append(("tokens", _large(last["tokens"])))
+        tiles.append(("time", _duration(last["seconds"])))
+        tiles.append(("tokens per second", _large(last["tokens"] / max(last["seconds"], 1e-9))))
+    tiles += [("cost", text) for name, text in _costs(record, price) if name == "cost"]
+    return tiles
+
+
+def _facts(record: Record) -> Iterator[tuple[str, str]]:
+    """Yields what was run, as far as the run wrote it down."""
+    facts = record.facts
+    if "model" not in facts:
+        return
+    data, recipe, hardware = facts["data"], facts["recipe"], facts["hardware"]
+    made_with, source = data["options"], data["source"]
+    yield "model", f"{facts['model']}, {facts['parameters']:,} parameters"
+    yield "started from", facts["initialized_from"]
+    place = (source[key] for key in ("dataset", "config", "revision") if source.get(key))
+    yield "text", " ".join((source["kind"], *place))
+    yield "training documents", f"{data['train_documents']:,}"
+    yield "training tokens", f"{data['train_tokens']:,} in chunks of {made_with['chunk_size']:,}"
+    yield "test documents", f"{data['test_documents']:,}"
+    yield "tokenizer", f"{facts['tokenizer']['origin']}, {facts['tokenizer']['num_rows']:,} rows"
+    passes = f"{recipe['batch_size']} x {recipe['accumulation']} x {hardware['devices']}"
+    yield "chunks per update", f"{recipe['chunks_per_step']:,} ({passes} devices)"
+    yield "highest learning rate", f"{recipe['learning_rate']:g}"
+    yield "hardware", f"{hardware['devices']} x {hardware['device']}, {hardware['precision']}"
+    yield "versions", ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    yield "chunk directory's sha256", data["manifest_sha256"][:16]
+    yield "tokenizer's sha256", facts["tokenizer"]["sha256"][:16]
+
+
+def _costs(record: Record, price: float | None) -> Iterator[tuple[str, str]]:
+    """Yields time, memory, energy and money, as far as they are known."""
+    if not record.updates:
+        return
+    last = record.updates[-1]
+    yield "training time", _duration(last["seconds"])
+    if "memory_bytes" in last:
+        yield "peak memory of a process", format_bytes(last["memory_bytes"])
+    if "joules" in last:
+        yield "energy", f"{last['joules'] / 3.6e6:.3g} kWh"
+    price = record.options.get("price") if price is None else price
+    if price is not None:
+        yield "price per hour", f"{price:,.2f}"
+        yield "cost", f"{price * last['seconds'] / 3600:,.2f}"
+
+
+def _samples(record: Record) -> list[tuple[str, list[tuple[int, str]]]]:
+    """Returns for every prompt what the model made of it, at most so many times over the run."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for line in record.evaluations:
+        for sample in line.get("samples", ()):
+            found.setdefault(sample["prompt"], []).append((line["step"], printable(sample["text"])))
+    for prompt, texts in found.items():
+        num_kept = min(_MOST_SAMPLES, len(texts))
+        places = [round(i * (len(texts) - 1) / max(1, num_kept - 1)) for i in range(num_kept)]
+        found[prompt] = [texts[place] for place in places]
+    return list(found.items())
+
+
+def _vocabulary_use(record: Record) -> tuple[int, int] | None:
+    """Returns how many rows of the vocabulary the text uses, and how many there are."""
+    tokenizer = record.facts.get("tokenizer", {})
+    if "num_unused_rows" not in tokenizer:
+        return None
+    return tokenizer["num_rows"] - tokenizer["num_unused_rows"], tokenizer["num_rows"]
+
+
+def _side_by_side(columns: list[dict[str, str]]) -> list[tuple[str, list[str], bool]]:
+    """Returns rows of a name, each run's value, and whether these differ."""
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [(name, [column.get(name, "") for column in columns]) for name in names]
+    return [(name, values, len(set(values)) > 1) for name, values in rows]
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _large(number: float) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def _read(files: Any, name: str) -> str:
+    return files.joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,138 @@
+"""What a run directory says about its run, however far it came and whatever a kill left of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kiem.errors import ExitCode, UserError
+
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.yaml"
+FACTS_FILE = "run.json"
+SUMMARY_FILE = "training_summary.json"
+EVALUATION_FILE = "evaluation.json"
+_EVALUATED = ("per_source", "minimal_pairs")
+_UPDATE_KEYS = {"loss", "tokens", "seconds"}
+_TEST_KEYS = {"test_loss", "test_bpb"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as its files tell it.
+
+    Attributes:
+        name: of the run directory.
+        options: config.yaml.
+        facts: training_summary.json of a finished run, else run.json, which has no results yet; and
+            bits per byte by source and minimal pairs of an evaluation.json, as evaluate.py --json
+            writes it, in the run directory.
+        updates: lines of metrics.jsonl with a training loss, in the order of their steps.
+        evaluations: those with a test loss, with the `tokens` and `seconds` of their update.
+        warnings: those with a warning.
+        num_damaged: lines that could not be read.
+    """
+
+    name: str
+    options: dict[str, Any]
+    facts: dict[str, Any]
+    updates: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    warnings: list[dict[str, Any]]
+    num_damaged: int
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end."""
+        return "finished" in self.facts
+
+
+def read_record(directory: Path) -> Record:
+    """Reads a run directory.
+
+    Raises:
+        UserError: it is no run directory.
+    """
+    path = directory / METRICS_FILE
+    if not path.is_file():
+        raise UserError(
+            f"not a run directory: no {METRICS_FILE}",
+            where=str(directory),
+            fix="Name a folder that training.py made, such as trained_models/gemma3-1b-dutch-...",
+            exit_code=ExitCode.NOT_FOUND,
+        )
+    lines, num_damaged = read_metrics(path)
+    updates = [line for line in lines if line.keys() >= _UPDATE_KEYS]
+    evaluations = [line for line in lines if line.keys() >= _TEST_KEYS]
+    summary = _mapping(directory / "final_model" / SUMMARY_FILE)
+    evaluation = _mapping(directory / EVALUATION_FILE)
+    measured = {name: evaluation[name] for name in _EVALUATED if name in evaluation}
+    return Record(
+        name=directory.resolve().name,
+        options=_mapping(directory / CONFIG_FILE),
+        facts={**(summary or _mapping(directory / FACTS_FILE)), **measured},
+        updates=updates,
+        evaluations=_with_progress(evaluations, updates),
+        warnings=[line for line in lines if "warning" in line],
+        num_damaged=num_damaged,
+    )
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Returns the lines of metrics.jsonl, and how many could not be read.
+
+    What a run did again after it was resumed replaces what it did before.
+    """
+    kept: list[dict[str, Any]] = []
+    num_damaged = 0
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+            step = line["step"] + 0
+        except (ValueError, TypeError, KeyError):
+            num_damaged += 1
+            continue
+        if kept and kept[-1]["step"] > step:
+            while kept and kept[-1]["step"] >= step:
+                kept.pop()
+        kept.append(line)
+    return kept, num_damaged
+
+
+def _with_progress(
+    evaluations: list[dict[str, Any]], updates: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Gives evaluations the tokens and seconds of the last update before them."""
+    found: list[dict[str, Any]] = []
+    index = 0
+    for evaluation in evaluations:
+        while index + 1 < len(updates) and updates[index + 1]["step"] <= evaluation["step"]:
+            index += 1
+        update: dict[str, Any] = updates[index] if updates else {}
+        place = {name: update[name] for name in ("tokens", "seconds") if name in update}
+        found.append(place | evaluation)
+    return found
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """Returns what a YAML or JSON file holds by name; nothing when it is not there.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return dict((json.loads if path.suffix == ".json" else yaml.safe_load)(text) or {})
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        raise UserError(
+            f"cannot be read ({error})",
+            where=str(path),
+            fix="Remove the file: the report then does without it.",
+            exit_code=ExitCode.DAMAGED,
+        ) from error
