@@ -22,6 +22,7 @@ from kiem.config import PreprocessOptions
 from kiem.data.assemble import decide, write_splits
 from kiem.data.chunks import finish_directory, verify_directory
 from kiem.data.cleaning import Cleaning, make_cleaning
+from kiem.data.contamination import MIN_WORDS
 from kiem.data.encoding import fast_path, load_encoders
 from kiem.data.ray_workers import run_units_on_ray
 from kiem.data.rejected import write_rejected
@@ -99,6 +100,9 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
         )
     folder = options.output_dir / directory_name(options, source.name)
     cleaning = make_cleaning(options)
+    if cleaning.evaluation is not None and (num_ignored := cleaning.evaluation.num_ignored):
+        texts = "1 evaluation text has" if num_ignored == 1 else f"{num_ignored} texts have"
+        warn(console, f"--decontaminate: {texts} fewer than {MIN_WORDS} words, not looked for")
     identity = _identity(options, source, tokenizer, cleaning)
     if folder.exists() and not options.overwrite:
         refuse_other(folder, earlier_identity(folder), identity)
