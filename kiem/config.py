@@ -67,6 +67,9 @@ class PreprocessOptions:
     """Leave out documents that are nearly equal to an earlier one (pip install 'kiem[dedup]')."""
     decontaminate: tuple[Path, ...] = ()
     """Leave out documents that share 13 consecutive words with these evaluation files."""
+    keep_rejected: bool = False
+    """Keep every rejected document with its place and reason in the chunk directory's
+    rejected.jsonl."""
     verify: Path | None = None
     """Make nothing; check every hash and count of this chunk directory instead."""
     overwrite: bool = False

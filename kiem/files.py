@@ -149,12 +149,16 @@ def remove_folder(path: Path) -> None:
     """Removes a folder so that no half of it is ever seen under its name.
 
     Does nothing when it is not there, but for what a killed removal left of it.
+
+    Raises:
+        UserError: it cannot be removed.
     """
     outgoing = _outgoing(path)
-    shutil.rmtree(outgoing, ignore_errors=True)
-    if path.exists():
-        path.rename(outgoing)
-        shutil.rmtree(outgoing)
+    with writing_errors(path):
+        shutil.rmtree(outgoing, ignore_errors=True)
+        if path.exists():
+            path.rename(outgoing)
+            shutil.rmtree(outgoing)
 
 
 def is_removed(path: Path) -> bool:
@@ -168,12 +172,13 @@ def _outgoing(path: Path) -> Path:
 
 
 def empty_folder(path: Path) -> None:
-    """Removes everything in a folder."""
-    for entry in path.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+    """Removes everything in a folder; raises a UserError if that cannot be done."""
+    with writing_errors(path):
+        for entry in path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
 
 @contextlib.contextmanager
@@ -287,9 +292,10 @@ def writing_errors(path: Path) -> Iterator[None]:
                 exit_code=ExitCode.DISK_SPACE,
             ) from error
         if error.errno in _REFUSALS:
+            is_whole = os.sep in str(error.filename)  # rmtree says only what it is called
             raise UserError(
                 f"cannot write here ({error.strerror})",
-                where=str(error.filename or path),
+                where=str(error.filename if is_whole else path),
                 fix="Choose a place that exists and that you may write to.",
                 exit_code=ExitCode.NOT_WRITABLE,
             ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 import re
 from pathlib import Path
@@ -20,7 +21,7 @@ from kiem.data import encoding
 from kiem.data.encoding import Encoder, FastPath, cut_long, prepare_fast_path
 from kiem.data.packing import frame
 from kiem.data.preprocess import preprocess
-from kiem.data.reference import reference_process
+from kiem.data.reference import _serve_one, reference_process
 from kiem.data.tokenizer import Tokenizer, parse_tokenizer, train_tokenizer
 from kiem.data.tokenizer_json import shorten_merges
 from kiem.errors import ExitCode, UserError
@@ -195,3 +196,11 @@ def test_frame_puts_control_tokens_around_every_document(trained: Tokenizer) -> 
     assert framed.lengths.tolist() == [len(first) + 2, len(second) + 2]
     nothing = Encoder(trained, "slow").encode([], str)
     assert frame(nothing, 2, 1).ids.tolist() == []
+
+
+def test_worker_that_is_stopped_before_it_reads_its_answer(trained: Tokenizer) -> None:
+    """As happens when another worker met a mistake: no traceback beside its message."""
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(["een tekst"])
+    ours.close()
+    _serve_one(trained, theirs)

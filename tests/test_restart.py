@@ -75,19 +75,38 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_killed_at_any_moment_the_same_command_finishes_the_same(
     corpus: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """kill -9 of the program or of one of its workers, with changing numbers of workers."""
     num_kills = 200 if os.environ.get("KIEM_CHAOS_SCALE") == "1.0" else 12
+    kill_and_repeat(corpus, undisturbed, tmp_path, num_kills)
+
+
+def test_killed_while_cleaning_the_same_command_finishes_the_same(
+    corpus: Path, tmp_path: Path
+) -> None:
+    cleaning = ("--clean", "dutch", "--near-duplicates", "--keep-rejected")
+    words = command(corpus, tmp_path / "undisturbed", "--num-proc", "1", *cleaning)
+    subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    expected = contents(tmp_path / "undisturbed" / "made")
+    assert expected["rejected.jsonl"].count(b"\n") > 1000
+    num_kills = 60 if os.environ.get("KIEM_CHAOS_SCALE") == "1.0" else 4
+    (tmp_path / "killed").mkdir()
+    kill_and_repeat(corpus, expected, tmp_path / "killed", num_kills, *cleaning)
+
+
+def kill_and_repeat(
+    corpus: Path, expected: dict[str, bytes], output: Path, num_kills: int, *more: str
+) -> None:
+    """kill -9 of the program or of one of its workers, with changing numbers of workers."""
     seed = int(os.environ.get("KIEM_CHAOS_SEED", "0"))
     print(f"KIEM_CHAOS_SEED={seed}")
     chance = random.Random(seed)
-    work = tmp_path / ".made.unfinished"
+    work = output / ".made.unfinished"
     finished: dict[str, int] = {}
     kills = runs = 0
     while kills < num_kills:
         runs += 1
         num_proc = str(chance.choice([1, 2, 3]))
         program = subprocess.Popen(
-            command(corpus, tmp_path, "--num-proc", num_proc),
+            command(corpus, output, "--num-proc", num_proc, *more),
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -102,19 +121,20 @@ def test_killed_at_any_moment_the_same_command_finishes_the_same(
             kills += 1
         status = program.wait(60)
         assert status in (0, -signal.SIGKILL, ExitCode.OUT_OF_MEMORY)
-        if (tmp_path / "made").exists():  # even after a kill, if that came just at the end
-            assert contents(tmp_path / "made") == undisturbed
+        if (output / "made").exists():  # even after a kill, if that came just at the end
+            assert contents(output / "made") == expected
             if status == 0:
-                shutil.rmtree(tmp_path / "made")
+                shutil.rmtree(output / "made")
             finished = {}
         else:
             assert status != 0
             now = {path.name: path.stat().st_mtime_ns for path in work.glob("*.unit")}
             assert finished.items() <= now.items(), "a finished unit was made again"
             finished = now
-    subprocess.run(command(corpus, tmp_path), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    assert contents(tmp_path / "made") == undisturbed
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    words = command(corpus, output, *more)
+    subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert contents(output / "made") == expected
+    assert [path.name for path in output.iterdir()] == ["made"]
 
 
 def _wait_until_exists(path: Path, program: subprocess.Popen[bytes]) -> None:

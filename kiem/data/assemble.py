@@ -29,6 +29,7 @@ from kiem.files import check_seal
 
 SPLITS = ("train", "test")
 _TRAIN, _TEST, _REJECTED, _BEYOND, _DUPLICATE, _NEAR_DUPLICATE = range(6)
+_LIKENESS = {_DUPLICATE: "duplicate", _NEAR_DUPLICATE: "near duplicate"}
 
 
 @dataclass
@@ -49,7 +50,8 @@ class Fates:
     """What becomes of every row.
 
     Attributes:
-        per_unit: int8 [rows] for each unit: train, test, rejected, or beyond the word limit.
+        per_unit: int8 [rows] for each unit: train, test, rejected, beyond the word limit, or like
+            an earlier document.
         rejected: rows rejected, by reason.
         num_rows: rows up to the word limit.
     """
@@ -110,7 +112,7 @@ def decide(units: Sequence[Unit], job: UnitJob, test_share: float, word_limit: i
             paths = [job.path(unit) for unit in units[: len(fates)]]
             keys = [_read_columns(path, (name,))[0][name] for path in paths]
             _reject_repeated(fates, keys, _NEAR_DUPLICATE)
-    for code, reason in ((_DUPLICATE, "duplicate"), (_NEAR_DUPLICATE, "near duplicate")):
+    for code, reason in _LIKENESS.items():
         if number := sum(int((fate == code).sum()) for fate in fates):
             rejected[reason] += number
     lowest = min(
@@ -133,6 +135,24 @@ def _reject_repeated(fates: list[np.ndarray], keys: list[np.ndarray], code: int)
         places = np.flatnonzero(here)
         fate[places[is_again[start : start + len(places)]]] = code
         start += len(places)
+
+
+def rejection_reasons(path: Path, fate: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Returns why the rows of a unit are rejected.
+
+    Args:
+        path: the unit file.
+        fate: int8 [rows], what becomes of them.
+
+    Returns:
+        For each row which of the reasons it is, int32 [rows], -1 if it is not rejected; and the
+        reasons.
+    """
+    columns, summary = _read_columns(path, ("reason",))
+    which = np.where(fate == _REJECTED, columns["reason"], np.int32(-1))
+    for number, code in enumerate(_LIKENESS, start=len(summary.reasons)):
+        which[fate == code] = number
+    return which, [*summary.reasons, *_LIKENESS.values()]
 
 
 def write_splits(

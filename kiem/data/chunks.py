@@ -2,12 +2,14 @@
 
 train/data-00000-of-00002.arrow ...   int32 `input_ids` of a fixed size, memory-mapped
 test/...                              (both open with datasets.load_from_disk)
-manifest.json                         options, source, counts, sha256 of every shard
+manifest.json                         options, source, counts, sha256 of every file and of itself
 tokenizer.json ...                    the tokenizer the ids belong to
+rejected.jsonl                        the rejected documents, with --keep-rejected
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from kiem.files import sha256_file, write_json
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+REJECTED_FILE = "rejected.jsonl"
 _SHARD_TOKENS = 1 << 26
 _BATCH_ROWS = 1000
 
@@ -113,14 +116,25 @@ class SplitWriter:
 def finish_directory(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes what makes the shards a chunk directory: the manifest and the DatasetDict file."""
     write_json(folder / "dataset_dict.json", {"splits": ["train", "test"]})
-    write_json(folder / MANIFEST_FILE, {"schema_version": SCHEMA_VERSION, **manifest})
+    # The small files; the others have their sha256 beside their counts.
+    paths = [path for path in sorted(folder.rglob("*.json")) if path.name != TOKENIZER_FILE]
+    files = {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
+    manifest = {"schema_version": SCHEMA_VERSION, **manifest, "files": files}
+    write_json(folder / MANIFEST_FILE, {**manifest, "sha256": _sha256_of(manifest)})
+
+
+def _sha256_of(manifest: dict[str, Any]) -> str:
+    """Returns the SHA-256 of a manifest as compact JSON, but for its own `sha256`."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """Returns the manifest of a chunk directory.
 
     Raises:
-        UserError: the folder is missing, or is not a chunk directory of this version.
+        UserError: the folder is missing, is not a chunk directory of this version, or its manifest
+            is damaged.
     """
     if not path.is_dir():
         raise UserError(
@@ -146,6 +160,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             fix="Make it again with preprocess.py --overwrite.",
             exit_code=ExitCode.BAD_INPUT,
         )
+    if manifest.get("sha256", _sha256_of(manifest)) != _sha256_of(manifest):
+        raise _damaged(path / MANIFEST_FILE, "is damaged (its content has another sha256)")
     return dict(manifest)
 
 
@@ -178,8 +194,13 @@ def verify_directory(path: Path) -> dict[str, Any]:
         UserError: it is no chunk directory, or something in it is missing or damaged; names it.
     """
     manifest = read_manifest(path)
+    if "sha256" not in manifest:
+        raise _damaged(path / MANIFEST_FILE, "has no sha256 of itself")
     read_tokenizer(path, manifest)
+    for name, sha256 in manifest["files"].items():
+        _verify_file(path / name, sha256)
     verify_shards(path, manifest)
+    _verify_rejected(path, manifest)
     special, chunk_size = manifest["special_ids"], manifest["options"]["chunk_size"]
     num_documents = manifest["documents_read"] - sum(manifest["rejected"].values())
     for split, counts in manifest["splits"].items():
@@ -201,6 +222,28 @@ def verify_directory(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _verify_rejected(path: Path, manifest: dict[str, Any]) -> None:
+    """Checks the file of rejected documents, if there should be one."""
+    if not manifest["options"]["keep_rejected"]:
+        return
+    entry, file = manifest["rejected_file"], path / REJECTED_FILE
+    _verify_file(file, entry["sha256"], entry["bytes"])
+    with file.open("rb") as lines:
+        num_lines = sum(1 for _ in lines)
+    for number in (entry["lines"], sum(manifest["rejected"].values())):
+        if number != num_lines:
+            what = f"says that {number} documents were rejected; {file} has {num_lines}"
+            raise _damaged(path / MANIFEST_FILE, what)
+
+
+def _verify_file(file: Path, sha256: str, num_bytes: int | None = None) -> None:
+    """Checks the sha256 of a file, and before that its size if that is known."""
+    if not file.is_file():
+        raise _damaged(file, "is missing")
+    if num_bytes not in (None, file.stat().st_size) or sha256_file(file) != sha256:
+        raise _damaged(file, "is damaged (its sha256 differs from the manifest's)")
+
+
 def verify_shards(path: Path, manifest: dict[str, Any]) -> None:
     """Checks the size and the sha256 of every shard.
 
@@ -209,11 +252,7 @@ def verify_shards(path: Path, manifest: dict[str, Any]) -> None:
     """
     for split in ("train", "test"):
         for shard in manifest["splits"][split]["shards"]:
-            file = path / shard["file"]
-            if not file.is_file():
-                raise _damaged(file, "is missing")
-            if file.stat().st_size != shard["bytes"] or sha256_file(file) != shard["sha256"]:
-                raise _damaged(file, "is damaged (its sha256 differs from the manifest's)")
+            _verify_file(path / shard["file"], shard["sha256"], shard["bytes"])
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ _OTHER_LANGUAGES = (
     "il la di che e un una per non sono del della con si le dei",
     "o a os as que e do da em um uma para com não por no na",
     "die nie 'n sy hy deur hulle ek om wat dit ons sal kan moet",
-    "it fan yn foar oan troch ek wie wurdt har dy mei út hat",
+    "it fan yn foar oan troch ek wie wurdt har dy mei út hat jo kin kinne wurde dizze binne sil",
 )
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")

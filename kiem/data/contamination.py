@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kiem.data.readers import cut_source, read_rows
+from kiem.data.readers import cut_source, place, read_rows
+from kiem.data.rows import bad_input
 from kiem.data.sources import SUFFIXES, local_source
 from kiem.data.words import WordHashes, hash_ngrams, plain_words
 from kiem.errors import ExitCode, UserError
@@ -68,7 +69,14 @@ def read_evaluation(paths: Sequence[Path], text_column: str) -> EvaluationText:
     hashes = WordHashes()
     parts: dict[int, list[np.ndarray]] = {}
     num_ignored = 0
-    for _, row in read_rows(source, cut_source(source, 1 << 62), text_column, "stop"):
+    for piece, row in read_rows(source, cut_source(source, 1 << 62), text_column, "skip"):
+        if row.problem is not None:
+            name = source.names[piece.file]
+            raise bad_input(
+                place(source.paths[piece.file], name, piece, row.number),
+                row.problem.what,
+                "Mend or remove it, or leave the file out of --decontaminate.",
+            )
         assert row.text is not None
         words = hashes.of(plain_words(row.text))
         n = min(NGRAM_WORDS, len(words))

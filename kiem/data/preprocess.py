@@ -22,8 +22,10 @@ from kiem.config import PreprocessOptions
 from kiem.data.assemble import decide, write_splits
 from kiem.data.chunks import finish_directory, verify_directory
 from kiem.data.cleaning import Cleaning, make_cleaning
+from kiem.data.contamination import MIN_WORDS
 from kiem.data.encoding import fast_path, load_encoders
 from kiem.data.ray_workers import run_units_on_ray
+from kiem.data.rejected import write_rejected
 from kiem.data.sources import (
     DEFAULT_HUB_SIZE,
     Source,
@@ -60,6 +62,7 @@ from kiem.files import (
 )
 
 # Units and chunks are there at the same time; four bytes a token and at least three of text in it.
+# A rejected document that is kept is in no chunk, so it takes less.
 _OUTPUT_BYTES_PER_TEXT_BYTE = 3
 
 
@@ -97,6 +100,9 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
         )
     folder = options.output_dir / directory_name(options, source.name)
     cleaning = make_cleaning(options)
+    if cleaning.evaluation is not None and (num_ignored := cleaning.evaluation.num_ignored):
+        texts = "1 evaluation text has" if num_ignored == 1 else f"{num_ignored} texts have"
+        warn(console, f"--decontaminate: {texts} fewer than {MIN_WORDS} words, not looked for")
     identity = _identity(options, source, tokenizer, cleaning)
     if folder.exists() and not options.overwrite:
         refuse_other(folder, earlier_identity(folder), identity)
@@ -211,6 +217,9 @@ def _assemble(
     assert num_kept + fates.rejected.total() == fates.num_rows, "documents were lost"
     _check_enough(splits, options)
     write_tokenizer(tokenizer, result)
+    kept = {}
+    if options.keep_rejected:
+        kept["rejected_file"] = write_rejected(units, job, fates, result)
     pinned = {"sha256": tokenizer.sha256, "origin": tokenizer.origin}
     rows = {"num_rows": tokenizer.num_rows, "num_unused_rows": num_unused_rows}
     return {
@@ -219,6 +228,7 @@ def _assemble(
         "special_ids": tokenizer.special_ids,
         "documents_read": fates.num_rows,
         "rejected": dict(sorted(fates.rejected.items())),
+        **kept,
         "splits": splits,
     }
 
@@ -249,6 +259,15 @@ def _check_options(options: PreprocessOptions) -> None:
         raise bad("--num-proc", f"{options.num_proc} is too few", "Give 1 or more.")
     if options.source == ("hub",):
         check_hub_size(options.dataset_size or DEFAULT_HUB_SIZE)
+    is_cleaned = options.clean != "none" or options.near_duplicates or options.decontaminate
+    if options.keep_rejected and not is_cleaned and options.on_bad_document == "stop":
+        raise UserError(
+            "has no effect: nothing is rejected",
+            where="--keep-rejected",
+            fix="Leave it out, or give --clean, --near-duplicates, --decontaminate or "
+            "--on-bad-document skip as well.",
+            exit_code=ExitCode.NO_EFFECT,
+        )
     if options.text_column != "text" and (
         options.source == ("sample",) or all(name.endswith(".txt") for name in options.source)
     ):
@@ -274,6 +293,7 @@ def _identity(
             "packing": options.packing,
             "on_bad_document": options.on_bad_document,
             **cleaning.identity,
+            "keep_rejected": options.keep_rejected,
             "tokenizer": tokenizer.sha256 if tokenizer else options.tokenizer,
         },
         "source": source.description,

@@ -105,13 +105,17 @@ def _read_piece(path: Path, name: str, piece: Piece, text_column: str) -> Iterat
 
 def place(path: Path, name: str, piece: Piece, number: int) -> str:
     """Returns `file:line` of a row of a piece; counts the lines or rows before the piece."""
-    num_before = 0
+    return f"{name}:{count_rows(path, name, 0, piece.start) + number}"
+
+
+def count_rows(path: Path, name: str, start: int, stop: int) -> int:
+    """Returns how many lines begin in a byte range of a file, or the rows of row groups."""
+    if start == stop:
+        return 0
     with reading_errors(name):
-        if piece.start > 0 and path.suffix == ".parquet":
-            num_before = sum(num_rows for num_rows, _ in row_groups(path, name)[: piece.start])
-        elif piece.start > 0:
-            num_before = sum(1 for _ in read_lines(path, 0, piece.start))
-    return f"{name}:{num_before + number}"
+        if path.suffix == ".parquet":
+            return sum(num_rows for num_rows, _ in row_groups(path, name)[start:stop])
+        return sum(1 for _ in read_lines(path, start, stop))
 
 
 def _text_file(path: Path, name: str) -> Row:

@@ -84,11 +84,11 @@ def _serve(tokenizer: Tokenizer, theirs: list[Connection], ours: list[Connection
 
 def _serve_one(tokenizer: Tokenizer, connection: Connection) -> None:
     while True:
+        # OSError: the worker was stopped before it read its answer.
         try:
-            texts = connection.recv()
-        except EOFError:
+            connection.send(_answer(tokenizer, connection.recv()))
+        except (EOFError, OSError):
             return
-        connection.send(_answer(tokenizer, texts))
 
 
 def _answer(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]] | UserError:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kiem.data.chunks import REJECTED_FILE
 from kiem.data.units import Unit, UnitSummary
 from kiem.files import format_bytes
 
@@ -83,6 +84,8 @@ def print_summary(
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
         total = sum(rejected.values())
         console.print(f"rejected {total:,} of {manifest['documents_read']:,} documents: {reasons}")
+        if "rejected_file" in manifest:
+            console.print(f"they are in {folder / REJECTED_FILE}")
     tokens = sum(split["tokens"] for split in splits)
     num_rows = manifest["tokenizer"]["num_rows"]
     num_unused = manifest["tokenizer"]["num_unused_rows"]

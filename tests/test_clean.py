@@ -1,0 +1,313 @@
+"""Cleaning of Dutch text: each filter at its threshold, and all against a plain reference."""
+
+from __future__ import annotations
+
+import random
+import re
+import unicodedata
+from collections import Counter
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from kiem.data import clean
+from kiem.data.clean import MAX_DUPLICATE_NGRAMS, MAX_TOP_NGRAM, mend, reject
+
+_CONSONANTS = "bcdfghklmnprstvw"
+# Different words of five letters, none of them a frequent word of any language.
+NEUTRAL = [f"{a}a{b}e{c}" for a in _CONSONANTS for b in _CONSONANTS for c in _CONSONANTS]
+
+
+def sentence(num_words: int = 100, frequent: str = "de een", every: int = 8) -> str:
+    """A document of one line that nothing is wrong with: different words, some frequent ones."""
+    words = random.Random(num_words).sample(NEUTRAL, num_words)
+    places = range(0, num_words, every)
+    chosen = frequent.split()
+    for number, place in enumerate(places):
+        words[place] = chosen[number % len(chosen)]
+    return " ".join(words) + "."
+
+
+def lines(num_lines: int, num_words: int = 8, end: str = ".", start: str = "") -> list[str]:
+    """Different lines of so many words, with some frequent ones."""
+    words = sentence(num_lines * num_words, every=9).rstrip(".").split(" ")
+    parts = [words[n : n + num_words] for n in range(0, len(words), num_words)]
+    return [start + " ".join(part) + end for part in parts]
+
+
+def of_lengths(num_short: int, num_long: int, long: int) -> str:
+    """A document of words of two letters, some frequent, and of longer ones."""
+    pairs = [a + b for a in _CONSONANTS for b in _CONSONANTS]
+    shorts = [("en" if n % 7 == 6 else "de") if n % 3 == 0 else pairs[n] for n in range(num_short)]
+    longs = [(word[::-1] * 4)[:long] for word in NEUTRAL[:num_long]]
+    return " ".join(shorts + longs) + "."
+
+
+def numbers(num_numbers: int) -> str:
+    """A document of 100 words, so many of them numbers."""
+    given = [str(number) for number in range(1000, 1000 + num_numbers)]
+    return " ".join([*given, sentence(100 - num_numbers)])
+
+
+# What is just inside and just outside of each threshold.
+FILTERS = {
+    # 50 and 49 words.
+    "too short": (sentence(50), sentence(49)),
+    # 7 and 5 of 100 words are frequent ones of Dutch.
+    "not Dutch, few frequent words": (sentence(every=16), sentence(every=20)),
+    # 10 frequent words of Dutch, 10 and 11 of English.
+    "not Dutch, another language": (
+        sentence(100, "de and het with", 5),
+        sentence(105, "and de with het that", 5),
+    ),
+    "few stop words": (sentence(frequent="ik dat de ook een"), sentence(frequent="ik dat de ook")),
+    # Mean lengths of 3 and 2.98, of 16 and 16.02.
+    "word length, short": (of_lengths(50, 50, 4), of_lengths(51, 49, 4)),
+    "word length, long": (of_lengths(40, 140, 20), of_lengths(40, 141, 20)),
+    # 17 and 18 of 100 words have no letter.
+    "few letters": (numbers(17), numbers(18)),
+    # 11 of 112 words and marks (the last is the dot), 12 of 113.
+    "many symbols, hashes": (
+        sentence().replace(" ", " # ", 11),
+        sentence().replace(" ", " # ", 12),
+    ),
+    "many symbols, ellipses": (
+        sentence().replace(" ", " … ", 11),
+        sentence().replace(" ", " ... ", 12),
+    ),
+    # 10 of 31 and 11 of 32 lines are duplicates, though with few characters.
+    "repeated lines, number": (
+        "\n".join([*lines(20, 12), *["Ja."] * 11]),
+        "\n".join([*lines(20, 12), *["Ja."] * 12]),
+    ),
+    # One of 11 and one of 9 lines.
+    "repeated lines, characters": (
+        "\n".join([*lines(10), lines(10)[4]]),
+        "\n".join([*lines(8), lines(8)[4]]),
+    ),
+    # 5 of 21 and 5 of 22 lines end with a mark.
+    "line ends": (
+        "\n".join([*lines(21, end="")[5:], *lines(21)[:5]]),
+        "\n".join([*lines(22, end="")[5:], *lines(22)[:5]]),
+    ),
+    # Lines of 4 words and a dot: 32 line ends for 165 words and marks, 33 for 170.
+    "short lines": ("\n".join(lines(33, 4)), "\n\n".join(lines(34, 4))),
+    # 18 and 19 of 20 lines.
+    "bullets": (
+        "\n".join([*lines(20, start="- ")[2:], *lines(20)[:2]]),
+        "\n".join([*lines(20, start="• ")[1:], *lines(20)[:1]]),
+    ),
+    # 3 and 4 of 10 lines.
+    "cut-off lines": (
+        "\n".join([*lines(10, end="...")[:3], *lines(10)[3:]]),
+        "\n".join([*lines(10, end="…")[:4], *lines(10)[4:]]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filter_at_its_threshold(name: str) -> None:
+    inside, outside = FILTERS[name]
+    assert reject([inside]) == [None]
+    assert all_reasons(outside) == [name.split(",")[0]]
+    assert reject([outside]) == [name.split(",")[0]]
+
+
+def document_with(passages: list[list[str]]) -> str:
+    """A document of 400 words that has these passages, with different words between them."""
+    used = {word for passage in passages for word in passage}
+    filling = iter(random.Random(1).sample([w for w in NEUTRAL if w not in used], 400))
+    words: list[str] = []
+    for passage in passages:
+        words += [*passage, next(filling), ("de", "een")[len(words) % 2], next(filling)]
+    while len(words) < 400:
+        words.append(("de", "het", "een")[len(words) % 3] if len(words) % 7 == 0 else next(filling))
+    return " ".join(words) + "."
+
+
+@pytest.mark.parametrize("n", MAX_TOP_NGRAM)
+def test_frequent_ngram_at_its_threshold(n: int) -> None:
+    documents = [document_with([NEUTRAL[:n]] * times) for times in range(1, 30)]
+    shares = [top_ngram_share(tokenize(text), text, n) for text in documents]
+    first = next(i for i, share in enumerate(shares) if share > MAX_TOP_NGRAM[n])
+    assert reject(documents[first - 1 : first + 1]) == [None, "repeated phrase"]
+    assert all_reasons(documents[first]) == ["repeated phrase"]
+
+
+@pytest.mark.parametrize("n", MAX_DUPLICATE_NGRAMS)
+def test_duplicate_ngrams_at_their_threshold(n: int) -> None:
+    passages = [NEUTRAL[start : start + n] for start in range(0, 17 * n, n)]
+    documents = [document_with(passages[:number] * 2) for number in range(1, 17)]
+    shares = [duplicate_share(tokenize(text), text, n) for text in documents]
+    first = next(i for i, share in enumerate(shares) if share > MAX_DUPLICATE_NGRAMS[n])
+    assert reject(documents[first - 1 : first + 1]) == [None, "repeated passages"]
+    assert all_reasons(documents[first]) == ["repeated passages"]
+
+
+# A reference for the filters, in plain Python.
+
+
+def tokenize(text: str) -> list[str]:
+    return re.findall(r"'n\b|\w+(?:['’.-]\w+)*|[^\w\s]+", text)
+
+
+def top_ngram_share(tokens: list[str], text: str, n: int) -> float:
+    """Of datatrove's Gopher repetition filter, but an n-gram has to occur twice."""
+    ngrams = Counter(" ".join(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+    ngram, number = ngrams.most_common(1)[0] if ngrams else ("", 0)
+    return len(ngram) * number / len(text) if number > 1 else 0.0
+
+
+def duplicate_share(tokens: list[str], text: str, n: int) -> float:
+    """Of the same filter: characters in n-grams that came before, none overlapping."""
+    seen = set()
+    num_characters = place = 0
+    while place + n <= len(tokens):
+        ngram = tuple(tokens[place : place + n])
+        if ngram in seen:
+            num_characters += len("".join(ngram))
+            place += n
+        else:
+            seen.add(ngram)
+            place += 1
+    return num_characters / len(text)
+
+
+def all_reasons(text: str) -> list[str]:
+    """Returns every reason against a document, in the order in which they are looked at."""
+    tokens = tokenize(text)
+    words = [token for token in tokens if any(c.isalnum() for c in token)]
+    known = [
+        sum(word.lower() in language.split() for word in words)
+        for language in (clean._DUTCH, *clean._OTHER_LANGUAGES)
+    ]
+    mean_length = sum(map(len, words)) / max(1, len(words))
+    with_letter = sum(any(c.isalpha() for c in word) for word in words)
+    ellipses = text.count("...") + text.count("…")
+    stripped = [line.strip() for line in text.split("\n") if line.strip()]
+    total = len(stripped)
+    duplicates = [line for i, line in enumerate(stripped) if line in stripped[:i]]
+    duplicate_characters = sum(map(len, duplicates)) / sum(map(len, stripped))
+    marked = sum(line[-1] in ".!?…:;\"'”’»)" for line in stripped)
+    bullets = sum(line[0] in "•-*" for line in stripped)
+    cut_off = sum(line.endswith(("...", "…")) for line in stripped)
+    stop_words = {word.lower() for word in words} & set(clean.STOP_WORDS)
+    top = [top_ngram_share(tokens, text, n) > most for n, most in MAX_TOP_NGRAM.items()]
+    passages = [duplicate_share(tokens, text, n) > m for n, m in MAX_DUPLICATE_NGRAMS.items()]
+    found = {
+        "too short": len(words) < 50,
+        "not Dutch": max(known[1:]) > known[0] or known[0] < clean.MIN_DUTCH_WORDS * len(words),
+        "few stop words": len(stop_words) < 2,
+        "word length": not 3 <= mean_length <= 16,
+        "few letters": with_letter < 0.828 * len(words),
+        "many symbols": max(text.count("#"), ellipses) > 0.1 * len(tokens),
+        "repeated lines": len(duplicates) / total > 0.333 or duplicate_characters > 0.1,
+        "line ends": marked / total < 0.238,
+        "short lines": total - 1 > 0.194 * len(tokens),
+        "bullets": bullets / total > 0.9,
+        "cut-off lines": cut_off / total > 0.3,
+        "repeated phrase": any(top),
+        "repeated passages": any(passages),
+    }
+    return [reason for reason, is_found in found.items() if is_found]
+
+
+def random_document(seed: int) -> str:
+    """A document that has, by chance, more or less of what the filters look at."""
+    draw = random.Random(seed)
+    vocabulary = draw.sample(NEUTRAL, draw.choice((5, 20, 200, 1000)))
+    letters = draw.choice((1, 2, 5, 5, 5, 20))
+    vocabulary = [(word * 4)[:letters] for word in vocabulary]
+    oddities = draw.choice((0.01, 0.05, 0.5))
+    frequent = ["de", "het", "een", "van", "zijn", "dat", "niet", "ik", "and", "of", "der"]
+    share = draw.choice((0.02, 0.1, 0.3))
+    words: list[str] = []
+    for _ in range(draw.randint(20, 400)):
+        kind = draw.random()
+        if kind < share:
+            words.append(draw.choice(frequent[: draw.choice((1, 3, 11))]))
+        elif kind < share + oddities:
+            words.append(
+                draw.choice(
+                    (
+                        "1",
+                        "12",
+                        "3.5",
+                        "7",
+                        "40",
+                        "99",
+                        "#",
+                        "…",
+                        "...",
+                        "a'b",
+                        "x-y",
+                        "🚲",
+                        "'n",
+                        "é",
+                    )
+                )
+            )
+        elif kind > 0.95 and words:
+            start = draw.randrange(len(words))
+            words += words[start : start + draw.randint(2, 12)]
+        else:
+            words.append(draw.choice(vocabulary))
+    long_line = draw.choice((3, 8, 40))
+    text = ""
+    while words:
+        size = draw.randint(1, long_line)
+        start = draw.choice(("", "", "- ", "  * "))
+        end = draw.choice(("", ".", "!", "...", "\n", " ", '"'))
+        text += start + " ".join(words[:size]) + end + "\n"
+        words = words[size:]
+    return text
+
+
+def test_filters_are_those_of_a_plain_reference() -> None:
+    texts = [random_document(seed) for seed in range(600)]
+    expected = [all_reasons(text) for text in texts]
+    found = reject(texts)
+    assert found == [reasons[0] if reasons else None for reasons in expected]
+    # No filter was left out by chance.
+    filters = {name.split(",")[0] for name in FILTERS}
+    assert {r for reasons in expected for r in reasons} >= filters
+
+
+def test_a_document_is_judged_alone_as_in_company() -> None:
+    texts = [random_document(seed) for seed in range(60)]
+    texts += [text for pair in FILTERS.values() for text in pair]
+    together = reject(texts)
+    assert together == [reject([text])[0] for text in texts]
+    assert together[::-1] == reject(texts[::-1])
+    assert reject([]) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "mended"),
+    [
+        ("een cafe\u0301", "een café"),
+        ("één\r\ntwee\rdrie\n\rvier", "één\ntwee\ndrie\n\nvier"),
+        ("\ufeffeen \ufefftwee", "een twee"),
+        ("a\x00b\x07c\x1bd\x7fe\x85f", "abcdef"),
+        ("a\tb\nc", "a\tb\nc"),
+        ("a\u200db \u00ad 👩\u200d👧", "a\u200db \u00ad 👩\u200d👧"),
+        ("e\x00\u0301", "é"),
+    ],
+)
+def test_mending(given: str, mended: str) -> None:
+    assert mend(given) == mended
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\r\n\x00\ufeffe\u0301")))
+@example("e\ufeff\u0301")
+@example("\r\x00\n")
+def test_mended_text_needs_no_mending(text: str) -> None:
+    mended = mend(text)
+    assert mend(mended) == mended
+    assert unicodedata.is_normalized("NFC", mended)
+    is_control = [unicodedata.category(c) == "Cc" and c not in "\t\n" for c in mended]
+    assert not any(is_control)
+    plain = "".join(c for c in text if c != "\ufeff" and unicodedata.category(c) != "Cc")
+    left = mended.replace("\n", "").replace("\t", "")
+    assert unicodedata.normalize("NFC", left) == unicodedata.normalize("NFC", plain)

@@ -1,0 +1,202 @@
+"""Disks that are full or read-only, and files in which bits flip."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import run_script
+from rich.console import Console
+
+from kiem.config import PreprocessOptions
+from kiem.data import units
+from kiem.data.chunks import verify_directory
+from kiem.data.preprocess import preprocess
+from kiem.data.tokenizer import Tokenizer
+from kiem.errors import ExitCode, UserError
+
+QUIET = Console(quiet=True)
+_STEP_BYTES = 64_000
+
+
+class Disk:
+    """A small disk in memory.
+
+    Attributes:
+        path: where it is mounted.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def remount(self, option: str) -> None:
+        """Changes its size (size=BYTES) or whether it can be written to (ro, rw)."""
+        subprocess.run(["mount", "-o", f"remount,{option}", self.path], check=True)
+
+    def fill(self) -> None:
+        """Fills it to the last byte."""
+        with (self.path / "full").open("wb", buffering=0) as file:
+            try:
+                while file.write(bytes(4096)):
+                    pass
+            except OSError:
+                assert shutil.disk_usage(self.path).free == 0
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    path = tmp_path / "disk"
+    path.mkdir()
+    if shutil.which("mount") is None:
+        pytest.skip("there is no program mount")
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={_STEP_BYTES}", "kiem-test", str(path)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"not allowed to mount a small disk: {done.stderr.strip()}")
+    yield Disk(path)
+    subprocess.run(["umount", path], check=True)
+
+
+@pytest.fixture
+def made_of(
+    tmp_path: Path,
+    sample_texts: list[str],
+    trained: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> dict[str, object]:
+    """Options for text of which much is kept and much rejected, in several units.
+
+    Some of it is compressed, so that its size says little about the space that is needed.
+    """
+    monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
+    texts = [f"{text}\nDit is zin {n}." for n in range(4) for text in sample_texts]
+    lines = [json.dumps({"text": text}) for text in [*texts, *texts[::2]]]
+    for part in range(4):
+        data = "\n".join(lines[part::4]).encode()
+        (tmp_path / f"{part}.jsonl.gz").write_bytes(gzip.compress(data))
+    (tmp_path / "more.jsonl").write_text("\n".join(lines[:9]))
+    (tmp_path / "tokenizer.json").write_bytes(trained.json_bytes)
+    return {
+        "source": (str(tmp_path / "*.jsonl.gz"), str(tmp_path / "more.jsonl")),
+        "tokenizer": str(tmp_path / "tokenizer.json"),
+        "chunk_size": 64,
+        "name": "made",
+        "num_proc": 1,
+        "clean": "dutch",
+        "keep_rejected": True,
+    }
+
+
+def options(given: dict[str, object], output: Path, **changes: object) -> PreprocessOptions:
+    return PreprocessOptions(**{**given, "output_dir": output, **changes})  # type: ignore[arg-type]
+
+
+def command(given: dict[str, object], output: Path) -> list[str]:
+    """preprocess.py with the same options."""
+    words = ["preprocess.py", "--output-dir", str(output), "--source"]
+    words += given["source"]  # type: ignore[arg-type]
+    for name in ("tokenizer", "chunk_size", "name", "num_proc", "clean"):
+        words += [f"--{name.replace('_', '-')}", str(given[name])]
+    return [*words, "--keep-rejected"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_full_disk(disk: Disk, made_of: dict[str, object], tmp_path: Path) -> None:
+    """The disk is a little larger at every try, so that it is full at every stage once."""
+    expected = contents(preprocess(options(made_of, tmp_path / "elsewhere"), QUIET))
+    disk.fill()
+    done = run_script(*command(made_of, disk.path))
+    assert done.returncode == ExitCode.DISK_SPACE
+    assert str(disk.path) in done.stderr
+    assert "Traceback" not in done.stderr
+    full = set()
+    for num_steps in range(2, 100):
+        try:
+            folder = preprocess(options(made_of, disk.path), QUIET)
+            break
+        except UserError as error:
+            assert error.exit_code == ExitCode.DISK_SPACE
+            assert error.where is not None
+            assert error.where.startswith(str(disk.path))
+            if "the disk is full" in error.what:
+                full.add(Path(error.where).name.lstrip("0123456789"))
+        assert not (disk.path / "made").exists()
+        disk.remount(f"size={num_steps * _STEP_BYTES}")
+    assert {"plan.json", ".unit", "made", "rejected.jsonl"} <= full, "not at every stage"
+    assert contents(folder) == expected
+    assert {path.name for path in disk.path.iterdir()} == {"full", "made"}
+
+
+def test_read_only_disk(disk: Disk, made_of: dict[str, object]) -> None:
+    disk.remount("size=100M,ro")
+    done = run_script(*command(made_of, disk.path / "out"))
+    assert done.returncode == ExitCode.NOT_WRITABLE
+    assert str(disk.path) in done.stderr
+    assert "Traceback" not in done.stderr
+    disk.remount("rw")
+    folder = preprocess(options(made_of, disk.path), QUIET)
+    shutil.copytree(folder, disk.path / ".other.unfinished")  # to be removed, but it cannot be
+    made = contents(folder)
+    disk.remount("ro")
+    assert preprocess(options(made_of, disk.path), QUIET) == folder, "nothing is to be written"
+    for changes in ({"name": "other", "overwrite": True}, {"name": "other"}, {"overwrite": True}):
+        with pytest.raises(UserError) as caught:
+            preprocess(options(made_of, disk.path, **changes), QUIET)
+        assert caught.value.exit_code == ExitCode.NOT_WRITABLE
+        assert str(disk.path) in str(caught.value)
+    assert contents(folder) == made
+
+
+def test_disk_that_becomes_read_only_midway(disk: Disk, made_of: dict[str, object]) -> None:
+    """Work is under way; whatever the next run wants to do with it, the person is told why not."""
+    disk.remount("size=700k")
+    with pytest.raises(UserError, match="the disk is full"):
+        preprocess(options(made_of, disk.path), QUIET)
+    finished = contents(disk.path / ".made.unfinished")
+    assert finished
+    disk.remount("size=100M,ro")
+    for changes in ({}, {"overwrite": True}):
+        with pytest.raises(UserError) as caught:
+            preprocess(options(made_of, disk.path, **changes), QUIET)
+        assert caught.value.exit_code == ExitCode.NOT_WRITABLE
+        assert str(disk.path) in str(caught.value)
+        assert contents(disk.path / ".made.unfinished") == finished
+
+
+def test_every_flipped_bit_is_found(made_of: dict[str, object], tmp_path: Path) -> None:
+    """Random bits of every file of a chunk directory, one at a time; --verify names the file."""
+    folder = preprocess(options(made_of, tmp_path / "out"), QUIET)
+    seed = int(os.environ.get("KIEM_CHAOS_SEED", "0"))
+    print(f"KIEM_CHAOS_SEED={seed}")
+    chance = random.Random(seed)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert {"manifest.json", "tokenizer.json", "rejected.jsonl", "state.json"} <= {
+        path.name for path in files
+    }
+    for file in files:
+        data = file.read_bytes()
+        for _ in range(60 if file.name == "manifest.json" else 8):
+            place, bit = chance.randrange(len(data)), chance.randrange(8)
+            changed = bytearray(data)
+            changed[place] ^= 1 << bit
+            file.write_bytes(changed)
+            with pytest.raises(UserError) as caught:
+                verify_directory(folder)
+            assert caught.value.exit_code in (
+                ExitCode.DAMAGED,
+                ExitCode.BAD_INPUT,
+                ExitCode.TOKENIZER_MISMATCH,
+            )
+            assert str(file) in str(caught.value) or file.name in caught.value.what
+        file.write_bytes(data)
+    verify_directory(folder)
