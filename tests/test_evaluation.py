@@ -35,11 +35,11 @@ from kiem.evaluation.bits_per_byte import Document, Measured, bits_per_byte, mea
 from kiem.evaluation.evaluate import evaluate
 from kiem.evaluation.language_model import (
     LanguageModel,
-    open_language_model,
     own_language_model,
     windows,
 )
 from kiem.evaluation.minimal_pairs import BUILT_IN, Pair, accuracy, prefers_good, read_suite
+from kiem.evaluation.open_model import open_language_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 from kiem.model.presets import preset

@@ -21,8 +21,9 @@ from kiem.data.readers import cut_source, place, read_rows
 from kiem.data.sources import resolve_source
 from kiem.errors import ExitCode, UserError, no_effect
 from kiem.evaluation.bits_per_byte import Document, bits_per_byte, measure
-from kiem.evaluation.language_model import LanguageModel, open_language_model
+from kiem.evaluation.language_model import LanguageModel
 from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, summarize
+from kiem.evaluation.open_model import open_language_model
 from kiem.files import format_bytes, write_json
 
 _PIECE_BYTES = 1 << 26
