@@ -64,7 +64,7 @@ class PreprocessOptions:
     """dutch: mend characters, leave out what FineWeb-2's filters for Dutch reject, and keep only
     the first of equal documents. none: the Hub dataset is filtered already."""
     near_duplicates: bool = False
-    """Leave out documents that are nearly equal to an earlier one (pip install 'kiem[dedup]')."""
+    """Leave out documents that are nearly equal to an earlier one (pip install rensa)."""
     decontaminate: tuple[Path, ...] = ()
     """Leave out documents that share 13 consecutive words with these evaluation files."""
     keep_rejected: bool = False

@@ -61,6 +61,16 @@ class UserError(Exception):
         return f"{place}{self.what}\n  {self.fix}"
 
 
+def not_installed(package: str, option: str) -> UserError:
+    """Returns the error for an option that needs a package that is not installed."""
+    return UserError(
+        f"needs {package}, which is not installed",
+        where=option,
+        fix=f"Install it with: pip install {package}",
+        exit_code=ExitCode.BAD_OPTION,
+    )
+
+
 def no_effect(option: str, why: str) -> UserError:
     """Returns the error for an option that cannot have an effect: `why` says in which company."""
     return UserError(

@@ -187,6 +187,6 @@ def test_near_duplicates_need_rensa(tmp_path: Path) -> None:
     )
     done = run_script("-c", code)
     assert done.returncode == ExitCode.BAD_OPTION
-    assert "pip install 'kiem[dedup]'" in done.stderr
+    assert "pip install rensa" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kiem.data.words import WordHashes, hash_ngrams, mix_hashes, plain_words
-from kiem.errors import ExitCode, UserError
+from kiem.errors import not_installed
 
 SHINGLE_WORDS = 5
 NUM_BANDS = 14
@@ -25,12 +25,7 @@ def require_rensa() -> None:
     try:
         import rensa  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            "needs rensa, which is not installed",
-            where="--near-duplicates",
-            fix="Install it with: pip install 'kiem[dedup]'",
-            exit_code=ExitCode.BAD_OPTION,
-        ) from error
+        raise not_installed("rensa", "--near-duplicates") from error
 
 
 def band_names() -> list[str]:

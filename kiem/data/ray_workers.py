@@ -16,7 +16,7 @@ from kiem.data.encoding import Encoder, fast_path
 from kiem.data.sources import Source
 from kiem.data.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
 from kiem.data.units import Unit, UnitJob, UnitSummary, finish_unit
-from kiem.errors import ExitCode, UserError
+from kiem.errors import ExitCode, UserError, not_installed
 from kiem.files import write_bytes
 
 _CONNECT_SECONDS = 10.0
@@ -49,12 +49,7 @@ def run_units_on_ray(
         import ray
         from ray.util import ActorPool
     except ImportError as error:
-        raise UserError(
-            "Ray is not installed",
-            where="--executor ray",
-            fix="Install it with: pip install 'kiem[ray]'",
-            exit_code=ExitCode.BAD_OPTION,
-        ) from error
+        raise not_installed("ray", "--executor ray") from error
     settings: dict[str, Any] = {
         "address": address,
         "log_to_driver": False,

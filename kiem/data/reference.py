@@ -48,19 +48,24 @@ def reference_process(tokenizer: Tokenizer, num_workers: int) -> Iterator[list[R
         process.join()
 
 
+def ended_from_outside(process: str) -> UserError:
+    """Returns the error for a process of ours that ended in the middle of its work."""
+    return UserError(
+        f"{process} was ended from outside",
+        where="--num-proc",
+        fix="If memory ran out, use a lower number. Run the same command again: finished parts are "
+        "kept.",
+        exit_code=ExitCode.OUT_OF_MEMORY,
+    )
+
+
 def _asking(connection: Connection) -> Reference:
     def encode_batch(texts: Sequence[str]) -> list[list[int]]:
         try:
             connection.send(list(texts))
             answer = connection.recv()
         except (EOFError, OSError) as error:
-            raise UserError(
-                "the process that checks the encoding was ended from outside",
-                where="--num-proc",
-                fix="If memory ran out, use a lower number. Run the same command again: finished "
-                "parts are kept.",
-                exit_code=ExitCode.OUT_OF_MEMORY,
-            ) from error
+            raise ended_from_outside("the process that checks the encoding") from error
         if isinstance(answer, UserError):
             raise answer
         return list(answer)

@@ -15,8 +15,9 @@ from collections.abc import Generator, Sequence
 from multiprocessing.connection import Connection, wait
 
 from kiem.data.encoding import Encoder
+from kiem.data.reference import ended_from_outside
 from kiem.data.units import Unit, UnitJob, UnitSummary, finish_unit
-from kiem.errors import ExitCode, UserError
+from kiem.errors import UserError
 
 _PARENT_CHECK_SECONDS = 1.0
 
@@ -79,13 +80,8 @@ class _Worker:
             answer = self.connection.recv()
         except (EOFError, OSError) as error:
             self._process.join()
-            raise UserError(
-                f"a worker process was ended from outside (exit code {self._process.exitcode})",
-                where="--num-proc",
-                fix="If memory ran out, use a lower number. Run the same command again: finished "
-                "parts are kept.",
-                exit_code=ExitCode.OUT_OF_MEMORY,
-            ) from error
+            worker = f"a worker process (exit code {self._process.exitcode})"
+            raise ended_from_outside(worker) from error
         if isinstance(answer, UserError):
             raise answer
         return unit, answer

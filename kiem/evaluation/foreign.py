@@ -35,7 +35,7 @@ def open_foreign_model(
         raise UserError(
             "this is not a Gemma 3 text model, and transformers is not installed",
             where=str(folder),
-            fix="Install it with: pip install 'kiem[foreign]'.",
+            fix="Install it with: pip install transformers",
             exit_code=ExitCode.NOT_A_MODEL,
         ) from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kiem.data.tokenizer import Tokenizer
-from kiem.errors import ExitCode, UserError
+from kiem.errors import ExitCode, UserError, not_installed
 from kiem.export.vocabulary import make_vocabulary
 from kiem.files import new_file
 from kiem.model.gemma3 import Gemma3
@@ -54,12 +54,7 @@ def write_gguf(model: Gemma3, tokenizer: Tokenizer, name: str, dtype: str, path:
     try:
         import gguf
     except ImportError as error:
-        raise UserError(
-            "the gguf package is not installed",
-            where="--format gguf",
-            fix="Install it with: pip install 'kiem[export]'.",
-            exit_code=ExitCode.BAD_OPTION,
-        ) from error
+        raise not_installed("gguf", "--format gguf") from error
     _check_shape(model.config, dtype)
     vocabulary = make_vocabulary(tokenizer, model.config.vocab_size)
     matrix_type = gguf.GGMLQuantizationType[dtype.upper()]

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from kiem.config import TrainingOptions
-from kiem.errors import ExitCode, UserError
+from kiem.errors import ExitCode, UserError, not_installed
 
 DEFAULT_PROJECT = "kiem"
 _SAMPLE_COLUMNS = ["step", "prompt", "text"]
@@ -75,7 +75,7 @@ class WandbTracker:
         try:
             import wandb
         except ImportError as error:
-            raise _not_installed("wandb") from error
+            raise not_installed("wandb", "--use-wandb") from error
         self._wandb: ModuleType = wandb
         name = run_directory.name
         given: dict[str, Any] = {"id": name, "name": name, "dir": run_directory}
@@ -118,7 +118,7 @@ class TrackioTracker:
         try:
             import trackio
         except ImportError as error:
-            raise _not_installed("trackio") from error
+            raise not_installed("trackio", "--trackers trackio") from error
         self._trackio: ModuleType = trackio
         given: dict[str, Any] = {"auto_log_gpu": False, "auto_log_cpu": False, "embed": False}
         name = run_directory.name
@@ -154,7 +154,7 @@ class TensorBoardTracker:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise _not_installed("tensorboard") from error
+            raise not_installed("tensorboard", "--trackers tensorboard") from error
         self._writer: Any = SummaryWriter(
             str(run_directory / "tensorboard"), purge_step=step + 1 if step else None
         )
@@ -184,12 +184,3 @@ class TensorBoardTracker:
 
 def _pretty(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
-
-
-def _not_installed(name: str) -> UserError:
-    return UserError(
-        f"the {name} package is not installed",
-        where="--use-wandb" if name == "wandb" else f"--trackers {name}",
-        fix=f"Install it with: pip install {name}.",
-        exit_code=ExitCode.BAD_OPTION,
-    )
