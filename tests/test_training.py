@@ -97,14 +97,13 @@ def test_final_model_equals_transformers(trained_run: Path) -> None:
     assert f"{summary['test_bpb']:.4f}" in card
 
 
-def test_minimal_pairs_disturb_nothing(
-    trained_run: Path, sample_chunks: Path, tmp_path: Path
-) -> None:
+def test_minimal_pairs_disturb_nothing(sample_chunks: Path, tmp_path: Path) -> None:
     """The same figures as evaluate.py's, once in the summary and once in the log; the same weights,
     test loss and sample of text as without them, on one process and on two."""
     options = (*MICRO, *SMALL_BATCH)
-    with_pairs = train(sample_chunks, tmp_path / "with", *options)
-    without = train(sample_chunks, tmp_path / "without", *options, "--no-minimal-pairs")
+    always = ("--minimal-pairs", "always")
+    with_pairs = train(sample_chunks, tmp_path / "with", *options, *always)
+    without = train(sample_chunks, tmp_path / "without", *options)  # too few tokens for them
     for name, weight in weights(with_pairs).items():
         assert torch.equal(weight, weights(without)[name])
     last, last_without = metrics(with_pairs)[-1], metrics(without)[-1]
@@ -117,9 +116,9 @@ def test_minimal_pairs_disturb_nothing(
     model = ("--model-path", with_pairs / "final_model", "--json", tmp_path / "out.json")
     assert run_script("evaluate.py", *model).returncode == 0
     assert json.loads((tmp_path / "out.json").read_text())["minimal_pairs"] == found
-    two = train(sample_chunks, tmp_path / "two", *options, launcher=torchrun(2))
+    two = train(sample_chunks, tmp_path / "two", *options, *always, launcher=torchrun(2))
     assert metrics(two)[-1]["minimal_pairs"]["pairs"] == found["pairs"]
-    card = (trained_run / "final_model" / "README.md").read_text()
+    card = (with_pairs / "final_model" / "README.md").read_text()
     assert f"of {found['pairs']} (95 %" in card
 
 

@@ -1,4 +1,4 @@
-"""Evaluation during training: loss on the test split, and a sample of text."""
+"""Evaluation during training: loss on the test split, samples of text, minimal pairs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from kiem.evaluation.language_model import own_language_model
 from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, summarize
@@ -18,6 +19,8 @@ from kiem.training.devices import Devices
 from kiem.training.run import Run
 
 _SAMPLE_TOKENS = 40
+# With so many tokens trained for each of theirs, the minimal pairs take at most some 3 % of a run.
+_TRAINED_PER_PAIR_TOKEN = 10
 
 
 def evaluate(run: Run, devices: Devices, max_chunks: int | None) -> dict[str, Any]:
@@ -59,17 +62,28 @@ def evaluate(run: Run, devices: Devices, max_chunks: int | None) -> dict[str, An
     }
 
 
-def measure_minimal_pairs(run: Run, devices: Devices) -> dict[str, Any]:
+def measure_minimal_pairs(run: Run, devices: Devices, console: Console) -> dict[str, Any]:
     """Measures the built-in minimal pairs; takes no random numbers and changes nothing.
 
     Args:
         run: the run.
         devices: all processes share the pairs among them.
+        console: where it is said that they are left out.
 
     Returns:
-        `minimal_pairs`, as evaluate.py has it, the same in all processes.
+        `minimal_pairs`, as evaluate.py has it, the same in all processes; {} if they are left out.
     """
+    if run.options.minimal_pairs == "never":
+        return {}
     pairs = read_suite((BUILT_IN,))
+    sentences = [sentence for pair in pairs for sentence in (pair.good, pair.bad)]
+    num_tokens = sum(map(len, run.tokenizer.encode_batch(sentences)))
+    if run.options.minimal_pairs == "auto" and run.tokens < _TRAINED_PER_PAIR_TOKEN * num_tokens:
+        console.print(
+            f"The minimal pairs ({num_tokens:,} tokens) are left out of a run of {run.tokens:,} "
+            "tokens; --minimal-pairs always measures them."
+        )
+        return {}
     model = own_language_model(run.model, run.tokenizer, run.train.chunk_size)
     is_correct = torch.zeros(len(pairs), device=devices.device)
     with devices.autocast():

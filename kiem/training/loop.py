@@ -46,8 +46,7 @@ def train(options: TrainingOptions, console: Console) -> None:
         try:
             train_to_the_end(run, devices, console, reporter)
             figures = evaluate(run, devices, max_chunks=None)
-            if options.minimal_pairs:
-                figures |= measure_minimal_pairs(run, devices)
+            figures |= measure_minimal_pairs(run, devices, console)
             figures["samples"] = sample_texts(run, devices)
             figures["memory_bytes"] = peak_memory_bytes(devices.device)
             if devices.is_first:
