@@ -101,8 +101,11 @@ class TrainingOptions:
     the data is small."""
     learning_rate: float | None = None
     """Highest learning rate. Default: by model."""
-    schedule: Literal["linear", "cosine"] = "linear"
-    """How the learning rate falls after the warm-up: to zero, or along a cosine to a tenth."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw: AdamW for all parameters. muon: Muon for the hidden matrices, AdamW for the rest."""
+    schedule: Literal["linear", "cosine", "wsd"] = "linear"
+    """How the learning rate falls after the warm-up: to zero, along a cosine to a tenth, or (wsd)
+    only in the last fifth, to zero."""
     warmup_ratio: float = 0.05
     """Share of the training in which the learning rate rises."""
     weight_decay: float = 0.1

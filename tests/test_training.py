@@ -160,8 +160,12 @@ def test_accelerate_launch_gives_the_same(sample_chunks: Path, tmp_path: Path) -
     assert losses(launched) == losses(plain)
 
 
-def test_resumed_run_equals_an_undisturbed_one(sample_chunks: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_run_equals_an_undisturbed_one(
+    optimizer: str, sample_chunks: Path, tmp_path: Path
+) -> None:
     options = ("--model", "gemma3-micro", "--eval-steps", "3", "--save-steps", "2", *SMALL_BATCH)
+    options = (*options, "--optimizer", optimizer)
     whole = train(sample_chunks, tmp_path / "a", *options, "--max-steps", "6")
     # Stop a twin in the middle: kill it as soon as its first checkpoint is there.
     command = [sys.executable, "training.py", "--dataset-path", sample_chunks, *options]
@@ -303,6 +307,8 @@ def test_schedules() -> None:
     assert learning_rate_share(0.525, 0.05, "linear") == pytest.approx(0.5)
     assert learning_rate_share(0.525, 0.05, "cosine") == pytest.approx(0.55)
     assert learning_rate_share(1.0, 0.0, "cosine") == pytest.approx(0.1)
+    assert learning_rate_share(0.79, 0.05, "wsd") == 1
+    assert learning_rate_share(0.9, 0.05, "wsd") == pytest.approx(0.5)
 
 
 def test_settled_recipe_keeps_the_usual_tokens_per_step() -> None:

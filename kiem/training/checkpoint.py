@@ -2,7 +2,7 @@
 
 checkpoints/step-<n>/
     config.json, model.safetensors   the model, loadable as such
-    optimizer.safetensors            AdamW's moments, by parameter name
+    optimizer.safetensors            the optimizers' moments, by parameter name
     state.json                       step, seconds, what the run is, sha256 of the files
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     model: Gemma3,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     special_ids: dict[str, int],
     state: dict[str, Any],
 ) -> Path:
@@ -38,7 +39,7 @@ def save_checkpoint(
     Args:
         folder: the run's checkpoints folder.
         step: updates done.
-        model, optimizer: what to save.
+        model, optimizers: what to save.
         special_ids: the tokenizer's "pad", "eos" and "bos".
         state: what else the run needs to go on; `fingerprint` in it must match on resumption.
     """
@@ -46,6 +47,7 @@ def save_checkpoint(
     names: dict[torch.Tensor, str] = {p: name for name, p in model.named_parameters()}
     moments = {
         f"{names[parameter]}/{key}": value
+        for optimizer in optimizers
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
@@ -70,13 +72,16 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 
 
 def load_checkpoint(
-    path: Path, model: Gemma3, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]
+    path: Path,
+    model: Gemma3,
+    optimizers: Sequence[torch.optim.Optimizer],
+    fingerprint: dict[str, Any],
 ) -> dict[str, Any]:
-    """Puts a checkpoint's weights and moments into model and optimizer, in place.
+    """Puts a checkpoint's weights and moments into model and optimizers, in place.
 
     Args:
         path: the checkpoint.
-        model, optimizer: freshly made, of the same shape.
+        model, optimizers: freshly made, of the same shape.
         fingerprint: what the run is now; must equal what it was.
 
     Returns:
@@ -108,10 +113,16 @@ def load_checkpoint(
     with torch.no_grad():
         for name, value in load_file(path / WEIGHTS_FILE).items():
             parameters[name].copy_(value)
+    states = {
+        parameter: optimizer.state
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     for full_name, value in load_file(path / _OPTIMIZER_FILE).items():
         name, key = full_name.rsplit("/", 1)
         parameter = parameters[name]
-        optimizer.state[parameter][key] = value.to(parameter.device)
+        states[parameter][parameter][key] = value.to(parameter.device)
     return dict(state)
 
 

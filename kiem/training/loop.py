@@ -107,10 +107,11 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
             learning_rate = recipe.learning_rate * learning_rate_share(
                 run.progress_within_step, options.warmup_ratio, options.schedule
             )
-            for group in run.optimizer.param_groups:
-                group["lr"] = learning_rate
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+            for optimizer in run.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
+                optimizer.step()
+                optimizer.zero_grad()
 
             # Log.
             num_tokens = recipe.chunks_per_step * run.train.chunk_size
@@ -157,7 +158,7 @@ def _save(run: Run) -> None:
     counts = {"tokens": run.tokens, "seconds": run.seconds, "joules": run.joules}
     state = {**counts, "fingerprint": run.fingerprint}
     folder = run.directory / "checkpoints"
-    save_checkpoint(folder, run.step, run.model, run.optimizer, run.tokenizer.special_ids, state)
+    save_checkpoint(folder, run.step, run.model, run.optimizers, run.tokenizer.special_ids, state)
     prune_checkpoints(folder, run.options.save_total_limit)
 
 

@@ -8,39 +8,63 @@ from typing import Literal
 import torch
 from torch import nn
 
+from kiem.errors import ExitCode, UserError
+
 BETAS = (0.9, 0.95)
 _COSINE_FLOOR = 0.1
+_WSD_DECAY_SHARE = 0.2
 
 
-def make_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """Returns AdamW (arXiv:1711.05101) that decays the matrices, but not embeddings and norms."""
-    decayed: list[nn.Parameter] = []
+def make_optimizers(
+    model: nn.Module, kind: Literal["adamw", "muon"], weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Returns what updates the parameters; the loop sets the learning rate.
+
+    adamw: AdamW (arXiv:1711.05101) for all, which decays the hidden matrices, but not embeddings
+    and norms. muon: Muon (https://kellerjordan.github.io/posts/muon) for the hidden matrices, AdamW
+    for the rest. Muon's updates are scaled to the size of AdamW's (arXiv:2502.16982, section 2.2),
+    so both take the same learning rate.
+
+    Raises:
+        UserError: this version of torch has no Muon.
+    """
+    hidden: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim == 2 and "embed" not in name
-        (decayed if is_matrix else others).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
+        is_hidden_matrix = parameter.ndim == 2 and "embed" not in name
+        (hidden if is_hidden_matrix else others).append(parameter)
+    groups = [{"params": others, "weight_decay": 0.0}]
+    if kind == "adamw":
+        groups.insert(0, {"params": hidden, "weight_decay": weight_decay})
+        return [torch.optim.AdamW(groups, betas=BETAS, fused=True)]
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(
+            f"torch {torch.__version__} has no Muon",
+            where="--optimizer muon",
+            fix="Install torch 2.9 or newer, or use --optimizer adamw.",
+            exit_code=ExitCode.BAD_OPTION,
+        )
+    muon = torch.optim.Muon(hidden, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(groups, betas=BETAS, fused=True)]
 
 
 def learning_rate_share(
-    progress: float, warmup: float, schedule: Literal["linear", "cosine"]
+    progress: float, warmup: float, schedule: Literal["linear", "cosine", "wsd"]
 ) -> float:
     """Returns the learning rate as a share of the highest.
 
     Args:
         progress: share of the training that will be done after this update, in (0, 1].
         warmup: share of the training in which the rate rises.
-        schedule: how it falls after that: linearly to 0, or along a cosine to a tenth.
+        schedule: how it falls after that: linearly to 0, along a cosine to a tenth, or not at all
+            until the last fifth of the training, in which it falls linearly to 0
+            (warm-up, stable, decay: arXiv:2404.06395, section 4).
     """
     if progress < warmup:
         return progress / warmup
     fallen = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    if schedule == "wsd":
+        return min(1.0, (1 - progress) / _WSD_DECAY_SHARE)
     if schedule == "cosine":
         return _COSINE_FLOOR + (1 - _COSINE_FLOOR) * (1 + math.cos(math.pi * fallen)) / 2
     return 1 - fallen

@@ -45,7 +45,7 @@ from kiem.report.record import CONFIG_FILE, FACTS_FILE, SUMMARY_FILE
 from kiem.training.checkpoint import list_checkpoints, load_checkpoint
 from kiem.training.devices import Devices
 from kiem.training.metrics import Metrics, keep_metrics_until
-from kiem.training.optimizer import make_optimizer
+from kiem.training.optimizer import make_optimizers
 from kiem.training.options import check_options
 from kiem.training.recipe import Recipe, settle, usual_for
 from kiem.training.trackers import open_trackers
@@ -65,7 +65,7 @@ class Run:
         manifest: the chunk directory's manifest.
         tokenizer: the chunk directory's tokenizer.
         train, test: the chunks.
-        model, model_name, optimizer: what is trained.
+        model, model_name, optimizers: what is trained.
         metrics: the run's log; only the first process has one.
         fingerprint: what must not change when the run is resumed.
         facts: what the run is made of, for the report and the model card.
@@ -83,7 +83,7 @@ class Run:
     test: Chunks
     model: Gemma3
     model_name: str
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     fingerprint: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
     metrics: Metrics | None = None
@@ -156,18 +156,19 @@ def prepare_run(options: TrainingOptions, devices: Devices, console: Console) ->
         test=test,
         model=model,
         model_name=model_name,
-        optimizer=make_optimizer(model, recipe.learning_rate, options.weight_decay),
+        optimizers=make_optimizers(model, options.optimizer, options.weight_decay),
         fingerprint={
             "model": model_name,
             "data": sha256_file(options.dataset_path / MANIFEST_FILE),
             "seed": options.seed,
+            "optimizer": options.optimizer,
             "chunks_per_step": recipe.chunks_per_step,
             "document_mask": options.document_mask,
         },
         resumed_from=checkpoint,
     )
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, run.optimizer, run.fingerprint)
+        state = load_checkpoint(checkpoint, model, run.optimizers, run.fingerprint)
         run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
         run.joules = state.get("joules", 0.0)  # older checkpoints have none
     run.facts = _facts(run, devices)
