@@ -76,6 +76,6 @@ def no_effect(option: str, why: str) -> UserError:
     return UserError(
         f"has no effect {why}",
         where=option,
-        fix="Leave one of them out.",
+        fix="Leave it out.",
         exit_code=ExitCode.NO_EFFECT,
     )

@@ -159,6 +159,7 @@ def test_word_cap_counts_whole_documents(tmp_path: Path) -> None:
         ({"chunk_size": 3}, ExitCode.BAD_OPTION),
         ({"name": "../weg"}, ExitCode.BAD_OPTION),
         ({"text_column": "tekst"}, ExitCode.NO_EFFECT),
+        ({"ray_address": "127.0.0.1:6379"}, ExitCode.NO_EFFECT),
         ({"output_dir": Path("/proc/nee")}, None),
     ],
 )

@@ -53,7 +53,7 @@ from kiem.data.workspace import (
     refuse_other,
     working_folder,
 )
-from kiem.errors import ExitCode, UserError
+from kiem.errors import ExitCode, UserError, no_effect
 from kiem.files import (
     check_name,
     new_folder,
@@ -260,6 +260,8 @@ def _check_options(options: PreprocessOptions) -> None:
     if options.source == ("hub",):
         check_hub_size(options.dataset_size or DEFAULT_HUB_SIZE)
     is_cleaned = options.clean != "none" or options.near_duplicates or options.decontaminate
+    if options.ray_address is not None and options.executor != "ray":
+        raise no_effect("--ray-address", "without --executor ray")
     if options.keep_rejected and not is_cleaned and options.on_bad_document == "stop":
         raise UserError(
             "has no effect: nothing is rejected",
