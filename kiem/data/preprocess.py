@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import count
 from pathlib import Path
@@ -148,10 +148,14 @@ def _trained_tokenizer(
     file = work / TOKENIZER_FILE
     if file.exists():
         return parse_tokenizer(file.read_bytes(), options.tokenizer)
-    texts = take_words(read_clean_texts(units, reading, cleaning), _word_limit(options))
+
+    class TrainingTexts:
+        def __iter__(self) -> Iterator[str]:
+            texts = take_words(read_clean_texts(units, reading, cleaning), _word_limit(options))
+            return training_texts(texts, options.test_split, options.seed)
+
     with console.status(f"Training a vocabulary of {vocabulary_size} entries"):
-        chosen = training_texts(texts, options.test_split, options.seed)
-        tokenizer = train_tokenizer(chosen, vocabulary_size)
+        tokenizer = train_tokenizer(TrainingTexts(), vocabulary_size)
     write_bytes(file, tokenizer.json_bytes)
     return tokenizer
 

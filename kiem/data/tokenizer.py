@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as TokenizersTokenizer
 
@@ -209,19 +210,22 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
     the vocabulary alone determines the encoding and other programs can reproduce it.
 
     Args:
-        texts: the training documents.
+        texts: the training documents; they are gone through twice, so not an iterator.
         vocabulary_size: entries of the vocabulary.
 
     Raises:
         UserError: the texts are too little for so many entries.
     """
+    assert not isinstance(texts, Iterator)
+    alphabet = _most_frequent_characters(texts, max(128, vocabulary_size // 16))
     implementation = TokenizersTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     implementation.normalizer = normalizers.Replace(" ", "▁")
     implementation.pre_tokenizer = pre_tokenizers.Split(Regex(WORD_PIECES), "isolated")
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
         special_tokens=[*_CONTROL_TOKENS, *BYTE_TOKENS],
-        limit_alphabet=max(128, vocabulary_size // 16),
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
         show_progress=False,
     )
     implementation.train_from_iterator(texts, trainer)
@@ -248,6 +252,30 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
     description["model"]["merges"] = _all_merges(vocabulary)
     json_bytes = json.dumps(description, ensure_ascii=False, indent=1).encode()
     return parse_tokenizer(json_bytes, f"train:{vocabulary_size}")
+
+
+def _most_frequent_characters(texts: Iterable[str], most: int) -> list[str]:
+    """Returns the most frequent characters, of equally frequent ones the first in Unicode.
+
+    The trainer can choose them, too, but of equally frequent ones it takes others each time.
+    """
+    counts = np.zeros(0x110000, np.int64)
+
+    def count(block: list[str]) -> None:
+        found = np.bincount(np.frombuffer("".join(block).encode("utf-32-le"), np.uint32))
+        counts[: len(found)] += found
+
+    block: list[str] = []  # one by one, short texts with emoji would take long
+    for text in texts:
+        block.append(text)
+        if len(block) == 1000 or len(text) > 1_000_000:
+            count(block)
+            block = []
+    count(block)
+    counts[ord("▁")] += counts[ord(" ")]
+    counts[ord(" ")] = 0
+    order = np.argsort(-counts, kind="stable")[:most]
+    return [chr(code) for code in order[counts[order] > 0]]
 
 
 def _all_merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
