@@ -17,6 +17,17 @@ from kiem.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 GEMMA_TOKENIZER = ROOT / ".cache" / "gemma3" / "tokenizer.json"
+# preprocess.py with units so small that there are many of them.
+SMALL_UNITS_PROGRAM = """
+import sys
+from kiem.data import units
+units.UNIT_BYTES = 20_000
+sys.argv = ["preprocess.py", *sys.argv[1:]]
+from preprocess import main
+from kiem.cli import run
+from kiem.config import PreprocessOptions
+sys.exit(run(PreprocessOptions, "preprocess.py", main))
+"""
 
 
 def run_script(

@@ -9,21 +9,10 @@ import time
 from pathlib import Path
 
 import psutil
-from conftest import ROOT, run_script
+from conftest import ROOT, SMALL_UNITS_PROGRAM, run_script
 
 from kiem.data.tokenizer import Tokenizer
 from kiem.errors import ExitCode
-
-PROGRAM = """
-import sys
-from kiem.data import units
-units.UNIT_BYTES = 20_000
-sys.argv = ["preprocess.py", *sys.argv[1:]]
-from preprocess import main
-from kiem.cli import run
-from kiem.config import PreprocessOptions
-sys.exit(run(PreprocessOptions, "preprocess.py", main))
-"""
 
 
 def test_ray_gives_the_same_bytes_though_a_worker_is_killed(
@@ -34,7 +23,7 @@ def test_ray_gives_the_same_bytes_though_a_worker_is_killed(
     (tmp_path / "tokenizer.json").write_bytes(trained.json_bytes)
     options = ["--source", str(tmp_path / "in.jsonl"), "--chunk-size", "128"]
     options += ["--tokenizer", str(tmp_path / "tokenizer.json"), "--output-dir", str(tmp_path)]
-    command = [sys.executable, "-c", PROGRAM, *options, "--num-proc", "2"]
+    command = [sys.executable, "-c", SMALL_UNITS_PROGRAM, *options, "--num-proc", "2"]
     program = subprocess.Popen(
         [*command, "--executor", "ray", "--name", "ray"],
         cwd=ROOT,

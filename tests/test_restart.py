@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SMALL_UNITS_PROGRAM
 from rich.console import Console
 
 from kiem.config import PreprocessOptions
@@ -26,17 +26,6 @@ from kiem.data.tokenizer import Tokenizer
 from kiem.errors import ExitCode, UserError
 
 QUIET = Console(quiet=True)
-# preprocess.py with units so small that there are many of them.
-PROGRAM = """
-import sys
-from kiem.data import units
-units.UNIT_BYTES = 20_000
-sys.argv = ["preprocess.py", *sys.argv[1:]]
-from preprocess import main
-from kiem.cli import run
-from kiem.config import PreprocessOptions
-sys.exit(run(PreprocessOptions, "preprocess.py", main))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +45,7 @@ def command(corpus: Path, output: Path, *more: str) -> list[str]:
     source = [str(path) for path in sorted(corpus.glob("*.jsonl"))]
     options = ["--source", *source, "--tokenizer", str(corpus / "tokenizer.json")]
     options += ["--chunk-size", "256", "--output-dir", str(output), "--name", "made", *more]
-    return [sys.executable, "-c", PROGRAM, *options]
+    return [sys.executable, "-c", SMALL_UNITS_PROGRAM, *options]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -225,9 +225,7 @@ def prepare_fast_path(content: TokenizerJson | None) -> FastPath | str:
         return "the tokenizer is not a BPE"
     description, vocabulary = content.description, content.vocabulary
     model = description.model
-    replaces_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    is_plain = model.byte_fallback and not model.dropout and not model.ignore_merges
-    if not is_plain or description.normalizer != replaces_spaces:
+    if not content.is_gemma_style or model.dropout:
         return "the tokenizer is not a byte-fallback BPE over text with its spaces replaced"
     added = [token for token in content.added_tokens.values() if not token["special"]]
     if not _never_cuts(description.pre_tokenizer, content):

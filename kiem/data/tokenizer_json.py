@@ -50,6 +50,14 @@ class TokenizerJson:
     vocabulary: dict[str, int]
     added_tokens: dict[str, dict[str, Any]]
 
+    @property
+    def is_gemma_style(self) -> bool:
+        """Whether it is a byte-fallback BPE over text with its spaces replaced by U+2581."""
+        replaces_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        model = self.description.model
+        is_plain = model.byte_fallback and not model.ignore_merges
+        return is_plain and bool(self.description.normalizer == replaces_spaces)
+
     def token_id(self, token: str) -> int | None:
         """Returns the id of an added token or an entry of the vocabulary, if there is one."""
         added = self.added_tokens.get(token)

@@ -197,14 +197,12 @@ class _UnitMaker:
         num_bytes = np.array([len(text.encode()) for text in texts], np.int64)
         num_words = np.array([count_words(text) for text in texts], np.int64)
         positions = np.array([split_position(t, self._job.seed) for t in texts], np.uint64)
+        started = self._took("counting", started)
+        bands = []
         if self._job.cleaning.near_duplicates:
-            started = self._took("counting", started)
             keys = _spread(band_keys(texts, self._hashes), is_kept)
             bands = [from_numpy(band) for band in keys.T]
             started = self._took("near duplicates", started)
-        else:
-            bands = []
-            started = self._took("counting", started)
         encoded = self._encoder.encode(texts, lambda number: _place(self._job, kept[number]))
         framed = frame(encoded, self._job.bos_id, self._job.eos_id)
         started = self._took("encoding", started)

@@ -10,12 +10,14 @@ llama.cpp#19152.)
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+import msgspec
+
 from kiem.data.tokenizer import BYTE_TOKENS, WORD_PIECES, Tokenizer
+from kiem.data.tokenizer_json import TokenizerJson
 from kiem.errors import ExitCode, UserError
 
 
@@ -50,15 +52,15 @@ def make_vocabulary(tokenizer: Tokenizer, num_rows: int) -> Vocabulary:
     Raises:
         UserError: llama.cpp would encode text in another way than this tokenizer does.
     """
-    description = json.loads(tokenizer.json_bytes)
-    entries: dict[str, int] = description["model"]["vocab"]
-    added = {token["content"]: token for token in description["added_tokens"]}
-    reserved = {*BYTE_TOKENS, *added}
-    ranks = _ranks(description, reserved)
+    content = tokenizer.content
+    if content is None or not content.is_gemma_style:
+        raise _not_expressible("it is not a byte-fallback BPE over text with its spaces replaced")
+    added = content.added_tokens
+    ranks = _ranks(content)
     lowest = -float(len(ranks))
     tokens = [f"[PAD{number}]" for number in range(num_rows)]
     scores, types = [lowest] * num_rows, [TokenType.UNUSED] * num_rows
-    ids = {**entries, **{content: token["id"] for content, token in added.items()}}
+    ids = {**content.vocabulary, **{text: token["id"] for text, token in added.items()}}
     for text, number in ids.items():
         if number < num_rows:
             tokens[number] = text
@@ -79,22 +81,21 @@ def _type_of(text: str, added: dict[str, Any] | None) -> TokenType:
     return TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
 
 
-def _ranks(description: dict[str, Any], reserved: set[str]) -> dict[str, int]:
+def _ranks(content: TokenizerJson) -> dict[str, int]:
     """Returns entry -> its place among all that merging can make, the first being made first."""
-    model, pre_tokenizer = description["model"], description["pre_tokenizer"]
+    pre_tokenizer = content.description.pre_tokenizer
     never_cuts = pre_tokenizer is None or (
         # Gemma's, which finds no space any more, or kiem's, across which no entry goes.
         pre_tokenizer["type"] == "Split"
         and pre_tokenizer["pattern"] in ({"String": " "}, {"Regex": WORD_PIECES})
     )
-    replaces_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    is_plain = model["type"] == "BPE" and model.get("byte_fallback") and never_cuts
-    if not is_plain or model.get("ignore_merges") or description["normalizer"] != replaces_spaces:
+    if not never_cuts:
         raise _not_expressible("it is not a byte-fallback BPE over text with its spaces replaced")
-    entries: dict[str, int] = model["vocab"]
+    entries, reserved = content.vocabulary, {*BYTE_TOKENS, *content.added_tokens}
+    merges = msgspec.json.decode(content.description.model.merges)
     ranks: dict[str, int] = {}
     previous = ""
-    for merge in model["merges"]:
+    for merge in merges:
         left, right = merge if isinstance(merge, list) else merge.split(" ")
         made = left + right
         # Gemma's runs of spaces are listed by their left part. Merging goes from left to right and
@@ -110,7 +111,7 @@ def _ranks(description: dict[str, Any], reserved: set[str]) -> dict[str, int]:
         if entry not in reserved or entry in ranks
         for cut in range(1, len(entry))
     )
-    if possible != len(model["merges"]):
+    if possible != len(merges):
         raise _not_expressible("not every pair of entries that make an entry may merge")
     return ranks
 
