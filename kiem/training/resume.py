@@ -1,13 +1,16 @@
-"""Which checkpoint a run goes on from, and whether it may."""
+"""Which run it is, which checkpoint it goes on from, and whether it may."""
 
 from __future__ import annotations
 
+import os
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 
-from kiem.cli import warn
+from kiem.cli import check_name, warn
 from kiem.config import TrainingOptions
 from kiem.errors import ExitCode, UserError
 from kiem.files import require_free_space
@@ -21,6 +24,18 @@ CHANGEABLE = (
     *("weight_decay", "max_grad_norm", "z_loss", "spike_sigmas"),
 )
 _NONE = -1
+
+
+def run_name(options: TrainingOptions, model_name: str) -> str:
+    """Returns the name of the run directory: as asked, or with the time at which all started."""
+    if options.run_name is not None:
+        return check_name(options.run_name, "--run-name")
+    started = datetime.now(timezone.utc)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # All processes of a launcher, and those that it starts again, work on one run.
+        launcher = psutil.Process(os.getppid())
+        started = datetime.fromtimestamp(launcher.create_time(), timezone.utc)
+    return f"{model_name}-dutch-{started:%Y%m%dT%H%M%SZ}"
 
 
 def choose_checkpoint(

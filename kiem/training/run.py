@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import kiem
-from kiem.cli import check_name, to_dict, to_yaml, warn
+from kiem.cli import to_dict, to_yaml, warn
 from kiem.config import TrainingOptions
 from kiem.data.chunks import (
     MANIFEST_FILE,
@@ -49,7 +49,13 @@ from kiem.training.metrics import Metrics, keep_metrics_until
 from kiem.training.optimizer import make_optimizers
 from kiem.training.options import check_options
 from kiem.training.recipe import Recipe, settle, usual_for
-from kiem.training.resume import CHANGEABLE, check_same_run, check_space, choose_checkpoint
+from kiem.training.resume import (
+    CHANGEABLE,
+    check_same_run,
+    check_space,
+    choose_checkpoint,
+    run_name,
+)
 from kiem.training.trackers import open_trackers
 
 _EVALUATIONS_PER_RUN = 5
@@ -190,7 +196,7 @@ def prepare_run(
     test = open_split(options.dataset_path, manifest, "test")
     model = _make_model(options, tokenizer).to(devices.device)
     model_name = name_of(model.config)
-    directory = options.output_dir / _run_name(options, model_name)
+    directory = options.output_dir / run_name(options, model_name)
     usual = usual_for(model.config)
     recipe = settle(options, usual, train.num_chunks, train.chunk_size, devices.world_size)
     with devices.together():
@@ -331,12 +337,6 @@ def _check_same_tokenizer(folder: Path, tokenizer: Tokenizer, options: TrainingO
             fix=f"Make them again with preprocess.py --tokenizer {options.init_from}.",
             exit_code=ExitCode.TOKENIZER_MISMATCH,
         )
-
-
-def _run_name(options: TrainingOptions, model_name: str) -> str:
-    if options.run_name is not None:
-        return check_name(options.run_name, "--run-name")
-    return f"{model_name}-dutch-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
 
 
 def _device_name(device: torch.device) -> str:
