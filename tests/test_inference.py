@@ -16,15 +16,15 @@ from transformers import (
 )
 
 from kiem.errors import ExitCode
-from kiem.inference.engine import generate_tokens, stream_text
+from kiem.inference.engine import Engine, Request
 from kiem.inference.loading import LoadedModel, load_for_inference
 from kiem.inference.sampling import (
     Sampling,
-    generators,
     keep_top_k,
     keep_top_p,
     penalize_repetition,
 )
+from kiem.inference.streaming import stream_text
 from kiem.inference.text import TextStream, printable
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
@@ -65,8 +65,12 @@ def test_greedy_equals_transformers_generate(
         do_sample=False,
         eos_token_id=None,
     )
-    steps = generate_tokens(loaded.model, prompt[0].tolist(), 20, GREEDY, generators(0, 0, 1))
-    assert [step[0] for step in steps] == expected[0, prompt_tokens:].tolist()
+    engine = Engine(loaded.model, -1, max_requests=1, max_tokens=prompt_tokens + 20)
+    engine.add(Request(prompt[0].tolist(), 20, GREEDY, 0))
+    tokens = []
+    while engine.num_waiting or engine.num_running:
+        tokens += [new.token for new in engine.step()]
+    assert tokens == expected[0, prompt_tokens:].tolist()
 
 
 def test_sequences_do_not_depend_on_their_neighbours(loaded: LoadedModel) -> None:

@@ -7,9 +7,9 @@ import time
 
 from rich.console import Console
 
-from kiem.inference.engine import stream_text
 from kiem.inference.loading import LoadedModel
 from kiem.inference.sampling import Sampling
+from kiem.inference.streaming import stream_text
 from kiem.inference.text import show
 
 _HELP = """This is a base model: it does not answer, it continues the text you type.

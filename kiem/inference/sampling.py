@@ -30,12 +30,9 @@ class Sampling:
     repetition_penalty: float = 1.1
 
 
-def generators(seed: int, prompt_number: int, num_sequences: int) -> list[torch.Generator]:
-    """Returns a generator for each sequence, so that no sequence depends on its neighbours."""
-    return [
-        torch.Generator().manual_seed(derive_seed(seed, "sample", prompt_number, sequence))
-        for sequence in range(num_sequences)
-    ]
+def generator_seed(seed: int, prompt_number: int, sequence: int) -> int:
+    """Returns the seed of one sequence's own generator: no sequence depends on its neighbours."""
+    return derive_seed(seed, "sample", prompt_number, sequence)
 
 
 def choose(

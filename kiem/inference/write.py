@@ -13,10 +13,10 @@ from kiem.config import InferenceOptions
 from kiem.errors import ExitCode, UserError, no_effect
 from kiem.files import write_text
 from kiem.inference.benchmark import run_benchmark
-from kiem.inference.engine import stream_text
 from kiem.inference.loading import LoadedModel, load_for_inference
 from kiem.inference.repl import talk
 from kiem.inference.sampling import Sampling
+from kiem.inference.streaming import stream_text
 from kiem.inference.text import show
 
 DEFAULT_PROMPTS = (
