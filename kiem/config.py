@@ -136,6 +136,9 @@ class TrainingOptions:
     activation_checkpointing: Literal["auto", "none", "full"] = "auto"
     """full: keep only each layer's input and compute the rest again for the backward pass: less
     memory, a third more time. auto: full above 500 million parameters."""
+    shard: Literal["none", "optimizer"] = "none"
+    """With several devices. none: each holds everything. optimizer: each holds the optimizer's
+    moments of its share of the parameters only."""
     minimal_pairs: Literal["auto", "always", "never"] = "auto"
     """At the end measure how often the model prefers correct Dutch to a mistake (430 pairs). auto:
     when the run trained on so many tokens that this is a small part of it."""
