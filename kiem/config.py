@@ -132,10 +132,15 @@ class TrainingOptions:
     document_mask: bool = True
     """Tokens attend only to their own document."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the matrix products; weights stay fp32. auto: bf16 on GPUs that have it."""
-    activation_checkpointing: Literal["auto", "none", "full"] = "auto"
-    """full: keep only each layer's input and compute the rest again for the backward pass: less
-    memory, a third more time. auto: full above 500 million parameters."""
+    """Precision of the matrix products; weights stay fp32. auto: bf16 where it is faster: on GPUs
+    that have it, and on CPUs by a measurement."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Let torch.compile make faster kernels for the layers, which takes up to a minute at the
+    start. auto: when the training is long enough to gain from it."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """What the backward pass computes again to save memory. selective: all but matrix products and
+    attention. full: all but each layer's input, for a third more time. auto: full above 500 million
+    parameters, else none."""
     shard: Literal["none", "optimizer"] = "none"
     """With several devices. none: each holds everything. optimizer: each holds the optimizer's
     moments of its share of the parameters only."""

@@ -9,16 +9,29 @@ checkpoint. Shapes in comments:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from kiem.model.cache import KeyValueCache, LayerCache
 from kiem.model.loss import IGNORE, summed_cross_entropy
 from kiem.model.presets import Gemma3Config
+
+Recompute = Literal["none", "selective", "full"]
+
+_ATEN = torch.ops.aten
+_KEPT = (
+    _ATEN.mm.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+)
 
 
 class Rotary(NamedTuple):
@@ -129,16 +142,22 @@ class Body(nn.Module):
 class Gemma3(nn.Module):
     """A Gemma 3 language model.
 
-    Args:
+    Attributes:
         config: its shape.
-        recompute_layers: keep only the layers' inputs for the backward pass (less memory).
+        recompute: what the backward pass computes again instead of keeping it; see `run_layer`.
+        run_layer: how training runs a layer: `run_layer`, or what torch.compile made of it.
     """
 
-    def __init__(self, config: Gemma3Config, *, recompute_layers: bool = False):
+    def __init__(self, config: Gemma3Config):
         super().__init__()
         self.config = config
-        self.recompute_layers = recompute_layers
+        self.recompute: Recompute = "none"
         self.model = Body(config)
+        self.run_layer = run_layer
+
+    def compile_layers(self) -> None:
+        """Lets torch.compile make kernels for the layers, on their first pass with gradients."""
+        self.run_layer = torch.compile(run_layer, dynamic=False)
 
     def forward(
         self, input_ids: Tensor, targets: Tensor, bos_id: int | None, z_loss: float = 0.0
@@ -177,7 +196,8 @@ class Gemma3(nn.Module):
         # Gemma rounds the scale to the embedding's precision.
         weight = self.model.embed_tokens.weight
         scale = torch.tensor(self.config.hidden_size**0.5, dtype=weight.dtype, device=weight.device)
-        x = F.embedding(input_ids, weight) * scale  # B T D
+        # Its gradient has few rows; a dense one would be another tensor as large as the embedding.
+        x = F.embedding(input_ids, weight, sparse=True) * scale  # B T D
         start = cache.num_tokens if cache is not None else 0
         positions = torch.arange(start, start + input_ids.shape[1], device=x.device)  # T
         contexts = {
@@ -188,8 +208,8 @@ class Gemma3(nn.Module):
             context = contexts[self.config.is_sliding(number)]
             if cache is not None:
                 x = layer(x, context, cache.layers[number])
-            elif self.recompute_layers and torch.is_grad_enabled():
-                x = checkpoint(layer, x, context, use_reentrant=False, preserve_rng_state=False)
+            elif torch.is_grad_enabled():
+                x = self.run_layer(layer, x, context, self.recompute)
             else:
                 x = layer(x, context)
         if cache is not None:
@@ -222,6 +242,24 @@ class Gemma3(nn.Module):
             document = (input_ids == bos_id).cumsum(1)  # B T
             mask = mask & (document[:, :, None] == document[:, None, :])  # B T T
         return Context(rotary, mask[:, None])
+
+
+def run_layer(layer: nn.Module, x: Tensor, context: Context, recompute: Recompute) -> Tensor:
+    """Runs a layer for training.
+
+    Args:
+        layer, x, context: the layer and its arguments.
+        recompute: "full" keeps only x for the backward pass; "selective" also the results of matrix
+            products and attention, so that only cheap parts are computed again.
+    """
+    if recompute == "none":
+        return layer(x, context)
+    run = partial(checkpoint, layer, x, context, use_reentrant=False, preserve_rng_state=False)
+    return run() if recompute == "full" else run(context_fn=_keep_products)
+
+
+def _keep_products() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return create_selective_checkpoint_contexts(list(_KEPT))
 
 
 def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:

@@ -22,6 +22,7 @@ from kiem.training.display import Display, show_plan, show_results
 from kiem.training.energy import EnergyMeter
 from kiem.training.evaluate import evaluate, measure_minimal_pairs, sample_texts
 from kiem.training.optimizer import learning_rate_share
+from kiem.training.probe import flops_per_token
 from kiem.training.reporter import Reporter
 from kiem.training.run import Run, finish_run, prepare_run
 
@@ -69,6 +70,7 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
     order = Order(run.train.num_chunks, options.seed)
     attention_bos_id = special_ids["bos"] if options.document_mask else None
     energy = EnergyMeter(devices.device)
+    flop = flops_per_token(run.model.config, run.train.chunk_size)
     with Display(run, console) as display:
         while run.progress < 1:
             started = time.perf_counter()
@@ -120,6 +122,7 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
                 "learning_rate": learning_rate,
                 "grad_norm": grad_norm,
                 "tokens_per_second": num_tokens / step_seconds,
+                "mfu": num_tokens * flop / step_seconds / devices.matrix_flops,
                 "memory_bytes": peak_memory_bytes(devices.device),
                 "seconds": run.seconds,
             }

@@ -36,6 +36,7 @@ from kiem.files import (
     write_json,
     write_text,
 )
+from kiem.memory import keep_freed_memory
 from kiem.model.files import find_model, read_model, write_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
@@ -43,6 +44,7 @@ from kiem.model.presets import name_of, preset
 from kiem.report.card import model_card
 from kiem.report.record import CONFIG_FILE, FACTS_FILE, SUMMARY_FILE
 from kiem.training.checkpoint import list_checkpoints, load_checkpoint
+from kiem.training.compiling import compile_if_worthwhile
 from kiem.training.devices import Devices
 from kiem.training.metrics import Metrics, keep_metrics_until
 from kiem.training.optimizer import make_optimizers
@@ -74,6 +76,7 @@ class Run:
         step, tokens, seconds: updates, tokens and training time so far, evaluations not counted.
         joules: energy so far, where the hardware counts it; 0 elsewhere.
         resumed_from: the checkpoint this run went on from.
+        compiled: whether torch.compile made the layers' kernels.
     """
 
     options: TrainingOptions
@@ -95,6 +98,7 @@ class Run:
     seconds: float = 0.0
     joules: float = 0.0
     resumed_from: Path | None = None
+    compiled: bool = False
 
     @property
     def progress(self) -> float:
@@ -147,6 +151,8 @@ def prepare_run(options: TrainingOptions, devices: Devices, console: Console) ->
     directory = options.output_dir / _run_name(options, model_name)
     usual = usual_for(model.config)
     recipe = settle(options, usual, train.num_chunks, train.chunk_size, devices.world_size)
+    keep_freed_memory()
+    compiled = compile_if_worthwhile(model, options, recipe, train.chunk_size, devices, console)
     checkpoint = _checkpoint_to_resume(options, directory)
     _check_disk(options, directory, model)
     if options.shard != "none" and devices.world_size == 1:
@@ -174,6 +180,7 @@ def prepare_run(options: TrainingOptions, devices: Devices, console: Console) ->
             "document_mask": options.document_mask,
         },
         resumed_from=checkpoint,
+        compiled=compiled,
     )
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, model, run.optimizers, run.fingerprint)
@@ -245,6 +252,8 @@ def _facts(run: Run, devices: Devices) -> dict[str, Any]:
             "device": _device_name(devices.device),
             "devices": devices.world_size,
             "precision": devices.precision,
+            "compiled": run.compiled,
+            "matrix_flops": devices.matrix_flops,
         },
         "versions": {
             "kiem": kiem.__version__,
@@ -262,10 +271,9 @@ def _make_model(options: TrainingOptions, tokenizer: Tokenizer) -> Gemma3:
         folder = find_model(options.init_from)
         model = read_model(folder, dtype=torch.float32)
         _check_same_tokenizer(folder, tokenizer, options)
-    recompute = options.activation_checkpointing
-    model.recompute_layers = recompute == "full" or (
-        recompute == "auto" and model.config.num_parameters() > _RECOMPUTE_ABOVE_PARAMETERS
-    )
+    is_large = model.config.num_parameters() > _RECOMPUTE_ABOVE_PARAMETERS
+    asked = options.activation_checkpointing
+    model.recompute = asked if asked != "auto" else ("full" if is_large else "none")
     return model
 
 
