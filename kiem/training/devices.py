@@ -27,6 +27,14 @@ _DTYPES: dict[Literal["fp32", "bf16"], torch.dtype] = {
 # several times. Less than this is not worth the smaller precision.
 _FASTER_BY = {"bf16": 1.5}
 
+# What `accelerate config` can ask for and kiem does otherwise: how it is called, and what to use.
+_ACCELERATE_PLUGINS = {
+    "ACCELERATE_USE_FSDP": ("FSDP", "--shard optimizer"),
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "--shard optimizer"),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "--shard optimizer"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism config", "--shard optimizer"),
+}
+
 
 @dataclass(frozen=True)
 class Devices:
@@ -84,8 +92,17 @@ def open_devices(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Devices
             faster.
 
     Raises:
-        UserError: the precision is not one this device or kiem has.
+        UserError: the precision is not one this device or kiem has, or `accelerate config` asks for
+            a plugin that kiem does without.
     """
+    for variable, (plugin, option) in _ACCELERATE_PLUGINS.items():
+        if _is_true(variable):
+            raise UserError(
+                f"{plugin} is not used by kiem, which shares models out by itself",
+                where="accelerate config",
+                fix=f"Take it out of the accelerate file, and use {option}.",
+                exit_code=ExitCode.BAD_OPTION,
+            )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     use_gpu = torch.cuda.is_available() and not _is_true("ACCELERATE_USE_CPU")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 
 from kiem.config import TrainingOptions
 from kiem.errors import ExitCode, UserError
@@ -69,9 +66,7 @@ def train(options: TrainingOptions, console: Console) -> None:
 def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Reporter) -> None:
     """Does the updates that are left; the trained weights are then in `run.model`."""
     options, recipe, special_ids = run.options, run.recipe, run.tokenizer.special_ids
-    model: Any = run.model
-    if devices.world_size > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    sharing = run.sharing
     order = Order(run.train.num_chunks, options.seed)
     attention_bos_id = special_ids["bos"] if options.document_mask else None
     energy = EnergyMeter(devices.device)
@@ -94,16 +89,16 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
             # (transformers#34191); world_size undoes the averaging over processes.
             nats = torch.zeros((), device=devices.device)
             for index, (ids, target) in enumerate(zip(batches, targets, strict=True)):
-                is_alone = devices.world_size == 1
-                is_last = index == len(batches) - 1
-                with nullcontext() if is_alone or is_last else model.no_sync():
+                with sharing.accumulating(is_last=index == len(batches) - 1):
                     with devices.autocast():
-                        loss, pass_nats = model(ids, target, attention_bos_id, options.z_loss)
+                        loss, pass_nats = sharing.wrapped(
+                            ids, target, attention_bos_id, options.z_loss
+                        )
                     (loss * (devices.world_size / num_targets)).backward()
                 nats += pass_nats
 
             # Clip, update.
-            grad_norm = float(clip_grad_norm_(run.model.parameters(), options.max_grad_norm))
+            grad_norm = sharing.clip(options.max_grad_norm)
             train_loss = float(devices.sum(nats) / num_targets)
             _check_finite(run.step, train_loss, grad_norm, numbers)
             learning_rate = recipe.learning_rate * learning_rate_share(
@@ -113,7 +108,7 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
                 optimizer.step()
-                optimizer.zero_grad()
+            sharing.finish_update()
 
             # Log.
             num_tokens = recipe.chunks_per_step * run.train.chunk_size

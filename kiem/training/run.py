@@ -26,7 +26,7 @@ from kiem.data.chunks import (
     verify_shards,
 )
 from kiem.data.tokenizer import Tokenizer, load_tokenizer, write_tokenizer
-from kiem.errors import ExitCode, UserError
+from kiem.errors import ExitCode, UserError, no_effect
 from kiem.files import (
     check_name,
     new_folder,
@@ -50,6 +50,7 @@ from kiem.training.metrics import Metrics, keep_metrics_until
 from kiem.training.optimizer import make_optimizers
 from kiem.training.options import check_options
 from kiem.training.recipe import Recipe, settle, usual_for
+from kiem.training.sharding import Sharing
 from kiem.training.trackers import open_trackers
 
 _EVALUATIONS_PER_RUN = 5
@@ -68,6 +69,7 @@ class Run:
         tokenizer: the chunk directory's tokenizer.
         train, test: the chunks.
         model, model_name, optimizers: what is trained.
+        sharing: how the processes share the model.
         metrics: the run's log; only the first process has one.
         fingerprint: what must not change when the run is resumed.
         facts: what the run is made of, for the report and the model card.
@@ -87,6 +89,7 @@ class Run:
     model: Gemma3
     model_name: str
     optimizers: list[torch.optim.Optimizer]
+    sharing: Sharing
     fingerprint: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
     metrics: Metrics | None = None
@@ -152,6 +155,10 @@ def prepare_run(options: TrainingOptions, devices: Devices, console: Console) ->
     compiled = compile_if_worthwhile(model, options, recipe, train.chunk_size, devices, console)
     checkpoint = _checkpoint_to_resume(options, directory)
     _check_disk(options, directory, model)
+    if options.shard != "none" and devices.world_size == 1:
+        raise no_effect("--shard", "with one device")
+    sharing = Sharing(model, devices, options.shard)
+    decay = options.weight_decay
     run = Run(
         options=options,
         recipe=recipe,
@@ -162,7 +169,8 @@ def prepare_run(options: TrainingOptions, devices: Devices, console: Console) ->
         test=test,
         model=model,
         model_name=model_name,
-        optimizers=make_optimizers(model, options.optimizer, options.weight_decay),
+        optimizers=make_optimizers(model, options.optimizer, decay, sharing.owned),
+        sharing=sharing,
         fingerprint={
             "model": model_name,
             "data": sha256_file(options.dataset_path / MANIFEST_FILE),
