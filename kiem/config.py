@@ -114,6 +114,12 @@ class TrainingOptions:
     """Gradients with a larger norm are scaled down to this one."""
     z_loss: float = 1e-5
     """Weight of the squared log-normalizer in the loss, which keeps logits small. 0: off."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """When loss or gradient of an update is not finite: stop before the update, or go back to the
+    newest checkpoint and from there on without that update."""
+    spike_sigmas: float = 6.0
+    """Leave out updates whose loss is so many standard deviations above the mean of the 128 before.
+    0: do all."""
     eval_steps: int | None = None
     """Evaluate every so many updates. Default: five times a run. 0: only at the end."""
     eval_chunks: int = 64
@@ -121,7 +127,11 @@ class TrainingOptions:
     save_steps: int | None = None
     """Save a checkpoint every so many updates. Default: every half hour. 0: never."""
     save_total_limit: int = 2
-    """Checkpoints that are kept; older ones are removed."""
+    """Newest checkpoints that are kept, beside the one of the lowest test loss; others are removed
+    when a new one is committed."""
+    on_save_failure: Literal["continue", "stop"] = "continue"
+    """When the disk refuses a checkpoint or a line of the log: continue with a warning and try
+    again at the next one, or stop."""
     resume: str = "auto"
     """auto: go on from the newest checkpoint in the run directory, if there is one. none: do not.
     Or the path of a checkpoint."""

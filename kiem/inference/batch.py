@@ -33,7 +33,7 @@ from rich.progress import (
 from kiem.cli import to_dict
 from kiem.config import InferenceOptions
 from kiem.errors import ExitCode, UserError
-from kiem.files import append_json_line, remove_file, write_bytes, write_text
+from kiem.files import append_json_lines, remove_file, write_bytes, write_text
 from kiem.inference.loading import LoadedModel
 from kiem.inference.sampling import Sampling
 from kiem.inference.streaming import Writer, request_for
@@ -268,7 +268,7 @@ class _Journals:
 
     def add(self, place: int, result: dict[str, Any]) -> None:
         """Writes down a finished continuation."""
-        append_json_line(self._own, {"place": place, **result})
+        append_json_lines(self._own, [{"place": place, **result}])
 
     def read(self) -> dict[int, dict[str, Any]]:
         """Returns the results of all processes by their place."""
