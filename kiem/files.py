@@ -162,6 +162,12 @@ def new_folder(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_file(path: Path) -> None:
+    """Removes a file if it is there; raises a UserError if that cannot be done."""
+    with writing_errors(path):
+        path.unlink(missing_ok=True)
+
+
 def remove_folder(path: Path) -> None:
     """Removes a folder so that no half of it is ever seen under its name.
 

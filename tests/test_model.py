@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 from transformers import Gemma3ForCausalLM
 
 from kiem.errors import ExitCode, UserError
-from kiem.model.cache import KeyValueCache
+from kiem.model.cache import CachePass, KeyValueCache
 from kiem.model.files import read_config, read_model, write_model
-from kiem.model.gemma3 import Gemma3, next_token_targets
+from kiem.model.gemma3 import Gemma3, Recompute, next_token_targets
 from kiem.model.initialize import initialize
 from kiem.model.loss import IGNORE, summed_cross_entropy
 from kiem.model.presets import GEMMA3_1B_PARAMETERS, Gemma3Config, preset
@@ -122,17 +123,35 @@ def test_logits_loss_and_gradients_equal_transformers(
         )
 
 
-def test_recomputing_layers_gives_the_same_gradients(model: Gemma3) -> None:
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_gives_the_same_gradients(model: Gemma3, recompute: Recompute) -> None:
     ids = random_ids(2 * WINDOW)
-    gradients = []
-    for recompute in (False, True):
-        model.zero_grad()
-        model.recompute_layers = recompute
-        model(ids, next_token_targets(ids, BOS, PAD), BOS)[0].backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    model.recompute_layers = False
-    for plain, recomputed in zip(*gradients, strict=True):
+    expected = gradients(model, ids)
+    model.recompute = recompute
+    found = gradients(model, ids)
+    model.recompute = "none"
+    for plain, recomputed in zip(expected, found, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated", "ignore:The .grad")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_layers_give_the_same_gradients(recompute: Recompute) -> None:
+    model = Gemma3(SMALL)
+    initialize(model, 1)
+    ids = random_ids(2 * WINDOW)
+    expected = gradients(model, ids)
+    model.recompute = recompute
+    model.compile_layers()
+    for plain, compiled in zip(expected, gradients(model, ids), strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=0, atol=1e-4)
+
+
+def gradients(model: Gemma3, ids: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    model(ids, next_token_targets(ids, BOS, PAD), BOS, 1e-4)[0].backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
 def test_documents_do_not_see_each_other(model: Gemma3) -> None:
@@ -150,29 +169,55 @@ def test_documents_do_not_see_each_other(model: Gemma3) -> None:
 @pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 4 * WINDOW])
 @pytest.mark.parametrize("prefill", [1, 3, WINDOW + 2])
 def test_cached_equals_uncached(model: Gemma3, length: int, prefill: int) -> None:
+    """In two parts of several tokens, then token by token; in the last two of three slots."""
     ids = random_ids(length, rows=2)
-    expected = model.hidden_states(ids)
-    cache = KeyValueCache(SMALL, 2, length, torch.float32, torch.device("cpu"))
+    cache = KeyValueCache(SMALL, 3, length, torch.float32, torch.device("cpu"))
+    starts = [0, prefill, *range(prefill + 4, length), length]
     with torch.no_grad():
-        parts = [model.hidden_states(ids[:, :prefill], cache=cache)]
-        middle = min(prefill + 4, length)
-        if middle > prefill:
-            parts.append(model.hidden_states(ids[:, prefill:middle], cache=cache))
-        for t in range(middle, length):
-            parts.append(model.hidden_states(ids[:, t : t + 1], cache=cache))
+        expected = model.hidden_states(ids)
+        parts = []
+        for start, end in itertools.pairwise(sorted({min(start, length) for start in starts})):
+            positions = torch.arange(start, end).expand(2, -1)
+            where = CachePass(cache, 1, positions, end)
+            parts.append(model.hidden_states(ids[:, start:end], cached=where))
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-5)
 
 
+def test_sequences_of_different_lengths_share_a_cache(model: Gemma3) -> None:
+    """Prompts around the window; slots that longer and shorter sequences have used before."""
+    lengths = [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 4 * WINDOW]
+    num_new = 2 * WINDOW
+    max_tokens = max(lengths) + num_new
+    ids = random_ids(max_tokens, rows=len(lengths))
+    cache = KeyValueCache(SMALL, len(lengths), max_tokens, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        expected = model.hidden_states(ids)
+        for round_lengths in (lengths, lengths[::-1]):
+            for slot, length in enumerate(round_lengths):
+                where = CachePass(cache, slot, torch.arange(length)[None], length)
+                model.hidden_states(ids[slot : slot + 1, :length], cached=where)
+            for step in range(num_new):
+                positions = torch.tensor(round_lengths)[:, None] + step
+                where = CachePass(cache, 0, positions, max_tokens)
+                found = model.hidden_states(ids.gather(1, positions), cached=where)
+                rows = torch.arange(len(lengths))
+                torch.testing.assert_close(
+                    found[:, 0], expected[rows, positions[:, 0]], rtol=0, atol=1e-5
+                )
+
+
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_blockwise_loss_equals_the_plain_one(z_loss: float) -> None:
+@pytest.mark.parametrize(("rows", "entries"), [(1100, 301), (1100, 9000), (6, 262_144)])
+def test_blockwise_loss_equals_the_plain_one(rows: int, entries: int, z_loss: float) -> None:
+    """More rows than a block has, more entries than a slice has, and Gemma's vocabulary."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1100, 24, dtype=torch.float64, generator=generator, requires_grad=True)
-    weight = torch.randn(301, 24, dtype=torch.float64, generator=generator, requires_grad=True)
-    targets = torch.randint(0, 301, (1100,), generator=generator)
+    hidden = torch.randn(rows, 24, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(entries, 24, dtype=torch.float64, generator=generator, requires_grad=True)
+    targets = torch.randint(0, entries, (rows,), generator=generator)
     targets[::7] = IGNORE
     loss, nats = summed_cross_entropy(hidden, weight, targets, z_loss)
     (loss * 0.5).backward()
-    gradients = hidden.grad, weight.grad
+    found = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
 
     logits = hidden @ weight.T
@@ -180,7 +225,31 @@ def test_blockwise_loss_equals_the_plain_one(z_loss: float) -> None:
     log_z = logits.logsumexp(1)[targets != IGNORE]
     (0.5 * (plain + z_loss * log_z.square().sum())).backward()
     torch.testing.assert_close(nats, plain.detach())
-    torch.testing.assert_close(gradients, (hidden.grad, weight.grad))
+    torch.testing.assert_close(found, (hidden.grad, weight.grad))
+
+
+def test_blockwise_loss_under_autocast_sums_in_fp32() -> None:
+    """Products of bf16 factors, everything after them in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1100, 64, generator=generator, requires_grad=True)
+    weight = (0.3 * torch.randn(9000, 64, generator=generator)).requires_grad_()
+    targets = torch.randint(0, 9000, (1100,), generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, nats = summed_cross_entropy(hidden, weight, targets, 1e-3)
+    loss.backward()
+    found = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+
+    logits = (hidden.bfloat16() @ weight.bfloat16().T).float()
+    plain = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    (plain + 1e-3 * logits.logsumexp(1).square().sum()).backward()
+    torch.testing.assert_close(nats, plain.detach(), rtol=1e-5, atol=0)
+    for gradient, expected in zip(found, (hidden.grad, weight.grad), strict=True):
+        assert gradient is not None and gradient.dtype == torch.float32
+        # Four steps of bf16 at the size of the largest.
+        torch.testing.assert_close(
+            gradient, expected, rtol=0, atol=float(expected.abs().max()) / 64
+        )
 
 
 def test_targets_leave_out_padding_and_bos() -> None:

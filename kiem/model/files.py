@@ -70,10 +70,19 @@ def write_model(model: Gemma3, folder: Path, special_ids: dict[str, int]) -> dic
     Returns:
         The SHA-256 of the large file, by its name.
     """
-    config = model.config
     ids = {f"{name}_token_id": token for name, token in special_ids.items()}
-    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
-    description = {
+    dtype = model.model.embed_tokens.weight.dtype
+    write_json(folder / CONFIG_FILE, {**describe(model.config, dtype), **ids})
+    write_json(
+        folder / "generation_config.json",
+        {"do_sample": True, "cache_implementation": "hybrid", **ids},
+    )
+    return {WEIGHTS_FILE: write_weights(dict(model.state_dict()), folder / WEIGHTS_FILE)}
+
+
+def describe(config: Gemma3Config, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns what config.json says of a model, but for the tokenizer's ids."""
+    return {
         "architectures": ["Gemma3ForCausalLM"],
         **_FIXED,
         **{name: getattr(config, name) for name in _SHAPE},
@@ -86,15 +95,8 @@ def write_model(model: Gemma3, folder: Path, special_ids: dict[str, int]) -> dic
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
-        "torch_dtype": dtype,
-        **ids,
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    write_json(folder / CONFIG_FILE, description)
-    write_json(
-        folder / "generation_config.json",
-        {"do_sample": True, "cache_implementation": "hybrid", **ids},
-    )
-    return {WEIGHTS_FILE: write_weights(dict(model.state_dict()), folder / WEIGHTS_FILE)}
 
 
 def write_weights(tensors: dict[str, Tensor], path: Path) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 
 from kiem.config import TrainingOptions
 from kiem.errors import ExitCode, UserError
@@ -25,6 +23,7 @@ from kiem.training.energy import EnergyMeter
 from kiem.training.evaluate import evaluate, measure_minimal_pairs, sample_texts
 from kiem.training.guard import Guard, save
 from kiem.training.optimizer import learning_rate_share
+from kiem.training.probe import flops_per_token
 from kiem.training.reporter import Reporter
 from kiem.training.run import Run, finish_run, prepare_run
 
@@ -70,12 +69,11 @@ def train(options: TrainingOptions, console: Console) -> None:
 def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Reporter) -> None:
     """Does the updates that are left; the trained weights are then in `run.model`."""
     options, recipe, special_ids = run.options, run.recipe, run.tokenizer.special_ids
-    model: Any = run.model
-    if devices.world_size > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    sharing = run.sharing
     order = Order(run.train.num_chunks, options.seed)
     attention_bos_id = special_ids["bos"] if options.document_mask else None
     energy = EnergyMeter(devices.device)
+    flop = flops_per_token(run.model.config, run.train.chunk_size)
     guard = Guard(run, devices, console)
     with Display(run, console) as display, guard:
         while run.progress < 1:
@@ -96,16 +94,16 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
             # (transformers#34191); world_size undoes the averaging over processes.
             nats = torch.zeros((), device=devices.device)
             for index, (ids, target) in enumerate(zip(batches, targets, strict=True)):
-                is_alone = devices.world_size == 1
-                is_last = index == len(batches) - 1
-                with nullcontext() if is_alone or is_last else model.no_sync():
+                with sharing.accumulating(is_last=index == len(batches) - 1):
                     with devices.autocast():
-                        loss, pass_nats = model(ids, target, attention_bos_id, options.z_loss)
+                        loss, pass_nats = sharing.wrapped(
+                            ids, target, attention_bos_id, options.z_loss
+                        )
                     (loss * (devices.world_size / num_targets)).backward()
                 nats += pass_nats
 
             # Clip, update, unless the numbers say that something is wrong.
-            grad_norm = float(clip_grad_norm_(run.model.parameters(), options.max_grad_norm))
+            grad_norm = sharing.clip(options.max_grad_norm)
             train_loss = float(devices.sum(nats) / num_targets)
             verdict = guard.judge(train_loss, grad_norm, numbers)
             if verdict == "roll back":
@@ -118,7 +116,7 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
                     group["lr"] = learning_rate
                 if verdict == "update":
                     optimizer.step()
-                optimizer.zero_grad()
+            sharing.finish_update()
 
             guard.step_ends()
 
@@ -134,6 +132,7 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
                 "learning_rate": learning_rate,
                 "grad_norm": grad_norm,
                 "tokens_per_second": num_tokens / step_seconds,
+                "mfu": num_tokens * flop / step_seconds / devices.matrix_flops,
                 "memory_bytes": peak_memory_bytes(devices.device),
                 "seconds": run.seconds,
             }

@@ -25,8 +25,8 @@ from kiem.data.chunks import (
     read_tokenizer,
     verify_shards,
 )
-from kiem.data.tokenizer import Tokenizer, load_tokenizer, write_tokenizer
-from kiem.errors import ExitCode, UserError
+from kiem.data.tokenizer import Tokenizer, write_tokenizer
+from kiem.errors import no_effect
 from kiem.files import (
     locked_folder,
     new_folder,
@@ -37,14 +37,16 @@ from kiem.files import (
     write_text,
 )
 from kiem.manifest import write_manifest
-from kiem.model.files import find_model, read_model, write_model
+from kiem.memory import keep_freed_memory
+from kiem.model.files import write_model
 from kiem.model.gemma3 import Gemma3
-from kiem.model.initialize import initialize
-from kiem.model.presets import name_of, preset
+from kiem.model.presets import name_of
 from kiem.report.card import model_card
 from kiem.report.record import CONFIG_FILE, FACTS_FILE, SUMMARY_FILE
 from kiem.training.checkpoint import CHECKPOINTS, load_checkpoint, read_state, set_aside_after
+from kiem.training.compiling import compile_if_worthwhile
 from kiem.training.devices import Devices
+from kiem.training.first_weights import make_model
 from kiem.training.metrics import Metrics, keep_metrics_until
 from kiem.training.optimizer import make_optimizers
 from kiem.training.options import check_options
@@ -56,11 +58,11 @@ from kiem.training.resume import (
     choose_checkpoint,
     run_name,
 )
+from kiem.training.sharding import Sharing
 from kiem.training.trackers import open_trackers
 
 _EVALUATIONS_PER_RUN = 5
 _SECONDS_BETWEEN_SAVES = 1800
-_RECOMPUTE_ABOVE_PARAMETERS = 500_000_000
 # What a checkpoint remembers of a run.
 _STATE = ("step", "tokens", "seconds", "joules", "test_loss", "recent_losses", "num_skipped")
 
@@ -76,6 +78,7 @@ class Run:
         tokenizer: the chunk directory's tokenizer.
         train, test: the chunks.
         model, model_name, optimizers: what is trained.
+        sharing: how the processes share the model.
         metrics: the run's log; only the first process has one.
         fingerprint: what must not change when the run is resumed.
         changeable: what may change then, but gives another result.
@@ -83,6 +86,7 @@ class Run:
         step, tokens, seconds: updates, tokens and training time so far, evaluations not counted.
         joules: energy so far, where the hardware counts it; 0 elsewhere.
         resumed_from: the checkpoint this run went on from.
+        compiled: whether torch.compile made the layers' kernels.
         saved_step: the update after which the newest checkpoint was saved.
         test_loss: of the latest evaluation.
         recent_losses: of the latest updates, for `guard.spike_limit`.
@@ -99,6 +103,7 @@ class Run:
     model: Gemma3
     model_name: str
     optimizers: list[torch.optim.Optimizer]
+    sharing: Sharing
     fingerprint: dict[str, Any]
     changeable: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
@@ -108,6 +113,7 @@ class Run:
     seconds: float = 0.0
     joules: float = 0.0
     resumed_from: Path | None = None
+    compiled: bool = False
     saved_step: int | None = None
     test_loss: float | None = None
     recent_losses: list[float] = field(default_factory=list)
@@ -194,7 +200,7 @@ def prepare_run(
     devices.wait_for_all()
     train = open_split(options.dataset_path, manifest, "train")
     test = open_split(options.dataset_path, manifest, "test")
-    model = _make_model(options, tokenizer).to(devices.device)
+    model = make_model(options, tokenizer).to(devices.device)
     model_name = name_of(model.config)
     directory = options.output_dir / run_name(options, model_name)
     usual = usual_for(model.config)
@@ -206,6 +212,12 @@ def prepare_run(
             remove_leftovers(directory / CHECKPOINTS)
     checkpoint = choose_checkpoint(options, directory, devices, console)
     check_space(options, directory, model.config.num_parameters())
+    if options.shard != "none" and devices.world_size == 1:
+        raise no_effect("--shard", "with one device")
+    keep_freed_memory()
+    compiled = compile_if_worthwhile(model, options, recipe, train.chunk_size, devices, console)
+    sharing = Sharing(model, devices, options.shard)
+    decay = options.weight_decay
     run = Run(
         options=options,
         recipe=recipe,
@@ -216,7 +228,8 @@ def prepare_run(
         test=test,
         model=model,
         model_name=model_name,
-        optimizers=make_optimizers(model, options.optimizer, options.weight_decay),
+        optimizers=make_optimizers(model, options.optimizer, decay, sharing.owned),
+        sharing=sharing,
         fingerprint={
             "model": model_name,
             "data": manifest.get("sha256", sha256_file(options.dataset_path / MANIFEST_FILE)),
@@ -229,8 +242,10 @@ def prepare_run(
             **{name: getattr(options, name) for name in CHANGEABLE},
             "precision": devices.precision,
             "devices": devices.world_size,
+            "compiled": compiled,
         },
         resumed_from=checkpoint,
+        compiled=compiled,
     )
     if checkpoint is not None:
         state = read_state(checkpoint)
@@ -302,6 +317,8 @@ def _facts(run: Run, devices: Devices) -> dict[str, Any]:
             "device": _device_name(devices.device),
             "devices": devices.world_size,
             "precision": devices.precision,
+            "compiled": run.compiled,
+            "matrix_flops": devices.matrix_flops,
         },
         "versions": {
             "kiem": kiem.__version__,
@@ -309,34 +326,6 @@ def _facts(run: Run, devices: Devices) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
-
-
-def _make_model(options: TrainingOptions, tokenizer: Tokenizer) -> Gemma3:
-    if options.init_from is None:
-        model = Gemma3(preset(options.model, tokenizer.num_rows))
-        initialize(model, options.seed)
-    else:
-        folder = find_model(options.init_from)
-        model = read_model(folder, dtype=torch.float32)
-        _check_same_tokenizer(folder, tokenizer, options)
-    recompute = options.activation_checkpointing
-    model.recompute_layers = recompute == "full" or (
-        recompute == "auto" and model.config.num_parameters() > _RECOMPUTE_ABOVE_PARAMETERS
-    )
-    return model
-
-
-def _check_same_tokenizer(folder: Path, tokenizer: Tokenizer, options: TrainingOptions) -> None:
-    # Equal vocabularies suffice: Gemma's -it and -pt files, and transformers' own saves, differ in
-    # bytes but give every piece of text the same id.
-    own = load_tokenizer(str(folder)).implementation.get_vocab(with_added_tokens=False)
-    if own != tokenizer.implementation.get_vocab(with_added_tokens=False):
-        raise UserError(
-            f"the chunks in {options.dataset_path} were made with another tokenizer",
-            where=f"--init-from {options.init_from}",
-            fix=f"Make them again with preprocess.py --tokenizer {options.init_from}.",
-            exit_code=ExitCode.TOKENIZER_MISMATCH,
-        )
 
 
 def _device_name(device: torch.device) -> str:
