@@ -45,7 +45,8 @@ chaos: $(VENV)/installed gemma-tokenizer
 	@echo "CHAOS_SEED=$(CHAOS_SEED)"
 	KIEM_CHAOS_SCALE=1.0 KIEM_CHAOS_SEED=$(CHAOS_SEED) KIEM_FUZZ_FILES=6000 \
 	    $(BIN)/python -m pytest tests/test_restart.py tests/test_bad_input.py tests/test_ray.py \
-	    tests/test_checkpoint.py tests/test_interruptions.py tests/test_guard.py
+	    tests/test_checkpoint.py tests/test_interruptions.py tests/test_guard.py \
+	    tests/test_faults.py
 
 bench: $(VENV)/installed gemma-tokenizer
 	$(BIN)/python benchmarks/preprocessing.py --text $(TEXT) --tokenizer $(GEMMA_TOKENIZER)

@@ -70,7 +70,7 @@ def test_a_disk_that_fills_up(lives: Lives, disk: Disk, tmp_path: Path) -> None:
     fill = FILL.format(full=str(full), room=9_000_000)
     assert lives.run(disk.path, patch=fill) == [0], lives.log.read_text()
     said = lives.log.read_text()
-    assert f"{run}/checkpoints/step-6" in said
+    assert f"{run}/checkpoints/.step-6.partial/" in said
     assert "checkpoint of step 6, some 18." in said
     assert "the disk is full; nothing was written under this name; training goes on" in said
     (checkpoint,) = list_checkpoints(run / "checkpoints")
