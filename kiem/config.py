@@ -101,8 +101,8 @@ class TrainingOptions:
     the data is small."""
     learning_rate: float | None = None
     """Highest learning rate. Default: by model."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw: AdamW for all parameters. muon: Muon for the hidden matrices, AdamW for the rest."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon: Muon for the hidden matrices, AdamW for the rest. adamw: AdamW for all parameters."""
     schedule: Literal["linear", "cosine", "wsd"] = "linear"
     """How the learning rate falls after the warm-up: to zero, along a cosine to a tenth, or (wsd)
     only in the last fifth, to zero."""
