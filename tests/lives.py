@@ -30,7 +30,7 @@ OPTIONS = (
     *("--precision", "fp32", "--minimal-pairs", "never", "--batch-size", "2"),
     *("--gradient-accumulation-steps", "1"),
 )
-_TIMES = ("seconds", "tokens_per_second", "memory_bytes", "joules")
+_TIMES = ("seconds", "tokens_per_second", "memory_bytes", "joules", "mfu")
 _SERVER = """
 import json, os, sys
 import torch

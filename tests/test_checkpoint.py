@@ -52,7 +52,7 @@ QUIET = Console(quiet=True)
 
 
 def devices(rank: int = 0, world_size: int = 1) -> Devices:
-    return Devices(rank, world_size, torch.device("cpu"), "fp32")
+    return Devices(rank, world_size, torch.device("cpu"), "fp32", 1e9)
 
 
 def made(kind: str = "adamw", num_updates: int = 1) -> tuple[Gemma3, list[torch.optim.Optimizer]]:
