@@ -17,14 +17,18 @@ from serving import ServerProcess, serving
 KEY = "een-sleutel-van-lengte"
 # Relative luminance and contrast as WCAG 2.2 defines them, of an element on what lies behind it.
 CONTRAST = """element => {
-  const channels = color => color.match(/[\\d.]+/g).map(Number);
+  const channels = color => [...color.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
   const luminance = ([r, g, b]) => [r, g, b].map(c => c / 255)
     .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
     .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  let behind = element;
-  while (channels(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
-  const light = [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor]
-    .map(color => luminance(channels(color))).sort((a, b) => b - a);
+  const layers = [];
+  for (let e = element; layers.at(-1)?.[3] !== 1; e = e.parentElement) {
+    layers.push(channels(getComputedStyle(e).backgroundColor));
+  }
+  const behind = layers.reduceRight((below, [r, g, b, alpha]) =>
+    [r, g, b].map((c, i) => alpha * c + (1 - alpha) * below[i]), [0, 0, 0]);
+  const light = [channels(getComputedStyle(element).color), behind]
+    .map(luminance).sort((a, b) => b - a);
   return (light[0] + 0.05) / (light[1] + 0.05);
 }"""
 
@@ -200,6 +204,8 @@ def test_it_fits_and_can_be_read(
         assert box is not None
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= width
+        for token in page.locator(".token").all():
+            assert token.evaluate(CONTRAST) >= 4.5
         for selector in (".note", ".hint", "#status", ".given", "#write", ".quiet", "output", "td"):
             contrast = page.locator(selector).first.evaluate(CONTRAST)
             assert contrast >= 4.5, (selector, contrast)
