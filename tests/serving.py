@@ -9,7 +9,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,11 @@ def open_stream(server: ServerProcess, max_tokens: int = 3000) -> tuple[HTTPConn
     if answer.status == 200:
         assert answer.readline().startswith(b"data: ")
     return connection, answer
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Returns when a condition holds; fails after half a minute."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -7,7 +7,6 @@ import json
 import math
 import random
 import socket
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
@@ -17,7 +16,7 @@ from typing import Any
 import openai
 import pytest
 from conftest import run_script
-from serving import ENDLESS, ServerProcess, open_stream, serving
+from serving import ENDLESS, ServerProcess, open_stream, serving, wait_until
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -254,13 +253,6 @@ def test_a_body_that_is_too_large(server: ServerProcess) -> None:
     status, _, text = server.ask("POST", "/v1/completions", {"prompt": "x" * (1 << 20)})
     assert status == 413
     assert "1048576" in json.loads(text)["error"]["message"]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_client_that_leaves_frees_its_slot(server: ServerProcess) -> None:
