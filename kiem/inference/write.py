@@ -42,7 +42,9 @@ def write(options: InferenceOptions, console: Console) -> None:
     if options.temperature == 0 and (options.top_p != 0.9 or options.top_k != 0):
         warn(console, "--top-k and --top-p have no effect with --temperature 0")
     prompts = [] if options.interactive or options.benchmark else read_prompts(options)
-    loaded = load_for_inference(options.model_path, options.precision)
+    loaded = load_for_inference(options.model_path, options.precision, options.quantize)
+    if loaded.warning is not None:
+        warn(console, loaded.warning)
     if options.benchmark:
         run_benchmark(loaded, options.json, options.model_path, console)
     elif options.interactive:
