@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kiem.inference.decoding import prepare
 from kiem.inference.kernels import Form, load_kernels
 from kiem.inference.quantize import (
     Weights,
-    prepare,
     quantize_int4,
     quantize_int8,
     unpack_int4,
 )
+from kiem.model.cache import CachePass, KeyValueCache
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 from kiem.model.presets import Gemma3Config
@@ -103,6 +104,9 @@ def test_many_rows_take_the_same_weights_as_few(form: Form) -> None:
 def test_a_prepared_model_is_the_model_with_rounded_weights(quantize: str) -> None:
     model = Gemma3(SHAPE)
     initialize(model, seed=3)
+    with torch.no_grad():  # so that a token's output depends on all it sees
+        for parameter in model.parameters():
+            parameter.mul_(4).add_(0.01)
     plain = Gemma3(SHAPE)
     plain.load_state_dict(model.state_dict())
     form: Form = "fp32" if quantize == "none" else quantize
@@ -111,6 +115,22 @@ def test_a_prepared_model_is_the_model_with_rounded_weights(quantize: str) -> No
             if parameter.ndim == 2:
                 parameter.copy_(dequantized(parameter, form))
         prepare(model, quantize)
-        ids = torch.randint(0, 131, (2, 12), generator=torch.Generator().manual_seed(0))
-        found, expected = (m.logits(m.hidden_states(ids)[:, -1]) for m in (model, plain))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        ids = torch.randint(0, 131, (2, 30), generator=torch.Generator().manual_seed(0))
+        expected = plain.hidden_states(ids)
+        torch.testing.assert_close(model.hidden_states(ids), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            model.logits(expected[:, -1]), plain.logits(expected[:, -1]), rtol=0, atol=1e-5
+        )
+        # One token in each of two slots, at places before, at and after the window.
+        cache = KeyValueCache(SHAPE, 3, 30, torch.float32, torch.device("cpu"))
+        starts = (WINDOW - 2, 2 * WINDOW)
+        for slot, start in enumerate(starts, start=1):
+            where = CachePass(cache, slot, torch.arange(start)[None], start)
+            model.hidden_states(ids[slot - 1 : slot, :start], cached=where)
+        for step in range(WINDOW):
+            positions = torch.tensor(starts)[:, None] + step
+            where = CachePass(cache, 1, positions, 30)
+            found = model.hidden_states(ids.gather(1, positions), cached=where)[:, 0]
+            torch.testing.assert_close(
+                found, expected[torch.arange(2), positions[:, 0]], rtol=0, atol=1e-4
+            )

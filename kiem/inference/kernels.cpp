@@ -1,9 +1,11 @@
-// Matrix products of few rows with weights that stay as they are stored: y[b, n] = sum_k x[b, k] w[n, k].
+// What decoding does on the CPU: matrix products of few rows with weights that stay as they are stored,
+// y[b, n] = sum_k x[b, k] w[n, k], and around them norms and the attention of one token a sequence.
 //
 // Decoding reads every weight once for a handful of rows, so memory is the limit, and the weights are
-// turned to fp32 on the way from memory into the multiplication. Every y[b, n] is summed up in the same
+// turned to fp32 on the way from memory into the multiplication. All sums of a row are made in the same
 // order, whatever the number of rows: a row's result does not depend on its neighbours.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -235,4 +237,98 @@ extern "C" void kiem_unpack(const void *weights, const uint16_t *scales, void *o
                             long format, long out_is_bf16) {
     if (format == 2) unpack(Int8{(const int8_t *)weights, scales, k}, num_rows, k, out, out_is_bf16);
     else unpack(Int4{(const uint8_t *)weights, scales, k}, num_rows, k, out, out_is_bf16);
+}
+
+static inline Float16 load16(const float *from) { return load<Float16>(from); }
+static inline Float16 load16(const uint16_t *from) { return bf16_to_fp32(from); }
+static inline void store16(float *to, Float16 v) { store(to, v); }
+static inline void store16(uint16_t *to, Float16 v) { fp32_to_bf16(v, to); }
+
+// y = x / sqrt(mean(x^2) + eps) * (1 + gain), of n values.
+template <class T, class Y> static void norm(const T *x, const T *gain, Y *y, long n, float eps) {
+    Float16 squares = {};
+    for (long i = 0; i < n; i += 16) squares += load16(x + i) * load16(x + i);
+    float factor = 1.0f / std::sqrt(sum(squares) / n + eps);
+    for (long i = 0; i < n; i += 16) store16(y + i, load16(x + i) * factor * (load16(gain + i) + 1.0f));
+}
+
+extern "C" void kiem_norm(const void *x, const void *gain, void *y, long num_rows, long n, float eps, long is_bf16) {
+    for (long row = 0; row < num_rows; row++) {
+        long at = row * n;
+        if (is_bf16) norm((const uint16_t *)x + at, (const uint16_t *)gain, (uint16_t *)y + at, n, eps);
+        else norm((const float *)x + at, (const float *)gain, (float *)y + at, n, eps);
+    }
+}
+
+// Norm, then the rotary turn by angles with these cosines and sines, of one head with c values.
+template <class T>
+static void norm_and_turn(const T *x, const T *gain, const float *cos, const float *sin, float *out, long c, float eps) {
+    std::vector<float> normed(c);
+    norm(x, gain, normed.data(), c, eps);
+    for (long i = 0; i < c; i++) {
+        float other = i < c / 2 ? -normed[i + c / 2] : normed[i - c / 2];
+        out[i] = normed[i] * cos[i] + other * sin[i];
+    }
+}
+
+// One query head against the first `num_entries` keys and values.
+template <class T>
+static void attend_head(const float *q, const T *keys, const T *values, T *out, long num_entries, long c, float scale) {
+    static thread_local std::vector<float> scores;
+    scores.resize(num_entries);
+    float highest = -INFINITY, total = 0;
+    for (long s = 0; s < num_entries; s++) {
+        Float16 products = {};
+        for (long i = 0; i < c; i += 16) products += load<Float16>(q + i) * load16(keys + s * c + i);
+        scores[s] = sum(products) * scale;
+        highest = scores[s] > highest ? scores[s] : highest;
+    }
+    for (long s = 0; s < num_entries; s++) total += scores[s] = std::exp(scores[s] - highest);
+    for (long i = 0; i < c; i += 16) {
+        Float16 mixed = {};
+        for (long s = 0; s < num_entries; s++) mixed += load16(values + s * c + i) * scores[s];
+        store16(out + i, mixed / total);
+    }
+}
+
+template <class T>
+static void attend(const T *q, const T *k, const T *v, const T *q_gain, const T *k_gain, const float *cos,
+                   const float *sin, T *keys, T *values, const int64_t *positions, T *out, long batch, long num_heads,
+                   long num_kv_heads, long c, long num_entries, float eps, float scale) {
+    std::vector<float> turned(batch * num_heads * c);
+    for (long b = 0; b < batch; b++) {
+        for (long h = 0; h < num_kv_heads; h++) {
+            long from = (b * num_kv_heads + h) * c;
+            long to = ((b * num_kv_heads + h) * num_entries + positions[b] % num_entries) * c;
+            norm_and_turn(k + from, k_gain, cos + b * c, sin + b * c, turned.data(), c, eps);
+            for (long i = 0; i < c; i += 16) store16(keys + to + i, load16(turned.data() + i));
+            memcpy(values + to, v + from, c * sizeof(T));
+        }
+    }
+    for (long b = 0; b < batch; b++)
+        for (long h = 0; h < num_heads; h++) {
+            long at = (b * num_heads + h) * c;
+            norm_and_turn(q + at, q_gain, cos + b * c, sin + b * c, turned.data() + at, c, eps);
+        }
+#pragma omp parallel for schedule(static)
+    for (long head = 0; head < batch * num_heads; head++) {
+        long b = head / num_heads, kv_head = head % num_heads / (num_heads / num_kv_heads);
+        long held = (b * num_kv_heads + kv_head) * num_entries * c;
+        long seen = positions[b] + 1 < num_entries ? positions[b] + 1 : num_entries;
+        attend_head(turned.data() + head * c, keys + held, values + held, out + head * c, seen, c, scale);
+    }
+}
+
+// Attention of one new token in each of `batch` slots. q: [batch, num_heads, c]; k, v: [batch, num_kv_heads, c];
+// gains of their norms: [c]; cos, sin: fp32 [batch, c]; keys, values: the cache, [batch, num_kv_heads, num_entries, c],
+// where the token at position p is entry p % num_entries; out: as q. All but cos and sin are bf16 or all fp32.
+extern "C" void kiem_attend(const void *q, const void *k, const void *v, const void *q_gain, const void *k_gain,
+                            const float *cos, const float *sin, void *keys, void *values, const int64_t *positions,
+                            void *out, long batch, long num_heads, long num_kv_heads, long c, long num_entries,
+                            float eps, float scale, long is_bf16) {
+#define ATTEND(T)                                                                                                   \
+    attend((const T *)q, (const T *)k, (const T *)v, (const T *)q_gain, (const T *)k_gain, cos, sin, (T *)keys,     \
+           (T *)values, positions, (T *)out, batch, num_heads, num_kv_heads, c, num_entries, eps, scale)
+    if (is_bf16) ATTEND(uint16_t);
+    else ATTEND(float);
 }

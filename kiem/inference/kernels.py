@@ -1,4 +1,4 @@
-"""Compiles and loads kernels.cpp: matrix products of few rows on the CPU.
+"""Compiles and loads kernels.cpp: what decoding does on the CPU.
 
 torch's own leave a large part of the memory's bandwidth unused (docs/decisions.md). The compiled
 library is kept in the user's cache folder, under a name that says what it was made from.
@@ -96,6 +96,51 @@ def unpack(weights: Tensor, scales: Tensor, num_columns: int, form: Form, dtype:
     return out
 
 
+def norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """Returns the root mean square norm of x [..., D] with gain 1 + `gain` [D], of one dtype."""
+    kernels = load_kernels()
+    assert not isinstance(kernels, str), kernels
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    shape = x.numel() // len(gain), len(gain)
+    is_bf16 = x.dtype == torch.bfloat16
+    kernels.kiem_norm(x.data_ptr(), gain.data_ptr(), y.data_ptr(), *shape, eps, is_bf16)
+    return y
+
+
+def attend(
+    projected: tuple[Tensor, Tensor, Tensor],
+    gains: tuple[Tensor, Tensor],
+    rotary: tuple[Tensor, Tensor],
+    cache: tuple[Tensor, Tensor],
+    positions: Tensor,
+    eps: float,
+    scale: float,
+) -> Tensor:
+    """Returns the attention of one new token in each of B slots, and puts it into their cache.
+
+    Args:
+        projected: query [B, 1, H * C], key and value [B, 1, K * C], as the matrices give them.
+        gains: of the norms of query and key, [C].
+        rotary: cosines and sines at the tokens' positions, fp32 with B * C values.
+        cache: keys and values of the slots, [B, K, S, C].
+        positions: int64, B values.
+        eps, scale: of the norms and of the scores.
+    """
+    kernels = load_kernels()
+    assert not isinstance(kernels, str), kernels
+    num_rows, num_kv_heads, num_entries, head_dim = cache[0].shape
+    tensors = [*projected, *gains, *rotary, *cache, positions]
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    out = torch.empty_like(projected[0])
+    kernels.kiem_attend(
+        *(tensor.data_ptr() for tensor in [*tensors, out]),
+        *(num_rows, out.shape[-1] // head_dim, num_kv_heads, head_dim, num_entries),
+        *(eps, scale, out.dtype == torch.bfloat16),
+    )
+    return out
+
+
 def _open(library: Path) -> ctypes.CDLL | str:
     try:
         kernels = ctypes.CDLL(str(library))
@@ -106,6 +151,11 @@ def _open(library: Path) -> ctypes.CDLL | str:
     kernels.kiem_linear.restype = None
     kernels.kiem_unpack.argtypes = [pointer] * 3 + [number] * 4
     kernels.kiem_unpack.restype = None
+    real = ctypes.c_float
+    kernels.kiem_norm.argtypes = [pointer] * 3 + [number] * 2 + [real, number]
+    kernels.kiem_norm.restype = None
+    kernels.kiem_attend.argtypes = [pointer] * 11 + [number] * 5 + [real, real, number]
+    kernels.kiem_attend.restype = None
     return kernels
 
 

@@ -11,8 +11,9 @@ import torch
 
 from kiem.data.tokenizer import Tokenizer
 from kiem.errors import ExitCode, UserError
+from kiem.inference.decoding import prepare
 from kiem.inference.kernels import load_kernels
-from kiem.inference.quantize import can_quantize, prepare
+from kiem.inference.quantize import can_quantize
 from kiem.model.files import find_model, read_model, read_model_tokenizer
 from kiem.model.gemma3 import Gemma3
 

@@ -10,8 +10,6 @@ output layer, is quantized like the matrices; norms stay as they are. Shapes:
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,9 +20,9 @@ from kiem.model.gemma3 import Gemma3
 # With more tokens of a sequence, arithmetic is the limit and not memory, and torch's products (AMX,
 # where there is) are better at it. The number of sequences does not count: with the kernel none of
 # them depends on how many others there are.
-_MOST_TOKENS = 16
+MOST_TOKENS = 16
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 _COLUMNS_STEP = 128
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 _INT8_GROUP = 128
 _INT4_GROUP = 32
 # Candidates for the scale of a group: as if its largest magnitude were this number.
@@ -52,7 +50,7 @@ class Weights(nn.Module):
             weight, scales = quantize_int8(weight)
         elif form == "int4":
             weight, scales = quantize_int4(weight)
-        self.fits_kernel = self.num_columns % _COLUMNS_STEP == 0 and dtype in _KERNEL_DTYPES
+        self.fits_kernel = self.num_columns % _COLUMNS_STEP == 0 and dtype in KERNEL_DTYPES
         self.register_buffer("stored", weight)
         self.register_buffer("scales", scales)
 
@@ -62,7 +60,7 @@ class Weights(nn.Module):
 
     def multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The same in another precision."""
-        is_few = x.ndim == 2 or x.shape[1] <= _MOST_TOKENS
+        is_few = x.ndim == 2 or x.shape[1] <= MOST_TOKENS
         if is_few and self.fits_kernel and not isinstance(load_kernels(), str):
             return linear(x, self.stored, self.scales, self.form, dtype)
         return F.linear(x, self.whole(self.stored, self.scales)).to(dtype)
@@ -90,25 +88,6 @@ class EmbeddingWeights(Weights):
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns fp32 logits [B, N] of hidden states [B, K]."""
         return self.multiply(hidden, torch.float32)
-
-
-def prepare(model: Gemma3, quantize: Literal["none", "int8", "int4"]) -> None:
-    """Gives a model on the CPU weights for inference, in place; with "none" they are not copied.
-
-    Args:
-        model: a model with weights in fp32 or bf16, which stays the precision of the activations.
-        quantize: how.
-    """
-    stored: Form = "bf16" if model.dtype == torch.bfloat16 else "fp32"
-    form: Form = stored if quantize == "none" else quantize
-    body = model.model
-    for layer in body.layers:
-        for name, module in list(layer.named_modules()):
-            if isinstance(module, nn.Linear):
-                weights = Weights(module.weight.detach(), form, model.dtype)
-                layer.set_submodule(name, weights)
-    embedding = EmbeddingWeights(body.embed_tokens.weight.detach(), form, model.dtype)
-    body.set_submodule("embed_tokens", embedding)
 
 
 def can_quantize(model: Gemma3) -> bool:
