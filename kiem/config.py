@@ -227,6 +227,9 @@ class InferenceOptions:
     """With --serve: continuations that may wait beside --max-requests; more are refused."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the weights. auto: bf16 on GPUs that have it; as stored on CPUs."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """On CPUs: keep the matrices and the embedding in 8 or 4 bits, for speed and memory;
+    --precision is then that of the rest (auto: bf16 where the processor multiplies it faster)."""
 
 
 @dataclass(frozen=True)

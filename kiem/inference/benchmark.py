@@ -65,9 +65,11 @@ def run_benchmark(
     for batch_size in (1, 8):
         with console.status(f"batch of {batch_size}"):
             speeds[batch_size] = measure(loaded, batch_size)
-    weight_bytes = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    # All weights are read for each token, the embedding as the output layer.
+    weights = [*loaded.model.parameters(), *loaded.model.buffers()]
+    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in weights)
     read_rate = weight_bytes * speeds[1].decode_tokens_per_second
-    device = loaded.model.model.embed_tokens.weight.device
+    device = loaded.model.model.norm.weight.device
     figures: dict[str, Any] = {
         "batch_1": asdict(speeds[1]),
         "batch_8": asdict(speeds[8]),
