@@ -49,13 +49,12 @@ from kiem.training.devices import Devices
 from kiem.training.metrics import Metrics, keep_metrics_until
 from kiem.training.optimizer import make_optimizers
 from kiem.training.options import check_options
-from kiem.training.recipe import Recipe, settle, usual_for
+from kiem.training.recipe import Recipe, settle, usual_for, what_to_recompute
 from kiem.training.sharding import Sharing
 from kiem.training.trackers import open_trackers
 
 _EVALUATIONS_PER_RUN = 5
 _SECONDS_BETWEEN_SAVES = 1800
-_RECOMPUTE_ABOVE_PARAMETERS = 500_000_000
 
 
 @dataclass
@@ -271,9 +270,7 @@ def _make_model(options: TrainingOptions, tokenizer: Tokenizer) -> Gemma3:
         folder = find_model(options.init_from)
         model = read_model(folder, dtype=torch.float32)
         _check_same_tokenizer(folder, tokenizer, options)
-    is_large = model.config.num_parameters() > _RECOMPUTE_ABOVE_PARAMETERS
-    asked = options.activation_checkpointing
-    model.recompute = asked if asked != "auto" else ("full" if is_large else "none")
+    model.recompute = what_to_recompute(options, model.config)
     return model
 
 
