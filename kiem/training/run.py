@@ -28,7 +28,6 @@ from kiem.data.chunks import (
 from kiem.data.tokenizer import Tokenizer, write_tokenizer
 from kiem.errors import no_effect
 from kiem.files import (
-    locked_folder,
     new_folder,
     point_link,
     remove_leftovers,
@@ -36,6 +35,7 @@ from kiem.files import (
     write_json,
     write_text,
 )
+from kiem.locking import locked_folder
 from kiem.manifest import write_manifest
 from kiem.memory import keep_freed_memory
 from kiem.model.files import write_model
