@@ -14,7 +14,7 @@ from transformers import Gemma3ForCausalLM
 from kiem.errors import ExitCode, UserError
 from kiem.model.cache import CachePass, KeyValueCache
 from kiem.model.files import read_config, read_model, write_model
-from kiem.model.gemma3 import Gemma3, next_token_targets
+from kiem.model.gemma3 import Gemma3, Recompute, next_token_targets
 from kiem.model.initialize import initialize
 from kiem.model.loss import IGNORE, summed_cross_entropy
 from kiem.model.presets import GEMMA3_1B_PARAMETERS, Gemma3Config, preset
@@ -123,17 +123,35 @@ def test_logits_loss_and_gradients_equal_transformers(
         )
 
 
-def test_recomputing_layers_gives_the_same_gradients(model: Gemma3) -> None:
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_gives_the_same_gradients(model: Gemma3, recompute: Recompute) -> None:
     ids = random_ids(2 * WINDOW)
-    gradients = []
-    for recompute in (False, True):
-        model.zero_grad()
-        model.recompute_layers = recompute
-        model(ids, next_token_targets(ids, BOS, PAD), BOS)[0].backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    model.recompute_layers = False
-    for plain, recomputed in zip(*gradients, strict=True):
+    expected = gradients(model, ids)
+    model.recompute = recompute
+    found = gradients(model, ids)
+    model.recompute = "none"
+    for plain, recomputed in zip(expected, found, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated", "ignore:The .grad")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_layers_give_the_same_gradients(recompute: Recompute) -> None:
+    model = Gemma3(SMALL)
+    initialize(model, 1)
+    ids = random_ids(2 * WINDOW)
+    expected = gradients(model, ids)
+    model.recompute = recompute
+    model.compile_layers()
+    for plain, compiled in zip(expected, gradients(model, ids), strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=0, atol=1e-4)
+
+
+def gradients(model: Gemma3, ids: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    model(ids, next_token_targets(ids, BOS, PAD), BOS, 1e-4)[0].backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
 def test_documents_do_not_see_each_other(model: Gemma3) -> None:
@@ -189,15 +207,17 @@ def test_sequences_of_different_lengths_share_a_cache(model: Gemma3) -> None:
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_blockwise_loss_equals_the_plain_one(z_loss: float) -> None:
+@pytest.mark.parametrize(("rows", "entries"), [(1100, 301), (1100, 9000), (6, 262_144)])
+def test_blockwise_loss_equals_the_plain_one(rows: int, entries: int, z_loss: float) -> None:
+    """More rows than a block has, more entries than a slice has, and Gemma's vocabulary."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1100, 24, dtype=torch.float64, generator=generator, requires_grad=True)
-    weight = torch.randn(301, 24, dtype=torch.float64, generator=generator, requires_grad=True)
-    targets = torch.randint(0, 301, (1100,), generator=generator)
+    hidden = torch.randn(rows, 24, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(entries, 24, dtype=torch.float64, generator=generator, requires_grad=True)
+    targets = torch.randint(0, entries, (rows,), generator=generator)
     targets[::7] = IGNORE
     loss, nats = summed_cross_entropy(hidden, weight, targets, z_loss)
     (loss * 0.5).backward()
-    gradients = hidden.grad, weight.grad
+    found = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
 
     logits = hidden @ weight.T
@@ -205,7 +225,31 @@ def test_blockwise_loss_equals_the_plain_one(z_loss: float) -> None:
     log_z = logits.logsumexp(1)[targets != IGNORE]
     (0.5 * (plain + z_loss * log_z.square().sum())).backward()
     torch.testing.assert_close(nats, plain.detach())
-    torch.testing.assert_close(gradients, (hidden.grad, weight.grad))
+    torch.testing.assert_close(found, (hidden.grad, weight.grad))
+
+
+def test_blockwise_loss_under_autocast_sums_in_fp32() -> None:
+    """Products of bf16 factors, everything after them in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1100, 64, generator=generator, requires_grad=True)
+    weight = (0.3 * torch.randn(9000, 64, generator=generator)).requires_grad_()
+    targets = torch.randint(0, 9000, (1100,), generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, nats = summed_cross_entropy(hidden, weight, targets, 1e-3)
+    loss.backward()
+    found = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+
+    logits = (hidden.bfloat16() @ weight.bfloat16().T).float()
+    plain = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    (plain + 1e-3 * logits.logsumexp(1).square().sum()).backward()
+    torch.testing.assert_close(nats, plain.detach(), rtol=1e-5, atol=0)
+    for gradient, expected in zip(found, (hidden.grad, weight.grad), strict=True):
+        assert gradient is not None and gradient.dtype == torch.float32
+        # Four steps of bf16 at the size of the largest.
+        torch.testing.assert_close(
+            gradient, expected, rtol=0, atol=float(expected.abs().max()) / 64
+        )
 
 
 def test_targets_leave_out_padding_and_bos() -> None:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kiem.inference.sampling import Sampling, choose
+from kiem.inference.sampling import Sampling, choose_token
 from kiem.model.cache import CachePass, KeyValueCache
 from kiem.model.gemma3 import Gemma3
 
@@ -180,8 +180,8 @@ class Engine:
         """Chooses a request's next token from its logits [1, V] and ends it if that is the last."""
         entry = self._running[slot]
         request = entry.request
-        seen = torch.tensor([entry.ids], device=self._device)
-        token = int(choose(logits, seen, request.sampling, [entry.generator])[0])
+        seen = torch.tensor(entry.ids, device=self._device)
+        token = choose_token(logits[0], seen, request.sampling, entry.generator)
         logprob, alternatives = None, []
         if request.num_logprobs > 0:
             logprobs = logits[0].log_softmax(-1)

@@ -9,16 +9,29 @@ checkpoint. Shapes in comments:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from kiem.model.cache import CachePass, LayerCache
 from kiem.model.loss import IGNORE, summed_cross_entropy
 from kiem.model.presets import Gemma3Config
+
+Recompute = Literal["none", "selective", "full"]
+
+_ATEN = torch.ops.aten
+_KEPT = (
+    _ATEN.mm.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+)
 
 
 class Rotary(NamedTuple):
@@ -131,7 +144,8 @@ class Body(nn.Module):
 
     def __init__(self, config: Gemma3Config):
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        # Its gradient has few rows; a dense one would be another tensor as large as the embedding.
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, sparse=True)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -139,16 +153,22 @@ class Body(nn.Module):
 class Gemma3(nn.Module):
     """A Gemma 3 language model.
 
-    Args:
+    Attributes:
         config: its shape.
-        recompute_layers: keep only the layers' inputs for the backward pass (less memory).
+        recompute: what the backward pass computes again instead of keeping it; see `run_layer`.
+        run_layer: how training runs a layer: `run_layer`, or what torch.compile made of it.
     """
 
-    def __init__(self, config: Gemma3Config, *, recompute_layers: bool = False):
+    def __init__(self, config: Gemma3Config):
         super().__init__()
         self.config = config
-        self.recompute_layers = recompute_layers
+        self.recompute: Recompute = "none"
         self.model = Body(config)
+        self.run_layer = run_layer
+
+    def compile_layers(self) -> None:
+        """Lets torch.compile make kernels for the layers, on their first pass with gradients."""
+        self.run_layer = torch.compile(run_layer, dynamic=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -204,8 +224,8 @@ class Gemma3(nn.Module):
             context = contexts[self.config.is_sliding(number)]
             if cached is not None:
                 x = layer(x, context, cached.cache.layers[number])
-            elif self.recompute_layers and torch.is_grad_enabled():
-                x = checkpoint(layer, x, context, use_reentrant=False, preserve_rng_state=False)
+            elif torch.is_grad_enabled():
+                x = self.run_layer(layer, x, context, self.recompute)
             else:
                 x = layer(x, context)
         return self.model.norm(x)
@@ -236,6 +256,24 @@ class Gemma3(nn.Module):
 
     def _theta(self, sliding: bool) -> float:
         return self.config.rope_local_base_freq if sliding else self.config.rope_theta
+
+
+def run_layer(layer: nn.Module, x: Tensor, context: Context, recompute: Recompute) -> Tensor:
+    """Runs a layer for training.
+
+    Args:
+        layer, x, context: the layer and its arguments.
+        recompute: "full" keeps only x for the backward pass; "selective" also the results of matrix
+            products and attention, so that only cheap parts are computed again.
+    """
+    if recompute == "none":
+        return layer(x, context)
+    run = partial(checkpoint, layer, x, context, use_reentrant=False, preserve_rng_state=False)
+    return run() if recompute == "full" else run(context_fn=_keep_products)
+
+
+def _keep_products() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return create_selective_checkpoint_contexts(list(_KEPT))
 
 
 def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:

@@ -9,14 +9,31 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from kiem.errors import ExitCode, UserError
+from kiem.training.probe import measure_matrix_flops
+
+_DTYPES: dict[Literal["fp32", "bf16"], torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+}
+# CPUs without matrix units for it multiply bf16 at half the speed of fp32, those with them at
+# several times. Less than this is not worth the smaller precision.
+_FASTER_BY = {"bf16": 1.5}
+
+# What `accelerate config` can ask for and kiem does otherwise: how it is called, and what to use.
+_ACCELERATE_PLUGINS = {
+    "ACCELERATE_USE_FSDP": ("FSDP", "--shard optimizer"),
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "--shard optimizer"),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "--shard optimizer"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism config", "--shard optimizer"),
+}
 
 
 @dataclass(frozen=True)
@@ -28,12 +45,14 @@ class Devices:
         world_size: processes.
         device: where this process computes.
         precision: "bf16" for autocast over fp32 weights, else "fp32".
+        matrix_flops: FLOP/s of matrix products in that precision, measured, of all devices.
     """
 
     rank: int
     world_size: int
     device: torch.device
     precision: Literal["fp32", "bf16"]
+    matrix_flops: float
 
     @property
     def is_first(self) -> bool:
@@ -49,6 +68,42 @@ class Devices:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def lowest(self, tensor: Tensor) -> Tensor:
+        """Takes the lowest values of all processes, in place, and returns them."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return tensor
+
+    def any(self, value: bool) -> bool:
+        """Says whether `value` is true in any process."""
+        return bool(self.sum(torch.tensor(int(value), device=self.device)))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Makes a block fail in all processes when it fails in one, so that none waits in vain.
+
+        Raises:
+            UserError: that of the block, or one that says that another process has failed.
+        """
+        failure = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        failed = torch.zeros(self.world_size, dtype=torch.int32, device=self.device)
+        failed[self.rank] = 0 if failure is None else int(failure.exit_code)
+        codes = self.sum(failed).tolist()
+        if failure is not None:
+            raise failure
+        for rank, code in enumerate(codes):
+            if code:
+                raise UserError(
+                    "another process has failed",
+                    where=f"process {rank}",
+                    fix="Look at its message.",
+                    exit_code=ExitCode(code),
+                )
 
     def first_says(self, value: float) -> float:
         """Returns the first process's value in every process."""
@@ -69,12 +124,21 @@ def open_devices(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Devices
     """Joins the process group that the launcher prepared, and leaves it at the end.
 
     Args:
-        precision: "auto" follows `accelerate launch --mixed_precision`, else takes bf16 on GPUs
-            that have it and fp32 elsewhere.
+        precision: "auto" follows `accelerate launch --mixed_precision`, else takes bf16 where it is
+            faster.
 
     Raises:
-        UserError: the precision is not one this device or kiem has.
+        UserError: the precision is not one this device or kiem has, or `accelerate config` asks for
+            a plugin that kiem does without.
     """
+    for variable, (plugin, option) in _ACCELERATE_PLUGINS.items():
+        if _is_true(variable):
+            raise UserError(
+                f"{plugin} is not used by kiem, which shares models out by itself",
+                where="accelerate config",
+                fix=f"Take it out of the accelerate file, and use {option}.",
+                exit_code=ExitCode.BAD_OPTION,
+            )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     use_gpu = torch.cuda.is_available() and not _is_true("ACCELERATE_USE_CPU")
@@ -85,13 +149,22 @@ def open_devices(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Devices
     if world_size > 1:
         dist.init_process_group("nccl" if use_gpu else "gloo")
     try:
-        yield Devices(int(os.environ.get("RANK", "0")), world_size, device, chosen)
+        # The first process speaks for all: its choice, and its speed times their number. By turns,
+        # so that what else the machine does meanwhile slows both precisions.
+        first = Devices(int(os.environ.get("RANK", "0")), world_size, device, "fp32", 0.0)
+        flops = dict.fromkeys((name for name in _DTYPES if chosen in ("auto", name)), 0.0)
+        for name in 2 * list(flops):
+            flops[name] = max(flops[name], measure_matrix_flops(device, _DTYPES[name]))
+        flops = {name: first.first_says(value) for name, value in flops.items()}
+        fastest = max(flops, key=lambda name: flops[name] / _FASTER_BY.get(name, 1))
+        yield replace(first, precision=fastest, matrix_flops=flops[fastest] * world_size)
     finally:
         if world_size > 1:
             dist.destroy_process_group()
 
 
-def _choose_precision(precision: str, use_gpu: bool) -> Literal["fp32", "bf16"]:
+def _choose_precision(precision: str, use_gpu: bool) -> Literal["auto", "fp32", "bf16"]:
+    """Returns the precision that is asked for or clear; "auto" if it takes a measurement."""
     has_bf16 = not use_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
         asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
@@ -102,7 +175,10 @@ def _choose_precision(precision: str, use_gpu: bool) -> Literal["fp32", "bf16"]:
                 fix="Choose bf16 or no.",
                 exit_code=ExitCode.BAD_OPTION,
             )
-        precision = asked if asked == "bf16" else ("bf16" if use_gpu and has_bf16 else "fp32")
+        if asked == "bf16":  # "no" is also what the launcher says of itself
+            precision = "bf16"
+        elif use_gpu:
+            precision = "bf16" if has_bf16 else "fp32"
     if precision == "bf16" and not has_bf16:
         raise UserError(
             "this GPU has no bf16",
@@ -110,7 +186,7 @@ def _choose_precision(precision: str, use_gpu: bool) -> Literal["fp32", "bf16"]:
             fix="Use --precision fp32.",
             exit_code=ExitCode.BAD_OPTION,
         )
-    return "bf16" if precision == "bf16" else "fp32"
+    return cast(Literal["auto", "fp32", "bf16"], precision)
 
 
 def _is_true(variable: str) -> bool:

@@ -63,7 +63,8 @@ class Display:
         line = (
             f"step {self._run.step:,}  loss {figures['loss']:.3f}  "
             f"lr {figures['learning_rate']:.1e}  norm {figures['grad_norm']:.2f}  "
-            f"{figures['tokens_per_second']:,.0f} tokens/s  {format_bytes(figures['memory_bytes'])}"
+            f"{figures['tokens_per_second']:,.0f} tokens/s  MFU {figures['mfu']:.0%}  "
+            f"{format_bytes(figures['memory_bytes'])}"
         )
         self._progress.update(self._task, description=line, completed=min(self._run.progress, 1.0))
         now = time.monotonic()
@@ -91,7 +92,7 @@ def show_plan(run: Run, devices: Devices, console: Console) -> None:
     console.print(
         f"{run.model_name}: {run.model.config.num_parameters():,} parameters, vocabulary of "
         f"{run.model.config.vocab_size:,}; {devices.world_size} x {devices.device.type} in "
-        f"{devices.precision}"
+        f"{devices.precision}, matrix products at {devices.matrix_flops / 1e12:.2f} TFLOP/s"
     )
     console.print(
         f"{run.options.dataset_path}: {run.train.num_chunks:,} chunks of {chunk_size:,} tokens for "

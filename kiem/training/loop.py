@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 
 from kiem.config import TrainingOptions
 from kiem.errors import ExitCode, UserError
@@ -19,12 +16,14 @@ from kiem.memory import peak_memory_bytes
 from kiem.model.gemma3 import next_token_targets
 from kiem.model.loss import IGNORE
 from kiem.training.batches import Order, micro_batches
-from kiem.training.checkpoint import prune_checkpoints, save_checkpoint
 from kiem.training.devices import Devices, open_devices
 from kiem.training.display import Display, show_plan, show_results
+from kiem.training.doctor import warnings_after_update, warnings_before
 from kiem.training.energy import EnergyMeter
 from kiem.training.evaluate import evaluate, measure_minimal_pairs, sample_texts
+from kiem.training.guard import Guard, save
 from kiem.training.optimizer import learning_rate_share
+from kiem.training.probe import flops_per_token
 from kiem.training.reporter import Reporter
 from kiem.training.run import Run, finish_run, prepare_run
 
@@ -39,10 +38,12 @@ def train(options: TrainingOptions, console: Console) -> None:
     Raises:
         UserError: anything about options, data, model, disk or memory that a person can mend.
     """
-    with open_devices(options.precision) as devices:
-        run = prepare_run(options, devices, console)
+    with open_devices(options.precision) as devices, ExitStack() as held:
+        run = prepare_run(options, devices, console, held)
         reporter = Reporter(run.directory, console)
         show_plan(run, devices, console)
+        if run.resumed_from is None:
+            _warn(run, console, warnings_before(run))
         try:
             train_to_the_end(run, devices, console, reporter)
             figures = evaluate(run, devices, max_chunks=None)
@@ -68,14 +69,15 @@ def train(options: TrainingOptions, console: Console) -> None:
 def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Reporter) -> None:
     """Does the updates that are left; the trained weights are then in `run.model`."""
     options, recipe, special_ids = run.options, run.recipe, run.tokenizer.special_ids
-    model: Any = run.model
-    if devices.world_size > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    sharing = run.sharing
     order = Order(run.train.num_chunks, options.seed)
     attention_bos_id = special_ids["bos"] if options.document_mask else None
     energy = EnergyMeter(devices.device)
-    with Display(run, console) as display:
+    flop = flops_per_token(run.model.config, run.train.chunk_size)
+    guard = Guard(run, devices, console)
+    with Display(run, console) as display, guard:
         while run.progress < 1:
+            guard.step_begins()
             started = time.perf_counter()
             progress_before, seconds_before = run.progress, run.seconds
 
@@ -92,26 +94,31 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
             # (transformers#34191); world_size undoes the averaging over processes.
             nats = torch.zeros((), device=devices.device)
             for index, (ids, target) in enumerate(zip(batches, targets, strict=True)):
-                is_alone = devices.world_size == 1
-                is_last = index == len(batches) - 1
-                with nullcontext() if is_alone or is_last else model.no_sync():
+                with sharing.accumulating(is_last=index == len(batches) - 1):
                     with devices.autocast():
-                        loss, pass_nats = model(ids, target, attention_bos_id, options.z_loss)
+                        loss, pass_nats = sharing.wrapped(
+                            ids, target, attention_bos_id, options.z_loss
+                        )
                     (loss * (devices.world_size / num_targets)).backward()
                 nats += pass_nats
 
-            # Clip, update.
-            grad_norm = float(clip_grad_norm_(run.model.parameters(), options.max_grad_norm))
+            # Clip, update, unless the numbers say that something is wrong.
+            grad_norm = sharing.clip(options.max_grad_norm)
             train_loss = float(devices.sum(nats) / num_targets)
-            _check_finite(run.step, train_loss, grad_norm, numbers)
+            verdict = guard.judge(train_loss, grad_norm, numbers)
+            if verdict == "roll back":
+                continue
             learning_rate = recipe.learning_rate * learning_rate_share(
                 run.progress_within_step, options.warmup_ratio, options.schedule
             )
             for optimizer in run.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
-                optimizer.step()
-                optimizer.zero_grad()
+                if verdict == "update":
+                    optimizer.step()
+            sharing.finish_update()
+
+            guard.step_ends()
 
             # Log.
             num_tokens = recipe.chunks_per_step * run.train.chunk_size
@@ -125,6 +132,7 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
                 "learning_rate": learning_rate,
                 "grad_norm": grad_norm,
                 "tokens_per_second": num_tokens / step_seconds,
+                "mfu": num_tokens * flop / step_seconds / devices.matrix_flops,
                 "memory_bytes": peak_memory_bytes(devices.device),
                 "seconds": run.seconds,
             }
@@ -134,19 +142,22 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
             if run.step % options.log_steps == 0:
                 _write(run, figures)
             display.show_step(figures)
+            _warn(run, console, warnings_after_update(run, train_loss))
 
-            # Evaluate, save.
+            # Evaluate, save, and stop after a signal.
             if run.evaluation_is_due(progress_before):
                 figures = evaluate(run, devices, max_chunks=options.eval_chunks)
                 figures["samples"] = sample_texts(run, devices)
+                run.test_loss = figures["test_loss"]
                 _write(run, figures)
                 display.show_evaluation(figures)
                 if devices.is_first:
                     reporter.write_if_cheap()
-            if run.save_is_due(seconds_before):
-                if devices.is_first:
-                    _save(run)
-                devices.wait_for_all()
+            stop = guard.stop_is_asked()
+            if stop or run.save_is_due(seconds_before):
+                save(run, devices, console)
+            if stop:
+                raise guard.stopped()
 
 
 def _write(run: Run, figures: dict[str, Any]) -> None:
@@ -154,24 +165,9 @@ def _write(run: Run, figures: dict[str, Any]) -> None:
         run.metrics.write(run.step, figures)
 
 
-def _save(run: Run) -> None:
-    counts = {"tokens": run.tokens, "seconds": run.seconds, "joules": run.joules}
-    state = {**counts, "fingerprint": run.fingerprint}
-    folder = run.directory / "checkpoints"
-    save_checkpoint(folder, run.step, run.model, run.optimizers, run.tokenizer.special_ids, state)
-    prune_checkpoints(folder, run.options.save_total_limit)
-
-
-def _check_finite(step: int, loss: float, grad_norm: float, numbers: np.ndarray) -> None:
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise UserError(
-            f"loss {loss} and gradient norm {grad_norm} are not both finite; chunks "
-            f"{', '.join(map(str, numbers[:8]))}{' ...' if len(numbers) > 8 else ''}",
-            where=f"step {step + 1}",
-            fix="The weights are not changed by this update. Lower --learning-rate, or use "
-            "--precision fp32.",
-            exit_code=ExitCode.NOT_FINITE,
-        )
+def _warn(run: Run, console: Console, messages: Iterable[str]) -> None:
+    for message in messages:
+        run.warn(console, message)
 
 
 def _out_of_memory(run: Run) -> UserError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Container
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,7 +17,10 @@ _WSD_DECAY_SHARE = 0.2
 
 
 def make_optimizers(
-    model: nn.Module, kind: Literal["adamw", "muon"], weight_decay: float
+    model: nn.Module,
+    kind: Literal["adamw", "muon"],
+    weight_decay: float,
+    owned: Container[str] | None = None,
 ) -> list[torch.optim.Optimizer]:
     """Returns what updates the parameters; the loop sets the learning rate.
 
@@ -25,18 +29,26 @@ def make_optimizers(
     for the rest. Muon's updates are scaled to the size of AdamW's (arXiv:2502.16982, section 2.2),
     so both take the same learning rate.
 
+    Args:
+        model: what is trained.
+        kind: which optimizer.
+        weight_decay: of the hidden matrices.
+        owned: names of the parameters that they update; None: all. Those without are left out.
+
     Raises:
         UserError: this version of torch has no Muon.
     """
     hidden: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        is_hidden_matrix = parameter.ndim == 2 and "embed" not in name
-        (hidden if is_hidden_matrix else others).append(parameter)
-    groups = [{"params": others, "weight_decay": 0.0}]
+        if owned is not None and name not in owned:
+            continue
+        (hidden if is_hidden_matrix(name, parameter) else others).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": others, "weight_decay": 0.0}] if others else []
     if kind == "adamw":
-        groups.insert(0, {"params": hidden, "weight_decay": weight_decay})
-        return [torch.optim.AdamW(groups, betas=BETAS, fused=True)]
+        if hidden:
+            groups.insert(0, {"params": hidden, "weight_decay": weight_decay})
+        return [torch.optim.AdamW(groups, betas=BETAS, fused=True)] if groups else []
     if not hasattr(torch.optim, "Muon"):
         raise UserError(
             f"torch {torch.__version__} has no Muon",
@@ -44,8 +56,18 @@ def make_optimizers(
             fix="Install torch 2.9 or newer, or use --optimizer adamw.",
             exit_code=ExitCode.BAD_OPTION,
         )
-    muon = torch.optim.Muon(hidden, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(groups, betas=BETAS, fused=True)]
+    found: list[torch.optim.Optimizer] = []
+    if hidden:
+        muon = torch.optim.Muon(hidden, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        found.append(muon)
+    if groups:
+        found.append(torch.optim.AdamW(groups, betas=BETAS, fused=True))
+    return found
+
+
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Says whether a parameter is a matrix within a layer: one that decays, and that Muon takes."""
+    return parameter.ndim == 2 and "embed" not in name
 
 
 def learning_rate_share(

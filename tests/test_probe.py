@@ -1,0 +1,50 @@
+"""What a token costs, against torch's own count; what the machine does, against a product."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from kiem.model.gemma3 import Gemma3, visible
+from kiem.model.presets import preset
+from kiem.training.probe import flops_per_token, measure_matrix_flops
+
+CPU = torch.device("cpu")
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    config = preset("gemma3-micro", 1000)
+    model = Gemma3(config)
+    ids = torch.randint(0, 1000, (2, 200), generator=torch.Generator().manual_seed(0))
+    # The loss multiplies into a buffer, which torch does not count; so the logits do instead.
+    with FlopCounterMode(display=False) as counter:
+        model.logits(model.hidden_states(ids)).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(counts[op] for op in counts if "mm" in str(op))
+    positions = torch.arange(200)
+    query_width = config.num_attention_heads * config.head_dim
+    seen = 0
+    for layer in range(config.num_hidden_layers):
+        window = config.sliding_window if config.is_sliding(layer) else None
+        seen += int(visible(positions, positions, window).sum())
+    # Scores and their sum of values, two operations each, and twice as many for the gradients.
+    attention = 2 * 2 * 3 * query_width * seen / 200
+    # The norms' gains are counted as if they were matrices.
+    expected = products / ids.numel() + attention
+    assert flops_per_token(config, 200) == pytest.approx(expected, rel=0.01)
+    without_window = replace(config, sliding_window=10**6)
+    assert flops_per_token(without_window, 200) > flops_per_token(config, 200)
+
+
+def test_matrix_peak_is_at_least_that_of_a_product() -> None:
+    peak = measure_matrix_flops(CPU, torch.float32)
+    a, b = torch.randn(1024, 640), torch.randn(2048, 640)
+    started = time.perf_counter()
+    for _ in range(10):
+        a @ b.T
+    average = 10 * 2 * a.numel() * len(b) / (time.perf_counter() - started)
+    assert 0.5 * average < peak < 1e14
