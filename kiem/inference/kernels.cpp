@@ -181,7 +181,8 @@ static void dot_rows(const Format &format, long n, const float *x, long batch, l
 
 template <class Format>
 static void product(const Format &format, const float *x, long batch, long num_rows, long k, float *out) {
-#pragma omp parallel for schedule(static)
+    // Not in equal halves: another program may hold up one of the threads.
+#pragma omp parallel for schedule(dynamic, 32)
     for (long n = 0; n < num_rows / 4; n++) dot_rows<Format, 4>(format, 4 * n, x, batch, k, out, num_rows);
     for (long n = num_rows / 4 * 4; n < num_rows; n++) dot_rows<Format, 1>(format, n, x, batch, k, out, num_rows);
 }

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kiem.errors import UserError
-from kiem.files import make_folder, write_bytes
+from kiem.files import write_bytes
 
 Form = Literal["fp32", "bf16", "int8", "int4"]
 _NUMBERS: dict[Form, int] = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
@@ -50,8 +50,9 @@ def load_kernels() -> ctypes.CDLL | str:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             return f"{compiler} cannot compile {_SOURCE.name}: {done.stderr.strip()[:300]}"
-        with contextlib.suppress(UserError):  # a folder that cannot be written to costs seconds
-            make_folder(cache)
+        # A cache that cannot be written to costs the seconds of compiling each time, no more.
+        with contextlib.suppress(UserError, OSError):
+            cache.mkdir(parents=True, exist_ok=True)
             write_bytes(kept, made.read_bytes())
         return _open(made)
 

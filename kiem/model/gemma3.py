@@ -144,7 +144,8 @@ class Body(nn.Module):
 
     def __init__(self, config: Gemma3Config):
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        # Its gradient has few rows; a dense one would be another tensor as large as the embedding.
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, sparse=True)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
