@@ -36,7 +36,9 @@ class ServerProcess:
         line = ""
         while " is at " not in line:
             line = process.stdout.readline()
-            assert line, "the server did not start"
+            if not line:
+                _, errors = process.communicate()
+                raise AssertionError(f"the server did not start: {errors}")
         found = re.search(r"at (http://\S+:(\d+))/", line)
         assert found
         self.url, self.port = found[1], int(found[2])

@@ -284,6 +284,13 @@ function showDetails(span) {
   }
   details.replaceChildren(...parts);
   details.hidden = false;
+  placeDetails();
+}
+
+function placeDetails() {
+  const details = byId("details");
+  if (details.hidden) return;
+  const span = tokens[chosen];
   const place = span.getClientRects()[0] ?? span.getBoundingClientRect();
   const size = details.getBoundingClientRect();
   const below = place.bottom + 6 + size.height <= innerHeight;
@@ -356,7 +363,7 @@ result.addEventListener("pointerleave", (event) => {
 });
 result.addEventListener("keydown", move);
 result.addEventListener("blur", hideDetails);
-addEventListener("scroll", hideDetails, { passive: true });
+addEventListener("scroll", placeDetails, { passive: true });
 
 addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
