@@ -170,7 +170,15 @@ class TrainingOptions:
     wandb_project: str | None = None
     """Project in Weights & Biases or trackio. Default: kiem."""
     price: float | None = None
-    """What an hour on this hardware costs, for the report."""
+    """What an hour on this hardware costs, for the plan and the report."""
+    plan: bool = False
+    """Train nothing; print the memory, time and cost that the training would take."""
+    gpu: Literal["a10g", "l4", "l40s", "rtx3090", "rtx4090", "a100-40gb", "a100", "h100"] | None = (
+        None
+    )
+    """With --plan: plan for this GPU, from published figures, instead of this machine."""
+    num_gpus: int | None = None
+    """With --gpu: so many of them. Default: 1."""
 
 
 @dataclass(frozen=True)

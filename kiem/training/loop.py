@@ -23,6 +23,7 @@ from kiem.training.energy import EnergyMeter
 from kiem.training.evaluate import evaluate, measure_minimal_pairs, sample_texts
 from kiem.training.guard import Guard, save
 from kiem.training.optimizer import learning_rate_share
+from kiem.training.planning import print_plan
 from kiem.training.probe import flops_per_token
 from kiem.training.reporter import Reporter
 from kiem.training.run import Run, finish_run, prepare_run
@@ -39,6 +40,8 @@ def train(options: TrainingOptions, console: Console) -> None:
         UserError: anything about options, data, model, disk or memory that a person can mend.
     """
     with open_devices(options.precision) as devices, ExitStack() as held:
+        if options.plan:
+            return print_plan(options, devices, console)
         run = prepare_run(options, devices, console, held)
         reporter = Reporter(run.directory, console)
         show_plan(run, devices, console)

@@ -6,10 +6,12 @@ import math
 from dataclasses import dataclass
 
 from kiem.config import TrainingOptions
+from kiem.model.gemma3 import Recompute
 from kiem.model.presets import Gemma3Config
 
 # Small data gets small batches: a run of whole epochs should have at least this many updates.
 _MIN_STEPS = 50
+_RECOMPUTE_ABOVE_PARAMETERS = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,13 @@ class Recipe:
     learning_rate: float
     max_steps: int | None
     max_seconds: float | None
+
+
+def what_to_recompute(options: TrainingOptions, config: Gemma3Config) -> Recompute:
+    """Returns what the backward pass computes again: as the option says, else by the model."""
+    if options.activation_checkpointing != "auto":
+        return options.activation_checkpointing
+    return "full" if config.num_parameters() > _RECOMPUTE_ABOVE_PARAMETERS else "none"
 
 
 def usual_for(config: Gemma3Config) -> Usual:

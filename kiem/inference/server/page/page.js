@@ -13,7 +13,7 @@ const WORDS = {
     reasons: { stop: "einde van de tekst", length: "maximum bereikt", stopped: "gestopt" },
     copied: "Gekopieerd.",
     lost: "Geen verbinding met de server.",
-    cut: "De verbinding werd verbroken.",
+    cut: "De verbinding is verbroken.",
     refused: {
       context_length_exceeded: "De tekst is te lang voor dit model, de nieuwe tokens meegerekend.",
       429: "De server heeft het te druk. Probeer het zo nog eens.",
@@ -184,7 +184,7 @@ function color(span) {
   // The least likely token of a piece counts.
   const logprob = Math.min(...span.steps.map((step) => step.logprob));
   const strength = byId("colors").checked ? Math.min(1, -logprob / 6) : 0;
-  span.style.backgroundColor = strength ? `rgba(var(--unlikely), ${0.55 * strength})` : "";
+  span.style.backgroundColor = strength ? `rgba(var(--unlikely), ${0.45 * strength})` : "";
 }
 
 async function write() {
