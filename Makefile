@@ -1,7 +1,7 @@
 # make demo       the whole way on the built-in sample, in a few minutes
 # make test       format, lint, types and tests
 # make export-check MODEL=...   llama.cpp against kiem on an exported model (builds it, minutes)
-# make chaos      the tests that kill and damage things, in full counts (some ten minutes)
+# make chaos      the tests that kill and damage things, in full counts (some half an hour)
 # make bench      the benchmarks: make bench TEXT=folder with .jsonl files
 
 PYTHON ?= python3
@@ -44,7 +44,8 @@ CHAOS_SEED ?= $(shell date +%s)
 chaos: $(VENV)/installed gemma-tokenizer
 	@echo "CHAOS_SEED=$(CHAOS_SEED)"
 	KIEM_CHAOS_SCALE=1.0 KIEM_CHAOS_SEED=$(CHAOS_SEED) KIEM_FUZZ_FILES=6000 \
-	    $(BIN)/python -m pytest tests/test_restart.py tests/test_bad_input.py tests/test_ray.py
+	    $(BIN)/python -m pytest tests/test_restart.py tests/test_bad_input.py tests/test_ray.py \
+	    tests/test_checkpoint.py tests/test_interruptions.py tests/test_guard.py
 
 bench: $(VENV)/installed gemma-tokenizer
 	$(BIN)/python benchmarks/preprocessing.py --text $(TEXT) --tokenizer $(GEMMA_TOKENIZER)

@@ -22,16 +22,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import tyro
+from peers import ROOT, environment
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
 PEER_REQUIREMENTS = ("datasets==5.2.0", "transformers==5.23.0")
 _SAMPLE_SECONDS = 0.25
 PEER = """
@@ -183,21 +182,6 @@ def timed(command: list[str], watch_memory: bool) -> Result:
     if process.returncode != 0:
         raise SystemExit(errors.decode())
     return Result(seconds, most)
-
-
-def environment(name: str, requirements: tuple[str, ...], console: Console) -> Path:
-    """Returns the Python of an environment with these packages, made if it is not there."""
-    folder = ROOT / ".cache" / name
-    python = folder / "bin" / "python"
-    stamp = folder / "requirements.txt"
-    wanted = "\n".join(requirements)
-    if not stamp.exists() or stamp.read_text() != wanted:
-        console.print(f"making {folder}")
-        shutil.rmtree(folder, ignore_errors=True)
-        venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
-        stamp.write_text(wanted)
-    return python
 
 
 if __name__ == "__main__":

@@ -95,8 +95,7 @@ def main() -> None:
         model.save_pretrained(options["output"])
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(Path(options["data"], name), options["output"])
-    chunk_size = options["config"].get("chunk_size") or options["chunk_size"]
-    tokens_per_step = options["batch_size"] * options["accumulation"] * chunk_size
+    tokens_per_step = options["batch_size"] * options["accumulation"] * options["chunk_size"]
     result = {
         "steps": max_steps,
         "tokens": max_steps * tokens_per_step,

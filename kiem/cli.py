@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,6 +85,22 @@ def run(
 def warn(console: Console, message: str) -> None:
     """Prints a warning: something a person should know but that stops nothing."""
     console.print(f"[yellow]warning:[/] {message}")
+
+
+def check_name(name: str, option: str) -> str:
+    """Returns `name` when it is safe as the name of one folder.
+
+    Raises:
+        UserError: it is empty, starts with a dot or dash, or has characters that paths dislike.
+    """
+    if not re.fullmatch(r"[\w][\w.+-]*", name):
+        raise UserError(
+            f"{name!r} cannot be a folder name",
+            where=option,
+            fix="Use letters, digits, '.', '_', '+' and '-', beginning with a letter or digit.",
+            exit_code=ExitCode.BAD_OPTION,
+        )
+    return name
 
 
 def to_dict(options: Any) -> dict[str, Any]:

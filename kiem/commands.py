@@ -33,12 +33,14 @@ class Command:
         script: the script that does the same.
         options: its dataclass of options.
         module, function: what it calls with the options and a console; imported only then.
+        arguments: what stands before the user's arguments.
     """
 
     script: str
     options: type[Any]
     module: str
     function: str
+    arguments: tuple[str, ...] = ()
 
     def __call__(self, options: Any, console: Console) -> None:
         """Does what the script does."""
@@ -49,6 +51,9 @@ COMMANDS = {
     "preprocess": Command("preprocess.py", PreprocessOptions, "kiem.data.preprocess", "preprocess"),
     "train": Command("training.py", TrainingOptions, "kiem.training.loop", "train"),
     "generate": Command("inference.py", InferenceOptions, "kiem.inference.write", "write"),
+    "serve": Command(
+        "inference.py", InferenceOptions, "kiem.inference.write", "write", ("--serve",)
+    ),
     "evaluate": Command("evaluate.py", EvaluationOptions, "kiem.evaluation.evaluate", "evaluate"),
     "export": Command("export.py", ExportOptions, "kiem.export.export", "export"),
     "report": Command("report.py", ReportOptions, "kiem.report.draw", "draw"),
@@ -60,7 +65,8 @@ def main() -> int:
     arguments = sys.argv[1:]
     if arguments and arguments[0] in COMMANDS:
         command = COMMANDS[arguments[0]]
-        return run(command.options, f"kiem {arguments[0]}", command, arguments[1:])
+        rest = [*command.arguments, *arguments[1:]]
+        return run(command.options, f"kiem {arguments[0]}", command, rest)
     # What is left is help, shell completion or a mistake; tyro knows all three and exits.
     options: dict[str, Callable[..., Any]] = {
         name: command.options for name, command in COMMANDS.items()

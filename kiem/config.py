@@ -114,6 +114,12 @@ class TrainingOptions:
     """Gradients with a larger norm are scaled down to this one."""
     z_loss: float = 1e-5
     """Weight of the squared log-normalizer in the loss, which keeps logits small. 0: off."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """When loss or gradient of an update is not finite: stop before the update, or go back to the
+    newest checkpoint and from there on without that update."""
+    spike_sigmas: float = 6.0
+    """Leave out updates whose loss is so many standard deviations above the mean of the 128 before.
+    0: do all."""
     eval_steps: int | None = None
     """Evaluate every so many updates. Default: five times a run. 0: only at the end."""
     eval_chunks: int = 64
@@ -121,7 +127,11 @@ class TrainingOptions:
     save_steps: int | None = None
     """Save a checkpoint every so many updates. Default: every half hour. 0: never."""
     save_total_limit: int = 2
-    """Checkpoints that are kept; older ones are removed."""
+    """Newest checkpoints that are kept, beside the one of the lowest test loss; others are removed
+    when a new one is committed."""
+    on_save_failure: Literal["continue", "stop"] = "continue"
+    """When the disk refuses a checkpoint or a line of the log: continue with a warning and try
+    again at the next one, or stop."""
     resume: str = "auto"
     """auto: go on from the newest checkpoint in the run directory, if there is one. none: do not.
     Or the path of a checkpoint."""
@@ -183,26 +193,46 @@ class InferenceOptions:
     """File with a prompt a line (.txt), or JSON Lines with a key "prompt" (.jsonl)."""
     interactive: bool = False
     """Type prompts at the keyboard."""
+    serve: bool = False
+    """Let programs (OpenAI's API, /v1/completions) and browsers (a page at /) use the model."""
     benchmark: bool = False
     """Measure the speed and print a table."""
     json: Path | None = None
     """With --benchmark: write the figures to this file."""
     max_new_tokens: int = 128
-    """Most tokens to add to a prompt."""
+    """Most tokens to add to a prompt. With --serve: where a request does not say; so are the
+    options of the choice of tokens, from --temperature to --stop."""
     temperature: float = 0.8
     """How adventurous the choice of tokens is; 0 always takes the likeliest."""
     top_k: int = 0
     """Choose from the k likeliest tokens; 0: from all."""
     top_p: float = 0.9
     """Choose from the likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Choose from tokens that have at least this share of the likeliest one's probability."""
     repetition_penalty: float = 1.1
     """Above 1: tokens that occurred before become less likely."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a continuation, and are left out of it."""
     num_return_sequences: int = 1
     """Continuations per prompt."""
     seed: int = 42
     """Seed of the choices; the same seed gives the same text."""
     output_file: Path | None = None
-    """Write prompts and continuations to this JSON Lines file."""
+    """Write prompts and continuations to this JSON Lines file; several at a time, and over all
+    processes of accelerate launch or torchrun. Stopped, the same command goes on."""
+    max_requests: int = 8
+    """With --output-file and --serve: continuations that are written at the same time."""
+    max_context: int = 4096
+    """With --interactive and --serve: most tokens of a text, the new ones included."""
+    host: str = "127.0.0.1"
+    """With --serve: address to listen on. Any but this machine's own needs --api-key."""
+    port: int = 8000
+    """With --serve: port to listen on; 0: any that is free."""
+    api_key: str | None = None
+    """With --serve: what every request must carry as bearer token, or a browser as password."""
+    max_waiting: int = 32
+    """With --serve: continuations that may wait beside --max-requests; more are refused."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the weights. auto: bf16 on GPUs that have it; as stored on CPUs."""
 

@@ -31,6 +31,8 @@ class ExitCode(enum.IntEnum):
     OUT_OF_MEMORY = 16
     NOT_FINITE = 17
     NOT_WRITABLE = 18
+    STOPPED = 19
+    HUNG = 20
     INTERRUPTED = 130
 
 

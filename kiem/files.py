@@ -11,11 +11,10 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BufferedIOBase, BufferedRandom
 from pathlib import Path
 from typing import Any
@@ -90,18 +89,36 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def to_json(value: Any) -> str:
+    """Returns JSON as `write_json` writes it."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, indented, in one atomic step; raises as `new_file`."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, to_json(value))
 
 
-def append_json_line(path: Path, value: Any) -> None:
-    """Appends one object as a line to a JSON Lines file.
+def append_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Appends objects as lines to a JSON Lines file: all, or none when the disk refuses.
 
-    A log only grows, so a kill can at most cut its last line; readers skip a cut last line.
+    A kill can cut the last line; readers skip a cut line.
     """
-    with writing_errors(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+    lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    with writing_errors(path), path.open("ab") as file:
+        start = file.tell()
+        try:
+            file.write(lines.encode())
+            file.flush()
+        except OSError:
+            os.ftruncate(file.fileno(), start)
+            raise
+
+
+def fsync_file(path: Path) -> None:
+    """Returns when a file's content has reached the disk."""
+    with writing_errors(path), path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -132,7 +149,7 @@ def new_folder(
             yield temporary
             for folder, _, names in os.walk(temporary):
                 for name in names:
-                    _fsync_file(Path(folder, name))
+                    fsync_file(Path(folder, name))
                 _fsync_folder(Path(folder))
             outgoing = _outgoing(path)
             shutil.rmtree(outgoing, ignore_errors=True)
@@ -143,6 +160,12 @@ def new_folder(
             shutil.rmtree(outgoing, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file if it is there; raises a UserError if that cannot be done."""
+    with writing_errors(path):
+        path.unlink(missing_ok=True)
 
 
 def remove_folder(path: Path) -> None:
@@ -159,6 +182,22 @@ def remove_folder(path: Path) -> None:
         if path.exists():
             path.rename(outgoing)
             shutil.rmtree(outgoing)
+
+
+def move_folder(path: Path, name: str) -> None:
+    """Gives a folder another name beside its old one; a folder of that name is replaced."""
+    target = path.with_name(name)
+    with writing_errors(path):
+        remove_folder(target)
+        path.rename(target)
+        _fsync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed programs left unfinished in a folder in which nobody else works."""
+    with writing_errors(folder):
+        for entry in [*folder.glob(".*.partial*"), *folder.glob(".*.old")]:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def is_removed(path: Path) -> bool:
@@ -253,22 +292,6 @@ def require_free_space(
         )
 
 
-def check_name(name: str, option: str) -> str:
-    """Returns `name` when it is safe as the name of one folder.
-
-    Raises:
-        UserError: it is empty, starts with a dot or dash, or has characters that paths dislike.
-    """
-    if not re.fullmatch(r"[\w][\w.+-]*", name):
-        raise UserError(
-            f"{name!r} cannot be a folder name",
-            where=option,
-            fix="Use letters, digits, '.', '_', '+' and '-', beginning with a letter or digit.",
-            exit_code=ExitCode.BAD_OPTION,
-        )
-    return name
-
-
 def format_bytes(num_bytes: float) -> str:
     """Returns a number of bytes for people: '52.0 MB', in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -318,11 +341,6 @@ def _sha256(file: BufferedIOBase, num_bytes: int | None) -> hashlib._Hash:
         digest.update(block[:num_read])
         left -= num_read
     return digest
-
-
-def _fsync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _fsync_folder(path: Path) -> None:

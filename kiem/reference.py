@@ -32,6 +32,10 @@ def reference() -> str:
     """Returns the page: every command with every option, its values, default and meaning."""
     lines = [_HEAD]
     for name, command in COMMANDS.items():
+        if command.arguments:
+            script = " ".join([command.script, *command.arguments])
+            lines += [f"## kiem {name}, {script}", "", f"Options as of {command.script}.", ""]
+            continue
         lines += [f"## kiem {name}, {command.script}", "", f"{command.options.__doc__}", ""]
         lines += ["| option | values | default | |", "|---|---|---|---|"]
         lines += ["| " + " | ".join(row) + " |" for row in _rows(command.options)]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from kiem.cli import check_name
 from kiem.errors import ExitCode, UserError
 from kiem.files import (
-    check_name,
     format_bytes,
     new_folder,
     point_link,

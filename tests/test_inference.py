@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import run_script
-from transformers import (
-    Gemma3ForCausalLM,
-    RepetitionPenaltyLogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from rich.console import Console
+from transformers import Gemma3ForCausalLM
 
-from kiem.errors import ExitCode
-from kiem.inference.engine import generate_tokens, stream_text
+from kiem.config import InferenceOptions
+from kiem.errors import ExitCode, UserError
+from kiem.inference.engine import Engine, Request
 from kiem.inference.loading import LoadedModel, load_for_inference
-from kiem.inference.sampling import (
-    Sampling,
-    generators,
-    keep_top_k,
-    keep_top_p,
-    penalize_repetition,
-)
+from kiem.inference.sampling import Sampling
+from kiem.inference.streaming import Writer, request_for
 from kiem.inference.text import TextStream, printable
+from kiem.inference.write import write
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
 
@@ -33,20 +28,6 @@ GREEDY = Sampling(temperature=0, repetition_penalty=1)
 @pytest.fixture(scope="module")
 def loaded(trained_run: Path) -> LoadedModel:
     return load_for_inference(str(trained_run / "final_model"), "auto")
-
-
-def test_filters_equal_transformers() -> None:
-    logits = torch.randn(50, 200, generator=torch.Generator().manual_seed(0)) * 3
-    ids = torch.randint(0, 200, (50, 30), generator=torch.Generator().manual_seed(1))
-    for penalty in (0.8, 1.0, 1.3):
-        expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
-        torch.testing.assert_close(penalize_repetition(logits, ids, penalty), expected)
-    for k in (1, 5, 199, 200, 1000):
-        assert torch.equal(keep_top_k(logits, k), TopKLogitsWarper(k)(ids, logits))
-    for p in (0.01, 0.5, 0.9, 0.999):
-        assert torch.equal(keep_top_p(logits, p), TopPLogitsWarper(p)(ids, logits))
-    assert torch.equal(keep_top_p(logits, 1.0), logits)
-    assert torch.equal(keep_top_k(logits, 0), logits)
 
 
 @pytest.mark.parametrize("prompt_tokens", [2, 127, 128, 129, 150])
@@ -65,23 +46,24 @@ def test_greedy_equals_transformers_generate(
         do_sample=False,
         eos_token_id=None,
     )
-    steps = generate_tokens(loaded.model, prompt[0].tolist(), 20, GREEDY, generators(0, 0, 1))
-    assert [step[0] for step in steps] == expected[0, prompt_tokens:].tolist()
+    engine = Engine(loaded.model, -1, max_requests=1, max_tokens=prompt_tokens + 20)
+    engine.add(Request(prompt[0].tolist(), 20, GREEDY, 0))
+    tokens = []
+    while engine.num_waiting or engine.num_running:
+        tokens += [new.token for new in engine.step()]
+    assert tokens == expected[0, prompt_tokens:].tolist()
 
 
 def test_sequences_do_not_depend_on_their_neighbours(loaded: LoadedModel) -> None:
     def texts(num_sequences: int, seed: int) -> list[str]:
+        model, tokenizer = loaded.model, loaded.tokenizer
+        writer = Writer(model, tokenizer, max_requests=num_sequences, max_tokens=30)
+        how = {"max_new_tokens": 12, "sampling": Sampling(), "seed": seed}
+        places = range(num_sequences)
+        requests = [request_for("De stad", tokenizer, **how, sequence=place) for place in places]
         found = [""] * num_sequences
-        for piece in stream_text(
-            loaded.model,
-            loaded.tokenizer,
-            "De stad",
-            max_new_tokens=12,
-            sampling=Sampling(),
-            seed=seed,
-            num_sequences=num_sequences,
-        ):
-            found[piece.sequence] += piece.text
+        for piece in writer.stream(requests):
+            found[piece.number] += piece.text
         return found
 
     assert texts(3, seed=1)[:1] == texts(1, seed=1)
@@ -200,6 +182,31 @@ def test_mistakes_get_one_message(
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ({"min_p": 1.5}, ExitCode.BAD_OPTION, "--min-p: 1.5"),
+        ({"top_k": -1}, ExitCode.BAD_OPTION, "--top-k: -1"),
+        ({"temperature": math.inf}, ExitCode.BAD_OPTION, "--temperature: inf"),
+        ({"repetition_penalty": math.nan}, ExitCode.BAD_OPTION, "--repetition-penalty: nan"),
+        ({"stop": ("",)}, ExitCode.BAD_OPTION, "--stop"),
+        ({"max_requests": 2}, ExitCode.NO_EFFECT, "without --output-file or --serve"),
+        ({"max_context": 2}, ExitCode.NO_EFFECT, "without --interactive or --serve"),
+        ({"port": 1}, ExitCode.NO_EFFECT, "without --serve"),
+        ({"serve": True, "seed": 1}, ExitCode.NO_EFFECT, "together with --serve"),
+        ({"serve": True, "output_file": Path("x")}, ExitCode.NO_EFFECT, "together with --serve"),
+        ({"interactive": True, "num_return_sequences": 2}, ExitCode.NO_EFFECT, "--interactive"),
+    ],
+)
+def test_impossible_options_are_found_before_anything_else(
+    options: dict[str, Any], code: int, message: str
+) -> None:
+    with pytest.raises(UserError) as found:
+        write(InferenceOptions("nergens", **options), Console(quiet=True))
+    assert found.value.exit_code == code
+    assert message in str(found.value)
 
 
 def test_tokenizer_that_does_not_fit_is_refused(trained_run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from transformers import Gemma3ForCausalLM
 
 from kiem.errors import ExitCode, UserError
-from kiem.model.cache import KeyValueCache
+from kiem.model.cache import CachePass, KeyValueCache
 from kiem.model.files import read_config, read_model, write_model
 from kiem.model.gemma3 import Gemma3, Recompute, next_token_targets
 from kiem.model.initialize import initialize
@@ -168,17 +169,41 @@ def test_documents_do_not_see_each_other(model: Gemma3) -> None:
 @pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 4 * WINDOW])
 @pytest.mark.parametrize("prefill", [1, 3, WINDOW + 2])
 def test_cached_equals_uncached(model: Gemma3, length: int, prefill: int) -> None:
+    """In two parts of several tokens, then token by token; in the last two of three slots."""
     ids = random_ids(length, rows=2)
-    expected = model.hidden_states(ids)
-    cache = KeyValueCache(SMALL, 2, length, torch.float32, torch.device("cpu"))
+    cache = KeyValueCache(SMALL, 3, length, torch.float32, torch.device("cpu"))
+    starts = [0, prefill, *range(prefill + 4, length), length]
     with torch.no_grad():
-        parts = [model.hidden_states(ids[:, :prefill], cache=cache)]
-        middle = min(prefill + 4, length)
-        if middle > prefill:
-            parts.append(model.hidden_states(ids[:, prefill:middle], cache=cache))
-        for t in range(middle, length):
-            parts.append(model.hidden_states(ids[:, t : t + 1], cache=cache))
+        expected = model.hidden_states(ids)
+        parts = []
+        for start, end in itertools.pairwise(sorted({min(start, length) for start in starts})):
+            positions = torch.arange(start, end).expand(2, -1)
+            where = CachePass(cache, 1, positions, end)
+            parts.append(model.hidden_states(ids[:, start:end], cached=where))
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-5)
+
+
+def test_sequences_of_different_lengths_share_a_cache(model: Gemma3) -> None:
+    """Prompts around the window; slots that longer and shorter sequences have used before."""
+    lengths = [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 4 * WINDOW]
+    num_new = 2 * WINDOW
+    max_tokens = max(lengths) + num_new
+    ids = random_ids(max_tokens, rows=len(lengths))
+    cache = KeyValueCache(SMALL, len(lengths), max_tokens, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        expected = model.hidden_states(ids)
+        for round_lengths in (lengths, lengths[::-1]):
+            for slot, length in enumerate(round_lengths):
+                where = CachePass(cache, slot, torch.arange(length)[None], length)
+                model.hidden_states(ids[slot : slot + 1, :length], cached=where)
+            for step in range(num_new):
+                positions = torch.tensor(round_lengths)[:, None] + step
+                where = CachePass(cache, 0, positions, max_tokens)
+                found = model.hidden_states(ids.gather(1, positions), cached=where)
+                rows = torch.arange(len(lengths))
+                torch.testing.assert_close(
+                    found[:, 0], expected[rows, positions[:, 0]], rtol=0, atol=1e-5
+                )
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])

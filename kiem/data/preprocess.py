@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 import kiem
-from kiem.cli import warn
+from kiem.cli import check_name, warn
 from kiem.config import PreprocessOptions
 from kiem.data.assemble import decide, write_splits
 from kiem.data.chunks import finish_directory, verify_directory
@@ -55,7 +55,6 @@ from kiem.data.workspace import (
 )
 from kiem.errors import ExitCode, UserError, no_effect
 from kiem.files import (
-    check_name,
     new_folder,
     require_free_space,
     write_bytes,

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kiem.files import format_bytes, write_json
-from kiem.inference.engine import generate_tokens
+from kiem.inference.engine import Engine, Request
 from kiem.inference.loading import LoadedModel
-from kiem.inference.sampling import Sampling, generators
+from kiem.inference.sampling import Sampling
 from kiem.memory import peak_memory_bytes
 
 _PROMPT_TOKENS = 512
@@ -100,21 +100,19 @@ def measure(loaded: LoadedModel, batch_size: int) -> Speed:
     generator = torch.Generator().manual_seed(0)
     size = (_PROMPT_TOKENS,)
     prompt = torch.randint(4, loaded.model.config.vocab_size, size, generator=generator).tolist()
+    request = Request(prompt, _NEW_TOKENS, Sampling(temperature=0, repetition_penalty=1), 0)
+    max_tokens = _PROMPT_TOKENS + _NEW_TOKENS
+    engine = Engine(loaded.model, -1, max_requests=batch_size, max_tokens=max_tokens)
     first: list[float] = []
     between: list[float] = []
     for repetition in range(_REPETITIONS + 1):
-        clock = time.perf_counter()
         intervals = []
-        for _ in generate_tokens(
-            loaded.model,
-            prompt,
-            _NEW_TOKENS,
-            Sampling(temperature=0, repetition_penalty=1),
-            generators(0, 0, batch_size),
-        ):
-            now = time.perf_counter()
-            intervals.append(now - clock)
-            clock = now
+        for _ in range(batch_size):
+            engine.add(request)
+        while engine.num_running or engine.num_waiting:
+            clock = time.perf_counter()
+            engine.step()
+            intervals.append(time.perf_counter() - clock)
         if repetition > 0:  # the first one is the warm-up
             first.append(intervals[0])
             between += intervals[1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -13,15 +14,28 @@ _MAX_TOKENS_IN_CHARACTER = 8
 
 
 class TextStream:
-    """Turns token ids into text one by one, holding back what may be half a character.
+    """Turns token ids into text one by one, up to the first stop string.
 
-    A character outside the vocabulary is written as several byte tokens. (The DecodeStream of the
-    tokenizers library stops with an error when a model writes bytes that are no character.)
+    Held back is what may be half a character, which a vocabulary without it writes as several byte
+    tokens, or the beginning of a stop string. (The DecodeStream of the tokenizers library stops
+    with an error when a model writes bytes that are no character.)
+
+    Args:
+        tokenizer: of the tokens.
+        stop: texts that end the stream and are left out. The one that is complete first counts;
+            of those complete with the same character, the one that began first.
+
+    Attributes:
+        is_stopped: whether a stop string has come; there is no more text then.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        assert all(stop), "an empty stop string"
+        self.is_stopped = False
         self._tokenizer = tokenizer
-        self._waiting: list[int] = []
+        self._stop = stop
+        self._waiting: list[int] = []  # tokens of half a character
+        self._held = ""  # text that may be the beginning of a stop string
 
     def add(self, token: int) -> str:
         """Takes the next token and returns the text that is complete now; may be empty."""
@@ -30,13 +44,35 @@ class TextStream:
         if text.endswith(_REPLACEMENT) and len(self._waiting) < _MAX_TOKENS_IN_CHARACTER:
             return ""
         self._waiting = []
-        return text
+        return self._until_stop(text)
 
     def end(self) -> str:
         """Returns what is still held back."""
-        text = self._tokenizer.decode(self._waiting)
-        self._waiting = []
+        text = self._until_stop(self._tokenizer.decode(self._waiting)) + self._held
+        self._waiting, self._held = [], ""
         return text
+
+    def _until_stop(self, text: str) -> str:
+        """Takes text and returns what of it, and of the text held before, is surely wanted."""
+        if self.is_stopped:
+            return ""
+        text, self._held = self._held + text, ""
+        found = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        places = [(start + len(stop), start) for start, stop in found]
+        if places:
+            self.is_stopped = True
+            return text[: min(places)[1]]
+        cut = len(text) - self._num_to_hold(text)
+        self._held = text[cut:]
+        return text[:cut]
+
+    def _num_to_hold(self, text: str) -> int:
+        """Returns how long the longest end of a text is that begins a stop string."""
+        longest = max(map(len, self._stop), default=0) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0
 
 
 def printable(text: str) -> str:

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kiem.data.hub import download_model, looks_like_hub_id
 from kiem.data.tokenizer import Tokenizer, load_tokenizer
 from kiem.errors import ExitCode, UserError
-from kiem.files import write_json
+from kiem.files import new_file, write_json
+from kiem.manifest import MANIFEST_FILE, verify_manifest
 from kiem.model.gemma3 import Gemma3
 from kiem.model.presets import Gemma3Config
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 # Written as they are, and required when read: another value means another architecture.
 _FIXED = {
@@ -46,13 +59,16 @@ _SHAPE = (
 )
 
 
-def write_model(model: Gemma3, folder: Path, special_ids: dict[str, int]) -> None:
+def write_model(model: Gemma3, folder: Path, special_ids: dict[str, int]) -> dict[str, str]:
     """Writes config.json, generation_config.json and model.safetensors into an unfinished folder.
 
     Args:
         model: the model; its weights are written in their own dtype.
         folder: a folder that `files.new_folder` made.
         special_ids: the tokenizer's control ids, as `Tokenizer.special_ids`.
+
+    Returns:
+        The SHA-256 of the large file, by its name.
     """
     ids = {f"{name}_token_id": token for name, token in special_ids.items()}
     dtype = model.model.embed_tokens.weight.dtype
@@ -61,7 +77,7 @@ def write_model(model: Gemma3, folder: Path, special_ids: dict[str, int]) -> Non
         folder / "generation_config.json",
         {"do_sample": True, "cache_implementation": "hybrid", **ids},
     )
-    write_weights(dict(model.state_dict()), folder / WEIGHTS_FILE)
+    return {WEIGHTS_FILE: write_weights(dict(model.state_dict()), folder / WEIGHTS_FILE)}
 
 
 def describe(config: Gemma3Config, dtype: torch.dtype) -> dict[str, Any]:
@@ -83,11 +99,46 @@ def describe(config: Gemma3Config, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def write_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes tensors as safetensors, with the metadata that transformers asks for."""
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
-    # The library makes files that only their owner can read; follow the folder's permissions.
-    path.chmod(path.parent.stat().st_mode & 0o666)
+def write_weights(tensors: dict[str, Tensor], path: Path) -> str:
+    """Writes tensors as safetensors, with the metadata that transformers asks for.
+
+    The format is simple (https://huggingface.co/docs/safetensors) and written here, so that the
+    hash is computed beside the writing, from what is in memory, and a full disk is an OSError.
+
+    Returns:
+        The SHA-256 of the file.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written to.
+    """
+    # Large elements first, so that all are aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        shape = list(tensor.shape)
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    start_of_file = len(text).to_bytes(8, "little") + text
+    with new_file(path) as file, ThreadPoolExecutor(1) as hasher:
+        for block in chain([start_of_file], (_bytes_of(tensors[name]) for name in names)):
+            hashed = hasher.submit(digest.update, block)
+            file.write(block)
+            hashed.result()
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """Returns a tensor's bytes, without a copy where it is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def read_config(folder: Path) -> Gemma3Config:
@@ -170,7 +221,8 @@ def find_model(name: str) -> Path:
 def read_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Gemma3:
     """Loads a model directory.
 
-    On the CPU in the file's own dtype the weights stay mapped from the file, without a copy.
+    On the CPU in the file's own dtype the weights stay mapped from the file, without a copy. A
+    folder with a manifest, as training makes it, is verified before anything in it is used.
 
     Args:
         folder: a model directory.
@@ -180,6 +232,8 @@ def read_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = 
     Raises:
         UserError: it is not a Gemma 3 text model, or its weights are missing, damaged or misshapen.
     """
+    if (folder / MANIFEST_FILE).exists():
+        verify_manifest(folder, fix="Copy or download it again, or train it again.")
     config = read_config(folder)
     with torch.device("meta"):
         model = Gemma3(config)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from kiem.model.cache import KeyValueCache, LayerCache
+from kiem.model.cache import CachePass, LayerCache
 from kiem.model.loss import IGNORE, summed_cross_entropy
 from kiem.model.presets import Gemma3Config
 
@@ -35,7 +35,7 @@ _KEPT = (
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the rotary angles, each [T, C]."""
+    """Cosines and sines of the rotary angles, each [T, C] or [B, 1, T, C]."""
 
     cos: Tensor
     sin: Tensor
@@ -47,10 +47,12 @@ class Context(NamedTuple):
     Attributes:
         rotary: the angles at this pass's positions.
         mask: bool [B or 1, 1, T, S], true where a query may look; None for plain causal attention.
+        cached: where the tokens go in the cache, if there is one.
     """
 
     rotary: Rotary
     mask: Tensor | None
+    cached: CachePass | None = None
 
 
 class RMSNorm(nn.Module):
@@ -88,8 +90,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # B K T C
         q = rotate(self.q_norm(q), context.rotary)
         k = rotate(self.k_norm(k), context.rotary)
-        if cache is not None:
-            k, v = cache.extend(k, v)  # B K S C
+        if cache is not None and context.cached is not None:
+            k, v = cache.extend(k, v, context.cached)  # B K S C
         k, v = spread_heads(k, q.shape[1]), spread_heads(v, q.shape[1])  # B H S C
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=context.mask, is_causal=context.mask is None, scale=self.scale
@@ -159,6 +161,11 @@ class Gemma3(nn.Module):
         """Lets torch.compile make kernels for the layers, on their first pass with gradients."""
         self.run_layer = torch.compile(run_layer, dynamic=False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations, keys and values are computed in."""
+        return self.model.norm.weight.dtype
+
     def forward(
         self, input_ids: Tensor, targets: Tensor, bos_id: int | None, z_loss: float = 0.0
     ) -> tuple[Tensor, Tensor]:
@@ -183,58 +190,46 @@ class Gemma3(nn.Module):
         input_ids: Tensor,
         *,
         bos_id: int | None = None,
-        cache: KeyValueCache | None = None,
+        cached: CachePass | None = None,
     ) -> Tensor:
         """Returns the normalized output of the last layer, [B, T, D].
 
         Args:
             input_ids: int64 [B, T]; with a cache, the tokens that follow those it holds.
             bos_id: as in `forward`; not together with a cache.
-            cache: keys and values of the tokens before; extended by these.
+            cached: the cache of the tokens before, and where in it these go.
         """
-        assert bos_id is None or cache is None
+        assert bos_id is None or cached is None
         # Gemma rounds the scale to the embedding's precision.
         weight = self.model.embed_tokens.weight
         scale = torch.tensor(self.config.hidden_size**0.5, dtype=weight.dtype, device=weight.device)
         # Its gradient has few rows; a dense one would be another tensor as large as the embedding.
         x = F.embedding(input_ids, weight, sparse=True) * scale  # B T D
-        start = cache.num_tokens if cache is not None else 0
-        positions = torch.arange(start, start + input_ids.shape[1], device=x.device)  # T
         contexts = {
-            sliding: self._context(input_ids, positions, sliding, bos_id, cache)
+            sliding: self._cached_context(cached, sliding)
+            if cached is not None
+            else self._context(input_ids, sliding, bos_id)
             for sliding in (True, False)
         }
         for number, layer in enumerate(self.model.layers):
             context = contexts[self.config.is_sliding(number)]
-            if cache is not None:
-                x = layer(x, context, cache.layers[number])
+            if cached is not None:
+                x = layer(x, context, cached.cache.layers[number])
             elif torch.is_grad_enabled():
                 x = self.run_layer(layer, x, context, self.recompute)
             else:
                 x = layer(x, context)
-        if cache is not None:
-            cache.num_tokens += input_ids.shape[1]
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns fp32 logits [..., vocab_size] of hidden states [..., D]."""
         return F.linear(hidden, self.model.embed_tokens.weight).float()
 
-    def _context(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        sliding: bool,
-        bos_id: int | None,
-        cache: KeyValueCache | None,
-    ) -> Context:
+    def _context(self, input_ids: Tensor, sliding: bool, bos_id: int | None) -> Context:
         config = self.config
-        theta = config.rope_local_base_freq if sliding else config.rope_theta
-        rotary = rotary_angles(positions, config.head_dim, theta)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)  # T
+        rotary = rotary_angles(positions, config.head_dim, self._theta(sliding))
         window = config.sliding_window if sliding else None
-        if cache is not None:
-            key_positions = cache.key_positions(sliding, positions)  # S
-            return Context(rotary, visible(positions, key_positions, window)[None, None])
         if bos_id is None and (window is None or len(positions) <= window):
             return Context(rotary, None)
         mask = visible(positions, positions, window)[None]  # 1 T T
@@ -242,6 +237,16 @@ class Gemma3(nn.Module):
             document = (input_ids == bos_id).cumsum(1)  # B T
             mask = mask & (document[:, :, None] == document[:, None, :])  # B T T
         return Context(rotary, mask[:, None])
+
+    def _cached_context(self, cached: CachePass, sliding: bool) -> Context:
+        config = self.config
+        cos, sin = rotary_angles(cached.positions, config.head_dim, self._theta(sliding))  # B T C
+        window = config.sliding_window if sliding else None
+        mask = visible(cached.positions, cached.key_positions(sliding), window)  # B T S
+        return Context(Rotary(cos[:, None], sin[:, None]), mask[:, None], cached)
+
+    def _theta(self, sliding: bool) -> float:
+        return self.config.rope_local_base_freq if sliding else self.config.rope_theta
 
 
 def run_layer(layer: nn.Module, x: Tensor, context: Context, recompute: Recompute) -> Tensor:
@@ -266,24 +271,24 @@ def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) 
     """Returns which keys each query may see: not later ones, and no further back than the window.
 
     Args:
-        query_positions: int64 [T].
-        key_positions: int64 [S]; negative for slots that hold nothing.
+        query_positions: int64 [..., T].
+        key_positions: int64 [..., S]; negative for entries that hold nothing.
         window: tokens in sight, the query's own included; None for all.
 
     Returns:
-        bool [T, S].
+        bool [..., T, S].
     """
-    distance = query_positions[:, None] - key_positions[None, :]
-    seen = (distance >= 0) & (key_positions >= 0)
+    distance = query_positions[..., :, None] - key_positions[..., None, :]
+    seen = (distance >= 0) & (key_positions >= 0)[..., None, :]
     return seen & (distance < window) if window is not None else seen
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Rotary:
-    """Returns the rotary embedding's cosines and sines (arXiv:2104.09864) at positions [T]."""
+    """Returns the rotary embedding's cosines and sines (arXiv:2104.09864) at positions [..., T]."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = theta ** -(exponents / head_dim)  # C/2
-    angles = positions.float()[:, None] * frequencies  # T C/2
-    angles = torch.cat([angles, angles], dim=-1)  # T C
+    angles = positions.float()[..., None] * frequencies  # ... T C/2
+    angles = torch.cat([angles, angles], dim=-1)  # ... T C
     return Rotary(angles.cos(), angles.sin())
 
 

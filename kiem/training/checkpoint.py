@@ -1,13 +1,18 @@
-"""Checkpoints: all that a run needs to go on, committed in one rename.
+"""Checkpoints: all that a run needs to go on, committed in one rename and never written over.
 
 checkpoints/step-<n>/
-    config.json, model.safetensors   the model, loadable as such
-    optimizer.safetensors            the optimizers' moments, by parameter name
-    state.json                       step, seconds, what the run is, sha256 of the files
+    config.json, model.safetensors           the model, loadable as such
+    optimizer-00001-of-00002.safetensors     by process: the moments it holds, by parameter name
+    random-00001-of-00002.safetensors        by process: the states of torch's random generators
+    state.json                               step, seconds, what the run is
+    manifest.json                            size and sha256 of every file, written last
+
+All processes write into one folder, so those of several machines need a shared file system.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -15,121 +20,231 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
+from kiem.cli import warn
 from kiem.errors import ExitCode, UserError
-from kiem.files import new_folder, remove_folder, sha256_file, write_json
+from kiem.files import move_folder, new_folder, remove_folder, write_json
+from kiem.manifest import verify_manifest, write_manifest
 from kiem.model.files import WEIGHTS_FILE, write_model, write_weights
 from kiem.model.gemma3 import Gemma3
+from kiem.training.devices import Devices
 
+CHECKPOINTS = "checkpoints"
 _STATE_FILE = "state.json"
-_OPTIMIZER_FILE = "optimizer.safetensors"
+_ASIDE = "aside-"
 
 
 def save_checkpoint(
     folder: Path,
-    step: int,
     model: Gemma3,
     optimizers: Sequence[torch.optim.Optimizer],
     special_ids: dict[str, int],
     state: dict[str, Any],
+    devices: Devices,
 ) -> Path:
-    """Commits a checkpoint after update `step` and returns its path.
+    """Commits a checkpoint and returns its path; all processes call it and all succeed or fail.
 
     Args:
         folder: the run's checkpoints folder.
-        step: updates done.
-        model, optimizers: what to save.
+        model, optimizers: what to save; of the moments, each process saves those it holds.
         special_ids: the tokenizer's "pad", "eos" and "bos".
-        state: what else the run needs to go on; `fingerprint` in it must match on resumption.
+        state: what else the run needs to go on; `step` gives the checkpoint its name.
+        devices: all processes.
+
+    Raises:
+        UserError: a process could not write; nothing is left of the checkpoint then.
     """
-    path = folder / f"step-{step}"
-    names: dict[torch.Tensor, str] = {p: name for name, p in model.named_parameters()}
-    moments = {
-        f"{names[parameter]}/{key}": value
-        for optimizer in optimizers
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
+    path = folder / f"step-{state['step']}"
+    unfinished = folder / f".{path.name}.partial"  # the same for all processes
+    own = {
+        _part("optimizer", devices.rank, devices): _own_moments(model, optimizers, devices),
+        _part("random", devices.rank, devices): _random_states(devices),
     }
-    with new_folder(path, overwrite=path.exists()) as unfinished:
-        write_model(model, unfinished, special_ids)
-        write_weights(moments, unfinished / _OPTIMIZER_FILE)
-        hashes = {name: sha256_file(unfinished / name) for name in (WEIGHTS_FILE, _OPTIMIZER_FILE)}
-        write_json(unfinished / _STATE_FILE, {"step": step, **state, "sha256": hashes})
+    # Each process knows the hashes of what it wrote; the first one needs all.
+    digests = torch.zeros(devices.world_size, len(own), 32, dtype=torch.int32)
+    with contextlib.ExitStack() as commit:
+        with devices.together():
+            if devices.is_first:
+                assert not path.exists(), f"{path} exists"
+                commit.enter_context(new_folder(path, temporary=unfinished))
+        with devices.together():
+            for index, (name, tensors) in enumerate(own.items()):
+                sha256 = write_weights(tensors, unfinished / name)
+                digests[devices.rank, index] = torch.tensor(list(bytes.fromhex(sha256)))
+            if devices.is_first:
+                known = write_model(model, unfinished, special_ids)
+                write_json(unfinished / _STATE_FILE, state)
+        all_digests = devices.sum(digests.to(devices.device)).tolist()
+        with devices.together():
+            if devices.is_first:
+                for rank, of_rank in enumerate(all_digests):
+                    for kind, digest in zip(("optimizer", "random"), of_rank, strict=True):
+                        known[_part(kind, rank, devices)] = bytes(digest).hex()
+                write_manifest(unfinished, known)
+                commit.close()
     return path
+
+
+def checkpoint_bytes(model: Gemma3, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """Returns about how large the checkpoint of one process is."""
+    states = [values for optimizer in optimizers for values in optimizer.state.values()]
+    tensors = [*model.parameters(), *(value for values in states for value in values.values())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def load_checkpoint(
+    path: Path, model: Gemma3, optimizers: Sequence[torch.optim.Optimizer], devices: Devices
+) -> None:
+    """Puts a verified checkpoint's weights, moments and random states in place.
+
+    Every process takes what it holds, however many processes wrote it.
+
+    Args:
+        path: the checkpoint.
+        model, optimizers: of the same shape; whatever they hold is replaced.
+        devices: this process's place.
+    """
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in load_file(path / WEIGHTS_FILE).items():
+            parameters[name].copy_(value)
+    states = {}
+    for optimizer in optimizers:
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            states.update(dict.fromkeys(group["params"], optimizer.state))
+    for file in sorted(path.glob("optimizer-*.safetensors")):
+        with safe_open(file, framework="pt") as moments:
+            for full_name in moments.keys():  # noqa: SIM118 - it is not a dict
+                name, key = full_name.rsplit("/", 1)
+                parameter = parameters[name]
+                if parameter in states:
+                    value = moments.get_tensor(full_name)
+                    states[parameter][parameter][key] = value.to(parameter.device, copy=True)
+    for file in path.glob(f"random-{devices.rank + 1:05d}-of-*.safetensors"):
+        random = load_file(file)
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and devices.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"])
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Returns the state that a verified checkpoint was saved with."""
+    return dict(json.loads((path / _STATE_FILE).read_text(encoding="utf-8")))
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Checks every byte of a checkpoint.
+
+    Raises:
+        UserError: it is not there or not whole; names the file.
+    """
+    if not path.is_dir():
+        raise UserError(
+            "no such checkpoint",
+            where=str(path),
+            fix="Name a folder such as RUN/checkpoints/step-100 with --resume.",
+            exit_code=ExitCode.NOT_FOUND,
+        )
+    verify_manifest(
+        path,
+        fix="Resume from another one with --resume PATH, or start again in another --run-name.",
+    )
+
+
+def newest_valid(folder: Path, console: Any) -> Path | None:
+    """Returns the newest checkpoint that is whole, None if there are none; warns of others.
+
+    Raises:
+        UserError: there are checkpoints, but none is whole.
+    """
+    checkpoints = list_checkpoints(folder)
+    for path in reversed(checkpoints):
+        try:
+            verify_checkpoint(path)
+        except UserError as error:
+            warn(console, f"{error.where}: {error.what}; this checkpoint is skipped")
+        else:
+            return path
+    if checkpoints:
+        raise UserError(
+            "none of the checkpoints is whole",
+            where=str(folder),
+            fix="Start again with another --run-name.",
+            exit_code=ExitCode.DAMAGED,
+        )
+    return None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Returns the committed checkpoints, oldest first."""
     found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step_of)
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Renames the checkpoints after `step`, which the run left behind; the next save removes them.
+
+    They are damaged, or the run was told to go on from an earlier one.
+    """
+    for path in list_checkpoints(folder):
+        if _step_of(path) > step:
+            move_folder(path, _ASIDE + path.name)
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints."""
-    for path in list_checkpoints(folder)[: -keep or None]:
-        remove_folder(path)
+    """Removes all but the newest `keep` checkpoints and the best: that of the lowest test loss."""
+    checkpoints = list_checkpoints(folder)
+    kept = checkpoints[-keep:]
+    losses = {path: loss for path in checkpoints if (loss := _test_loss(path)) is not None}
+    if losses:
+        kept.append(min(losses, key=lambda path: losses[path]))
+    for path in [*checkpoints, *folder.glob(f"{_ASIDE}step-*")]:
+        if path not in kept:
+            remove_folder(path)
 
 
-def load_checkpoint(
-    path: Path,
-    model: Gemma3,
-    optimizers: Sequence[torch.optim.Optimizer],
-    fingerprint: dict[str, Any],
-) -> dict[str, Any]:
-    """Puts a checkpoint's weights and moments into model and optimizers, in place.
-
-    Args:
-        path: the checkpoint.
-        model, optimizers: freshly made, of the same shape.
-        fingerprint: what the run is now; must equal what it was.
-
-    Returns:
-        The checkpoint's state.
-
-    Raises:
-        UserError: it is damaged, or belongs to another run.
-    """
+def _test_loss(path: Path) -> float | None:
+    """Returns the latest test loss that a checkpoint knows; damaged ones know none."""
     try:
-        state = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
-        for name, expected in state["sha256"].items():
-            if sha256_file(path / name) != expected:
-                raise _damaged(path / name, "its sha256 differs from the one in state.json")
-    except (OSError, ValueError, KeyError) as error:
-        raise _damaged(path, f"it cannot be read ({error})") from error
-    different = [
-        f"{name} was {state['fingerprint'].get(name)!r}, is {value!r}"
-        for name, value in fingerprint.items()
-        if state["fingerprint"].get(name) != value
-    ]
-    if different:
-        raise UserError(
-            f"this checkpoint belongs to another run: {'; '.join(different)}",
-            where=str(path),
-            fix="Use the same options, another --run-name, or --resume none.",
-            exit_code=ExitCode.ALREADY_EXISTS,
-        )
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in load_file(path / WEIGHTS_FILE).items():
-            parameters[name].copy_(value)
-    states = {
-        parameter: optimizer.state
+        return read_state(path)["run"]["test_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _part(kind: str, rank: int, devices: Devices) -> str:
+    return f"{kind}-{rank + 1:05d}-of-{devices.world_size:05d}.safetensors"
+
+
+def _own_moments(
+    model: Gemma3, optimizers: Sequence[torch.optim.Optimizer], devices: Devices
+) -> dict[str, Tensor]:
+    """Returns the moments that this process saves: of those that several hold, the first does."""
+    held = {
+        parameter: values
         for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
+        for parameter, values in optimizer.state.items()
     }
-    for full_name, value in load_file(path / _OPTIMIZER_FILE).items():
-        name, key = full_name.rsplit("/", 1)
-        parameter = parameters[name]
-        states[parameter][parameter][key] = value.to(parameter.device)
-    return dict(state)
+    named = list(model.named_parameters())
+    ranks = [devices.rank if p in held else devices.world_size for _, p in named]
+    first = devices.lowest(torch.tensor(ranks, device=devices.device)).tolist()
+    return {
+        f"{name}/{key}": value
+        for (name, parameter), rank in zip(named, first, strict=True)
+        if rank == devices.rank
+        for key, value in held[parameter].items()
+    }
 
 
-def _damaged(path: Path, what: str) -> UserError:
-    return UserError(
-        f"damaged checkpoint: {what}",
-        where=str(path),
-        fix="Resume from another one with --resume PATH, or start again with --resume none.",
-        exit_code=ExitCode.DAMAGED,
-    )
+def _random_states(devices: Devices) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if devices.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states

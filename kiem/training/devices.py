@@ -69,6 +69,42 @@ class Devices:
             dist.all_reduce(tensor)
         return tensor
 
+    def lowest(self, tensor: Tensor) -> Tensor:
+        """Takes the lowest values of all processes, in place, and returns them."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return tensor
+
+    def any(self, value: bool) -> bool:
+        """Says whether `value` is true in any process."""
+        return bool(self.sum(torch.tensor(int(value), device=self.device)))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Makes a block fail in all processes when it fails in one, so that none waits in vain.
+
+        Raises:
+            UserError: that of the block, or one that says that another process has failed.
+        """
+        failure = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        failed = torch.zeros(self.world_size, dtype=torch.int32, device=self.device)
+        failed[self.rank] = 0 if failure is None else int(failure.exit_code)
+        codes = self.sum(failed).tolist()
+        if failure is not None:
+            raise failure
+        for rank, code in enumerate(codes):
+            if code:
+                raise UserError(
+                    "another process has failed",
+                    where=f"process {rank}",
+                    fix="Look at its message.",
+                    exit_code=ExitCode(code),
+                )
+
     def first_says(self, value: float) -> float:
         """Returns the first process's value in every process."""
         if self.world_size == 1:

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from kiem.evaluation.language_model import own_language_model
 from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, summarize
-from kiem.inference.engine import complete
 from kiem.inference.sampling import Sampling
+from kiem.inference.streaming import complete
 from kiem.model.gemma3 import next_token_targets
 from kiem.model.loss import IGNORE
 from kiem.training.devices import Devices

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
 from kiem.config import TrainingOptions
-from kiem.errors import ExitCode, UserError
+from kiem.errors import UserError
 from kiem.memory import peak_memory_bytes
 from kiem.model.gemma3 import next_token_targets
 from kiem.model.loss import IGNORE
 from kiem.training.batches import Order, micro_batches
-from kiem.training.checkpoint import prune_checkpoints, save_checkpoint
 from kiem.training.devices import Devices, open_devices
 from kiem.training.display import Display, show_plan, show_results
+from kiem.training.doctor import warnings_after_update, warnings_before
 from kiem.training.energy import EnergyMeter
 from kiem.training.evaluate import evaluate, measure_minimal_pairs, sample_texts
+from kiem.training.fit import is_out_of_memory, out_of_memory
+from kiem.training.guard import Guard, save
 from kiem.training.optimizer import learning_rate_share
 from kiem.training.planning import print_plan
 from kiem.training.probe import flops_per_token
@@ -38,12 +40,14 @@ def train(options: TrainingOptions, console: Console) -> None:
     Raises:
         UserError: anything about options, data, model, disk or memory that a person can mend.
     """
-    with open_devices(options.precision) as devices:
+    with open_devices(options.precision) as devices, ExitStack() as held:
         if options.plan:
             return print_plan(options, devices, console)
-        run = prepare_run(options, devices, console)
+        run = prepare_run(options, devices, console, held)
         reporter = Reporter(run.directory, console)
         show_plan(run, devices, console)
+        if run.resumed_from is None:
+            _warn(run, console, warnings_before(run))
         try:
             train_to_the_end(run, devices, console, reporter)
             figures = evaluate(run, devices, max_chunks=None)
@@ -53,8 +57,10 @@ def train(options: TrainingOptions, console: Console) -> None:
             if devices.is_first:
                 _write(run, figures)
                 final_model = finish_run(run, figures)
-        except torch.OutOfMemoryError as error:
-            raise _out_of_memory(run) from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(run.recipe, f"step {run.step + 1}") from error
         except UserError as error:
             _write(run, {"warning": f"stopped: {error.what}"})
             raise
@@ -74,8 +80,10 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
     attention_bos_id = special_ids["bos"] if options.document_mask else None
     energy = EnergyMeter(devices.device)
     flop = flops_per_token(run.model.config, run.train.chunk_size)
-    with Display(run, console) as display:
+    guard = Guard(run, devices, console)
+    with Display(run, console) as display, guard:
         while run.progress < 1:
+            guard.step_begins()
             started = time.perf_counter()
             progress_before, seconds_before = run.progress, run.seconds
 
@@ -100,18 +108,23 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
                     (loss * (devices.world_size / num_targets)).backward()
                 nats += pass_nats
 
-            # Clip, update.
+            # Clip, update, unless the numbers say that something is wrong.
             grad_norm = sharing.clip(options.max_grad_norm)
             train_loss = float(devices.sum(nats) / num_targets)
-            _check_finite(run.step, train_loss, grad_norm, numbers)
+            verdict = guard.judge(train_loss, grad_norm, numbers)
+            if verdict == "roll back":
+                continue
             learning_rate = recipe.learning_rate * learning_rate_share(
                 run.progress_within_step, options.warmup_ratio, options.schedule
             )
             for optimizer in run.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
-                optimizer.step()
+                if verdict == "update":
+                    optimizer.step()
             sharing.finish_update()
+
+            guard.step_ends()
 
             # Log.
             num_tokens = recipe.chunks_per_step * run.train.chunk_size
@@ -135,19 +148,22 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
             if run.step % options.log_steps == 0:
                 _write(run, figures)
             display.show_step(figures)
+            _warn(run, console, warnings_after_update(run, train_loss))
 
-            # Evaluate, save.
+            # Evaluate, save, and stop after a signal.
             if run.evaluation_is_due(progress_before):
                 figures = evaluate(run, devices, max_chunks=options.eval_chunks)
                 figures["samples"] = sample_texts(run, devices)
+                run.test_loss = figures["test_loss"]
                 _write(run, figures)
                 display.show_evaluation(figures)
                 if devices.is_first:
                     reporter.write_if_cheap()
-            if run.save_is_due(seconds_before):
-                if devices.is_first:
-                    _save(run)
-                devices.wait_for_all()
+            stop = guard.stop_is_asked()
+            if stop or run.save_is_due(seconds_before):
+                save(run, devices, console)
+            if stop:
+                raise guard.stopped()
 
 
 def _write(run: Run, figures: dict[str, Any]) -> None:
@@ -155,34 +171,6 @@ def _write(run: Run, figures: dict[str, Any]) -> None:
         run.metrics.write(run.step, figures)
 
 
-def _save(run: Run) -> None:
-    counts = {"tokens": run.tokens, "seconds": run.seconds, "joules": run.joules}
-    state = {**counts, "fingerprint": run.fingerprint}
-    folder = run.directory / "checkpoints"
-    save_checkpoint(folder, run.step, run.model, run.optimizers, run.tokenizer.special_ids, state)
-    prune_checkpoints(folder, run.options.save_total_limit)
-
-
-def _check_finite(step: int, loss: float, grad_norm: float, numbers: np.ndarray) -> None:
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise UserError(
-            f"loss {loss} and gradient norm {grad_norm} are not both finite; chunks "
-            f"{', '.join(map(str, numbers[:8]))}{' ...' if len(numbers) > 8 else ''}",
-            where=f"step {step + 1}",
-            fix="The weights are not changed by this update. Lower --learning-rate, or use "
-            "--precision fp32.",
-            exit_code=ExitCode.NOT_FINITE,
-        )
-
-
-def _out_of_memory(run: Run) -> UserError:
-    smaller = "--activation-checkpointing full"
-    if run.recipe.batch_size > 1:
-        half, double = run.recipe.batch_size // 2, run.recipe.accumulation * 2
-        smaller = f"--batch-size {half} --gradient-accumulation-steps {double}"
-    return UserError(
-        "the GPU's memory is not enough",
-        where=f"step {run.step + 1}",
-        fix=f"Try {smaller}, or chunks made with a smaller --chunk-size.",
-        exit_code=ExitCode.OUT_OF_MEMORY,
-    )
+def _warn(run: Run, console: Console, messages: Iterable[str]) -> None:
+    for message in messages:
+        run.warn(console, message)

@@ -22,6 +22,7 @@ _NOT_NEGATIVE = (
     "warmup_ratio",
     "weight_decay",
     "z_loss",
+    "spike_sigmas",
     "eval_steps",
     "save_steps",
     "save_total_limit",
@@ -59,6 +60,8 @@ def check_options(options: TrainingOptions) -> None:
             fix="Give 1 or more, or turn checkpoints off with --save-steps 0.",
             exit_code=ExitCode.BAD_OPTION,
         )
+    if options.save_steps == 0 and options.on_save_failure == "stop":
+        raise no_effect("--on-save-failure stop", "with --save-steps 0, which saves nothing")
     has_budget = options.max_steps is not None or options.max_minutes is not None
     if has_budget and options.epochs != 1.0:
         raise no_effect("--epochs", "together with --max-steps or --max-minutes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,36 +25,48 @@ from kiem.data.chunks import (
     read_tokenizer,
     verify_shards,
 )
-from kiem.data.tokenizer import Tokenizer, load_tokenizer, write_tokenizer
-from kiem.errors import ExitCode, UserError, no_effect
+from kiem.data.tokenizer import Tokenizer, write_tokenizer
+from kiem.errors import no_effect
 from kiem.files import (
-    check_name,
+    locked_folder,
     new_folder,
     point_link,
-    require_free_space,
+    remove_leftovers,
     sha256_file,
     write_json,
     write_text,
 )
+from kiem.manifest import write_manifest
 from kiem.memory import keep_freed_memory
-from kiem.model.files import find_model, read_model, write_model
+from kiem.model.files import write_model
 from kiem.model.gemma3 import Gemma3
-from kiem.model.initialize import initialize
-from kiem.model.presets import name_of, preset
+from kiem.model.presets import name_of
 from kiem.report.card import model_card
 from kiem.report.record import CONFIG_FILE, FACTS_FILE, SUMMARY_FILE
-from kiem.training.checkpoint import list_checkpoints, load_checkpoint
+from kiem.training.checkpoint import CHECKPOINTS, load_checkpoint, read_state, set_aside_after
 from kiem.training.compiling import compile_if_worthwhile
 from kiem.training.devices import Devices
+from kiem.training.first_weights import make_model
+from kiem.training.fit import fit_recipe
 from kiem.training.metrics import Metrics, keep_metrics_until
 from kiem.training.optimizer import make_optimizers
 from kiem.training.options import check_options
-from kiem.training.recipe import Recipe, settle, usual_for, what_to_recompute
+from kiem.training.planning import hardware_here, largest_batch, setting_of
+from kiem.training.recipe import Recipe, settle, usual_for
+from kiem.training.resume import (
+    CHANGEABLE,
+    check_same_run,
+    check_space,
+    choose_checkpoint,
+    run_name,
+)
 from kiem.training.sharding import Sharing
 from kiem.training.trackers import open_trackers
 
 _EVALUATIONS_PER_RUN = 5
 _SECONDS_BETWEEN_SAVES = 1800
+# What a checkpoint remembers of a run.
+_STATE = ("step", "tokens", "seconds", "joules", "test_loss", "recent_losses", "num_skipped")
 
 
 @dataclass
@@ -71,11 +83,16 @@ class Run:
         sharing: how the processes share the model.
         metrics: the run's log; only the first process has one.
         fingerprint: what must not change when the run is resumed.
+        changeable: what may change then, but gives another result.
         facts: what the run is made of, for the report and the model card.
         step, tokens, seconds: updates, tokens and training time so far, evaluations not counted.
         joules: energy so far, where the hardware counts it; 0 elsewhere.
         resumed_from: the checkpoint this run went on from.
         compiled: whether torch.compile made the layers' kernels.
+        saved_step: the update after which the newest checkpoint was saved.
+        test_loss: of the latest evaluation.
+        recent_losses: of the latest updates, for `guard.spike_limit`.
+        num_skipped: updates that were left out because of their loss.
     """
 
     options: TrainingOptions
@@ -90,6 +107,7 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     sharing: Sharing
     fingerprint: dict[str, Any]
+    changeable: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
     metrics: Metrics | None = None
     step: int = 0
@@ -98,6 +116,10 @@ class Run:
     joules: float = 0.0
     resumed_from: Path | None = None
     compiled: bool = False
+    saved_step: int | None = None
+    test_loss: float | None = None
+    recent_losses: list[float] = field(default_factory=list)
+    num_skipped: int = 0
 
     @property
     def progress(self) -> float:
@@ -122,8 +144,35 @@ class Run:
     def save_is_due(self, seconds_before: float) -> bool:
         """Says whether to save a checkpoint after this update."""
         if self.options.save_steps is not None:
-            return self.options.save_steps > 0 and self.step % self.options.save_steps == 0
-        return self.seconds // _SECONDS_BETWEEN_SAVES > seconds_before // _SECONDS_BETWEEN_SAVES
+            is_last = self.progress >= 1  # the evaluation at the end can take long
+            return self.options.save_steps > 0 and (
+                is_last or self.step % self.options.save_steps == 0
+            )
+        interval = _SECONDS_BETWEEN_SAVES
+        is_last = self.progress >= 1 and self.seconds > interval
+        return is_last or self.seconds // interval > seconds_before // interval
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds beside weights and moments."""
+        return {
+            "step": self.step,
+            "run": {name: getattr(self, name) for name in _STATE},
+            "fingerprint": self.fingerprint,
+            "changeable": self.changeable,
+        }
+
+    def go_on_from(self, checkpoint: Path, devices: Devices) -> None:
+        """Puts everything in the state in which a verified checkpoint was saved."""
+        load_checkpoint(checkpoint, self.model, self.optimizers, devices)
+        for name, value in read_state(checkpoint)["run"].items():
+            setattr(self, name, value)
+        self.saved_step = self.step
+
+    def warn(self, console: Console, message: str) -> None:
+        """Says something that a person should know, on the screen and in the log."""
+        warn(console, message)
+        if self.metrics is not None:
+            self.metrics.write(self.step, {"warning": message})
 
     def _share(self, step: float, seconds: float) -> float:
         of_steps = step / self.recipe.max_steps if self.recipe.max_steps else 0.0
@@ -131,8 +180,16 @@ class Run:
         return max(of_steps, of_seconds)
 
 
-def prepare_run(options: TrainingOptions, devices: Devices, console: Console) -> Run:
+def prepare_run(
+    options: TrainingOptions, devices: Devices, console: Console, held: ExitStack
+) -> Run:
     """Opens the data, makes or loads the model, and resumes where a run of that name stopped.
+
+    Args:
+        options: all options of training.py.
+        devices: all processes.
+        console: where warnings go.
+        held: keeps the run directory to this program as long as it is open.
 
     Raises:
         UserError: anything about options, data, model or disk that a person can mend.
@@ -145,17 +202,32 @@ def prepare_run(options: TrainingOptions, devices: Devices, console: Console) ->
     devices.wait_for_all()
     train = open_split(options.dataset_path, manifest, "train")
     test = open_split(options.dataset_path, manifest, "test")
-    model = _make_model(options, tokenizer).to(devices.device)
+    model = make_model(options, tokenizer).to(devices.device)
     model_name = name_of(model.config)
-    directory = options.output_dir / _run_name(options, model_name)
-    usual = usual_for(model.config)
-    recipe = settle(options, usual, train.num_chunks, train.chunk_size, devices.world_size)
-    keep_freed_memory()
-    compiled = compile_if_worthwhile(model, options, recipe, train.chunk_size, devices, console)
-    checkpoint = _checkpoint_to_resume(options, directory)
-    _check_disk(options, directory, model)
+    directory = options.output_dir / run_name(options, model_name)
+    usual = usual_for(model.config, devices.device.type == "cuda")
+    hardware = hardware_here(devices)
+    setting = setting_of(model.config, options, devices, train.chunk_size)
+    recipe = settle(
+        options,
+        usual,
+        train.num_chunks,
+        train.chunk_size,
+        devices.world_size,
+        lambda wanted: int(devices.first_says(largest_batch(setting, hardware, wanted))),
+    )
+    with devices.together():
+        if devices.is_first:
+            held.enter_context(locked_folder(directory))
+            remove_leftovers(directory)
+            remove_leftovers(directory / CHECKPOINTS)
+    checkpoint = choose_checkpoint(options, directory, devices, console)
+    check_space(options, directory, model.config.num_parameters())
     if options.shard != "none" and devices.world_size == 1:
         raise no_effect("--shard", "with one device")
+    keep_freed_memory()
+    recipe = fit_recipe(model, options, recipe, train.chunk_size, devices, console)
+    compiled = compile_if_worthwhile(model, options, recipe, train.chunk_size, devices, console)
     sharing = Sharing(model, devices, options.shard)
     decay = options.weight_decay
     run = Run(
@@ -172,31 +244,36 @@ def prepare_run(options: TrainingOptions, devices: Devices, console: Console) ->
         sharing=sharing,
         fingerprint={
             "model": model_name,
-            "data": sha256_file(options.dataset_path / MANIFEST_FILE),
+            "data": manifest.get("sha256", sha256_file(options.dataset_path / MANIFEST_FILE)),
             "seed": options.seed,
             "optimizer": options.optimizer,
             "chunks_per_step": recipe.chunks_per_step,
             "document_mask": options.document_mask,
         },
+        changeable={
+            **{name: getattr(options, name) for name in CHANGEABLE},
+            "precision": devices.precision,
+            "devices": devices.world_size,
+            "compiled": compiled,
+        },
         resumed_from=checkpoint,
         compiled=compiled,
     )
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, run.optimizers, run.fingerprint)
-        run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
-        run.joules = state.get("joules", 0.0)  # older checkpoints have none
+        state = read_state(checkpoint)
+        check_same_run(checkpoint, state, run.fingerprint, run.changeable, console)
+        run.go_on_from(checkpoint, devices)
+        if devices.is_first:
+            set_aside_after(directory / CHECKPOINTS, run.step)
     run.facts = _facts(run, devices)
     if devices.is_first:
-        directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / CONFIG_FILE, to_yaml(options))
         write_json(directory / FACTS_FILE, run.facts)
-        keep_metrics_until(directory, run.step)
+        keep_metrics_until(directory, run.step, is_last=run.progress >= 1)
         config = {**to_dict(options), **run.facts}
-        run.metrics = Metrics(directory, open_trackers(options, directory, config, run.step))
-        if run.resumed_from is None:
-            for message in _small_data_warnings(run):
-                warn(console, message)
-                run.metrics.write(run.step, {"warning": message})
+        trackers = open_trackers(options, directory, config, run.step)
+        goes_on = options.on_save_failure == "continue"
+        run.metrics = Metrics(directory, trackers, console if goes_on else None)
     return run
 
 
@@ -219,11 +296,12 @@ def finish_run(run: Run, figures: dict[str, Any]) -> Path:
     }
     folder = run.directory / "final_model"
     with new_folder(folder, overwrite=folder.exists()) as unfinished:
-        write_model(run.model, unfinished, run.tokenizer.special_ids)
+        known = write_model(run.model, unfinished, run.tokenizer.special_ids)
         write_tokenizer(run.tokenizer, unfinished)
         write_json(unfinished / SUMMARY_FILE, summary)
         card = model_card(summary, run.directory.name, run.options.language)
         write_text(unfinished / "README.md", card)
+        write_manifest(unfinished, known, without=("README.md",))
     point_link(run.directory.parent / f"{run.model_name}-dutch-latest", run.directory.name)
     run.metrics.close(summary)
     return folder
@@ -260,83 +338,6 @@ def _facts(run: Run, devices: Devices) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
-
-
-def _make_model(options: TrainingOptions, tokenizer: Tokenizer) -> Gemma3:
-    if options.init_from is None:
-        model = Gemma3(preset(options.model, tokenizer.num_rows))
-        initialize(model, options.seed)
-    else:
-        folder = find_model(options.init_from)
-        model = read_model(folder, dtype=torch.float32)
-        _check_same_tokenizer(folder, tokenizer, options)
-    model.recompute = what_to_recompute(options, model.config)
-    return model
-
-
-def _check_same_tokenizer(folder: Path, tokenizer: Tokenizer, options: TrainingOptions) -> None:
-    # Equal vocabularies suffice: Gemma's -it and -pt files, and transformers' own saves, differ in
-    # bytes but give every piece of text the same id.
-    own = load_tokenizer(str(folder)).implementation.get_vocab(with_added_tokens=False)
-    if own != tokenizer.implementation.get_vocab(with_added_tokens=False):
-        raise UserError(
-            f"the chunks in {options.dataset_path} were made with another tokenizer",
-            where=f"--init-from {options.init_from}",
-            fix=f"Make them again with preprocess.py --tokenizer {options.init_from}.",
-            exit_code=ExitCode.TOKENIZER_MISMATCH,
-        )
-
-
-def _run_name(options: TrainingOptions, model_name: str) -> str:
-    if options.run_name is not None:
-        return check_name(options.run_name, "--run-name")
-    return f"{model_name}-dutch-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
-
-
-def _checkpoint_to_resume(options: TrainingOptions, directory: Path) -> Path | None:
-    if (directory / "final_model").exists():
-        raise UserError(
-            "this run is finished",
-            where=str(directory),
-            fix="Choose another --run-name; to train its model further, use --init-from.",
-            exit_code=ExitCode.ALREADY_EXISTS,
-        )
-    if options.resume not in ("auto", "none"):
-        return Path(options.resume)
-    checkpoints = list_checkpoints(directory / "checkpoints")
-    if not checkpoints:
-        return None
-    if options.resume == "none":
-        raise UserError(
-            "this run directory holds checkpoints that would be mixed with a new run's",
-            where=str(directory),
-            fix="Choose another --run-name, or go on with --resume auto.",
-            exit_code=ExitCode.ALREADY_EXISTS,
-        )
-    return checkpoints[-1]
-
-
-def _check_disk(options: TrainingOptions, directory: Path, model: Gemma3) -> None:
-    num_bytes = 4 * model.config.num_parameters()
-    # A checkpoint has weights and two moments; the new one is committed before the oldest goes.
-    checkpoints = 0 if options.save_steps == 0 else options.save_total_limit + 1
-    needed = num_bytes * (1 + 3 * checkpoints)
-    require_free_space(directory, needed, f"the model and {checkpoints} checkpoints")
-
-
-def _small_data_warnings(run: Run) -> Iterator[str]:
-    train = run.manifest["splits"]["train"]
-    if run.train.num_chunks < run.recipe.chunks_per_step:
-        yield (
-            f"one update reads {run.recipe.chunks_per_step} chunks, but there are only "
-            f"{run.train.num_chunks}: each is read several times in every update"
-        )
-    num_parameters = run.model.config.num_parameters()
-    if train["tokens"] < num_parameters:
-        yield (
-            f"{train['tokens']:,} tokens of text for {num_parameters:,} parameters; about 20 for "
-            "each are usual (arXiv:2203.15556): a smaller model may do better"
-        )
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,0 +1,83 @@
+"""What the benchmarks share: environments for peers, and running kiem as its users do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAINER_REQUIREMENTS = (
+    "torch==2.13.0",
+    "transformers==5.23.0",
+    "accelerate==1.15.0",
+    "datasets==5.2.0",
+)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a training went.
+
+    Attributes:
+        tokens_per_second: of the median update, the first two not counted.
+        memory_bytes: most memory the process held.
+        mfu: share of the matrix peak, where the program says it.
+    """
+
+    tokens_per_second: float
+    memory_bytes: float
+    mfu: float | None = None
+
+
+def environment(name: str, requirements: tuple[str, ...], console: Console) -> Path:
+    """Returns the Python of an environment with these packages, made if it is not there."""
+    folder = ROOT / ".cache" / name
+    python = folder / "bin" / "python"
+    stamp = folder / "requirements.txt"
+    wanted = "\n".join(requirements)
+    if not stamp.exists() or stamp.read_text() != wanted:
+        console.print(f"making {folder}")
+        shutil.rmtree(folder, ignore_errors=True)
+        venv.create(folder, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
+        stamp.write_text(wanted)
+    return python
+
+
+def run_peer(python: Path, script: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Runs a peer's script with options as JSON; returns the JSON of its last line."""
+    command = [str(python), str(ROOT / "benchmarks" / script), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{script} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def run_script(script: str, *options: str | Path) -> None:
+    """Runs one of kiem's scripts."""
+    command = [sys.executable, str(ROOT / script), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{script} failed:\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
+
+
+def training_speed(run: Path) -> Speed:
+    """Returns the speed of a run of training.py, from its log."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    updates = [line for line in lines if "loss" in line]
+    settled = updates[2:] or updates
+    return Speed(
+        statistics.median(update["tokens_per_second"] for update in settled),
+        updates[-1]["memory_bytes"],
+        statistics.median(update["mfu"] for update in settled),
+    )

@@ -1,0 +1,149 @@
+"""Which run it is, which checkpoint it goes on from, and whether it may."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from kiem.cli import check_name, warn
+from kiem.config import TrainingOptions
+from kiem.errors import ExitCode, UserError
+from kiem.files import require_free_space
+from kiem.training.checkpoint import CHECKPOINTS, list_checkpoints, newest_valid, verify_checkpoint
+from kiem.training.devices import Devices
+
+# The options with other values of which a run can go on, with another result.
+CHANGEABLE = (
+    *("max_steps", "max_minutes", "epochs"),
+    *("learning_rate", "schedule", "warmup_ratio"),
+    *("weight_decay", "max_grad_norm", "z_loss", "spike_sigmas"),
+)
+_NONE = -1
+
+
+def run_name(options: TrainingOptions, model_name: str) -> str:
+    """Returns the name of the run directory: as asked, or with the time at which all started."""
+    if options.run_name is not None:
+        return check_name(options.run_name, "--run-name")
+    started = datetime.now(timezone.utc)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # All processes of a launcher, and those that it starts again, work on one run.
+        launcher = psutil.Process(os.getppid())
+        started = datetime.fromtimestamp(launcher.create_time(), timezone.utc)
+    return f"{model_name}-dutch-{started:%Y%m%dT%H%M%SZ}"
+
+
+def choose_checkpoint(
+    options: TrainingOptions, directory: Path, devices: Devices, console: Console
+) -> Path | None:
+    """Returns the checkpoint to go on from, verified, the same in all processes.
+
+    Args:
+        options: all options of training.py.
+        directory: the run directory.
+        devices: all processes; the first one decides.
+        console: where it is said that a damaged checkpoint is skipped.
+
+    Returns:
+        Its path; None if the run begins.
+
+    Raises:
+        UserError: the run is finished, --resume names no whole checkpoint, or another run's
+            checkpoints are in the way.
+    """
+    folder = directory / CHECKPOINTS
+    chosen: Path | None = None
+    with devices.together():
+        if devices.is_first:
+            chosen = _choose(options, directory, folder, console)
+    if options.resume not in ("auto", "none"):
+        return Path(options.resume)
+    step = int(chosen.name.removeprefix("step-")) if chosen is not None else _NONE
+    step = int(devices.first_says(step))
+    return folder / f"step-{step}" if step != _NONE else None
+
+
+def _choose(
+    options: TrainingOptions, directory: Path, folder: Path, console: Console
+) -> Path | None:
+    if (directory / "final_model").exists():
+        raise UserError(
+            "this run is finished",
+            where=str(directory),
+            fix="Choose another --run-name; to train its model further, use --init-from.",
+            exit_code=ExitCode.ALREADY_EXISTS,
+        )
+    if options.resume == "auto":
+        return newest_valid(folder, console)
+    is_elsewhere = options.resume == "none" or Path(options.resume).parent.resolve() != (
+        folder.resolve()
+    )
+    if is_elsewhere and list_checkpoints(folder):
+        raise UserError(
+            "this run directory holds checkpoints that would be mixed with a new run's",
+            where=str(directory),
+            fix="Choose another --run-name, or go on with --resume auto.",
+            exit_code=ExitCode.ALREADY_EXISTS,
+        )
+    if options.resume == "none":
+        return None
+    verify_checkpoint(Path(options.resume))
+    return Path(options.resume)
+
+
+def check_space(options: TrainingOptions, directory: Path, num_parameters: int) -> None:
+    """Checks that the disk has room for all that a run will write.
+
+    Raises:
+        UserError: it has not.
+    """
+    # A checkpoint has weights and two moments. The best one is kept as well, and the new one is
+    # committed before the oldest goes.
+    num_there = len(list_checkpoints(directory / CHECKPOINTS))
+    most = 0 if options.save_steps == 0 else options.save_total_limit + 2 - num_there
+    needed = 4 * num_parameters * (1 + 3 * max(0, most))
+    require_free_space(directory, needed, f"the model and {max(0, most)} checkpoints")
+
+
+def check_same_run(
+    path: Path,
+    state: dict[str, Any],
+    fingerprint: dict[str, Any],
+    changeable: dict[str, Any],
+    console: Console,
+) -> None:
+    """Refuses a checkpoint of another run; warns of changes that give another result.
+
+    Args:
+        path: the checkpoint.
+        state: what it was saved with.
+        fingerprint: what the run is now; must equal what it was.
+        changeable: what may be different from what it was.
+        console: where warnings go.
+
+    Raises:
+        UserError: it belongs to another run.
+    """
+    different = _differences(state["fingerprint"], fingerprint)
+    if different:
+        raise UserError(
+            f"this checkpoint belongs to another run: {'; '.join(different)}",
+            where=str(path),
+            fix="Use the same options, another --run-name, or --resume none.",
+            exit_code=ExitCode.ALREADY_EXISTS,
+        )
+    for change in _differences(state["changeable"], changeable):
+        warn(console, f"{change} from here on: the result will be another than without the stop")
+
+
+def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} was {was.get(name)!r}, is {value!r}"
+        for name, value in now.items()
+        if was.get(name) != value
+    ]

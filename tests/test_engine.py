@@ -1,0 +1,133 @@
+"""The engine: what it writes is what the model alone would write, whoever else is being served."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kiem.inference.engine import Engine, NewToken, Request
+from kiem.inference.sampling import Sampling
+from kiem.model.gemma3 import Gemma3
+from kiem.model.initialize import initialize
+from kiem.model.presets import Gemma3Config
+
+WINDOW = 8
+SMALL = Gemma3Config(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=7,
+    head_dim=16,
+    sliding_window=WINDOW,
+    query_pre_attn_scalar=16,
+    max_position_embeddings=256,
+)
+GREEDY = Sampling(temperature=0, repetition_penalty=1)
+NO_EOS = -1
+
+
+@pytest.fixture(scope="module")
+def model() -> Gemma3:
+    model = Gemma3(SMALL)
+    initialize(model, seed=1)
+    with torch.no_grad():  # so that a token's logits depend on all before it
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model.requires_grad_(False)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, SMALL.vocab_size, (length,), generator=generator).tolist()
+
+
+def run(engine: Engine) -> dict[int, list[NewToken]]:
+    found: dict[int, list[NewToken]] = {}
+    while engine.num_running or engine.num_waiting:
+        for new in engine.step():
+            found.setdefault(new.request, []).append(new)
+    return found
+
+
+def tokens(news: list[NewToken]) -> list[int]:
+    return [new.token for new in news]
+
+
+def test_many_requests_on_few_slots_get_what_each_gets_alone(model: Gemma3) -> None:
+    """Lengths around the window; slots are left and taken again in every order."""
+    requests = [
+        Request(prompt(length, seed), 1 + 7 * seed % 23, sampling, seed)
+        for seed, length in enumerate([1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 33] * 3)
+        for sampling in (GREEDY, Sampling())
+    ]
+    together = Engine(model, NO_EOS, max_requests=5, max_tokens=64)
+    numbers = [together.add(request) for request in requests]
+    assert (together.num_running, together.num_waiting) == (0, len(requests))
+    found = run(together)
+    for number, request in zip(numbers, requests, strict=True):
+        alone = Engine(model, NO_EOS, max_requests=1, max_tokens=64)
+        alone.add(request)
+        expected = run(alone)[0]
+        assert tokens(found[number]) == tokens(expected)
+        assert len(expected) == request.max_new_tokens
+        reasons = [new.finish_reason for new in found[number]]
+        assert reasons == [None] * (len(reasons) - 1) + ["length"]
+
+
+def test_greedy_tokens_are_the_likeliest_after_all_before_them(model: Gemma3) -> None:
+    engine = Engine(model, NO_EOS, max_requests=1, max_tokens=1100)
+    ids = prompt(1030)  # longer than a part of prefill
+    engine.add(Request(ids, 20, GREEDY, 0, num_logprobs=3))
+    for new in run(engine)[0]:
+        logits = model.logits(model.hidden_states(torch.tensor([ids]))[0, -1])
+        logprobs = logits.log_softmax(-1)
+        likeliest = logprobs.topk(3)
+        assert new.token == likeliest.indices[0]
+        assert new.logprob == pytest.approx(likeliest.values[0].item(), abs=1e-4)
+        assert [token for token, _ in new.alternatives] == likeliest.indices.tolist()
+        assert [p for _, p in new.alternatives] == pytest.approx(
+            likeliest.values.tolist(), abs=1e-4
+        )
+        ids.append(new.token)
+
+
+def test_a_request_ends_with_eos(model: Gemma3) -> None:
+    request = Request(prompt(5), 30, Sampling(), 3)
+    engine = Engine(model, NO_EOS, max_requests=1, max_tokens=64)
+    engine.add(request)
+    whole = tokens(run(engine)[0])
+    eos_id = whole[10]
+    engine = Engine(model, eos_id, max_requests=1, max_tokens=64)
+    engine.add(request)
+    news = run(engine)[0]
+    assert tokens(news) == whole[: whole.index(eos_id) + 1]
+    assert news[-1].finish_reason == "eos"
+    assert news[-1].logprob is None
+
+
+def test_a_cancelled_request_leaves_its_place_and_no_trace(model: Gemma3) -> None:
+    requests = [Request(prompt(9, seed), 20, Sampling(), seed) for seed in range(4)]
+    engine = Engine(model, NO_EOS, max_requests=2, max_tokens=64)
+    for request in requests:
+        engine.add(request)
+    first = engine.step()
+    engine.cancel(0)
+    engine.cancel(2)
+    assert (engine.num_running, engine.num_waiting) == (1, 1)
+    found = run(engine)
+    engine.cancel(0)  # ended long ago
+    assert found.keys() == {1, 3}
+    alone = Engine(model, NO_EOS, max_requests=1, max_tokens=64)
+    for request in (requests[1], requests[3]):
+        alone.add(request)
+    expected = run(alone)
+    begun = [new.token for new in first if new.request == 1]
+    assert begun + tokens(found[1]) == tokens(expected[0])
+    assert tokens(found[3]) == tokens(expected[1])
+
+
+def test_nothing_to_do_is_done_at_once(model: Gemma3) -> None:
+    engine = Engine(model, NO_EOS, max_requests=2, max_tokens=8)
+    assert engine.step() == []
+    with pytest.raises(AssertionError, match="9 tokens in a slot of 8"):
+        engine.add(Request(prompt(5), 4, GREEDY, 0))

@@ -1,0 +1,143 @@
+"""Training that is killed, stopped or left alone ends the same to the bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import ROOT
+from lives import OPTIONS, SCALE, Lives, chaos, interrupt_often, outcome
+
+from kiem.errors import ExitCode
+from kiem.training.checkpoint import list_checkpoints, verify_checkpoint
+
+Undisturbed = tuple[dict[str, Any], float]
+
+
+@pytest.fixture(scope="module")
+def lives(sample_chunks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
+    lives = Lives(sample_chunks, tmp_path_factory.mktemp("lives"))
+    yield lives
+    lives.close()
+
+
+def undisturbed(lives: Lives, folder: Path, processes: int) -> Undisturbed:
+    """The outcome of a run that nothing happens to, and how long it takes."""
+    began = time.monotonic()
+    assert lives.run(folder, processes=processes) == [0] * processes, lives.log.read_text()
+    return outcome(folder / "run"), time.monotonic() - began
+
+
+@pytest.fixture(scope="module")
+def one(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return undisturbed(lives, tmp_path_factory.mktemp("one"), 1)
+
+
+@pytest.fixture(scope="module")
+def two(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return undisturbed(lives, tmp_path_factory.mktemp("two"), 2)
+
+
+@pytest.mark.parametrize(("processes", "num"), [(1, 120), (2, 80)])
+def test_killed_at_any_moment(
+    processes: int, num: int, lives: Lives, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    expected, seconds = request.getfixturevalue({1: "one", 2: "two"}[processes])
+    how = {"signals": [signal.SIGKILL], "processes": processes, "seconds": seconds}
+    chance = chaos(f"kill {processes}")
+    counts = interrupt_often(lives, tmp_path, expected, round(num * SCALE), chance, **how)
+    print(counts)
+
+
+@pytest.mark.parametrize(("processes", "num"), [(1, 30), (2, 20)])
+def test_stopped_by_a_signal_at_any_moment(
+    processes: int, num: int, lives: Lives, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    expected, seconds = request.getfixturevalue({1: "one", 2: "two"}[processes])
+    signals = [signal.SIGTERM, signal.SIGINT]
+    how = {"signals": signals, "processes": processes, "seconds": seconds}
+    chance = chaos(f"signal {processes}")
+    counts = interrupt_often(lives, tmp_path, expected, round(num * SCALE), chance, **how)
+    print(counts)
+
+
+def wait_for(condition: Any, seconds: float = 60) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+def test_a_signal_saves_at_once_and_has_its_own_code(
+    lives: Lives, one: Undisturbed, tmp_path: Path
+) -> None:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    pids = lives.start(tmp_path, "--save-steps", "12")
+    wait_for(lambda: metrics.exists() and '"loss"' in metrics.read_text())
+    os.kill(pids[0], signal.SIGTERM)
+    assert lives.wait(pids) == [ExitCode.STOPPED]
+    (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    verify_checkpoint(checkpoint)
+    said = lives.log.read_text()
+    assert "a second signal stops at once" in said
+    assert f"stopped by SIGTERM after step {checkpoint.name[5:]}; a checkpoint is saved" in said
+    assert lives.run(tmp_path, "--save-steps", "12") == [0]
+    found = outcome(tmp_path / "run")
+    assert found["metrics"] == one[0]["metrics"]
+    assert found["final_model/model.safetensors"] == one[0]["final_model/model.safetensors"]
+
+
+def test_a_second_signal_ends_at_once(lives: Lives, tmp_path: Path) -> None:
+    long_updates = ("--gradient-accumulation-steps", "2000")
+    pids = lives.start(tmp_path, *long_updates)
+    wait_for(lambda: (tmp_path / "run" / "run.json").exists())
+    time.sleep(0.5)
+    os.kill(pids[0], signal.SIGTERM)
+    time.sleep(0.2)
+    os.kill(pids[0], signal.SIGTERM)  # as launchers pass it on: the same request
+    time.sleep(1.2)
+    os.kill(pids[0], signal.SIGINT)
+    began = time.monotonic()
+    assert lives.wait(pids) == [128 + signal.SIGINT]
+    assert time.monotonic() - began < 5
+    assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def torchrun(chunks: Path, output: Path, *more: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words += ["--max-restarts=3", "training.py", "--dataset-path", str(chunks)]
+    words += ["--output-dir", str(output), *OPTIONS, *more]
+    return subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_torchrun_starts_again_when_a_process_is_killed(
+    sample_chunks: Path, two: Undisturbed, tmp_path: Path
+) -> None:
+    """Without --run-name too: what a launcher starts again finds the run that it began."""
+    chance = chaos("torchrun")
+    for number in range(max(1, round(10 * SCALE))):
+        output = tmp_path / str(number)
+        program = torchrun(sample_chunks, output)
+        wait_for(lambda output=output: [*output.glob("*/checkpoints/step-*")])
+        victim = chance.choice(psutil.Process(program.pid).children())
+        victim.kill()
+        text, _ = program.communicate(timeout=120)
+        assert program.returncode == 0, text
+        (run,) = [path for path in output.iterdir() if not path.is_symlink()]
+        assert "going on from" in text
+        assert outcome(run) == two[0]

@@ -1,0 +1,124 @@
+"""The choice of tokens: the same filters as transformers', and the probabilities they promise."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from kiem.errors import UserError
+from kiem.inference.sampling import Sampling, choose_token, filtered, penalize_repetition
+
+
+def reference(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Returns the probabilities [V] that transformers chooses with."""
+    steps = [TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.top_k:
+        steps.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        steps.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        steps.append(MinPLogitsWarper(sampling.min_p))
+    no_ids = torch.empty(1, 0, dtype=torch.int64)
+    return LogitsProcessorList(steps)(no_ids, logits[None]).softmax(-1)[0]
+
+
+def ours(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    scaled, tokens = filtered(logits, sampling)
+    return torch.zeros(len(logits)).scatter(0, tokens, scaled.softmax(0))
+
+
+@pytest.mark.parametrize("num_rows", [200, 5000])
+def test_filters_equal_transformers(num_rows: int) -> None:
+    """Alone and together; the larger vocabulary is searched in part first, and may be in whole."""
+    generator = torch.Generator().manual_seed(num_rows)
+    ways = itertools.product(
+        (0.7, 1.5), (0, 1, 5, 199, 3000, 9999), (0.01, 0.5, 0.9, 0.999, 1.0), (0, 0.001, 0.1, 1)
+    )
+    for temperature, top_k, top_p, min_p in ways:
+        logits = torch.randn(num_rows, generator=generator) * 2
+        sampling = Sampling(temperature, top_k, top_p, min_p)
+        found, expected = ours(logits, sampling), reference(logits, sampling)
+        assert torch.equal(found > 0, expected > 0), sampling
+        torch.testing.assert_close(found, expected, msg=str(sampling))
+
+
+def test_filters_equal_transformers_with_gemmas_vocabulary() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for scale, top_p in ((1.0, 0.9), (3.0, 0.9), (6.0, 0.5)):
+        logits = torch.randn(262_144, generator=generator) * scale
+        sampling = Sampling(1.0, top_p=top_p)
+        found, expected = ours(logits, sampling), reference(logits, sampling)
+        # Both add up 262 144 numbers, in another order: the border may move by one token.
+        assert abs(int((found > 0).sum()) - int((expected > 0).sum())) <= 1 + (scale == 1.0) * 20
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-3)
+
+
+def test_of_equal_logits_top_k_keeps_all() -> None:
+    logits = torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0])
+    assert (ours(logits, Sampling(1.0, top_k=2, top_p=1)) > 0).tolist() == [0, 1, 1, 1, 0]
+
+
+def test_repetition_penalty_equals_transformers() -> None:
+    logits = torch.randn(50, 200, generator=torch.Generator().manual_seed(0)) * 3
+    ids = torch.randint(0, 200, (50, 30), generator=torch.Generator().manual_seed(1))
+    for penalty in (0.8, 1.0, 1.3):
+        expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
+        rows = [penalize_repetition(*row, penalty) for row in zip(logits, ids, strict=True)]
+        torch.testing.assert_close(torch.stack(rows), expected)
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0, top_p=1), Sampling(0.7, 5), Sampling(1.2, 0, 0.8, 0.05)]
+)
+def test_tokens_come_as_often_as_they_should(sampling: Sampling) -> None:
+    """Chi-squared over 4000 choices: below the value that chance exceeds once in 10 000 times."""
+    logits = torch.tensor([2.0, -1.0, 0.0, 1.0, 1.5, 0.5, -3.0])
+    generator = torch.Generator().manual_seed(7)
+    no_ids = torch.empty(0, dtype=torch.int64)
+    chosen = torch.tensor([choose_token(logits, no_ids, sampling, generator) for _ in range(4000)])
+    counts = torch.bincount(chosen, minlength=7)
+    expected = reference(logits, sampling) * 4000
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    statistic = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    assert statistic < 27.9  # 6 degrees of freedom
+
+
+def test_the_coldest_choice_is_the_likeliest_and_the_hottest_is_any() -> None:
+    logits = torch.tensor([0.0, 5.0, -5.0, 4.9])
+    no_ids = torch.empty(0, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    for temperature in (0, 1e-30, 1e-6):
+        assert choose_token(logits, no_ids, Sampling(temperature, top_p=1), generator) == 1
+    hot = {choose_token(logits, no_ids, Sampling(100, top_p=1), generator) for _ in range(100)}
+    assert hot == {0, 1, 2, 3}
+
+
+def test_the_same_seed_chooses_the_same() -> None:
+    """With another filter only what the filter leaves out changes."""
+    logits = torch.randn(3000, generator=torch.Generator().manual_seed(0))
+    no_ids = torch.empty(0, dtype=torch.int64)
+    for sampling in (Sampling(), Sampling(1.0, 0, 1.0, 0.0)):
+        first, second = (
+            [choose_token(logits, no_ids, sampling, generator) for _ in range(20)]
+            for generator in (torch.Generator().manual_seed(3), torch.Generator().manual_seed(3))
+        )
+        assert first == second
+        assert len(set(first)) > 10
+
+
+def test_output_that_is_no_number_is_reported() -> None:
+    logits = torch.tensor([0.0, torch.nan])
+    no_ids = torch.empty(0, dtype=torch.int64)
+    with pytest.raises(UserError, match="not a number"):
+        choose_token(logits, no_ids, Sampling(), torch.Generator())

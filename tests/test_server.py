@@ -1,0 +1,403 @@
+"""The server: OpenAI's client finds what it knows, and nobody finds more than they may."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import math
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from conftest import run_script
+from rich.console import Console
+from serving import ServerProcess, serving
+
+from kiem.config import InferenceOptions
+from kiem.errors import ExitCode, UserError
+from kiem.inference.write import write
+
+KEY = "een-sleutel-van-lengte"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+ROUTES = ("/", "/page.js", "/health", "/metrics", "/v1/models", "/v1/models/short", "/niets")
+
+
+@pytest.fixture(scope="module")
+def model(trained_run: Path) -> Path:
+    return trained_run / "final_model"
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[ServerProcess]:
+    """With two slots and two places to wait."""
+    with serving(model, "--max-requests", "2", "--max-waiting", "2") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    url = f"{server.url}/v1"
+    with openai.OpenAI(base_url=url, api_key="any", max_retries=0) as made:
+        yield made
+
+
+def test_a_completion_is_what_inference_py_writes(client: openai.OpenAI, model: Path) -> None:
+    answer = client.completions.create(
+        model="short", prompt="Nederland is", max_tokens=20, seed=42, n=2
+    )
+    done = run_script(
+        "inference.py",
+        *("--model-path", model, "--prompt", "Nederland is", "--max-new-tokens", "20"),
+        *("--num-return-sequences", "2", "--seed", "42"),
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    for choice in answer.choices:
+        assert "Nederland is" + choice.text in done.stdout
+        assert choice.finish_reason in ("stop", "length")
+    assert answer.choices[0].text != answer.choices[1].text
+    assert answer.object == "text_completion"
+    assert answer.usage is not None
+    assert f"{answer.usage.completion_tokens} tokens" in done.stdout
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_a_stream_gives_the_same(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "short", "prompt": ["De zee", "Een fiets"], "seed": 5}
+    asked |= {"max_tokens": 30, "logprobs": 2}
+    whole = client.completions.create(**asked)
+    texts, tokens, reasons, usage = ["", ""], [[], []], [None, None], None
+    stream = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    for part in stream:
+        usage = part.usage
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+            tokens[choice.index] += choice.logprobs.tokens
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    for choice in whole.choices:
+        assert texts[choice.index] == choice.text
+        assert tokens[choice.index] == choice.logprobs.tokens
+        assert reasons[choice.index] == choice.finish_reason
+    assert usage == whole.usage
+
+
+def test_logprobs_add_up(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="short", prompt="Het", max_tokens=8, logprobs=5, temperature=0, seed=1,
+        extra_body={"repetition_penalty": 1},
+    )  # fmt: skip
+    told = answer.choices[0].logprobs
+    assert told is not None
+    text = answer.choices[0].text
+    for place, token in enumerate(told.tokens):
+        top = told.top_logprobs[place]
+        assert len(top) <= 5
+        assert max(top, key=top.__getitem__) == token  # greedy
+        assert top[token] == told.token_logprobs[place]
+        assert sum(map(math.exp, top.values())) <= 1 + 1e-6
+        if not token.startswith("bytes:"):
+            assert text[told.text_offset[place] :].startswith(token)
+    only = client.completions.create(
+        model="short", prompt="Het", max_tokens=2, logprobs=0, temperature=0, seed=1
+    )
+    assert only.choices[0].logprobs.top_logprobs == [{}, {}]
+    assert len(only.choices[0].logprobs.token_logprobs) == 2
+
+
+def test_stop_echo_and_token_ids(client: openai.OpenAI, server: ServerProcess) -> None:
+    asked: dict[str, Any] = {"model": "short", "prompt": "De stad", "seed": 2, "max_tokens": 40}
+    text = client.completions.create(**asked).choices[0].text
+    stop = text[10:13]
+    stopped = client.completions.create(**asked, stop=[stop, "\x00"]).choices[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == text[: text.index(stop)]
+    assert client.completions.create(**asked, echo=True).choices[0].text == "De stad" + text
+    stream = client.completions.create(**asked, echo=True, stream=True)
+    assert "".join(part.choices[0].text for part in stream) == "De stad" + text
+    _, first = server.complete(prompt=[5, 300, 301], seed=1, max_tokens=4)
+    _, second = server.complete(prompt=[[2, 5, 300, 301]], seed=1, max_tokens=4)
+    assert first["choices"] == second["choices"]
+    assert first["usage"]["prompt_tokens"] == 4
+
+
+def test_models_and_openais_errors(client: openai.OpenAI) -> None:
+    assert [entry.id for entry in client.models.list()] == ["short"]
+    assert client.models.retrieve("short").owned_by == "kiem"
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.models.retrieve("gpt-4")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="gpt-4", prompt="x")
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.completions.create(model="short", prompt="x", temperature=-1)
+    assert bad.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError) as long:
+        client.completions.create(model="short", prompt="x", max_tokens=4096)
+    assert long.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, None),
+        ({"prompt": "x", "n": 0}, "n"),
+        ({"prompt": "x", "n": 5}, "n"),
+        ({"prompt": ["x"] * 5}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["x", 1]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [[99999]]}, "prompt"),
+        ({"prompt": "x", "logprobs": 1, "echo": True}, "logprobs"),
+        ({"prompt": "x", "best_of": 3}, "best_of"),
+        ({"prompt": "x", "presence_penalty": 0.5}, "presence_penalty"),
+        ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias"),
+        ({"prompt": "x", "suffix": "y"}, "suffix"),
+        ({"prompt": "x", "stop": ""}, "stop"),
+        ({"prompt": "x", "stop": ["a"] * 17}, "stop"),
+        ({"prompt": "x", "top_p": 0}, "top_p"),
+        ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options"),
+        ({"prompt": "x", "messages": []}, "messages"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(
+    server: ServerProcess, body: dict[str, Any], param: str | None
+) -> None:
+    status, answer = server.complete(**body)
+    assert status == 400
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert answer["error"]["param"] == param
+    assert answer["error"]["message"]
+
+
+def test_a_thousand_malformed_requests(server: ServerProcess) -> None:
+    """Seeded; each is wrong by construction. All get a 4xx, and the server is as before."""
+    chance = random.Random(6)
+    valid = json.dumps({"prompt": "Nederland is", "max_tokens": 2, "stop": ["a"], "n": 1})
+    junk: list[Any] = [None, True, -1, 1.5, 10**40, "", "x", [], [[]], [None], {}, {"a": []}, "\0"]
+    fields = ("prompt", "max_tokens", "n", "temperature", "top_p", "stop", "stream", "logprobs")
+
+    def bad_value() -> bytes:
+        body = json.loads(valid)
+        body[chance.choice(fields)] = chance.choice([{"a": 1}, [{}], [[["x"]]], {"b": [None]}])
+        return json.dumps(body).encode()
+
+    def unknown_field() -> bytes:
+        name = "".join(chance.choices("abcxyz_\u00e9 .$`", k=chance.randint(1, 9))) + "!"
+        return json.dumps({**json.loads(valid), name: chance.choice(junk)}).encode()
+
+    def cut() -> bytes:
+        return valid.encode()[: chance.randrange(len(valid))]
+
+    def noise() -> bytes:
+        return b"\xff" + chance.randbytes(chance.randint(0, 200))
+
+    def deep() -> bytes:
+        bracket = chance.choice(['{"prompt":', "["])
+        return (bracket * chance.randint(2, 100_000)).encode()
+
+    def odd_number() -> bytes:
+        number = chance.choice(["1e999", "-1e999", "NaN", "Infinity", "-5", "0x10", "1" * 5000])
+        return b'{"prompt": "x", "temperature": ' + number.encode() + b"}"
+
+    def surrogate() -> bytes:
+        return b'{"prompt": "a\\ud83d' + chance.choice([b"", b"x", b"\\ud83d"]) + b'"}'
+
+    kinds: list[Callable[[], bytes]] = [
+        *(bad_value, unknown_field, cut, noise, deep, odd_number, surrogate)
+    ]
+    paths = ("/v1/completions",) * 8 + ("/v1/chat/completions", "/v1/%00", "/../etc/passwd", "/v1")
+    with contextlib.closing(HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+        for number in range(1000):
+            body, path = chance.choice(kinds)(), chance.choice(paths)
+            method = chance.choice(("POST",) * 6 + ("PUT", "DELETE", "PATCH"))
+            kind = chance.choice(
+                ("application/json",) * 6 + ("text/plain", "", "\xe9/x; charset=\x7f")
+            )
+            connection.request(method, path, body, {"content-type": kind})
+            answer = connection.getresponse()
+            text = answer.read().decode()
+            assert 400 <= answer.status < 500, (number, method, path, kind, body[:200], text)
+            assert json.loads(text)["error"]["message"]
+    assert server.ask("GET", "/health")[0] == 200
+    assert server.metric("kiem_sequences_running") == 0
+    assert server.complete(prompt="x", max_tokens=1)[0] == 200
+
+
+def test_what_is_not_even_http(server: ServerProcess) -> None:
+    chance = random.Random(7)
+    for _ in range(30):
+        line = chance.choice([b"GET / HTTP/9.9", b"\x16\x03\x01", b"POST", b"GET /\xff HTTP/1.1"])
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+            raw.sendall(line + chance.randbytes(20) + b"\r\n\r\n")
+            assert raw.recv(1000).startswith((b"HTTP/1.1 4", b""))
+    with socket.create_connection(("127.0.0.1", server.port)) as leaves_early:
+        leaves_early.sendall(HEAD + b"Content-Length: 100\r\n\r\n{")
+    for headers in ({"content-length": "-1"}, {"content-length": "9" * 30}, {"x": "y" * 100_000}):
+        with contextlib.closing(HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection:
+            connection.putrequest("POST", "/v1/completions")
+            for name, value in headers.items():
+                connection.putheader(name, value)
+            connection.endheaders()
+            assert 400 <= connection.getresponse().status < 500
+    assert server.ask("GET", "/health")[0] == 200
+
+
+def test_a_body_that_is_too_large(server: ServerProcess) -> None:
+    status, _, text = server.ask("POST", "/v1/completions", {"prompt": "x" * (1 << 20)})
+    assert status == 413
+    assert "1048576" in json.loads(text)["error"]["message"]
+
+
+def open_stream(server: ServerProcess, max_tokens: int = 3000) -> tuple[HTTPConnection, Any]:
+    """Begins a long stream and reads its first line."""
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
+    body = {"prompt": "De", "max_tokens": max_tokens, "stream": True, "seed": 1, **ENDLESS}
+    headers = {"content-type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(body), headers)
+    answer = connection.getresponse()
+    if answer.status == 200:
+        assert answer.readline().startswith(b"data: ")
+    return connection, answer
+
+
+# So repetitive that the model never ends its text.
+ENDLESS = {"temperature": 0, "repetition_penalty": 0.5}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_client_that_leaves_frees_its_slot(server: ServerProcess) -> None:
+    finished = server.metric('kiem_sequences_finished_total{reason="length"}')
+    connection, answer = open_stream(server)
+    assert server.metric("kiem_sequences_running") == 1
+    answer.close()
+    connection.close()
+    wait_until(lambda: server.metric("kiem_sequences_running") == 0)
+    # One that waits for a whole answer, and leaves as well.
+    body = json.dumps({"prompt": "De", "max_tokens": 3000, "n": 3, "seed": 1, **ENDLESS}).encode()
+    with socket.create_connection(("127.0.0.1", server.port)) as raw:
+        raw.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        wait_until(lambda: server.metric("kiem_sequences_waiting") == 1)
+    wait_until(lambda: server.metric("kiem_sequences_running") == 0)
+    assert server.metric("kiem_sequences_waiting") == 0
+    assert server.metric('kiem_sequences_finished_total{reason="length"}') == finished
+
+
+def test_more_than_the_queue_takes_is_refused(server: ServerProcess) -> None:
+    streams = [open_stream(server) for _ in range(2)]
+    body = json.dumps({"prompt": "De", "n": 2, "max_tokens": 3000, "seed": 1, **ENDLESS}).encode()
+    with socket.create_connection(("127.0.0.1", server.port)) as waiting:
+        waiting.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        wait_until(lambda: server.metric("kiem_sequences_waiting") == 2)
+        status, headers, text = server.ask("POST", "/v1/completions", {"prompt": "x"})
+        assert (status, headers["retry-after"]) == (429, "1")
+        assert json.loads(text)["error"]["type"] == "rate_limit_error"
+        assert server.ask("GET", "/health")[0] == 200
+    for connection, answer in streams:
+        answer.close()
+        connection.close()
+    wait_until(lambda: server.metric("kiem_sequences_running") == 0)
+    assert server.complete(prompt="x", max_tokens=1)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "localhost"}, 200),
+        ({"host": "LOCALHOST:9"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+        ({"host": "kwaad.example"}, 403),
+        ({"host": "127.0.0.1.kwaad.example"}, 403),
+        ({"host": "localhost.kwaad.example:8000"}, 403),
+        ({"host": ""}, 403),
+        ({"host": "localhost:1", "origin": "http://localhost:1"}, 200),
+        ({"host": "localhost:1", "origin": "http://localhost:2"}, 403),
+        ({"host": "localhost:1", "origin": "https://kwaad.example"}, 403),
+        ({"host": "localhost:1", "origin": "null"}, 403),
+    ],
+)
+def test_pages_of_other_sites_are_kept_out(
+    server: ServerProcess, headers: dict[str, str], status: int
+) -> None:
+    found, answered, _ = server.ask("GET", "/v1/models", None, headers)
+    assert found == status
+    assert not [name for name in answered if name.startswith("access-control")]
+    assert answered["content-security-policy"].startswith("default-src 'none'")
+
+
+def test_the_key_is_asked_for_on_every_route(model: Path) -> None:
+    basic = base64.b64encode(f"wie:{KEY}".encode()).decode()
+    wrong = base64.b64encode(b"wie:dan").decode()
+    with serving(model, "--host", "0.0.0.0", "--api-key", KEY) as server:
+        for route in ROUTES:
+            expected = 404 if route == "/niets" else 200
+            for refused in ({}, {"authorization": "Bearer x"}, {"authorization": KEY}):
+                status, headers, _ = server.ask("GET", route, None, refused)
+                assert status == 401
+                assert headers["www-authenticate"].startswith("Basic ")
+            given = {"authorization": f"Bearer {KEY}"}
+            assert server.ask("GET", route, None, given)[0] == expected
+        for secret, status in ((basic, 200), (wrong, 401), ("%%%", 401), ("\xe9", 401), ("", 401)):
+            given = {"authorization": f"Basic {secret}"}
+            assert server.ask("GET", "/health", None, given)[0] == status
+        assert server.complete(prompt="x")[0] == 401
+        url = f"http://127.0.0.1:{server.port}/v1"
+        with openai.OpenAI(base_url=url, api_key=KEY) as client:
+            assert client.completions.create(model="short", prompt="De", max_tokens=2).choices
+        with (
+            openai.OpenAI(base_url=url, api_key="x") as stranger,
+            pytest.raises(openai.AuthenticationError),
+        ):
+            stranger.models.list()
+
+
+def test_running_requests_may_end_when_the_server_is_stopped(model: Path) -> None:
+    with serving(model) as server:
+        connection, answer = open_stream(server, max_tokens=500)
+        server.process.send_signal(signal.SIGTERM)
+        rest = answer.read().decode()
+        connection.close()
+        assert rest.endswith("data: [DONE]\n\n")
+        assert '"finish_reason":"length"' in rest
+        assert server.process.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"host": "0.0.0.0"}, "needs a key"),
+        ({"host": "example.org"}, "needs a key"),
+        ({"host": "0.0.0.0", "api_key": "kort"}, "at least 16 characters"),
+        ({"api_key": "een sleutel met spaties"}, "has a space"),
+        ({"port": 70000}, "0 to 65535"),
+        ({"host": "192.0.2.1", "api_key": KEY}, "cannot listen there"),
+        ({"max_context": 100}, "above --max-new-tokens"),
+    ],
+)
+def test_mistakes_are_told_before_the_model_is_loaded(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as found:
+        write(InferenceOptions("nergens", serve=True, **options), Console(quiet=True))
+    assert found.value.exit_code == ExitCode.BAD_OPTION
+
+
+def test_a_port_in_use_is_told() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(UserError, match="Address already in use"),
+    ):
+        port = taken.getsockname()[1]
+        write(InferenceOptions("nergens", serve=True, port=port), Console(quiet=True))
