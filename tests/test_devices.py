@@ -128,6 +128,22 @@ def test_processes_and_shards_do_not_change_the_losses(train: Train) -> None:
                 assert torch.equal(sharded[parameter], value), parameter
 
 
+@pytest.mark.slow
+def test_sharded_runs_go_on_with_other_numbers_of_processes(train: Train) -> None:
+    """From two processes to one and back to two: the losses of an undisturbed run."""
+    saving = ("--save-steps", "2", "--save-total-limit", "3", "--optimizer", "adamw")
+
+    def resume(name: str, run: Path, step: int, *options: str) -> dict[str, tuple[str, ...]]:
+        return {name: (*options, *saving, "--resume", str(run / "checkpoints" / f"step-{step}"))}
+
+    sharded = (*cut(2, 2, 6), "--shard", "optimizer")
+    whole = train(2, {"whole": (*sharded, *saving)})["whole"]
+    alone = train(1, resume("alone", whole, 2, *cut(4, 2, 6)))["alone"]
+    pair = train(2, resume("pair", alone, 4, *sharded))["pair"]
+    assert losses(alone) == pytest.approx(losses(whole)[2:], abs=1e-5)
+    assert losses(pair) == pytest.approx(losses(whole)[4:], abs=1e-5)
+
+
 def test_owners_hold_about_as_much() -> None:
     model = Gemma3(preset("gemma3-micro", 2048))
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
 
 import psutil
 import torch
@@ -15,7 +17,7 @@ from kiem.data.chunks import read_manifest, read_tokenizer
 from kiem.files import format_bytes
 from kiem.model.files import find_model, read_config
 from kiem.model.gemma3 import Recompute
-from kiem.model.presets import name_of, preset
+from kiem.model.presets import Gemma3Config, name_of, preset
 from kiem.training.devices import Devices
 from kiem.training.gpus import GPUS, Gpu
 from kiem.training.options import check_options
@@ -116,27 +118,47 @@ def make_plan(options: TrainingOptions, devices: Devices) -> Plan:
         else read_config(find_model(options.init_from))
     )
     gpu = GPUS[options.gpu] if options.gpu else None
-    world_size = (options.num_gpus or 1) if gpu else devices.world_size
+    if gpu is not None:
+        precision: Literal["fp32", "bf16"] = "fp32" if options.precision == "fp32" else "bf16"
+        where = torch.device("cuda")
+        devices = replace(
+            devices, world_size=options.num_gpus or 1, device=where, precision=precision
+        )
     hardware = _planned_hardware(gpu, devices)
     num_chunks, chunk_size = (
         manifest["splits"]["train"]["chunks"],
         manifest["options"]["chunk_size"],
     )
-    recipe = settle(options, usual_for(config), num_chunks, chunk_size, world_size)
-    setting = Setting(
-        config=config,
-        chunk_size=chunk_size,
-        batch_size=recipe.batch_size,
-        bf16=options.precision != "fp32" if gpu else devices.precision == "bf16",
-        recompute=what_to_recompute(options, config),
-        document_mask=options.document_mask,
-        optimizer=options.optimizer,
-        world_size=world_size,
-        shard=options.shard,
+    setting = setting_of(config, options, devices, chunk_size)
+    recipe = settle(
+        options,
+        usual_for(config, devices.device.type == "cuda"),
+        num_chunks,
+        chunk_size,
+        devices.world_size,
+        partial(largest_batch, setting, hardware),
     )
+    setting = replace(setting, batch_size=recipe.batch_size)
     memory = memory_of(setting, hardware.base_bytes)
     seconds = calculate_seconds(setting, gpu) if gpu else rehearse_seconds(setting, devices)
     return Plan(recipe, setting, hardware, memory, seconds)
+
+
+def setting_of(
+    config: Gemma3Config, options: TrainingOptions, devices: Devices, chunk_size: int
+) -> Setting:
+    """Returns what the options settle but the batch size, which is 1 here."""
+    return Setting(
+        config=config,
+        chunk_size=chunk_size,
+        batch_size=1,
+        bf16=devices.precision == "bf16",
+        recompute=what_to_recompute(options, config),
+        document_mask=options.document_mask,
+        optimizer=options.optimizer,
+        world_size=devices.world_size,
+        shard=options.shard,
+    )
 
 
 def print_plan(options: TrainingOptions, devices: Devices, console: Console) -> None:
