@@ -50,10 +50,12 @@ chaos: $(VENV)/installed gemma-tokenizer
 
 bench: $(VENV)/installed gemma-tokenizer
 	$(BIN)/python benchmarks/preprocessing.py --text $(TEXT) --tokenizer $(GEMMA_TOKENIZER)
+	$(BIN)/python benchmarks/training.py --text $(TEXT) --gemma-tokenizer $(GEMMA_TOKENIZER)
 
 # What docs/reference.md says comes from the dataclasses of the options.
 reference: $(VENV)/installed
-	$(BIN)/python -m kiem.reference > docs/reference.md
+	$(BIN)/python -m kiem.reference > docs/reference.md.new
+	mv docs/reference.md.new docs/reference.md
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .

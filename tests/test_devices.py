@@ -89,8 +89,9 @@ def cut(batch_size: int, accumulation: int, num_steps: int) -> tuple[str, ...]:
 
 
 def test_an_update_is_the_same_however_it_is_cut(train: Train) -> None:
-    alone = train(1, {"whole": cut(8, 1, 1), "parts": cut(1, 8, 1)})
-    pair = train(2, {"pair": cut(4, 1, 1), "pair-parts": cut(1, 4, 1)})
+    adamw = KINDS["adamw"]
+    alone = train(1, {"whole": (*cut(8, 1, 1), *adamw), "parts": (*cut(1, 8, 1), *adamw)})
+    pair = train(2, {"pair": (*cut(4, 1, 1), *adamw), "pair-parts": (*cut(1, 4, 1), *adamw)})
     expected = torch.cat([value.flatten() for value in weights(alone["whole"]).values()])
     for name, run in {**alone, **pair}.items():
         found = torch.cat([value.flatten() for value in weights(run).values()])
@@ -125,6 +126,22 @@ def test_processes_and_shards_do_not_change_the_losses(train: Train) -> None:
             )
             for parameter, value in plain.items():
                 assert torch.equal(sharded[parameter], value), parameter
+
+
+@pytest.mark.slow
+def test_sharded_runs_go_on_with_other_numbers_of_processes(train: Train) -> None:
+    """From two processes to one and back to two: the losses of an undisturbed run."""
+    saving = ("--save-steps", "2", "--save-total-limit", "3", "--optimizer", "adamw")
+
+    def resume(name: str, run: Path, step: int, *options: str) -> dict[str, tuple[str, ...]]:
+        return {name: (*options, *saving, "--resume", str(run / "checkpoints" / f"step-{step}"))}
+
+    sharded = (*cut(2, 2, 6), "--shard", "optimizer")
+    whole = train(2, {"whole": (*sharded, *saving)})["whole"]
+    alone = train(1, resume("alone", whole, 2, *cut(4, 2, 6)))["alone"]
+    pair = train(2, resume("pair", alone, 4, *sharded))["pair"]
+    assert losses(alone) == pytest.approx(losses(whole)[2:], abs=1e-5)
+    assert losses(pair) == pytest.approx(losses(whole)[4:], abs=1e-5)
 
 
 def test_owners_hold_about_as_much() -> None:

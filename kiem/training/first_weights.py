@@ -13,8 +13,7 @@ from kiem.model.files import find_model, read_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 from kiem.model.presets import preset
-
-_RECOMPUTE_ABOVE_PARAMETERS = 500_000_000
+from kiem.training.recipe import what_to_recompute
 
 
 def make_model(options: TrainingOptions, tokenizer: Tokenizer) -> Gemma3:
@@ -30,9 +29,7 @@ def make_model(options: TrainingOptions, tokenizer: Tokenizer) -> Gemma3:
         folder = find_model(options.init_from)
         model = read_model(folder, dtype=torch.float32)
         _check_same_tokenizer(folder, tokenizer, options)
-    is_large = model.config.num_parameters() > _RECOMPUTE_ABOVE_PARAMETERS
-    asked = options.activation_checkpointing
-    model.recompute = asked if asked != "auto" else ("full" if is_large else "none")
+    model.recompute = what_to_recompute(options, model.config)
     return model
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from kiem.config import TrainingOptions
-from kiem.errors import ExitCode, UserError
+from kiem.errors import UserError
 from kiem.memory import peak_memory_bytes
 from kiem.model.gemma3 import next_token_targets
 from kiem.model.loss import IGNORE
@@ -21,8 +21,10 @@ from kiem.training.display import Display, show_plan, show_results
 from kiem.training.doctor import warnings_after_update, warnings_before
 from kiem.training.energy import EnergyMeter
 from kiem.training.evaluate import evaluate, measure_minimal_pairs, sample_texts
+from kiem.training.fit import is_out_of_memory, out_of_memory
 from kiem.training.guard import Guard, save
 from kiem.training.optimizer import learning_rate_share
+from kiem.training.planning import print_plan
 from kiem.training.probe import flops_per_token
 from kiem.training.reporter import Reporter
 from kiem.training.run import Run, finish_run, prepare_run
@@ -39,6 +41,8 @@ def train(options: TrainingOptions, console: Console) -> None:
         UserError: anything about options, data, model, disk or memory that a person can mend.
     """
     with open_devices(options.precision) as devices, ExitStack() as held:
+        if options.plan:
+            return print_plan(options, devices, console)
         run = prepare_run(options, devices, console, held)
         reporter = Reporter(run.directory, console)
         show_plan(run, devices, console)
@@ -53,8 +57,10 @@ def train(options: TrainingOptions, console: Console) -> None:
             if devices.is_first:
                 _write(run, figures)
                 final_model = finish_run(run, figures)
-        except torch.OutOfMemoryError as error:
-            raise _out_of_memory(run) from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(run.recipe, f"step {run.step + 1}") from error
         except UserError as error:
             _write(run, {"warning": f"stopped: {error.what}"})
             raise
@@ -168,16 +174,3 @@ def _write(run: Run, figures: dict[str, Any]) -> None:
 def _warn(run: Run, console: Console, messages: Iterable[str]) -> None:
     for message in messages:
         run.warn(console, message)
-
-
-def _out_of_memory(run: Run) -> UserError:
-    smaller = "--activation-checkpointing full"
-    if run.recipe.batch_size > 1:
-        half, double = run.recipe.batch_size // 2, run.recipe.accumulation * 2
-        smaller = f"--batch-size {half} --gradient-accumulation-steps {double}"
-    return UserError(
-        "the GPU's memory is not enough",
-        where=f"step {run.step + 1}",
-        fix=f"Try {smaller}, or chunks made with a smaller --chunk-size.",
-        exit_code=ExitCode.OUT_OF_MEMORY,
-    )

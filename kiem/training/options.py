@@ -16,6 +16,7 @@ _POSITIVE = (
     "max_grad_norm",
     "eval_chunks",
     "log_steps",
+    "num_gpus",
 )
 _NOT_NEGATIVE = (
     "warmup_ratio",
@@ -64,6 +65,10 @@ def check_options(options: TrainingOptions) -> None:
     has_budget = options.max_steps is not None or options.max_minutes is not None
     if has_budget and options.epochs != 1.0:
         raise no_effect("--epochs", "together with --max-steps or --max-minutes")
+    if options.gpu is not None and not options.plan:
+        raise no_effect("--gpu", "without --plan")
+    if options.num_gpus is not None and options.gpu is None:
+        raise no_effect("--num-gpus", "without --gpu")
     if options.wandb_project is not None and not {"wandb", "trackio"} & {*tracker_names(options)}:
         raise no_effect("--wandb-project", "without --use-wandb or --trackers trackio")
     if options.init_from is not None and options.model != "gemma3-1b":

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from kiem.config import TrainingOptions
+from kiem.model.gemma3 import Recompute
 from kiem.model.presets import Gemma3Config
 
 # Small data gets small batches: a run of whole epochs should have at least this many updates.
 _MIN_STEPS = 50
+# More tokens in a pass make no GPU faster; fewer are taken where memory is short.
+_GPU_PASS_TOKENS = 16_384
+_RECOMPUTE_ABOVE_PARAMETERS = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class Usual:
     """What suits a model.
 
     Attributes:
-        tokens_per_pass: tokens in a forward pass on one device, for a GPU of 24 GB or a CPU.
+        tokens_per_pass: most tokens in a forward pass on a CPU; more make it no faster.
         tokens_per_step: tokens in one update.
         learning_rate: highest learning rate.
     """
@@ -31,7 +36,7 @@ class Usual:
 # nano, 270m and 1b, and whatever models training starts from.
 USUAL = {
     3_000_000: Usual(tokens_per_pass=4_096, tokens_per_step=1_024, learning_rate=4e-3),
-    30_000_000: Usual(tokens_per_pass=4_096, tokens_per_step=4_096, learning_rate=3e-3),
+    30_000_000: Usual(tokens_per_pass=4_096, tokens_per_step=4_096, learning_rate=1e-2),
     300_000_000: Usual(tokens_per_pass=2_048, tokens_per_step=131_072, learning_rate=1e-3),
     10**12: Usual(tokens_per_pass=1_024, tokens_per_step=262_144, learning_rate=1e-3),
 }
@@ -58,14 +63,27 @@ class Recipe:
     max_seconds: float | None
 
 
-def usual_for(config: Gemma3Config) -> Usual:
-    """Returns what suits a model of this shape."""
+def what_to_recompute(options: TrainingOptions, config: Gemma3Config) -> Recompute:
+    """Returns what the backward pass computes again: as the option says, else by the model."""
+    if options.activation_checkpointing != "auto":
+        return options.activation_checkpointing
+    return "full" if config.num_parameters() > _RECOMPUTE_ABOVE_PARAMETERS else "none"
+
+
+def usual_for(config: Gemma3Config, on_gpu: bool = False) -> Usual:
+    """Returns what suits a model of this shape; GPUs with more memory take larger passes."""
     body = config.num_parameters() - config.vocab_size * config.hidden_size
-    return next(usual for limit, usual in USUAL.items() if body <= limit)
+    usual = next(usual for limit, usual in USUAL.items() if body <= limit)
+    return replace(usual, tokens_per_pass=_GPU_PASS_TOKENS) if on_gpu else usual
 
 
 def settle(
-    options: TrainingOptions, usual: Usual, num_chunks: int, chunk_size: int, world_size: int
+    options: TrainingOptions,
+    usual: Usual,
+    num_chunks: int,
+    chunk_size: int,
+    world_size: int,
+    fitting: Callable[[int], int] = lambda wanted: wanted,
 ) -> Recipe:
     """Returns the numbers of a run: as the options say, else what suits model and data.
 
@@ -75,6 +93,7 @@ def settle(
         num_chunks: chunks in the training split.
         chunk_size: tokens in a chunk.
         world_size: devices.
+        fitting: returns how many chunks of a wanted number fit into memory in a pass.
     """
     has_budget = options.max_steps is not None or options.max_minutes is not None
     wanted_chunks = usual.tokens_per_step / chunk_size
@@ -84,6 +103,7 @@ def settle(
     if batch_size is None:
         largest = usual.tokens_per_pass // chunk_size
         batch_size = max(1, min(largest, round(wanted_chunks / world_size)))
+        batch_size = max(1, fitting(batch_size))
     accumulation = options.gradient_accumulation_steps
     if accumulation is None:
         accumulation = max(1, round(wanted_chunks / (batch_size * world_size)))

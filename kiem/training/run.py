@@ -28,7 +28,6 @@ from kiem.data.chunks import (
 from kiem.data.tokenizer import Tokenizer, write_tokenizer
 from kiem.errors import no_effect
 from kiem.files import (
-    locked_folder,
     new_folder,
     point_link,
     remove_leftovers,
@@ -36,6 +35,7 @@ from kiem.files import (
     write_json,
     write_text,
 )
+from kiem.locking import locked_folder
 from kiem.manifest import write_manifest
 from kiem.memory import keep_freed_memory
 from kiem.model.files import write_model
@@ -48,9 +48,11 @@ from kiem.training.checkpoint import CHECKPOINTS, load_checkpoint, read_state, s
 from kiem.training.compiling import compile_if_worthwhile
 from kiem.training.devices import Devices
 from kiem.training.first_weights import make_model
+from kiem.training.fit import fit_recipe
 from kiem.training.metrics import Metrics, keep_metrics_until
 from kiem.training.optimizer import make_optimizers
 from kiem.training.options import check_options
+from kiem.training.planning import hardware_here, largest_batch, setting_of
 from kiem.training.recipe import Recipe, settle, usual_for
 from kiem.training.resume import (
     CHANGEABLE,
@@ -204,8 +206,17 @@ def prepare_run(
     model = make_model(options, tokenizer).to(devices.device)
     model_name = name_of(model.config)
     directory = options.output_dir / run_name(options, model_name)
-    usual = usual_for(model.config)
-    recipe = settle(options, usual, train.num_chunks, train.chunk_size, devices.world_size)
+    usual = usual_for(model.config, devices.device.type == "cuda")
+    hardware = hardware_here(devices)
+    setting = setting_of(model.config, options, devices, train.chunk_size)
+    recipe = settle(
+        options,
+        usual,
+        train.num_chunks,
+        train.chunk_size,
+        devices.world_size,
+        lambda wanted: int(devices.first_says(largest_batch(setting, hardware, wanted))),
+    )
     with devices.together():
         if devices.is_first:
             held.enter_context(locked_folder(directory))
@@ -216,6 +227,7 @@ def prepare_run(
     if options.shard != "none" and devices.world_size == 1:
         raise no_effect("--shard", "with one device")
     keep_freed_memory()
+    recipe = fit_recipe(model, options, recipe, train.chunk_size, devices, console)
     compiled = compile_if_worthwhile(model, options, recipe, train.chunk_size, devices, console)
     sharing = Sharing(model, devices, options.shard)
     decay = options.weight_decay

@@ -1,0 +1,96 @@
+"""Passes that fit into memory: tried before the first update, while nothing can be lost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+
+from kiem.cli import warn
+from kiem.config import TrainingOptions
+from kiem.errors import ExitCode, UserError
+from kiem.model.gemma3 import Gemma3, next_token_targets
+from kiem.training.devices import Devices
+from kiem.training.recipe import Recipe
+
+# What allocators say: those of the C++ library, of torch for CPUs, of oneDNN.
+_REFUSALS = ("bad_alloc", "allocate memory", "not enough memory", "could not create a memory")
+
+
+def fit_recipe(
+    model: Gemma3,
+    options: TrainingOptions,
+    recipe: Recipe,
+    chunk_size: int,
+    devices: Devices,
+    console: Console,
+) -> Recipe:
+    """Returns the recipe, with smaller passes, but the same updates, if memory does not suffice.
+
+    A pass is tried in each process by itself, so that none waits for one that has failed, beside
+    gradients of an earlier pass and as much memory as the optimizer will take. A Linux that
+    promises more memory than it has ends a program instead; there the plan has to see to it.
+
+    Raises:
+        UserError: not even a pass of one chunk fits.
+    """
+    while devices.any(not _fits(model, options, recipe, chunk_size, devices)):
+        if recipe.batch_size == 1:
+            raise out_of_memory(recipe, "before the first step")
+        passes = recipe.batch_size * recipe.accumulation
+        half = recipe.batch_size // 2
+        batch_size = next(size for size in range(half, 0, -1) if passes % size == 0)
+        recipe = replace(recipe, batch_size=batch_size, accumulation=passes // batch_size)
+        warn(
+            console,
+            f"out of memory: going on with --batch-size {recipe.batch_size} "
+            f"--gradient-accumulation-steps {recipe.accumulation}, which gives the same updates",
+        )
+    return recipe
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Says whether an error is an allocator's refusal, on a GPU or a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _REFUSALS)
+
+
+def out_of_memory(recipe: Recipe, where: str) -> UserError:
+    """Returns the error for a training that does not fit."""
+    smaller = "--activation-checkpointing full"
+    if recipe.batch_size > 1:
+        half, double = recipe.batch_size // 2, recipe.accumulation * 2
+        smaller = f"--batch-size {half} --gradient-accumulation-steps {double}"
+    return UserError(
+        "there is not enough memory",
+        where=where,
+        fix=f"Try {smaller}, or chunks made with a smaller --chunk-size.",
+        exit_code=ExitCode.OUT_OF_MEMORY,
+    )
+
+
+def _fits(
+    model: Gemma3, options: TrainingOptions, recipe: Recipe, chunk_size: int, devices: Devices
+) -> bool:
+    num_values = sum(parameter.numel() for parameter in model.parameters())
+    held = devices.world_size if options.shard == "optimizer" else 1
+    size = (recipe.batch_size, chunk_size)
+    try:
+        moments = torch.empty(2 * num_values // held, device=devices.device)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        ids = torch.ones(size, dtype=torch.int64, device=devices.device)
+        with devices.autocast():
+            bos_id = 0 if options.document_mask else None
+            loss, _ = model(ids, next_token_targets(ids, 0, 0), bos_id, options.z_loss)
+        loss.backward()
+        del moments
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        model.zero_grad()
+    return True

@@ -1,0 +1,153 @@
+"""What a plan says before a training, and what happens when memory does not suffice."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+from kiem.errors import ExitCode
+from kiem.model.gemma3 import Gemma3
+from kiem.model.presets import preset
+from kiem.training.dry_run import dry_run
+from kiem.training.gpus import GPUS
+from kiem.training.optimizer import make_optimizers
+from kiem.training.plan import Setting, calculate_seconds, memory_of
+from kiem.training.probe import flops_per_token
+
+MICRO = preset("gemma3-micro", 1024)
+SETTING = Setting(
+    config=MICRO,
+    chunk_size=64,
+    batch_size=2,
+    bf16=False,
+    recompute="none",
+    document_mask=True,
+    optimizer="adamw",
+    world_size=1,
+    shard="none",
+)
+# Leaves the training only so much memory beyond what the program has when it starts.
+SHORT_OF_MEMORY = """
+import resource, sys
+from kiem.cli import run
+from kiem.config import TrainingOptions
+import kiem.training.loop
+from training import main
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+limit = held + int(sys.argv[1]) * 1_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(run(TrainingOptions, "training.py", main, sys.argv[2:]))
+"""
+
+
+def test_dry_run_counts_what_autograd_keeps() -> None:
+    """The bytes that live between forward and backward, against autograd's own saved tensors."""
+    torch.manual_seed(0)
+    model = Gemma3(MICRO)
+    ids = torch.randint(3, 1024, (2, 64))
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_sparse:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss, _ = model(ids, ids, 0, 1e-5)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    expected = sum(size for pointer, size in saved.items() if pointer not in weights)
+    found = dry_run(MICRO, 2, 64, bf16=False, recompute="none", document_mask=True)
+    held = 2 * 4 * MICRO.num_parameters()
+    assert found.kept_bytes - held == pytest.approx(expected, rel=0.03)
+    assert found.peak_bytes > found.kept_bytes
+    assert loss.isfinite()
+
+
+def test_less_is_kept_when_more_is_computed_again() -> None:
+    kept = [
+        dry_run(MICRO, 2, 64, bf16=False, recompute=recompute, document_mask=True).kept_bytes
+        for recompute in ("none", "selective", "full")  # type: ignore[arg-type]
+    ]
+    assert kept == sorted(kept, reverse=True)
+    assert len(set(kept)) == 3
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_moments_are_as_large_as_the_optimizers_make_them(kind: str) -> None:
+    model = Gemma3(MICRO)
+    optimizers = make_optimizers(model, kind, 0.1)  # type: ignore[arg-type]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    states = [values for optimizer in optimizers for values in optimizer.state.values()]
+    expected = sum(
+        value.nbytes for values in states for value in values.values() if value.numel() > 1
+    )
+    setting = replace(SETTING, optimizer=kind)  # type: ignore[arg-type]
+    assert memory_of(setting, 0).optimizer == expected
+    shares = replace(setting, world_size=4, shard="optimizer")
+    assert expected / 4 <= memory_of(shares, 0).optimizer < expected / 4 * 1.35
+
+
+def test_calculated_time_follows_published_figures() -> None:
+    """By hand: 45 % of an A10G's 70 TFLOP/s, a third more work when all layers are recomputed."""
+    config = preset("gemma3-1b", 262_144)
+    setting = replace(SETTING, config=config, chunk_size=1024, batch_size=1, recompute="full")
+    one = calculate_seconds(setting, GPUS["a10g"])
+    expected = 1024 * flops_per_token(config, 1024) * 4 / 3 / (0.45 * 70e12)
+    assert one.forward_backward == pytest.approx(expected)
+    assert one.exchange == 0
+    four = calculate_seconds(replace(setting, world_size=4), GPUS["a10g"])
+    assert four.exchange == pytest.approx(2 * 3 / 4 * 4 * config.num_parameters() / 12e9)
+
+
+def test_plan_is_printed_and_nothing_is_made(sample_chunks: Path, tmp_path: Path) -> None:
+    given = ("training.py", "--dataset-path", sample_chunks, "--output-dir", tmp_path / "runs")
+    done = run_script(
+        *(*given, "--model", "gemma3-micro", "--plan", "--gpu", "a10g", "--num-gpus", "4"),
+        *("--price", "5.67"),
+    )
+    assert done.returncode == 0, done.stderr
+    for text in ("4 x NVIDIA A10G", "calculated", "weights", "fits into", "tokens per second"):
+        assert text in done.stdout, text
+    assert "cost" in done.stdout
+    assert not (tmp_path / "runs").exists()
+    done = run_script(*given, "--gpu", "a10g")
+    assert done.returncode == ExitCode.NO_EFFECT
+
+
+def test_passes_become_smaller_when_memory_is_short(sample_chunks: Path, tmp_path: Path) -> None:
+    """A true limit of the system; the losses are those of small passes from the start."""
+    program = tmp_path / "short_of_memory.py"
+    program.write_text(SHORT_OF_MEMORY)
+    common = ("--dataset-path", sample_chunks, "--output-dir", tmp_path, "--model", "gemma3-micro")
+    common = (*common, "--precision", "fp32", "--eval-steps", "0", "--save-steps", "0")
+    common = (*common, "--minimal-pairs", "never", "--max-steps", "2")
+    cut = ("--batch-size", "128", "--gradient-accumulation-steps", "1")
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    short = run_script(program, "700", *common, *cut, "--run-name", "short", env=environment)
+    assert short.returncode == 0, short.stderr
+    assert "out of memory: going on with --batch-size" in short.stdout
+    run = json.loads((tmp_path / "short" / "run.json").read_text())["recipe"]
+    assert run["batch_size"] < 128
+    assert run["batch_size"] * run["accumulation"] == 128
+    cut = ("--batch-size", f"{run['batch_size']}")
+    cut = (*cut, "--gradient-accumulation-steps", f"{run['accumulation']}")
+    plain = run_script("training.py", *common, *cut, "--run-name", "plain", env=environment)
+    assert plain.returncode == 0, plain.stderr
+
+    def losses(name: str) -> list[float]:
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+    assert losses("short") == losses("plain")
+    tiny = run_script(program, "10", *common, "--batch-size", "1", env=environment)
+    assert tiny.returncode == ExitCode.OUT_OF_MEMORY
+    assert "there is not enough memory" in tiny.stderr
