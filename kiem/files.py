@@ -164,6 +164,12 @@ def remove_file(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it where they are missing; raises a UserError if it cannot."""
+    with writing_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def remove_folder(path: Path) -> None:
     """Removes a folder so that no half of it is ever seen under its name.
 

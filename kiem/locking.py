@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kiem.errors import ExitCode, UserError
-from kiem.files import writing_errors
+from kiem.files import make_folder, writing_errors
 
 # A killed parent's workers hold its lock for a second or two.
 _LOCK_TRIES = 50
@@ -30,7 +30,7 @@ def locked_folder(path: Path) -> Iterator[None]:
     try:
         with writing_errors(path):
             for _ in range(_LOCK_TRIES):
-                path.mkdir(parents=True, exist_ok=True)
+                make_folder(path)
                 descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
