@@ -134,6 +134,13 @@ class Layer(nn.Module):
 class Embedding(nn.Embedding):
     """The embedding, which is also the output layer."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the rows of tokens, [B, T, D]."""
+        # Its gradient has few rows; a dense one would be another tensor as large as the embedding.
+        # nn.Embedding(sparse=True) would make DistributedDataParallel expect nothing but that, and
+        # the output layer's gradient is dense.
+        return F.embedding(input, self.weight, sparse=True)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns fp32 logits [..., vocab_size] of hidden states [..., D]."""
         return F.linear(hidden, self.weight).float()
@@ -144,8 +151,7 @@ class Body(nn.Module):
 
     def __init__(self, config: Gemma3Config):
         super().__init__()
-        # Its gradient has few rows; a dense one would be another tensor as large as the embedding.
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, sparse=True)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
