@@ -76,7 +76,8 @@ def _fits(
 ) -> bool:
     num_values = sum(parameter.numel() for parameter in model.parameters())
     held = devices.world_size if options.shard == "optimizer" else 1
-    size = (recipe.batch_size, chunk_size)
+    # A quarter more than will be needed: allocators lose some memory between their blocks.
+    size = (recipe.batch_size + recipe.batch_size // 4, chunk_size)
     try:
         moments = torch.empty(2 * num_values // held, device=devices.device)
         for parameter in model.parameters():
