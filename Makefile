@@ -45,14 +45,17 @@ chaos: $(VENV)/installed gemma-tokenizer
 	@echo "CHAOS_SEED=$(CHAOS_SEED)"
 	KIEM_CHAOS_SCALE=1.0 KIEM_CHAOS_SEED=$(CHAOS_SEED) KIEM_FUZZ_FILES=6000 \
 	    $(BIN)/python -m pytest tests/test_restart.py tests/test_bad_input.py tests/test_ray.py \
-	    tests/test_checkpoint.py tests/test_interruptions.py tests/test_guard.py
+	    tests/test_checkpoint.py tests/test_interruptions.py tests/test_guard.py \
+	    tests/test_faults.py
 
 bench: $(VENV)/installed gemma-tokenizer
 	$(BIN)/python benchmarks/preprocessing.py --text $(TEXT) --tokenizer $(GEMMA_TOKENIZER)
+	$(BIN)/python benchmarks/training.py --text $(TEXT) --gemma-tokenizer $(GEMMA_TOKENIZER)
 
 # What docs/reference.md says comes from the dataclasses of the options.
 reference: $(VENV)/installed
-	$(BIN)/python -m kiem.reference > docs/reference.md
+	$(BIN)/python -m kiem.reference > docs/reference.md.new
+	mv docs/reference.md.new docs/reference.md
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .

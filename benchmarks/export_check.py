@@ -50,9 +50,9 @@ def main() -> int:
 
 def expect(model_path: str) -> dict[str, list[dict[str, object]]]:
     """Returns kiem's ids of each text, and its greedy continuation of each prompt."""
-    from kiem.inference.engine import generate_tokens
+    from kiem.inference.engine import Engine, Request
     from kiem.inference.loading import load_for_inference
-    from kiem.inference.sampling import Sampling, generators
+    from kiem.inference.sampling import Sampling
 
     loaded = load_for_inference(model_path, "fp32")
     tokenizer = loaded.tokenizer
@@ -64,8 +64,13 @@ def expect(model_path: str) -> dict[str, list[dict[str, object]]]:
     greedy = Sampling(temperature=0, repetition_penalty=1)
     for prompt in PROMPTS:
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-        steps = generate_tokens(loaded.model, ids, NEW_TOKENS, greedy, generators(0, 0, 1))
-        continuations.append({"prompt_ids": ids, "ids": [step[0] for step in steps]})
+        max_tokens = len(ids) + NEW_TOKENS
+        engine = Engine(loaded.model, -1, max_requests=1, max_tokens=max_tokens)
+        engine.add(Request(ids, NEW_TOKENS, greedy, 0))
+        written: list[int] = []
+        while engine.num_waiting or engine.num_running:
+            written += [new.token for new in engine.step()]
+        continuations.append({"prompt_ids": ids, "ids": written})
     return {"texts": texts, "continuations": continuations}
 
 

@@ -101,8 +101,8 @@ class TrainingOptions:
     the data is small."""
     learning_rate: float | None = None
     """Highest learning rate. Default: by model."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw: AdamW for all parameters. muon: Muon for the hidden matrices, AdamW for the rest."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon: Muon for the hidden matrices, AdamW for the rest. adamw: AdamW for all parameters."""
     schedule: Literal["linear", "cosine", "wsd"] = "linear"
     """How the learning rate falls after the warm-up: to zero, along a cosine to a tenth, or (wsd)
     only in the last fifth, to zero."""
@@ -235,6 +235,9 @@ class InferenceOptions:
     """With --serve: continuations that may wait beside --max-requests; more are refused."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the weights. auto: bf16 on GPUs that have it; as stored on CPUs."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """On CPUs: keep the matrices and the embedding in 8 or 4 bits, for speed and memory;
+    --precision is then that of the rest (auto: bf16 where the processor multiplies it faster)."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from io import BufferedIOBase, BufferedRandom
 from pathlib import Path
@@ -22,9 +21,6 @@ from typing import Any
 from kiem.errors import ExitCode, UserError
 
 _READ_BLOCK_BYTES = 1 << 18
-# A killed parent's workers hold its lock for a second or two.
-_LOCK_TRIES = 50
-_LOCK_PAUSE_SECONDS = 0.1
 _SEAL_BYTES = hashlib.sha256().digest_size
 _REFUSALS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS),
@@ -168,6 +164,12 @@ def remove_file(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it where they are missing; raises a UserError if it cannot."""
+    with writing_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def remove_folder(path: Path) -> None:
     """Removes a folder so that no half of it is ever seen under its name.
 
@@ -218,44 +220,6 @@ def empty_folder(path: Path) -> None:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
-
-
-@contextlib.contextmanager
-def locked_folder(path: Path) -> Iterator[None]:
-    """Makes a folder if need be and keeps other programs that lock it out.
-
-    The lock ends with the process and those it forked, however they end.
-
-    Raises:
-        UserError: another process holds the lock, or the folder cannot be made.
-    """
-    import fcntl
-
-    descriptor = -1
-    try:
-        with writing_errors(path):
-            for _ in range(_LOCK_TRIES):
-                path.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    # The one that had the lock may have removed the folder at its end.
-                    if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
-                        break
-                os.close(descriptor)
-                descriptor = -1
-                time.sleep(_LOCK_PAUSE_SECONDS)
-        if descriptor == -1:
-            raise UserError(
-                "another process is working here",
-                where=str(path),
-                fix="Wait until it is done, or choose another name.",
-                exit_code=ExitCode.ALREADY_EXISTS,
-            )
-        yield
-    finally:
-        if descriptor != -1:
-            os.close(descriptor)
 
 
 def point_link(link: Path, target_name: str) -> None:

@@ -73,7 +73,7 @@ def _values(hint: Any) -> str:
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
-    if origin in (types.UnionType, typing.Union):  # the latter of Literal[...] | None
+    if origin in (types.UnionType, typing.Union):  # Optional[Literal] is of the second kind
         return _values(next(argument for argument in arguments if argument is not type(None)))
     if origin is tuple:
         return f"{_values(arguments[0])} ..."

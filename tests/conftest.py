@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,30 @@ from kiem.cli import run
 from kiem.config import PreprocessOptions
 sys.exit(run(PreprocessOptions, "preprocess.py", main))
 """
+
+
+class Disk:
+    """A small disk in memory.
+
+    Attributes:
+        path: where it is mounted.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def remount(self, option: str) -> None:
+        """Changes its size (size=BYTES) or whether it can be written to (ro, rw)."""
+        subprocess.run(["mount", "-o", f"remount,{option}", self.path], check=True)
+
+    def fill(self) -> None:
+        """Fills it to the last byte."""
+        with (self.path / "full").open("wb", buffering=0) as file:
+            try:
+                while file.write(bytes(4096)):
+                    pass
+            except OSError:
+                assert shutil.disk_usage(self.path).free == 0
 
 
 def run_script(
@@ -131,6 +156,20 @@ def trained(sample_texts: list[str]) -> Tokenizer:
 def gemma(gemma_tokenizer_file: Path) -> Tokenizer:
     """Gemma's own tokenizer."""
     return load_tokenizer(str(gemma_tokenizer_file))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    path = tmp_path / "disk"
+    path.mkdir()
+    if shutil.which("mount") is None:
+        pytest.skip("there is no program mount")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64000", "kiem-test", str(path)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"not allowed to mount a small disk: {done.stderr.strip()}")
+    yield Disk(path)
+    subprocess.run(["umount", path], check=True)
 
 
 @pytest.fixture

@@ -9,12 +9,16 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 from conftest import ROOT
+
+# So repetitive that the model never ends its text.
+ENDLESS = {"temperature": 0, "repetition_penalty": 0.5}
 
 
 class ServerProcess:
@@ -32,7 +36,9 @@ class ServerProcess:
         line = ""
         while " is at " not in line:
             line = process.stdout.readline()
-            assert line, "the server did not start"
+            if not line:
+                _, errors = process.communicate()
+                raise AssertionError(f"the server did not start: {errors}")
         found = re.search(r"at (http://\S+:(\d+))/", line)
         assert found
         self.url, self.port = found[1], int(found[2])
@@ -83,3 +89,23 @@ def serving(model: Path, *options: str) -> Iterator[ServerProcess]:
     finally:
         process.kill()
         process.communicate()
+
+
+def open_stream(server: ServerProcess, max_tokens: int = 3000) -> tuple[HTTPConnection, Any]:
+    """Begins a long stream and reads its first line."""
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
+    body = {"prompt": "De", "max_tokens": max_tokens, "stream": True, "seed": 1, **ENDLESS}
+    headers = {"content-type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(body), headers)
+    answer = connection.getresponse()
+    if answer.status == 200:
+        assert answer.readline().startswith(b"data: ")
+    return connection, answer
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Returns when a condition holds; fails after half a minute."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -7,12 +7,10 @@ import json
 import os
 import random
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import run_script
+from conftest import Disk, run_script
 from rich.console import Console
 
 from kiem.config import PreprocessOptions
@@ -24,44 +22,6 @@ from kiem.errors import ExitCode, UserError
 
 QUIET = Console(quiet=True)
 _STEP_BYTES = 64_000
-
-
-class Disk:
-    """A small disk in memory.
-
-    Attributes:
-        path: where it is mounted.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def remount(self, option: str) -> None:
-        """Changes its size (size=BYTES) or whether it can be written to (ro, rw)."""
-        subprocess.run(["mount", "-o", f"remount,{option}", self.path], check=True)
-
-    def fill(self) -> None:
-        """Fills it to the last byte."""
-        with (self.path / "full").open("wb", buffering=0) as file:
-            try:
-                while file.write(bytes(4096)):
-                    pass
-            except OSError:
-                assert shutil.disk_usage(self.path).free == 0
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    path = tmp_path / "disk"
-    path.mkdir()
-    if shutil.which("mount") is None:
-        pytest.skip("there is no program mount")
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={_STEP_BYTES}", "kiem-test", str(path)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"not allowed to mount a small disk: {done.stderr.strip()}")
-    yield Disk(path)
-    subprocess.run(["umount", path], check=True)
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ def run(sample_chunks: Path, tmp_path: Path) -> Iterator[Run]:
         dataset_path=sample_chunks, model="gemma3-micro", output_dir=tmp_path, max_steps=1000
     )
     with ExitStack() as held:
-        yield prepare_run(options, Devices(0, 1, torch.device("cpu"), "fp32"), QUIET, held)
+        yield prepare_run(options, Devices(0, 1, torch.device("cpu"), "fp32", 1e9), QUIET, held)
 
 
 def with_chunks(run: Run, chunks: np.ndarray) -> Run:

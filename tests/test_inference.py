@@ -221,6 +221,7 @@ def test_tokenizer_that_does_not_fit_is_refused(trained_run: Path, tmp_path: Pat
     assert larger.returncode == 0, larger.stderr
     tokenizer = tmp_path / "data" / "chunked_sample" / "tokenizer.json"
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    (tmp_path / "manifest.json").unlink()  # which would tell that the file is another one
     done = run_script("inference.py", "--model-path", tmp_path)
     assert done.returncode == ExitCode.TOKENIZER_MISMATCH
     assert "ids up to 1099, the model only 1024 rows" in done.stderr

@@ -19,6 +19,8 @@ from lives import OPTIONS, SCALE, Lives, chaos, interrupt_often, outcome
 from kiem.errors import ExitCode
 from kiem.training.checkpoint import list_checkpoints, verify_checkpoint
 
+# So that many kills come in the middle of a save.
+SAVES = ("--save-steps", "1")
 Undisturbed = tuple[dict[str, Any], float]
 
 
@@ -32,7 +34,8 @@ def lives(sample_chunks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def undisturbed(lives: Lives, folder: Path, processes: int) -> Undisturbed:
     """The outcome of a run that nothing happens to, and how long it takes."""
     began = time.monotonic()
-    assert lives.run(folder, processes=processes) == [0] * processes, lives.log.read_text()
+    codes = lives.run(folder, *SAVES, processes=processes)
+    assert codes == [0] * processes, lives.log.read_text()
     return outcome(folder / "run"), time.monotonic() - began
 
 
@@ -51,7 +54,8 @@ def test_killed_at_any_moment(
     processes: int, num: int, lives: Lives, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     expected, seconds = request.getfixturevalue({1: "one", 2: "two"}[processes])
-    how = {"signals": [signal.SIGKILL], "processes": processes, "seconds": seconds}
+    kill = [signal.SIGKILL]
+    how = {"signals": kill, "processes": processes, "seconds": seconds, "options": SAVES}
     chance = chaos(f"kill {processes}")
     counts = interrupt_often(lives, tmp_path, expected, round(num * SCALE), chance, **how)
     print(counts)
@@ -63,13 +67,13 @@ def test_stopped_by_a_signal_at_any_moment(
 ) -> None:
     expected, seconds = request.getfixturevalue({1: "one", 2: "two"}[processes])
     signals = [signal.SIGTERM, signal.SIGINT]
-    how = {"signals": signals, "processes": processes, "seconds": seconds}
+    how = {"signals": signals, "processes": processes, "seconds": seconds, "options": SAVES}
     chance = chaos(f"signal {processes}")
     counts = interrupt_often(lives, tmp_path, expected, round(num * SCALE), chance, **how)
     print(counts)
 
 
-def wait_for(condition: Any, seconds: float = 60) -> None:
+def wait_for(condition: Any, seconds: float = 300) -> None:
     ends = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < ends
@@ -111,10 +115,26 @@ def test_a_second_signal_ends_at_once(lives: Lives, tmp_path: Path) -> None:
     assert not list_checkpoints(tmp_path / "run" / "checkpoints")
 
 
+def test_a_process_that_hangs_is_noticed(lives: Lives, tmp_path: Path) -> None:
+    patch = "from kiem.training import guard\nguard.HANG_SECONDS = 5.0\n"
+    long = ("--max-steps", "60", "--save-steps", "20", "--eval-steps", "0")
+    pids = lives.start(tmp_path, *long, processes=2, patch=patch)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and '"step": 6,' in metrics.read_text())
+    os.kill(pids[1], signal.SIGSTOP)
+    began = time.monotonic()
+    assert lives.wait(pids[:1]) == [ExitCode.HUNG]
+    assert time.monotonic() - began < 60
+    os.kill(pids[1], signal.SIGKILL)
+    assert lives.wait(pids[1:]) == [-signal.SIGKILL]
+    assert "an update has stood still for" in lives.log.read_text()
+    assert lives.run(tmp_path, *long, processes=2) == [0, 0]
+
+
 def torchrun(chunks: Path, output: Path, *more: str) -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words += ["--max-restarts=3", "training.py", "--dataset-path", str(chunks)]
-    words += ["--output-dir", str(output), *OPTIONS, *more]
+    words += ["--output-dir", str(output), *OPTIONS, *SAVES, *more]
     return subprocess.Popen(
         words,
         cwd=ROOT,
@@ -136,7 +156,7 @@ def test_torchrun_starts_again_when_a_process_is_killed(
         wait_for(lambda output=output: [*output.glob("*/checkpoints/step-*")])
         victim = chance.choice(psutil.Process(program.pid).children())
         victim.kill()
-        text, _ = program.communicate(timeout=120)
+        text, _ = program.communicate(timeout=300)
         assert program.returncode == 0, text
         (run,) = [path for path in output.iterdir() if not path.is_symlink()]
         assert "going on from" in text

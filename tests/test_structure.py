@@ -44,6 +44,7 @@ def test_only_one_module_writes() -> None:
     """Writes go through kiem/files.py; shards, weights and libraries' own writers are fed by it."""
     writers = {"write_bytes", "write_text", "mkdir", "unlink", "symlink_to", "rename", "replace"}
     exceptions = {
+        "inference/kernels.py": {"mkdir"},  # the user's cache folder
         "data/chunks.py": {"mkdir", "rename"},  # inside a folder that files.new_folder made
         "training/run.py": {"mkdir"},  # the run directory, which is never half of anything
     }
@@ -74,3 +75,31 @@ def test_help_is_there_before_torch() -> None:
             "except SystemExit: print('torch' in sys.modules)"
         )
         assert run_script("-c", code).stdout.splitlines()[-1] == "False"
+
+
+def test_nothing_read_from_files_is_run() -> None:
+    """No pickle, no eval, no code of others: neither by name nor through torch."""
+    forbidden = {"eval", "exec", "compile", "__import__"}
+    unsafe_of_torch = {"load", "all_gather_object", "broadcast_object_list", "gather_object"}
+    num_calls = 0
+    for path in [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        where = path.relative_to(ROOT)
+        assert not {"pickle", "dill", "cloudpickle", "joblib", "torch.serialization"} & {
+            *imports(path)
+        }, where
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            num_calls += 1
+            place, function = f"{where}:{node.lineno}", node.func
+            if isinstance(function, ast.Name):
+                assert function.id not in forbidden, place
+            elif isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
+                is_torch = function.value.id in ("torch", "dist")
+                assert not (is_torch and function.attr in unsafe_of_torch), place
+            for keyword in node.keywords:
+                if keyword.arg in ("trust_remote_code", "allow_pickle"):
+                    assert isinstance(keyword.value, ast.Constant), place
+                    assert keyword.value.value is False, place
+                assert keyword.arg != "weights_only", place
+    assert num_calls > 1000

@@ -285,9 +285,9 @@ def test_damaged_checkpoint_is_named(
 ) -> None:
     checkpoint = tmp_path / "step-8"
     shutil.copytree(trained_run / "checkpoints" / "step-8", checkpoint)
-    data = bytearray((checkpoint / "optimizer.safetensors").read_bytes())
+    data = bytearray((checkpoint / "optimizer-00001-of-00001.safetensors").read_bytes())
     data[-1] ^= 4
-    (checkpoint / "optimizer.safetensors").write_bytes(data)
+    (checkpoint / "optimizer-00001-of-00001.safetensors").write_bytes(data)
     done = run_script(
         "training.py",
         *("--dataset-path", sample_chunks, "--model", "gemma3-micro", "--max-steps", "12"),
@@ -295,7 +295,7 @@ def test_damaged_checkpoint_is_named(
         *("--batch-size", "4", "--gradient-accumulation-steps", "2"),
     )
     assert done.returncode == ExitCode.DAMAGED
-    assert "optimizer.safetensors: damaged" in done.stderr
+    assert "optimizer-00001-of-00001.safetensors: damaged" in done.stderr
 
 
 def test_order_shuffles_every_epoch_and_needs_no_history() -> None:

@@ -23,7 +23,7 @@ import pyarrow as pa
 from kiem.data.arrow import from_numpy, to_numpy
 from kiem.data.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
 from kiem.errors import ExitCode, UserError
-from kiem.files import sha256_file, write_json
+from kiem.files import sha256_file, to_json, write_json
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -144,7 +144,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             exit_code=ExitCode.NOT_FOUND,
         )
     try:
-        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+        written = (path / MANIFEST_FILE).read_text(encoding="utf-8")
+        manifest = json.loads(written)
         version = manifest["schema_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -160,7 +161,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             fix="Make it again with preprocess.py --overwrite.",
             exit_code=ExitCode.BAD_INPUT,
         )
-    if manifest.get("sha256", _sha256_of(manifest)) != _sha256_of(manifest):
+    is_whole = manifest.get("sha256") == _sha256_of(manifest) and written == to_json(manifest)
+    if "sha256" in manifest and not is_whole:
         raise _damaged(path / MANIFEST_FILE, "is damaged (its content has another sha256)")
     return dict(manifest)
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from kiem.data.chunks import read_manifest
 from kiem.errors import ExitCode, UserError
-from kiem.files import empty_folder, is_removed, locked_folder, remove_folder, write_json
+from kiem.files import empty_folder, is_removed, remove_folder, write_json
+from kiem.locking import locked_folder
 
 # Raised whenever units made by older versions would not be what this one makes.
 _UNIT_VERSION = 2

@@ -105,7 +105,7 @@ def write_file(
         console: where progress and text are shown.
 
     Raises:
-        UserError: a file cannot be written.
+        UserError: a file cannot be written, or the processes share no folder.
     """
     assert options.output_file is not None
     output, num_sequences = options.output_file, options.num_return_sequences
@@ -123,8 +123,15 @@ def write_file(
     processes.wait_for_all()
     if processes.rank == 0:
         finished = journals.read()
-        results = (finished[place] for place in range(len(prompts) * num_sequences))
-        lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in results]
+        places = range(len(prompts) * num_sequences)
+        if any(place not in finished for place in places):
+            raise UserError(
+                "what the other processes wrote is not here",
+                where=str(output.parent),
+                fix="Choose an --output-file in a folder that all processes share.",
+                exit_code=ExitCode.NOT_FOUND,
+            )
+        lines = [json.dumps(finished[place], ensure_ascii=False) + "\n" for place in places]
         write_text(output, "".join(lines))
         journals.remove()
         console.print(f"{len(lines)} continuations in {output}", markup=False)
@@ -200,7 +207,7 @@ class _Text:
 
 
 class _Display:
-    """A bar with what is done, and above it the continuations in the order of the prompts."""
+    """A bar with what is done, and above it the continuations as they end."""
 
     def __init__(self, console: Console, total: int, num_there: int):
         columns = (

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from kiem.data.tokenizer import Tokenizer
+from kiem.errors import ExitCode, UserError
+from kiem.inference.decoding import prepare
+from kiem.inference.kernels import load_kernels
+from kiem.inference.quantize import can_quantize
 from kiem.model.files import find_model, read_model, read_model_tokenizer
 from kiem.model.gemma3 import Gemma3
 
@@ -21,22 +26,32 @@ class LoadedModel:
         model: in evaluation, on its device.
         tokenizer: its tokenizer.
         load_seconds: how long loading took.
+        warning: why it writes more slowly than it could, if so.
     """
 
     model: Gemma3
     tokenizer: Tokenizer
     load_seconds: float
+    warning: str | None = None
 
 
-def load_for_inference(path: str, precision: Literal["auto", "fp32", "bf16"]) -> LoadedModel:
+def load_for_inference(
+    path: str,
+    precision: Literal["auto", "fp32", "bf16"],
+    quantize: Literal["none", "int8", "int4"] | None = None,
+) -> LoadedModel:
     """Loads a model directory, or downloads one when `path` is a Hub id and no folder.
 
     Args:
         path: the folder or Hub id.
-        precision: "auto" takes bf16 on GPUs that have it; on CPUs, what the file has.
+        precision: "auto" takes bf16 on GPUs that have it; on CPUs, what the file has, and for
+            quantized weights bf16 where the processor multiplies it faster.
+        quantize: how the weights are kept for the engine; None: as the plain model has them, which
+            does not write as fast.
 
     Raises:
-        UserError: it is not a Gemma 3 text model, or its tokenizer does not fit.
+        UserError: it is not a Gemma 3 text model, its tokenizer does not fit, or it cannot be
+            quantized here.
     """
     started = time.perf_counter()
     folder = find_model(path)
@@ -44,6 +59,26 @@ def load_for_inference(path: str, precision: Literal["auto", "fp32", "bf16"]) ->
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision)
     if precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported():
         dtype = torch.bfloat16
+    if quantize in ("int8", "int4"):
+        if device == "cuda":
+            raise _no_quantization(folder, "weights are quantized on CPUs only, and here is a GPU")
+        if precision == "auto":
+            is_fast = torch.cpu._is_avx512_bf16_supported()
+            dtype = torch.bfloat16 if is_fast else torch.float32
     model = read_model(folder, dtype=dtype, device=device).requires_grad_(False).eval()
+    warning = None
+    if quantize is not None and device == "cpu":
+        if quantize != "none" and not can_quantize(model):
+            raise _no_quantization(folder, "its widths are no multiples of 128")
+        prepare(model, quantize)
+        kernels = load_kernels()
+        if isinstance(kernels, str):
+            warning = f"The fast matrix products are not used: {kernels}."
     tokenizer = read_model_tokenizer(folder, model.config)
-    return LoadedModel(model, tokenizer, time.perf_counter() - started)
+    return LoadedModel(model, tokenizer, time.perf_counter() - started, warning)
+
+
+def _no_quantization(folder: Path, reason: str) -> UserError:
+    return UserError(
+        reason, where=str(folder), fix="Leave --quantize out.", exit_code=ExitCode.BAD_OPTION
+    )

@@ -44,7 +44,9 @@ def write(options: InferenceOptions, console: Console) -> None:
             check_packages()
             check_key(options.host, options.api_key)
             listening = stack.enter_context(open_socket(options.host, options.port))
-        loaded = load_for_inference(options.model_path, options.precision)
+        loaded = load_for_inference(options.model_path, options.precision, options.quantize)
+        if loaded.warning is not None:
+            warn(console, loaded.warning)
         if options.benchmark:
             run_benchmark(loaded, options.json, options.model_path, console)
         elif options.serve:

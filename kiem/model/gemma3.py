@@ -131,12 +131,27 @@ class Layer(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
+class Embedding(nn.Embedding):
+    """The embedding, which is also the output layer."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the rows of tokens, [B, T, D]."""
+        # Its gradient has few rows; a dense one would be another tensor as large as the embedding.
+        # nn.Embedding(sparse=True) would make DistributedDataParallel expect nothing but that, and
+        # the output layer's gradient is dense.
+        return F.embedding(input, self.weight, sparse=True)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns fp32 logits [..., vocab_size] of hidden states [..., D]."""
+        return F.linear(hidden, self.weight).float()
+
+
 class Body(nn.Module):
     """Everything below the output layer; a module of its own to give parameters their names."""
 
     def __init__(self, config: Gemma3Config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -201,10 +216,10 @@ class Gemma3(nn.Module):
         """
         assert bos_id is None or cached is None
         # Gemma rounds the scale to the embedding's precision.
-        weight = self.model.embed_tokens.weight
-        scale = torch.tensor(self.config.hidden_size**0.5, dtype=weight.dtype, device=weight.device)
-        # Its gradient has few rows; a dense one would be another tensor as large as the embedding.
-        x = F.embedding(input_ids, weight, sparse=True) * scale  # B T D
+        scale = torch.tensor(
+            self.config.hidden_size**0.5, dtype=self.dtype, device=input_ids.device
+        )
+        x = self.model.embed_tokens(input_ids) * scale  # B T D
         contexts = {
             sliding: self._cached_context(cached, sliding)
             if cached is not None
@@ -223,7 +238,7 @@ class Gemma3(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns fp32 logits [..., vocab_size] of hidden states [..., D]."""
-        return F.linear(hidden, self.model.embed_tokens.weight).float()
+        return self.model.embed_tokens.logits(hidden)
 
     def _context(self, input_ids: Tensor, sliding: bool, bos_id: int | None) -> Context:
         config = self.config

@@ -68,7 +68,8 @@ def save_checkpoint(
     with contextlib.ExitStack() as commit:
         with devices.together():
             if devices.is_first:
-                assert not path.exists(), f"{path} exists"
+                if path.exists():  # of a commit that failed at the very end
+                    move_folder(path, _ASIDE + path.name)
                 commit.enter_context(new_folder(path, temporary=unfinished))
         with devices.together():
             for index, (name, tensors) in enumerate(own.items()):

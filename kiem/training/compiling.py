@@ -37,7 +37,7 @@ def compile_if_worthwhile(
     Returns:
         Whether the layers are compiled.
     """
-    if not _is_wanted(model, options, recipe, chunk_size, devices):
+    if not is_wanted(model, options, recipe, chunk_size, devices):
         return False
     from torch._dynamo.exc import BackendCompilerFailed  # seconds, so only where needed
     from torch._inductor.exc import InductorError
@@ -64,9 +64,15 @@ def compile_if_worthwhile(
     return True
 
 
-def _is_wanted(
+def is_wanted(
     model: Gemma3, options: TrainingOptions, recipe: Recipe, chunk_size: int, devices: Devices
 ) -> bool:
+    """Says whether the options ask for compiled layers, or leave it open and they gain time.
+
+    Args:
+        model, options, recipe, devices: of the run.
+        chunk_size: tokens in a chunk.
+    """
     if options.compile != "auto":
         return options.compile == "always"
     if recipe.max_seconds is not None and recipe.max_seconds < 60 * _WORTHWHILE_MINUTES:

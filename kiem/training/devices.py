@@ -149,13 +149,13 @@ def open_devices(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Devices
     if world_size > 1:
         dist.init_process_group("nccl" if use_gpu else "gloo")
     try:
-        # The first process speaks for all: its choice, and its speed times their number.
+        # The first process speaks for all: its choice, and its speed times their number. By turns,
+        # so that what else the machine does meanwhile slows both precisions.
         first = Devices(int(os.environ.get("RANK", "0")), world_size, device, "fp32", 0.0)
-        flops = {
-            name: first.first_says(measure_matrix_flops(device, dtype))
-            for name, dtype in _DTYPES.items()
-            if chosen in ("auto", name)
-        }
+        flops = dict.fromkeys((name for name in _DTYPES if chosen in ("auto", name)), 0.0)
+        for name in 2 * list(flops):
+            flops[name] = max(flops[name], measure_matrix_flops(device, _DTYPES[name]))
+        flops = {name: first.first_says(value) for name, value in flops.items()}
         fastest = max(flops, key=lambda name: flops[name] / _FASTER_BY.get(name, 1))
         yield replace(first, precision=fastest, matrix_flops=flops[fastest] * world_size)
     finally:

@@ -13,7 +13,7 @@ from kiem.model.presets import Gemma3Config
 # 270m and 1b, and a block of an output layer. A GPU needs more rows to show what it can do.
 _CPU_SHAPES = ((4096, 256, 1024), (1024, 640, 2048), (1024, 1152, 6912), (512, 1152, 16_384))
 _GPU_SHAPES = ((8192, 1152, 6912), (8192, 2048, 8192), (8192, 8192, 8192))
-_PROBE_SECONDS = 0.8
+_PROBE_SECONDS = 0.4
 _FEWEST_RUNS = 3
 
 

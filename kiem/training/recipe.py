@@ -36,7 +36,7 @@ class Usual:
 # nano, 270m and 1b, and whatever models training starts from.
 USUAL = {
     3_000_000: Usual(tokens_per_pass=4_096, tokens_per_step=1_024, learning_rate=4e-3),
-    30_000_000: Usual(tokens_per_pass=4_096, tokens_per_step=4_096, learning_rate=3e-3),
+    30_000_000: Usual(tokens_per_pass=4_096, tokens_per_step=4_096, learning_rate=1e-2),
     300_000_000: Usual(tokens_per_pass=2_048, tokens_per_step=131_072, learning_rate=1e-3),
     10**12: Usual(tokens_per_pass=1_024, tokens_per_step=262_144, learning_rate=1e-3),
 }

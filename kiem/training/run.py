@@ -28,7 +28,6 @@ from kiem.data.chunks import (
 from kiem.data.tokenizer import Tokenizer, write_tokenizer
 from kiem.errors import no_effect
 from kiem.files import (
-    locked_folder,
     new_folder,
     point_link,
     remove_leftovers,
@@ -36,11 +35,13 @@ from kiem.files import (
     write_json,
     write_text,
 )
+from kiem.locking import locked_folder
 from kiem.manifest import write_manifest
 from kiem.memory import keep_freed_memory
 from kiem.model.files import write_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.presets import name_of
+from kiem.randomness import derive_seed
 from kiem.report.card import model_card
 from kiem.report.record import CONFIG_FILE, FACTS_FILE, SUMMARY_FILE
 from kiem.training.checkpoint import CHECKPOINTS, load_checkpoint, read_state, set_aside_after
@@ -259,6 +260,8 @@ def prepare_run(
         resumed_from=checkpoint,
         compiled=compiled,
     )
+    # What was drawn so far depends on how fast the machine is; from here on nothing does.
+    torch.manual_seed(derive_seed(options.seed, "training", devices.rank))
     if checkpoint is not None:
         state = read_state(checkpoint)
         check_same_run(checkpoint, state, run.fingerprint, run.changeable, console)

@@ -20,6 +20,7 @@ from kiem.inference.streaming import Writer
 # Requests that run when the server is told to stop have so long to end.
 _STOP_SECONDS = 30
 _SHORTEST_KEY = 16
+_MOST_CONNECTIONS = 500
 
 
 def check_packages() -> None:
@@ -138,10 +139,12 @@ def serve(
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        limit_concurrency=_MOST_CONNECTIONS,
         timeout_keep_alive=10,
         timeout_graceful_shutdown=_STOP_SECONDS,
     )
     server = uvicorn.Server(config)
+    loaded.tokenizer.encode("")  # Gemma's loads for a second: not at the first request
     listening.listen()
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -157,8 +160,11 @@ def serve(
 
 
 def _model_name(given: str) -> str:
-    """Returns what clients call the model: its Hub id, or its run's or folder's name."""
+    """Returns what clients call the model: its Hub id, or its run's or folder's name.
+
+    A link such as ...-latest keeps its own name, which clients may rely on.
+    """
     if not Path(given).is_dir():
         return given
-    folder = Path(given).resolve()
+    folder = Path(given).absolute() if ".." not in Path(given).parts else Path(given).resolve()
     return folder.parent.name if folder.name == "final_model" else folder.name

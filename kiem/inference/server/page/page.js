@@ -13,7 +13,7 @@ const WORDS = {
     reasons: { stop: "einde van de tekst", length: "maximum bereikt", stopped: "gestopt" },
     copied: "Gekopieerd.",
     lost: "Geen verbinding met de server.",
-    cut: "De verbinding werd verbroken.",
+    cut: "De verbinding is verbroken.",
     refused: {
       context_length_exceeded: "De tekst is te lang voor dit model, de nieuwe tokens meegerekend.",
       429: "De server heeft het te druk. Probeer het zo nog eens.",
@@ -184,7 +184,7 @@ function color(span) {
   // The least likely token of a piece counts.
   const logprob = Math.min(...span.steps.map((step) => step.logprob));
   const strength = byId("colors").checked ? Math.min(1, -logprob / 6) : 0;
-  span.style.backgroundColor = strength ? `rgba(var(--unlikely), ${0.55 * strength})` : "";
+  span.style.backgroundColor = strength ? `rgba(var(--unlikely), ${0.45 * strength})` : "";
 }
 
 async function write() {
@@ -284,6 +284,13 @@ function showDetails(span) {
   }
   details.replaceChildren(...parts);
   details.hidden = false;
+  placeDetails();
+}
+
+function placeDetails() {
+  const details = byId("details");
+  if (details.hidden) return;
+  const span = tokens[chosen];
   const place = span.getClientRects()[0] ?? span.getBoundingClientRect();
   const size = details.getBoundingClientRect();
   const below = place.bottom + 6 + size.height <= innerHeight;
@@ -356,7 +363,7 @@ result.addEventListener("pointerleave", (event) => {
 });
 result.addEventListener("keydown", move);
 result.addEventListener("blur", hideDetails);
-addEventListener("scroll", hideDetails, { passive: true });
+addEventListener("scroll", placeDetails, { passive: true });
 
 addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {

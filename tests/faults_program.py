@@ -1,0 +1,77 @@
+"""Saves checkpoints while fault_shim.c, preloaded, fails every single call that a save makes."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import shutil
+import sys
+from pathlib import Path
+
+from test_checkpoint import QUIET, devices, made, names, save
+
+from kiem.errors import ExitCode, UserError
+from kiem.training.checkpoint import load_checkpoint, newest_valid, prune_checkpoints
+
+OPERATIONS = ("write", "fsync", "rename")
+SHORT = -1
+NEVER = 1 << 40
+
+
+def main(library: str, folder: Path) -> None:
+    shim = ctypes.CDLL(library)
+    shim.fault_calls.restype = ctypes.c_long
+
+    def arm(operation: int, call: int, kind: int) -> None:
+        shim.fault_arm(str(folder).encode(), operation, ctypes.c_long(call), kind)
+
+    for operation, name in enumerate(OPERATIONS):
+        kinds = [errno.ENOSPC, errno.EIO, *([SHORT] if name == "write" else [])]
+        fresh(folder)
+        arm(operation, NEVER, errno.EIO)
+        save(folder, 2)
+        prune_checkpoints(folder, 1)
+        num_calls = shim.fault_calls()
+        assert num_calls > 1
+        for call in range(num_calls):
+            for kind in kinds:
+                fresh(folder)
+                arm(operation, call, kind)
+                outcome = try_to_save(folder)
+                arm(operation, NEVER, errno.EIO)
+                check(folder, outcome, is_failure=kind != SHORT)
+        print(f"{name}: {num_calls} calls x {len(kinds)} faults")
+
+
+def fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    save(folder, 1)
+
+
+def try_to_save(folder: Path) -> UserError | None:
+    try:
+        save(folder, 2)
+        prune_checkpoints(folder, 1)
+    except UserError as error:
+        return error
+    return None
+
+
+def check(folder: Path, outcome: UserError | None, is_failure: bool) -> None:
+    """The last checkpoint is whole, the message names the place, and the next save succeeds."""
+    assert (outcome is not None) == is_failure
+    if outcome is not None:
+        assert outcome.exit_code in (ExitCode.DISK_SPACE, ExitCode.NOT_WRITABLE)
+        assert str(folder) in str(outcome.where)
+    last = newest_valid(folder, QUIET)
+    assert last is not None
+    assert last.name in ("step-1", "step-2")
+    model, optimizers = made()
+    load_checkpoint(last, model, optimizers, devices())
+    save(folder, 3)
+    prune_checkpoints(folder, 1)
+    assert names(folder) == ["step-3"], names(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,136 @@
+"""Weights for inference: what they are rounded to, and products with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kiem.inference.decoding import prepare
+from kiem.inference.kernels import Form, load_kernels
+from kiem.inference.quantize import (
+    Weights,
+    quantize_int4,
+    quantize_int8,
+    unpack_int4,
+)
+from kiem.model.cache import CachePass, KeyValueCache
+from kiem.model.gemma3 import Gemma3
+from kiem.model.initialize import initialize
+from kiem.model.presets import Gemma3Config
+
+WINDOW = 8
+SHAPE = Gemma3Config(
+    vocab_size=131,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=7,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    sliding_window=WINDOW,
+    query_pre_attn_scalar=32,
+)
+
+
+def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """With groups of very different size, and one of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, columns, generator=generator)
+    values *= torch.rand(rows, columns // 128, generator=generator).repeat_interleave(128, 1) ** 4
+    values[0, :128] = 0
+    return values
+
+
+def dequantized(weight: torch.Tensor, form: Form) -> torch.Tensor:
+    """Number times scale, the long way."""
+    if form not in ("int8", "int4"):
+        return weight.float()
+    stored, scales = quantize_int8(weight) if form == "int8" else quantize_int4(weight)
+    numbers = (stored if form == "int8" else unpack_int4(stored)).float()
+    return numbers * scales.float().repeat_interleave(weight.shape[1] // scales.shape[1], 1)
+
+
+def test_kernels_are_compiled_here() -> None:
+    assert not isinstance(load_kernels(), str), load_kernels()
+
+
+def test_int8_is_within_half_a_step_of_the_weight() -> None:
+    weight = matrix(40, 384)
+    found = dequantized(weight, "int8")
+    steps = weight.unflatten(1, (-1, 128)).abs().amax(-1).repeat_interleave(128, 1) / 127
+    assert ((found - weight).abs() <= steps * 0.505 + 1e-30).all()
+
+
+def test_int4_is_no_worse_than_the_usual_scale() -> None:
+    """The usual one (as in Q4_0): the largest value becomes -8."""
+    weight = matrix(40, 384)
+    found = dequantized(weight, "int4")
+    groups = weight.unflatten(1, (-1, 32))
+    scales = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -8
+    usual = ((groups / scales).nan_to_num().round().clamp(-8, 7) * scales).flatten(1)
+    errors = [(other - weight).square().sum() for other in (found, usual)]
+    assert errors[0] < errors[1]
+    assert (found[0, :128] == 0).all()
+
+
+@pytest.mark.parametrize("form", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 7, 8, 9, 16, 27])
+def test_products_equal_those_with_the_rounded_weights(form: Form, batch: int) -> None:
+    """And a row's result has the same bits whatever the others are, and however many."""
+    weight = matrix(131, 384)
+    if form == "bf16":
+        weight = weight.bfloat16()
+    weights = Weights(weight, form, torch.float32)
+    x = torch.randn(batch, 384, generator=torch.Generator().manual_seed(batch))
+    found = weights(x)
+    expected = x.double() @ dequantized(weight, form).double().T
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
+    for row in range(batch):
+        assert torch.equal(found[row], weights(x[row : row + 1])[0])
+    narrow = Weights(weight, form, torch.bfloat16)(x.bfloat16())
+    expected = x.bfloat16().double() @ dequantized(weight, form).double().T
+    torch.testing.assert_close(narrow.double(), expected, rtol=2**-8, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_many_rows_take_the_same_weights_as_few(form: Form) -> None:
+    weights = Weights(matrix(131, 384), form, torch.float32)
+    x = torch.randn(1, 20, 384, generator=torch.Generator().manual_seed(0))
+    few = torch.cat([weights(x[:, :10]), weights(x[:, 10:])], 1)
+    torch.testing.assert_close(weights(x), few, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_a_prepared_model_is_the_model_with_rounded_weights(quantize: str) -> None:
+    model = Gemma3(SHAPE)
+    initialize(model, seed=3)
+    with torch.no_grad():  # so that a token's output depends on all it sees
+        for parameter in model.parameters():
+            parameter.mul_(4).add_(0.01)
+    plain = Gemma3(SHAPE)
+    plain.load_state_dict(model.state_dict())
+    form: Form = "fp32" if quantize == "none" else quantize
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(dequantized(parameter, form))
+        prepare(model, quantize)
+        ids = torch.randint(0, 131, (2, 30), generator=torch.Generator().manual_seed(0))
+        expected = plain.hidden_states(ids)
+        torch.testing.assert_close(model.hidden_states(ids), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            model.logits(expected[:, -1]), plain.logits(expected[:, -1]), rtol=0, atol=1e-5
+        )
+        # One token in each of two slots, at places before, at and after the window.
+        cache = KeyValueCache(SHAPE, 3, 30, torch.float32, torch.device("cpu"))
+        starts = (WINDOW - 2, 2 * WINDOW)
+        for slot, start in enumerate(starts, start=1):
+            where = CachePass(cache, slot, torch.arange(start)[None], start)
+            model.hidden_states(ids[slot - 1 : slot, :start], cached=where)
+        for step in range(WINDOW):
+            positions = torch.tensor(starts)[:, None] + step
+            where = CachePass(cache, 1, positions, 30)
+            found = model.hidden_states(ids.gather(1, positions), cached=where)[:, 0]
+            torch.testing.assert_close(
+                found, expected[torch.arange(2), positions[:, 0]], rtol=0, atol=1e-4
+            )
