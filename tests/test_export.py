@@ -209,7 +209,8 @@ def test_shapes_that_llama_cpp_cannot_run(final_model: Path, tmp_path: Path) -> 
     folder = tmp_path / "model"
     folder.mkdir()
     for path in final_model.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+        if path.name != "manifest.json":  # which would tell of the change below
+            (folder / path.name).write_bytes(path.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "query_pre_attn_scalar": 31}))
     with pytest.raises(UserError, match="query_pre_attn_scalar is 31"):

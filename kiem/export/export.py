@@ -13,6 +13,7 @@ from kiem.data.tokenizer import Tokenizer, write_tokenizer
 from kiem.errors import ExitCode, UserError, no_effect
 from kiem.export.gguf_file import write_gguf
 from kiem.files import format_bytes, new_folder, require_free_space, write_bytes
+from kiem.manifest import write_manifest
 from kiem.model.files import (
     CONFIG_FILE,
     find_model,
@@ -68,11 +69,12 @@ def _write_folder(
 ) -> None:
     with new_folder(options.output, overwrite=options.output.exists()) as unfinished:
         model.to(_TORCH_DTYPES[options.dtype])
-        write_model(model, unfinished, tokenizer.special_ids)
+        known = write_model(model, unfinished, tokenizer.special_ids)
         write_tokenizer(tokenizer, unfinished)
         for name in _KEPT_FILES:
             if (source / name).is_file():
                 write_bytes(unfinished / name, (source / name).read_bytes())
+        write_manifest(unfinished, known, without=("README.md",))
 
 
 def _files(output: Path) -> list[Path]:
