@@ -136,7 +136,7 @@ def test_passes_become_smaller_when_memory_is_short(sample_chunks: Path, tmp_pat
     # Threads would take address space.
     environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["PYTHONPATH"] = str(ROOT)
-    short = run_script(program, "700", *common, *cut, "--run-name", "short", env=environment)
+    short = run_script(program, "1200", *common, *cut, "--run-name", "short", env=environment)
     # Only the updates count: what writes the model starts threads, for whose stacks a limit of
     # addresses leaves no room.
     assert "out of memory: going on with --batch-size" in short.stdout, short.stderr

@@ -15,7 +15,7 @@ from kiem.training.devices import Devices
 from kiem.training.recipe import Recipe
 
 # What allocators say: those of the C++ library, of torch for CPUs, of oneDNN.
-_REFUSALS = ("bad_alloc", "allocate memory", "not enough memory", "could not create a memory")
+_REFUSALS = ("bad_alloc", "allocate memory", "not enough memory", "could not create a ")
 
 
 def fit_recipe(
