@@ -132,11 +132,13 @@ def test_passes_become_smaller_when_memory_is_short(sample_chunks: Path, tmp_pat
     common = ("--dataset-path", sample_chunks, "--output-dir", tmp_path, "--model", "gemma3-micro")
     common = (*common, "--precision", "fp32", "--eval-steps", "0", "--save-steps", "0")
     common = (*common, "--minimal-pairs", "never", "--max-steps", "2")
+    # What Muon's products in bf16 take beside their tensors, no trial can tell.
+    common = (*common, "--optimizer", "adamw")
     cut = ("--batch-size", "128", "--gradient-accumulation-steps", "1")
     # Threads would take address space.
     environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["PYTHONPATH"] = str(ROOT)
-    short = run_script(program, "1200", *common, *cut, "--run-name", "short", env=environment)
+    short = run_script(program, "850", *common, *cut, "--run-name", "short", env=environment)
     # Only the updates count: what writes the model starts threads, for whose stacks a limit of
     # addresses leaves no room.
     assert "out of memory: going on with --batch-size" in short.stdout, short.stderr
