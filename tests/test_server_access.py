@@ -103,7 +103,7 @@ def test_running_requests_may_end_when_the_server_is_stopped(model: Path) -> Non
 
 def test_a_model_that_is_no_more_ends_the_server(model: Path, tmp_path: Path) -> None:
     """Its weights are not numbers: the client is told, the program says why it ends."""
-    shutil.copytree(model, tmp_path / "broken")
+    shutil.copytree(model, tmp_path / "broken", ignore=shutil.ignore_patterns("manifest.json"))
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"].fill_(torch.nan)
     save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
