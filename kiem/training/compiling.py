@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 
-import torch
 from rich.console import Console
 
 from kiem.cli import warn
 from kiem.config import TrainingOptions
-from kiem.model.gemma3 import Gemma3, next_token_targets, run_layer
+from kiem.model.gemma3 import Gemma3, run_layer
 from kiem.training.devices import Devices
+from kiem.training.fit import try_pass
 from kiem.training.probe import flops_per_token
 from kiem.training.recipe import Recipe
 
@@ -31,7 +31,7 @@ def compile_if_worthwhile(
 ) -> bool:
     """Compiles the model's layers if the options say so or the training is long enough.
 
-    The kernels are made here, on a batch of padding, so that the time of the first update is that
+    The kernels are made here, on made-up tokens, so that the time of the first update is that
     of an update and what goes wrong, goes wrong before the run.
 
     Returns:
@@ -44,21 +44,15 @@ def compile_if_worthwhile(
 
     started = time.perf_counter()
     model.compile_layers()
-    ids = torch.zeros(recipe.batch_size, chunk_size, dtype=torch.int64, device=devices.device)
-    attention_bos_id = 1 if options.document_mask else None
     # It would warn of in-place operations in a checkpoint; the layers have none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     try:
-        with devices.autocast():
-            loss, _ = model(ids, next_token_targets(ids, 1, 1), attention_bos_id, options.z_loss)
-        loss.backward()
+        try_pass(model, options, (recipe.batch_size, chunk_size), devices)
     except (BackendCompilerFailed, InductorError) as error:
         reason = str(error).splitlines()[0]
         warn(console, f"training goes on without --compile, which does not work here: {reason}")
         model.run_layer = run_layer
         return False
-    finally:
-        model.zero_grad()
     if devices.is_first:
         console.print(f"compiled the layers in {time.perf_counter() - started:.0f} s")
     return True

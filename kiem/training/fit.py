@@ -50,6 +50,25 @@ def fit_recipe(
     return recipe
 
 
+def try_pass(
+    model: Gemma3, options: TrainingOptions, size: tuple[int, int], devices: Devices
+) -> None:
+    """Does a pass forward and backward on made-up tokens, and leaves no gradients behind.
+
+    Args:
+        model, options, devices: of the run.
+        size: chunks in the pass, and tokens in each.
+    """
+    ids = torch.ones(size, dtype=torch.int64, device=devices.device)
+    attention_bos_id = 0 if options.document_mask else None
+    try:
+        with devices.autocast():
+            loss, _ = model(ids, next_token_targets(ids, 0, 0), attention_bos_id, options.z_loss)
+        loss.backward()
+    finally:
+        model.zero_grad()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Says whether an error is an allocator's refusal, on a GPU or a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -82,16 +101,10 @@ def _fits(
         moments = torch.empty(2 * num_values // held, device=devices.device)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        ids = torch.ones(size, dtype=torch.int64, device=devices.device)
-        with devices.autocast():
-            bos_id = 0 if options.document_mask else None
-            loss, _ = model(ids, next_token_targets(ids, 0, 0), bos_id, options.z_loss)
-        loss.backward()
+        try_pass(model, options, size, devices)
         del moments
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return False
-    finally:
-        model.zero_grad()
     return True
