@@ -122,9 +122,10 @@ def _differentiate(
         The loss and the nats of these rows, [2], in `sum_dtype`.
     """
     totals = torch.zeros(2, dtype=sum_dtype, device=logits.device)
-    # A CPU goes over few rows at a time, so that they stay in its cache from one line to the next.
+    # A CPU goes over few rows at a time, so that they stay in its cache from one line to the next;
+    # a fake tensor (training/dry_run.py) has no data to be kept there, whatever device it is for.
     num_rows = len(logits)
-    if logits.device.type == "cpu":
+    if logits.device.type == "cpu" and type(logits) is Tensor:
         num_rows = max(1, _ELEMENTS_IN_CACHE // logits.shape[1])
     for start in range(0, len(logits), num_rows):
         rows = slice(start, start + num_rows)
