@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+
+from kiem.model.files import describe
+from kiem.model.presets import preset
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER_REQUIREMENTS = (
@@ -53,8 +57,19 @@ def environment(name: str, requirements: tuple[str, ...], console: Console) -> P
     return python
 
 
-def run_peer(python: Path, script: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Runs a peer's script with options as JSON; returns the JSON of its last line."""
+def run_peer(
+    python: Path, script: str, model: str, vocabulary: int, **options: Any
+) -> dict[str, Any]:
+    """Runs a peer's script on a preset's shape; returns the JSON of its last line.
+
+    Args:
+        python: of the peer's environment.
+        script: in this folder.
+        model, vocabulary: preset, and rows of its embedding.
+        options: what else the script asks for.
+    """
+    ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    options["config"] = {**describe(preset(model, vocabulary), torch.float32), **ids}
     command = [str(python), str(ROOT / "benchmarks" / script), json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:

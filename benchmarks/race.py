@@ -17,14 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from peers import TRAINER_REQUIREMENTS, environment, run_peer, run_script
 from rich.console import Console
 from rich.table import Table
-
-from kiem.model.files import describe
-from kiem.model.presets import preset
 
 _VOCABULARY = 16_384
 _CHUNK_SIZE = 512
@@ -102,23 +98,21 @@ def main(options: Options, console: Console) -> None:
 
 def run_trainer(options: Options, data: Path, output: Path, console: Console) -> Result:
     python = environment("peer-transformers", TRAINER_REQUIREMENTS, console)
-    ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
     started = time.perf_counter()
     result = run_peer(
         python,
         "trainer_peer.py",
-        {
-            "config": {**describe(preset(_MODEL, _VOCABULARY), torch.float32), **ids},
-            "data": str(data),
-            "output": str(output),
-            "chunk_size": _CHUNK_SIZE,
-            "batch_size": _BATCH_SIZE,
-            "accumulation": 1,
-            "checkpointing": False,
-            "bf16": False,
-            "seconds": options.trainer_minutes * 60,
-            "save": True,
-        },
+        _MODEL,
+        _VOCABULARY,
+        data=str(data),
+        output=str(output),
+        chunk_size=_CHUNK_SIZE,
+        batch_size=_BATCH_SIZE,
+        accumulation=1,
+        checkpointing=False,
+        bf16=False,
+        seconds=options.trainer_minutes * 60,
+        save=True,
     )
     wall_seconds = time.perf_counter() - started
     return Result(

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 from peers import (
     TRAINER_REQUIREMENTS,
@@ -33,8 +32,7 @@ from peers import (
 from rich.console import Console
 from rich.table import Table
 
-from kiem.model.files import describe
-from kiem.model.presets import GEMMA_VOCABULARY, preset
+from kiem.model.presets import GEMMA_VOCABULARY
 
 _SMALL_VOCABULARY = 16_384
 _LITGPT_REQUIREMENTS = ("torch==2.13.0", "litgpt==0.5.13")
@@ -96,22 +94,19 @@ class Case:
 
     def peer(self, python: Path, script: str, folder: Path, bf16: bool) -> Speed:
         """Runs a peer and returns its speed."""
-        shape = preset(self.model, self.vocabulary)
-        ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
         result = run_peer(
             python,
             script,
-            {
-                "config": {**describe(shape, torch.float32), **ids},
-                "data": str(self.data),
-                "output": str(folder / "peer"),
-                "chunk_size": self.chunk_size,
-                "batch_size": self.batch_size,
-                "accumulation": self.accumulation,
-                "checkpointing": self.recompute,
-                "steps": self.steps,
-                "bf16": bf16,
-            },
+            self.model,
+            self.vocabulary,
+            data=str(self.data),
+            output=str(folder / "peer"),
+            chunk_size=self.chunk_size,
+            batch_size=self.batch_size,
+            accumulation=self.accumulation,
+            checkpointing=self.recompute,
+            steps=self.steps,
+            bf16=bf16,
         )
         return Speed(result["tokens_per_second"], result["memory_bytes"])
 

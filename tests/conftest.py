@@ -9,15 +9,32 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hub_client import Client, new_hub
 from hub_server import HubServer
 
 from kiem.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from kiem.model.presets import Gemma3Config
+
+if TYPE_CHECKING:
+    from lives import Lives
 
 ROOT = Path(__file__).resolve().parent.parent
 GEMMA_TOKENIZER = ROOT / ".cache" / "gemma3" / "tokenizer.json"
+# A model whose every part is there, with a window that short texts go beyond.
+WINDOW = 8
+SMALL = Gemma3Config(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=7,
+    head_dim=16,
+    sliding_window=WINDOW,
+    query_pre_attn_scalar=16,
+    max_position_embeddings=256,
+)
 # preprocess.py with units so small that there are many of them.
 SMALL_UNITS_PROGRAM = """
 import sys
@@ -126,6 +143,16 @@ def trained_run(sample_chunks: Path, tmp_path_factory: pytest.TempPathFactory) -
     )
     assert done.returncode == 0, done.stderr
     return folder / "short"
+
+
+@pytest.fixture(scope="module")
+def lives(sample_chunks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
+    """Training processes to be killed, on the sample's chunks."""
+    from lives import Lives  # which takes from here in its turn
+
+    lives = Lives(sample_chunks, tmp_path_factory.mktemp("lives"))
+    yield lives
+    lives.close()
 
 
 @pytest.fixture(scope="session")

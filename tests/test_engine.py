@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import SMALL, WINDOW
 
 from kiem.inference.engine import Engine, NewToken, Request
 from kiem.inference.sampling import Sampling
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
-from kiem.model.presets import Gemma3Config
 
-WINDOW = 8
-SMALL = Gemma3Config(
-    vocab_size=97,
-    hidden_size=48,
-    intermediate_size=96,
-    num_hidden_layers=7,
-    head_dim=16,
-    sliding_window=WINDOW,
-    query_pre_attn_scalar=16,
-    max_position_embeddings=256,
-)
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
 NO_EOS = -1
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,13 +50,6 @@ def test_every_call_of_a_save_may_fail(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["write", "fsync", "rename"]
-
-
-@pytest.fixture(scope="module")
-def lives(sample_chunks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
-    lives = Lives(sample_chunks, tmp_path_factory.mktemp("lives"))
-    yield lives
-    lives.close()
 
 
 def test_a_disk_that_fills_up(lives: Lives, disk: Disk, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,6 @@ from kiem.training.checkpoint import list_checkpoints, verify_checkpoint
 # So that many kills come in the middle of a save.
 SAVES = ("--save-steps", "1")
 Undisturbed = tuple[dict[str, Any], float]
-
-
-@pytest.fixture(scope="module")
-def lives(sample_chunks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
-    lives = Lives(sample_chunks, tmp_path_factory.mktemp("lives"))
-    yield lives
-    lives.close()
 
 
 def undisturbed(lives: Lives, folder: Path, processes: int) -> Undisturbed:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL, WINDOW
 from transformers import Gemma3ForCausalLM
 
 from kiem.errors import ExitCode, UserError
@@ -19,19 +20,6 @@ from kiem.model.initialize import initialize
 from kiem.model.loss import IGNORE, summed_cross_entropy
 from kiem.model.presets import GEMMA3_1B_PARAMETERS, Gemma3Config, preset
 
-WINDOW = 8
-SMALL = Gemma3Config(
-    vocab_size=97,
-    hidden_size=48,
-    intermediate_size=96,
-    num_hidden_layers=7,
-    num_attention_heads=4,
-    num_key_value_heads=1,
-    head_dim=16,
-    sliding_window=WINDOW,
-    query_pre_attn_scalar=16,
-    max_position_embeddings=256,
-)
 LENGTHS = [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3]
 BOS, PAD = 2, 0
 GEMMA_WITH_TEXT_AS_SIZE = json.dumps(
