@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing import spawn
 
-from kiem.data.chunks import verify_directory
+from kiem.data.verify import verify_directory
 from kiem.errors import ExitCode, UserError
 from kiem.inference.loading import load_for_inference
 from kiem.model.files import write_weights

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from kiem.config import PreprocessOptions
 from kiem.data import units
-from kiem.data.chunks import verify_directory
 from kiem.data.preprocess import preprocess
 from kiem.data.tokenizer import Tokenizer
+from kiem.data.verify import verify_directory
 from kiem.errors import ExitCode, UserError
 
 QUIET = Console(quiet=True)

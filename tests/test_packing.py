@@ -15,9 +15,10 @@ from rich.console import Console
 
 from kiem.config import PreprocessOptions
 from kiem.data import packing
-from kiem.data.chunks import open_split, read_manifest, verify_directory
+from kiem.data.chunks import open_split, read_manifest
 from kiem.data.packing import BestFitPacker, make_packer
 from kiem.data.preprocess import preprocess
+from kiem.data.verify import verify_directory
 
 BOS, EOS, PAD = 2, 1, 0
 documents_of_tokens = st.lists(st.lists(st.integers(3, 99), max_size=60), max_size=40)

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from kiem.config import HUB_DATASET, HUB_TOKENIZER, PreprocessOptions
-from kiem.data.chunks import open_split, read_manifest, read_tokenizer, verify_shards
+from kiem.data.chunks import open_split, read_manifest, read_tokenizer
 from kiem.data.preprocess import preprocess
 from kiem.data.split import split_limit, split_position, training_texts
+from kiem.data.verify import verify_shards
 from kiem.errors import ExitCode, UserError
 
 QUIET = Console(quiet=True)

@@ -15,12 +15,12 @@ from rich.console import Console
 
 from kiem.config import PreprocessOptions
 from kiem.data import rejected, units
-from kiem.data.chunks import verify_directory
 from kiem.data.preprocess import preprocess
 from kiem.data.readers import cut_source, place
 from kiem.data.rejected import _Places
 from kiem.data.sources import resolve_source
 from kiem.data.tokenizer import Tokenizer
+from kiem.data.verify import verify_directory
 from kiem.errors import ExitCode, UserError
 
 QUIET = Console(quiet=True)

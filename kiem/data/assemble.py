@@ -6,7 +6,6 @@ which unit.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from kiem.data.arrow import to_numpy
-from kiem.data.chunks import SplitWriter
+from kiem.data.chunks import NO_SOURCE, TEST_SOURCES, SplitWriter
 from kiem.data.near_duplicates import band_names
 from kiem.data.packing import make_packer
 from kiem.data.split import split_limit
@@ -42,6 +41,8 @@ class SplitCounts:
     tokens: int = 0
     chunks: int = 0
     padding_tokens: int = 0
+    documents_per_source: Counter[str] = field(default_factory=Counter)
+    tokens_per_source: Counter[str] = field(default_factory=Counter)
     bytes_per_source: Counter[str] = field(default_factory=Counter)
 
 
@@ -181,6 +182,10 @@ def write_splits(
     writers = {split: SplitWriter(folder / split, chunk_size) for split in SPLITS}
     packers = {split: make_packer(packing, chunk_size, tokenizer.pad_id) for split in SPLITS}
     counts = {split: SplitCounts() for split in SPLITS}
+    # Packed as the test tokens are: beside each token, which source its document is from.
+    source_writer = SplitWriter(folder / TEST_SOURCES, chunk_size, column="source")
+    source_packer = make_packer(packing, chunk_size, NO_SOURCE)
+    source_numbers: dict[str, int] = {}
     used = np.zeros(tokenizer.num_rows, dtype=bool)
     for unit, fate in zip(units, fates.per_unit, strict=False):
         path = job.path(unit)
@@ -198,6 +203,11 @@ def write_splits(
                 packers[split].add(ids, lengths)
                 writers[split].write(packers[split].full_chunks())
                 _count(counts[split], batch, is_here, summary.sources)
+                if split == "test":
+                    labels = to_numpy(batch.column("source"))[is_here]
+                    numbers = _source_numbers(labels, summary.sources, source_numbers)
+                    source_packer.add(np.repeat(numbers, lengths), lengths)
+                    source_writer.write(source_packer.full_chunks())
     entries = {}
     for split in SPLITS:
         writers[split].write(packers[split].last_chunks())
@@ -206,12 +216,14 @@ def write_splits(
         count.chunks = sum(shard["chunks"] for shard in shards)
         count.padding_tokens = count.chunks * chunk_size - count.tokens
         assert count.padding_tokens == packers[split].num_padding_tokens, "tokens were lost"
-        sources = dict(sorted(count.bytes_per_source.items()))
         entries[split] = {
-            **dataclasses.asdict(count),
-            "bytes_per_source": sources,
-            "shards": shards,
+            name: dict(sorted(value.items())) if isinstance(value, Counter) else value
+            for name, value in vars(count).items()
         }
+        entries[split]["shards"] = shards
+    source_writer.write(source_packer.last_chunks())
+    entries["test"]["source_names"] = list(source_numbers)
+    entries["test"]["source_shards"] = source_writer.close()
     return entries, int(tokenizer.num_rows - used.sum())
 
 
@@ -225,6 +237,20 @@ def _documents(batch: pa.RecordBatch, chosen: np.ndarray) -> tuple[np.ndarray, n
     return ids[np.repeat(chosen, lengths)], lengths[chosen]
 
 
+def _source_numbers(labels: np.ndarray, sources: list[str], numbers: dict[str, int]) -> np.ndarray:
+    """Returns the number of each document's source, int32 [documents]; new ones get the next.
+
+    Args:
+        labels: places in `sources`, int [documents].
+        sources: of the unit.
+        numbers: of the sources so far; grows.
+    """
+    found = np.unique(labels)
+    here = np.zeros(len(sources), dtype=np.int32)
+    here[found] = [numbers.setdefault(sources[label], len(numbers)) for label in found]
+    return here[labels]
+
+
 def _count(
     counts: SplitCounts, batch: pa.RecordBatch, chosen: np.ndarray, sources: list[str]
 ) -> None:
@@ -233,9 +259,13 @@ def _count(
     counts.documents += int(chosen.sum())
     counts.words += int(to_numpy(batch.column("words"))[chosen].sum())
     counts.bytes += int(num_bytes.sum())
-    counts.tokens += int(np.diff(to_numpy(batch.column("ids").offsets))[chosen].sum())
+    num_tokens = np.diff(to_numpy(batch.column("ids").offsets))[chosen]
+    counts.tokens += int(num_tokens.sum())
     for label in np.unique(labels):
-        counts.bytes_per_source[sources[label]] += int(num_bytes[labels == label].sum())
+        name, is_from = sources[label], labels == label
+        counts.documents_per_source[name] += int(is_from.sum())
+        counts.tokens_per_source[name] += int(num_tokens[is_from].sum())
+        counts.bytes_per_source[name] += int(num_bytes[is_from].sum())
 
 
 def _read_columns(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], UnitSummary]:

@@ -2,6 +2,7 @@
 
 train/data-00000-of-00002.arrow ...   int32 `input_ids` of a fixed size, memory-mapped
 test/...                              (both open with datasets.load_from_disk)
+test_sources/...                      beside each test token, which source its document is from
 manifest.json                         options, source, counts, sha256 of every file and of itself
 tokenizer.json ...                    the tokenizer the ids belong to
 rejected.jsonl                        the rejected documents, with --keep-rejected
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ from kiem.files import sha256_file, to_json, write_json
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 REJECTED_FILE = "rejected.jsonl"
+TEST_SOURCES = "test_sources"
+NO_SOURCE = -1  # of padding
 _SHARD_TOKENS = 1 << 26
 _BATCH_ROWS = 1000
 
@@ -38,12 +40,13 @@ class SplitWriter:
     Args:
         folder: the split's folder inside the unfinished chunk directory.
         chunk_size: tokens in a chunk.
+        column: what the numbers in a chunk are.
     """
 
-    def __init__(self, folder: Path, chunk_size: int):
+    def __init__(self, folder: Path, chunk_size: int, column: str = "input_ids"):
         folder.mkdir()
         self._folder = folder
-        self._schema = _schema(chunk_size)
+        self._schema = pa.schema([(column, pa.list_(pa.int32(), chunk_size))])
         self._chunk_size = chunk_size
         self._shard_rows = max(1, _SHARD_TOKENS // chunk_size)
         self._rows: list[int] = []
@@ -99,7 +102,7 @@ class SplitWriter:
                     "sha256": sha256_file(path),
                 }
             )
-        _write_datasets_files(self._folder, shards, self._chunk_size)
+        _write_datasets_files(self._folder, shards, self._schema.field(0))
         return shards
 
     def _next_shard(self) -> None:
@@ -163,7 +166,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     is_whole = manifest.get("sha256") == _sha256_of(manifest) and written == to_json(manifest)
     if "sha256" in manifest and not is_whole:
-        raise _damaged(path / MANIFEST_FILE, "is damaged (its content has another sha256)")
+        raise damaged(path / MANIFEST_FILE, "is damaged (its content has another sha256)")
     return dict(manifest)
 
 
@@ -177,7 +180,7 @@ def read_tokenizer(path: Path, manifest: dict[str, Any]) -> Tokenizer:
     try:
         json_bytes = file.read_bytes()
     except OSError as error:
-        raise _damaged(file, f"cannot be read ({error.strerror})") from error
+        raise damaged(file, f"cannot be read ({error.strerror})") from error
     tokenizer = parse_tokenizer(json_bytes, str(file))
     if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
         raise UserError(
@@ -187,74 +190,6 @@ def read_tokenizer(path: Path, manifest: dict[str, Any]) -> Tokenizer:
             exit_code=ExitCode.TOKENIZER_MISMATCH,
         )
     return tokenizer
-
-
-def verify_directory(path: Path) -> dict[str, Any]:
-    """Checks every hash and count of a chunk directory and returns its manifest.
-
-    Raises:
-        UserError: it is no chunk directory, or something in it is missing or damaged; names it.
-    """
-    manifest = read_manifest(path)
-    if "sha256" not in manifest:
-        raise _damaged(path / MANIFEST_FILE, "has no sha256 of itself")
-    read_tokenizer(path, manifest)
-    for name, sha256 in manifest["files"].items():
-        _verify_file(path / name, sha256)
-    verify_shards(path, manifest)
-    _verify_rejected(path, manifest)
-    special, chunk_size = manifest["special_ids"], manifest["options"]["chunk_size"]
-    num_documents = manifest["documents_read"] - sum(manifest["rejected"].values())
-    for split, counts in manifest["splits"].items():
-        num_documents -= counts["documents"]
-        found: Counter[str] = Counter()
-        for block in open_split(path, manifest, split).blocks:
-            found["chunks"] += len(block)
-            found["documents"] += int(np.count_nonzero(block == special["bos"]))
-            found["padding_tokens"] += int(np.count_nonzero(block == special["pad"]))
-        found["tokens"] = found["chunks"] * chunk_size - found["padding_tokens"]
-        for name, number in found.items():
-            if number != counts[name]:
-                raise _damaged(
-                    path / MANIFEST_FILE,
-                    f"says {counts[name]} {name} in the {split} split; there are {number}",
-                )
-    if num_documents != 0:
-        raise _damaged(path / MANIFEST_FILE, "has counts of documents that do not add up")
-    return manifest
-
-
-def _verify_rejected(path: Path, manifest: dict[str, Any]) -> None:
-    """Checks the file of rejected documents, if there should be one."""
-    if not manifest["options"]["keep_rejected"]:
-        return
-    entry, file = manifest["rejected_file"], path / REJECTED_FILE
-    _verify_file(file, entry["sha256"], entry["bytes"])
-    with file.open("rb") as lines:
-        num_lines = sum(1 for _ in lines)
-    for number in (entry["lines"], sum(manifest["rejected"].values())):
-        if number != num_lines:
-            what = f"says that {number} documents were rejected; {file} has {num_lines}"
-            raise _damaged(path / MANIFEST_FILE, what)
-
-
-def _verify_file(file: Path, sha256: str, num_bytes: int | None = None) -> None:
-    """Checks the sha256 of a file, and before that its size if that is known."""
-    if not file.is_file():
-        raise _damaged(file, "is missing")
-    if num_bytes not in (None, file.stat().st_size) or sha256_file(file) != sha256:
-        raise _damaged(file, "is damaged (its sha256 differs from the manifest's)")
-
-
-def verify_shards(path: Path, manifest: dict[str, Any]) -> None:
-    """Checks the size and the sha256 of every shard.
-
-    Raises:
-        UserError: a shard is missing or damaged; names it.
-    """
-    for split in ("train", "test"):
-        for shard in manifest["splits"][split]["shards"]:
-            _verify_file(path / shard["file"], shard["sha256"], shard["bytes"])
 
 
 @dataclass(frozen=True)
@@ -285,12 +220,29 @@ class Chunks:
 
 def open_split(path: Path, manifest: dict[str, Any], split: str) -> Chunks:
     """Maps the shards of a split into memory; nothing is copied."""
+    return _open(path, manifest, manifest["splits"][split]["shards"])
+
+
+def open_test_sources(path: Path, manifest: dict[str, Any]) -> Chunks | None:
+    """Maps what `open_split` maps of the test split, with sources in the place of tokens.
+
+    Returns:
+        Places in the manifest's `source_names`, NO_SOURCE for padding; None if the chunk directory
+        was made by a kiem that did not keep them.
+    """
+    shards = source_shards(manifest)
+    return _open(path, manifest, shards) if shards else None
+
+
+def source_shards(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the manifest's entry of every shard of test_sources/."""
+    shards: list[dict[str, Any]] = manifest["splits"]["test"].get("source_shards", [])
+    return shards
+
+
+def _open(path: Path, manifest: dict[str, Any], shards: list[dict[str, Any]]) -> Chunks:
     chunk_size = manifest["options"]["chunk_size"]
-    blocks = [
-        block
-        for shard in manifest["splits"][split]["shards"]
-        for block in _map_shard(path / shard["file"], chunk_size)
-    ]
+    blocks = [block for shard in shards for block in _map_shard(path / shard["file"], chunk_size)]
     rows = np.array([len(block) for block in blocks], dtype=np.int64)
     return Chunks(blocks, np.cumsum(rows) - rows, int(rows.sum()), chunk_size)
 
@@ -299,23 +251,19 @@ def _map_shard(file: Path, chunk_size: int) -> Iterator[np.ndarray]:
     try:
         table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
     except (OSError, pa.ArrowException) as error:
-        raise _damaged(file, f"cannot be read ({error})") from error
-    for batch in table.column("input_ids").chunks:
+        raise damaged(file, f"cannot be read ({error})") from error
+    for batch in table.column(0).chunks:
         ids = to_numpy(batch.flatten())
         yield ids.reshape(-1, chunk_size)
 
 
-def _schema(chunk_size: int) -> pa.Schema:
-    return pa.schema([("input_ids", pa.list_(pa.int32(), chunk_size))])
-
-
-def _write_datasets_files(folder: Path, shards: list[dict[str, Any]], chunk_size: int) -> None:
+def _write_datasets_files(folder: Path, shards: list[dict[str, Any]], column: pa.Field) -> None:
     # The files that datasets.Dataset.save_to_disk writes beside its shards. "Sequence" is the name
     # that datasets of all versions understand; 4.0 renamed it to "List".
     value = {"dtype": "int32", "_type": "Value"}
-    feature = {"feature": value, "length": chunk_size, "_type": "Sequence"}
+    feature = {"feature": value, "length": column.type.list_size, "_type": "Sequence"}
     info = {"citation": "", "description": "", "homepage": "", "license": ""}
-    write_json(folder / "dataset_info.json", {**info, "features": {"input_ids": feature}})
+    write_json(folder / "dataset_info.json", {**info, "features": {column.name: feature}})
     state = {
         "_data_files": [{"filename": Path(shard["file"]).name} for shard in shards],
         "_fingerprint": shards[0]["sha256"][:16],
@@ -328,7 +276,8 @@ def _write_datasets_files(folder: Path, shards: list[dict[str, Any]], chunk_size
     write_json(folder / "state.json", state)
 
 
-def _damaged(file: Path, what: str) -> UserError:
+def damaged(file: Path, what: str) -> UserError:
+    """Returns the error that something in a chunk directory is damaged."""
     return UserError(
         what,
         where=str(file),

@@ -20,7 +20,7 @@ import kiem
 from kiem.cli import check_name, warn
 from kiem.config import PreprocessOptions
 from kiem.data.assemble import decide, write_splits
-from kiem.data.chunks import finish_directory, verify_directory
+from kiem.data.chunks import finish_directory
 from kiem.data.cleaning import Cleaning, make_cleaning
 from kiem.data.contamination import MIN_WORDS
 from kiem.data.encoding import fast_path, load_encoders
@@ -46,6 +46,7 @@ from kiem.data.tokenizer import (
     write_tokenizer,
 )
 from kiem.data.units import Reading, Unit, UnitJob, UnitSummary, plan_units, read_clean_texts
+from kiem.data.verify import verify_directory
 from kiem.data.workers import run_units
 from kiem.data.workspace import (
     clear_after_kill,

@@ -16,9 +16,17 @@ from rich.table import Table
 
 from kiem.cli import warn
 from kiem.config import EvaluationOptions
-from kiem.data.chunks import MANIFEST_FILE, open_split, read_manifest, read_tokenizer, verify_shards
+from kiem.data.chunks import (
+    MANIFEST_FILE,
+    Chunks,
+    open_split,
+    open_test_sources,
+    read_manifest,
+    read_tokenizer,
+)
 from kiem.data.readers import cut_source, place, read_rows
 from kiem.data.sources import resolve_source
+from kiem.data.verify import verify_shards
 from kiem.errors import ExitCode, UserError, no_effect
 from kiem.evaluation.bits_per_byte import Document, bits_per_byte, measure
 from kiem.evaluation.language_model import LanguageModel
@@ -120,13 +128,20 @@ def _test_split(folder: Path) -> Iterator[Document]:
         )
     tokenizer = read_tokenizer(folder, manifest)
     verify_shards(folder, manifest)
-    blocks = open_split(folder, manifest, "test").blocks
-    ids = np.concatenate([block.reshape(-1) for block in blocks])
+    ids = _tokens(open_split(folder, manifest, "test"))
     starts = np.flatnonzero(ids == tokenizer.bos_id)
+    names = ["test split"] * len(starts)
+    if (sources := open_test_sources(folder, manifest)) is not None:
+        known = manifest["splits"]["test"]["source_names"]
+        names = [known[number] for number in _tokens(sources)[starts]]
     return (
-        Document(tokenizer.decode(document.tolist()), "test split")
-        for document in np.split(ids, starts)[1:]
+        Document(tokenizer.decode(document.tolist()), name)
+        for document, name in zip(np.split(ids, starts)[1:], names, strict=True)
     )
+
+
+def _tokens(chunks: Chunks) -> np.ndarray:
+    return np.concatenate([block.reshape(-1) for block in chunks.blocks])
 
 
 def _measure_text(

@@ -55,6 +55,13 @@ class Devices:
     matrix_flops: float
 
     @property
+    def name(self) -> str:
+        """What this process computes on, for people."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU with {torch.get_num_threads()} threads"
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the process that writes files and speaks."""
         return self.rank == 0

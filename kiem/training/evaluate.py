@@ -14,11 +14,13 @@ from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, su
 from kiem.inference.sampling import Sampling
 from kiem.inference.streaming import complete
 from kiem.model.gemma3 import next_token_targets
-from kiem.model.loss import IGNORE
+from kiem.model.loss import IGNORE, token_cross_entropy
 from kiem.training.devices import Devices
 from kiem.training.run import Run
 
 _SAMPLE_TOKENS = 40
+_MOST_SOURCES = 20
+_PER_SOURCE = ("tokens_per_source", "documents_per_source", "bytes_per_source")
 # With so many tokens trained for each of theirs, the minimal pairs take at most some 3 % of a run.
 _TRAINED_PER_PAIR_TOKEN = 10
 
@@ -35,31 +37,61 @@ def evaluate(run: Run, devices: Devices, max_chunks: int | None) -> dict[str, An
         max_chunks: how many of the test chunks, spread evenly over the split; None for all.
 
     Returns:
-        `test_loss` (nats per token), `test_perplexity`, `test_bpb`, the same in all processes.
+        `test_loss` (nats per token), `test_perplexity`, `test_bpb`, and `per_source` with the `bpb`
+        of the largest sources if there are several; the same in all processes.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=devices.device)
+    names = _largest_sources(run)
+    totals = torch.zeros(len(names) + 1, 2, dtype=torch.float64, device=devices.device)
     num_chunks = min(max_chunks or run.test.num_chunks, run.test.num_chunks)
     numbers = np.linspace(0, run.test.num_chunks - 1, num_chunks).round().astype(np.int64)
     own = numbers[devices.rank :: devices.world_size]
     special_ids = run.tokenizer.special_ids
     bos_id = special_ids["bos"] if run.options.document_mask else None
     for start in range(0, len(own), run.recipe.batch_size):
-        chunks = run.test.read(own[start : start + run.recipe.batch_size])
-        ids = torch.from_numpy(chunks).long().to(devices.device)
+        rows = own[start : start + run.recipe.batch_size]
+        ids = torch.from_numpy(run.test.read(rows)).long().to(devices.device)
         targets = next_token_targets(ids, special_ids["bos"], special_ids["pad"])
+        counted = targets != IGNORE
         with torch.no_grad(), devices.autocast():
-            _, nats = run.model(ids, targets, bos_id)
-        total += torch.stack([nats.double(), (targets != IGNORE).sum().double()])
-    nats_sum, num_targets = devices.sum(total).tolist()
-    loss = nats_sum / num_targets
+            hidden = run.model.hidden_states(ids, bos_id=bos_id)[counted]
+            weight = run.model.model.embed_tokens.weight
+            nats = token_cross_entropy(hidden, weight, targets[counted]).double()
+        figures = torch.stack([nats, torch.ones_like(nats)], dim=1)
+        totals[0] += figures.sum(0)
+        if run.test_sources is not None and names:
+            # Shifted as the targets are: the source of the token that is predicted.
+            sources = torch.from_numpy(run.test_sources.read(rows)).roll(-1, 1).to(ids.device)
+            for place, number in enumerate(names.values(), start=1):
+                totals[place] += figures[sources[counted] == number].sum(0)
     test = run.manifest["splits"]["test"]
-    predictable_tokens = test["tokens"] - test["documents"]  # all but <bos>
-    return {
+    (nats_sum, num_targets), *of_sources = devices.sum(totals).tolist()
+    loss = nats_sum / num_targets
+
+    def bpb(loss: float, tokens: int, documents: int, num_bytes: int) -> float:
+        return loss * (tokens - documents) / (math.log(2) * num_bytes)  # all tokens but <bos>
+
+    found: dict[str, Any] = {
         "test_loss": loss,
         "test_perplexity": math.exp(min(loss, 700.0)),
-        "test_bpb": loss * predictable_tokens / (math.log(2) * test["bytes"]),
+        "test_bpb": bpb(loss, test["tokens"], test["documents"], test["bytes"]),
         "test_chunks": num_chunks,
     }
+    per_source = {
+        name: {"bpb": bpb(nats_sum / num_targets, *(test[key][name] for key in _PER_SOURCE))}
+        for name, (nats_sum, num_targets) in zip(names, of_sources, strict=True)
+        if num_targets
+    }
+    return {**found, "per_source": per_source} if per_source else found
+
+
+def _largest_sources(run: Run) -> dict[str, int]:
+    """Returns name and number of the sources to measure one by one; none if there is only one."""
+    test = run.manifest["splits"]["test"]
+    numbers = {name: number for number, name in enumerate(test.get("source_names", ()))}
+    if len(numbers) < 2:
+        return {}
+    largest = sorted(numbers, key=lambda name: -test["bytes_per_source"][name])[:_MOST_SOURCES]
+    return {name: numbers[name] for name in largest}
 
 
 def measure_minimal_pairs(run: Run, devices: Devices, console: Console) -> dict[str, Any]:

@@ -57,6 +57,8 @@ class Metrics:
             if len(self._waiting) == 1:
                 warn(self._console, f"{error.where}: {error.what}; its lines wait in memory")
         numbers = {name: value for name, value in figures.items() if isinstance(value, int | float)}
+        for name, entry in figures.get("per_source", {}).items():
+            numbers[f"test_bpb/{name}"] = entry["bpb"]
         self._remember_samples(step, figures)
         for tracker in self._trackers:
             if numbers:

@@ -194,11 +194,10 @@ def hardware_here(devices: Devices) -> Hardware:
     """Returns what this process has to itself."""
     if devices.device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(devices.device)
-        name = torch.cuda.get_device_name(devices.device)
-        return Hardware(name, int(free_bytes * GPU_USABLE_SHARE), 0)
+        return Hardware(devices.name, int(free_bytes * GPU_USABLE_SHARE), 0)
     here = psutil.Process().memory_info().rss
     usable_bytes = psutil.virtual_memory().available // devices.world_size + here
-    return Hardware(f"CPU with {torch.get_num_threads()} threads", usable_bytes, here)
+    return Hardware(devices.name, usable_bytes, here)
 
 
 def _memory_table(plan: Plan) -> Table:

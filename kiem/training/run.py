@@ -21,11 +21,12 @@ from kiem.data.chunks import (
     MANIFEST_FILE,
     Chunks,
     open_split,
+    open_test_sources,
     read_manifest,
     read_tokenizer,
-    verify_shards,
 )
 from kiem.data.tokenizer import Tokenizer, write_tokenizer
+from kiem.data.verify import verify_shards
 from kiem.errors import no_effect
 from kiem.files import (
     new_folder,
@@ -80,6 +81,7 @@ class Run:
         manifest: the chunk directory's manifest.
         tokenizer: the chunk directory's tokenizer.
         train, test: the chunks.
+        test_sources: the source of every test token, where the chunk directory has them.
         model, model_name, optimizers: what is trained.
         sharing: how the processes share the model.
         metrics: the run's log; only the first process has one.
@@ -103,6 +105,7 @@ class Run:
     tokenizer: Tokenizer
     train: Chunks
     test: Chunks
+    test_sources: Chunks | None
     model: Gemma3
     model_name: str
     optimizers: list[torch.optim.Optimizer]
@@ -202,7 +205,6 @@ def prepare_run(
         verify_shards(options.dataset_path, manifest)
     devices.wait_for_all()
     train = open_split(options.dataset_path, manifest, "train")
-    test = open_split(options.dataset_path, manifest, "test")
     model = make_model(options, tokenizer).to(devices.device)
     model_name = name_of(model.config)
     directory = options.output_dir / run_name(options, model_name)
@@ -238,7 +240,8 @@ def prepare_run(
         manifest=manifest,
         tokenizer=tokenizer,
         train=train,
-        test=test,
+        test=open_split(options.dataset_path, manifest, "test"),
+        test_sources=open_test_sources(options.dataset_path, manifest),
         model=model,
         model_name=model_name,
         optimizers=make_optimizers(model, options.optimizer, decay, sharing.owned),
@@ -329,7 +332,7 @@ def _facts(run: Run, devices: Devices) -> dict[str, Any]:
         "tokenizer": run.manifest["tokenizer"],
         "recipe": dataclasses.asdict(run.recipe),
         "hardware": {
-            "device": _device_name(devices.device),
+            "device": devices.name,
             "devices": devices.world_size,
             "precision": devices.precision,
             "compiled": run.compiled,
@@ -341,9 +344,3 @@ def _facts(run: Run, devices: Devices) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
