@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import resource
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -12,6 +14,7 @@ import torch
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _LARGEST_INT = 2**31 - 1
+_PAGES_OF_ITS_OWN_BYTES = 1 << 16
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -29,10 +32,26 @@ def keep_freed_memory() -> None:
     mapped one by one at first touch: in training on a CPU that costs as much as the optimizer.
     Elsewhere than in glibc this does nothing. See mallopt(3).
     """
-    if not sys.platform.startswith("linux"):
-        return
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):
-        return
     for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-        library.mallopt(option, _LARGEST_INT)
+        _mallopt(option, _LARGEST_INT)
+
+
+@contextlib.contextmanager
+def held_to_the_end() -> Iterator[None]:
+    """Gives what is allocated in this block memory of its own; for what `keep_freed_memory` knows.
+
+    Between memory that comes and goes it would leave gaps that fit nothing: 3 of 21 GB in a
+    training of gemma3-1b.
+    """
+    _mallopt(_M_MMAP_THRESHOLD, _PAGES_OF_ITS_OWN_BYTES)
+    try:
+        yield
+    finally:
+        _mallopt(_M_MMAP_THRESHOLD, _LARGEST_INT)
+
+
+def _mallopt(option: int, value: int) -> None:
+    if sys.platform.startswith("linux"):
+        library = ctypes.CDLL(None)
+        if hasattr(library, "gnu_get_libc_version"):
+            library.mallopt(option, value)

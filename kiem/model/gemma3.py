@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from kiem.model.cache import CachePass, LayerCache
+from kiem.model.embedding import Embedding
 from kiem.model.loss import IGNORE, summed_cross_entropy
 from kiem.model.presets import Gemma3Config
 
@@ -131,21 +132,6 @@ class Layer(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
-class Embedding(nn.Embedding):
-    """The embedding, which is also the output layer."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Returns the rows of tokens, [B, T, D]."""
-        # Its gradient has few rows; a dense one would be another tensor as large as the embedding.
-        # nn.Embedding(sparse=True) would make DistributedDataParallel expect nothing but that, and
-        # the output layer's gradient is dense.
-        return F.embedding(input, self.weight, sparse=True)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Returns fp32 logits [..., vocab_size] of hidden states [..., D]."""
-        return F.linear(hidden, self.weight).float()
-
-
 class Body(nn.Module):
     """Everything below the output layer; a module of its own to give parameters their names."""
 
@@ -195,10 +181,9 @@ class Gemma3(nn.Module):
         Returns:
             (loss, nats): fp32 scalars; `nats` is the summed cross entropy alone, without gradient.
         """
-        hidden = self.hidden_states(input_ids, bos_id=bos_id)
-        return summed_cross_entropy(
-            hidden.flatten(0, 1), self.model.embed_tokens.weight, targets.flatten(), z_loss
-        )
+        rows, weight = self.model.embed_tokens.at_both_ends(input_ids)  # B T D, V D
+        hidden = self._run_layers(rows, input_ids, bos_id, None)
+        return summed_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), z_loss)
 
     def hidden_states(
         self,
@@ -215,11 +200,16 @@ class Gemma3(nn.Module):
             cached: the cache of the tokens before, and where in it these go.
         """
         assert bos_id is None or cached is None
+        return self._run_layers(self.model.embed_tokens(input_ids), input_ids, bos_id, cached)
+
+    def _run_layers(
+        self, rows: Tensor, input_ids: Tensor, bos_id: int | None, cached: CachePass | None
+    ) -> Tensor:
         # Gemma rounds the scale to the embedding's precision.
         scale = torch.tensor(
             self.config.hidden_size**0.5, dtype=self.dtype, device=input_ids.device
         )
-        x = self.model.embed_tokens(input_ids) * scale  # B T D
+        x = rows * scale  # B T D
         contexts = {
             sliding: self._cached_context(cached, sliding)
             if cached is not None

@@ -2,12 +2,15 @@
 
 1024 tokens x 262 144 entries are 1.07 GB of logits in fp32, as much again for their gradient. Here
 they exist for a block of rows at a time: the forward pass computes a block's logits, its share of
-the loss, and at once its share of the gradients, so the backward pass has nothing left to do.
-Shapes: N tokens, R tokens in a block, V vocabulary entries, D hidden_size.
+the loss, and at once its share of the gradients, so the backward pass has nothing left to do. The
+products go over a slice of the vocabulary at a time, so that weights in the precision of the
+products, and gradients that come in it, are never there as a whole either.
+Shapes: N tokens, R tokens in a block, V vocabulary entries, S of them in a slice, D hidden_size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +19,9 @@ from torch import Tensor
 
 IGNORE = -100
 # Fewer rows make the matrix products slow (80 GFLOP/s at 64 rows, 290 at 512, on two CPU cores),
-# and each block adds to the weight's gradient once more.
-ROWS_PER_BLOCK = 1024
+# and each block adds to the weight's gradient once more; more take memory.
+_MOST_ROWS, _LEAST_ROWS = 1024, 256
+_MOST_BLOCK_BYTES = 1 << 29
 _ELEMENTS_IN_CACHE = 2**20
 _VOCABULARY_SLICE = 8192
 
@@ -54,11 +58,17 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
     """
     nats = torch.empty(len(hidden), device=hidden.device)
     with torch.no_grad():
-        for start in range(0, len(hidden), ROWS_PER_BLOCK):
-            rows = slice(start, start + ROWS_PER_BLOCK)
+        num_rows = rows_per_block(len(weight), 4)
+        for start in range(0, len(hidden), num_rows):
+            rows = slice(start, start + num_rows)
             logits = F.linear(hidden[rows], weight).float()  # R V
             nats[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
     return nats
+
+
+def rows_per_block(vocab_size: int, element_bytes: int) -> int:
+    """Returns for how many tokens there are logits at a time, whose elements have so many bytes."""
+    return min(_MOST_ROWS, max(_LEAST_ROWS, _MOST_BLOCK_BYTES // (vocab_size * element_bytes)))
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -70,22 +80,26 @@ class _SummedCrossEntropy(torch.autograd.Function):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         x = hidden.detach().to(dtype or hidden.dtype)
-        w = weight.detach().to(dtype or weight.dtype)
+        w = weight.detach()
         sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         totals = torch.zeros(2, dtype=sum_dtype, device=x.device)  # loss, nats
         x_gradient = torch.empty_like(hidden) if needs_gradient else None
         w_gradient = torch.empty_like(weight) if needs_gradient else None
+        slices = [slice(at, at + _VOCABULARY_SLICE) for at in range(0, len(w), _VOCABULARY_SLICE)]
         # One buffer for all blocks, not half a gigabyte of fresh pages for each.
-        buffer = torch.empty(min(len(x), ROWS_PER_BLOCK), len(w), dtype=x.dtype, device=x.device)
+        num_rows = rows_per_block(len(w), x.element_size())
+        buffer = torch.empty(min(len(x), num_rows), len(w), dtype=x.dtype, device=x.device)
         with torch.autocast(device, enabled=False):
-            for start in range(0, len(x), ROWS_PER_BLOCK):
-                rows = slice(start, start + ROWS_PER_BLOCK)
-                logits = torch.mm(x[rows], w.T, out=buffer[: len(x[rows])])  # R V
+            for start in range(0, len(x), num_rows):
+                rows = slice(start, start + num_rows)
+                logits = buffer[: len(x[rows])]  # R V
+                for part in slices:
+                    logits[:, part] = x[rows] @ w[part].to(x.dtype).T
                 totals += _differentiate(logits, targets[rows], z_loss, sum_dtype)
                 if x_gradient is not None and w_gradient is not None:
-                    gradient = logits  # by now
-                    x_gradient[rows] = gradient @ w
-                    _add_product(w_gradient, gradient, x[rows], is_first=start == 0)
+                    _multiply_back(
+                        logits, x[rows], w, slices, x_gradient[rows], w_gradient, start == 0
+                    )
         ctx.save_for_backward(x_gradient, w_gradient)
         loss, nats = totals
         ctx.mark_non_differentiable(nats)
@@ -98,19 +112,34 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return x_gradient.mul_(gradient), w_gradient.mul_(gradient), None, None
 
 
-def _add_product(total: Tensor, gradient: Tensor, x: Tensor, is_first: bool) -> None:
-    """Adds gradient.T @ x to `total` [V, D], which holds nothing before the first block.
+def _multiply_back(
+    gradient: Tensor,
+    x: Tensor,
+    w: Tensor,
+    slices: Sequence[slice],
+    x_gradient: Tensor,
+    w_gradient: Tensor,
+    is_first: bool,
+) -> None:
+    """Puts the gradient of a block's logits [R, V] into those of x [R, D] and of w [V, D].
 
-    In slices, so that a product of lower precision is still in the cache when it is added.
+    Args:
+        gradient: of the logits.
+        x, w: what the logits are products of.
+        slices: of the vocabulary.
+        x_gradient: is written.
+        w_gradient: is added to, but written by the first block.
     """
-    for start in range(0, len(total), _VOCABULARY_SLICE):
-        entries = slice(start, start + _VOCABULARY_SLICE)
-        if total.dtype == x.dtype:
-            total[entries].addmm_(gradient[:, entries].T, x, beta=0 if is_first else 1)
+    x_gradient.zero_()
+    for part in slices:
+        of_logits = gradient[:, part]  # R S
+        x_gradient += of_logits @ w[part].to(x.dtype)
+        if w_gradient.dtype == x.dtype:
+            w_gradient[part].addmm_(of_logits.T, x, beta=0 if is_first else 1)
         elif is_first:
-            total[entries] = gradient[:, entries].T @ x
+            w_gradient[part] = of_logits.T @ x
         else:
-            total[entries] += gradient[:, entries].T @ x
+            w_gradient[part] += of_logits.T @ x
 
 
 def _differentiate(

@@ -112,19 +112,19 @@ def load_checkpoint(
     with torch.no_grad():
         for name, value in load_file(path / WEIGHTS_FILE).items():
             parameters[name].copy_(value)
-    states = {}
+    states: dict[Tensor, dict[str, Tensor]] = {}
     for optimizer in optimizers:
-        optimizer.state.clear()
-        for group in optimizer.param_groups:
-            states.update(dict.fromkeys(group["params"], optimizer.state))
+        states.update(optimizer.state)
+        for moments in optimizer.state.values():
+            for value in moments.values():
+                value.zero_()
     for file in sorted(path.glob("optimizer-*.safetensors")):
-        with safe_open(file, framework="pt") as moments:
-            for full_name in moments.keys():  # noqa: SIM118 - it is not a dict
+        with safe_open(file, framework="pt") as saved:
+            for full_name in saved.keys():  # noqa: SIM118 - it is not a dict
                 name, key = full_name.rsplit("/", 1)
                 parameter = parameters[name]
                 if parameter in states:
-                    value = moments.get_tensor(full_name)
-                    states[parameter][parameter][key] = value.to(parameter.device, copy=True)
+                    states[parameter][key].copy_(saved.get_tensor(full_name))
     for file in path.glob(f"random-{devices.rank + 1:05d}-of-*.safetensors"):
         random = load_file(file)
         torch.set_rng_state(random["cpu"])

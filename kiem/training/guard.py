@@ -165,7 +165,7 @@ class Guard:
         if checkpoint is None:
             return self._skip(f"step {step + 1} is skipped: {what}")
         run.go_on_from(checkpoint, self._devices)
-        run.model.zero_grad()
+        run.sharing.forget_gradients()
         if run.metrics is not None:
             run.metrics.rewind(run.step)
         run.warn(

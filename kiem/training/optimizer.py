@@ -48,7 +48,7 @@ def make_optimizers(
     if kind == "adamw":
         if hidden:
             groups.insert(0, {"params": hidden, "weight_decay": weight_decay})
-        return [torch.optim.AdamW(groups, betas=BETAS, fused=True)] if groups else []
+        return _with_moments([torch.optim.AdamW(groups, betas=BETAS, fused=True)] if groups else [])
     if not hasattr(torch.optim, "Muon"):
         raise UserError(
             f"torch {torch.__version__} has no Muon",
@@ -62,7 +62,21 @@ def make_optimizers(
         found.append(muon)
     if groups:
         found.append(torch.optim.AdamW(groups, betas=BETAS, fused=True))
-    return found
+    return _with_moments(found)
+
+
+def _with_moments(optimizers: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+    """Gives optimizers at once the moments, all zero, that their first step would give them."""
+    for optimizer in optimizers:
+        is_adamw = isinstance(optimizer, torch.optim.AdamW)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                names = ("exp_avg", "exp_avg_sq") if is_adamw else ("momentum_buffer",)
+                state = optimizer.state[parameter]
+                state.update({name: torch.zeros_like(parameter) for name in names})
+                if is_adamw:
+                    state["step"] = torch.zeros((), device=parameter.device)
+    return optimizers
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from kiem.model.gemma3 import Gemma3, Recompute
-from kiem.model.loss import ROWS_PER_BLOCK
+from kiem.model.loss import rows_per_block
 from kiem.model.presets import Gemma3Config
 from kiem.training.dry_run import Pass, dry_run
 from kiem.training.gpus import Gpu
@@ -83,12 +83,14 @@ def memory_of(setting: Setting, base_bytes: int) -> Memory:
     config = setting.config
     weights = 4 * config.num_parameters()
     embedding = 4 * config.vocab_size * config.hidden_size
-    compute_copy = weights // 2 if setting.bf16 else 0
+    # The loss casts the embedding in slices.
+    compute_copy = (weights - embedding) // 2 if setting.bf16 else 0
     one = _dry_run(replace(setting, optimizer="adamw", world_size=1, shard="none"))
     # The backward pass of the loss has its result ready, as large as the embedding.
     activations = max(0, one.kept_bytes - 2 * weights - compute_copy - embedding)
     beyond = max(0, one.peak_bytes - 2 * weights - compute_copy - activations)
-    rows = min(ROWS_PER_BLOCK, setting.batch_size * setting.chunk_size)
+    most_rows = rows_per_block(config.vocab_size, 2 if setting.bf16 else 4)
+    rows = min(most_rows, setting.batch_size * setting.chunk_size)
     logits = min(beyond, rows * config.vocab_size * (4 + 2 * setting.bf16))
     return Memory(
         base=base_bytes,

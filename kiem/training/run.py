@@ -38,7 +38,7 @@ from kiem.files import (
 )
 from kiem.locking import locked_folder
 from kiem.manifest import write_manifest
-from kiem.memory import keep_freed_memory
+from kiem.memory import held_to_the_end, keep_freed_memory
 from kiem.model.files import write_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.presets import name_of
@@ -231,8 +231,10 @@ def prepare_run(
     keep_freed_memory()
     recipe = fit_recipe(model, options, recipe, train.chunk_size, devices, console)
     compiled = compile_if_worthwhile(model, options, recipe, train.chunk_size, devices, console)
-    sharing = Sharing(model, devices, options.shard)
-    decay = options.weight_decay
+    with held_to_the_end():  # gradients and moments
+        sharing = Sharing(model, devices, options.shard)
+        decay = options.weight_decay
+        optimizers = make_optimizers(model, options.optimizer, decay, sharing.owned)
     run = Run(
         options=options,
         recipe=recipe,
@@ -244,7 +246,7 @@ def prepare_run(
         test_sources=open_test_sources(options.dataset_path, manifest),
         model=model,
         model_name=model_name,
-        optimizers=make_optimizers(model, options.optimizer, decay, sharing.owned),
+        optimizers=optimizers,
         sharing=sharing,
         fingerprint={
             "model": model_name,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -41,6 +42,11 @@ class Sharing:
         self._owners: dict[str, int] = {}
         self.wrapped: Any = model
         self.owned = {name for name, _ in model.named_parameters()}
+        # malloc would lose memory around gradients that come and go; GPUs' allocators do not.
+        self._keeps_gradients = devices.world_size == 1 and devices.device.type == "cpu"
+        if self._keeps_gradients:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         if devices.world_size == 1:
             return
         self.wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -66,7 +72,11 @@ class Sharing:
         for transfer in sending:
             assert transfer is not None  # this process is one of the group
             transfer.wait()
-        self._model.zero_grad()
+        self.forget_gradients()
+
+    def forget_gradients(self) -> None:
+        """Makes the gradients zero."""
+        self._model.zero_grad(set_to_none=not self._keeps_gradients)
 
 
 def owners(model: nn.Module, world_size: int) -> dict[str, int]:
