@@ -29,13 +29,14 @@ NUM_FIRST_STEPS = 2  # not counted: they fill caches
 # In a process of its own, as a plan is made.
 PLAN = """
 import json, sys
+from rich.console import Console
 from kiem.cli import parse
 from kiem.config import TrainingOptions
 from kiem.training.devices import open_devices
 from kiem.training.planning import make_plan
 options = parse(TrainingOptions, sys.argv[1:], "plan")
 with open_devices(options.precision) as devices:
-    plan = make_plan(options, devices)
+    plan = make_plan(options, devices, Console(stderr=True))
 print(json.dumps([plan.memory.total, plan.tokens_per_step / plan.step_seconds]))
 """
 

@@ -88,6 +88,6 @@ def test_layers_are_compiled_when_the_run_is_long(
     seconds = minutes * 60 if minutes is not None else None
     recipe = Recipe(4, 1, 4, 1e-3, max_steps=steps, max_seconds=seconds)
     devices = Devices(0, 1, torch.device("cpu"), "fp32", 1e12)
-    assert is_wanted(model, options, recipe, 256, devices) == expected
-    assert is_wanted(model, replace(options, compile="always"), recipe, 256, devices)
-    assert not is_wanted(model, replace(options, compile="never"), recipe, 256, devices)
+    assert is_wanted(model.config, options, recipe, 256, devices) == expected
+    assert is_wanted(model.config, replace(options, compile="always"), recipe, 256, devices)
+    assert not is_wanted(model.config, replace(options, compile="never"), recipe, 256, devices)

@@ -10,6 +10,7 @@ from rich.console import Console
 from kiem.cli import warn
 from kiem.config import TrainingOptions
 from kiem.model.gemma3 import Gemma3, run_layer
+from kiem.model.presets import Gemma3Config
 from kiem.training.devices import Devices
 from kiem.training.fit import try_pass
 from kiem.training.probe import flops_per_token
@@ -37,7 +38,7 @@ def compile_if_worthwhile(
     Returns:
         Whether the layers are compiled.
     """
-    if not is_wanted(model, options, recipe, chunk_size, devices):
+    if not is_wanted(model.config, options, recipe, chunk_size, devices):
         return False
     from torch._dynamo.exc import BackendCompilerFailed  # seconds, so only where needed
     from torch._inductor.exc import InductorError
@@ -59,12 +60,17 @@ def compile_if_worthwhile(
 
 
 def is_wanted(
-    model: Gemma3, options: TrainingOptions, recipe: Recipe, chunk_size: int, devices: Devices
+    config: Gemma3Config,
+    options: TrainingOptions,
+    recipe: Recipe,
+    chunk_size: int,
+    devices: Devices,
 ) -> bool:
     """Says whether the options ask for compiled layers, or leave it open and they gain time.
 
     Args:
-        model, options, recipe, devices: of the run.
+        config: the model's shape.
+        options, recipe, devices: of the run.
         chunk_size: tokens in a chunk.
     """
     if options.compile != "auto":
@@ -74,5 +80,5 @@ def is_wanted(
     if recipe.max_steps is None:
         return True
     num_tokens = recipe.max_steps * recipe.chunks_per_step * chunk_size / devices.world_size
-    flop = num_tokens * flops_per_token(model.config, chunk_size)
+    flop = num_tokens * flops_per_token(config, chunk_size)
     return flop > _WORTHWHILE_FLOP[devices.device.type]

@@ -82,7 +82,7 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         out = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and not leaf.is_sparse:  # made of tensors counted before
+            if isinstance(leaf, Tensor):
                 self._hold(leaf)
         return out
 

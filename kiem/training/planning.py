@@ -31,7 +31,7 @@ from kiem.training.plan import (
     memory_of,
 )
 from kiem.training.recipe import Recipe, settle, usual_for, what_to_recompute
-from kiem.training.rehearsal import rehearse_seconds
+from kiem.training.rehearsal import rehearse
 from kiem.training.sharding import Shard
 
 _PARTS = {
@@ -99,12 +99,13 @@ class Plan:
         return min(most)
 
 
-def make_plan(options: TrainingOptions, devices: Devices) -> Plan:
+def make_plan(options: TrainingOptions, devices: Devices, console: Console) -> Plan:
     """Plans a training.
 
     Args:
         options: all options of training.py.
         devices: this machine's, which are planned for without `--gpu`.
+        console: where it goes if the layers cannot be compiled.
 
     Raises:
         UserError: an option, the data or the model is wrong.
@@ -139,8 +140,14 @@ def make_plan(options: TrainingOptions, devices: Devices) -> Plan:
         partial(largest_batch, setting, hardware),
     )
     setting = replace(setting, batch_size=recipe.batch_size)
+    if gpu:
+        seconds = calculate_seconds(setting, gpu)
+    else:
+        rehearsal = rehearse(setting, options, recipe, devices, console)
+        seconds = rehearsal.seconds
+        if rehearsal.base_bytes is not None:
+            hardware = replace(hardware, base_bytes=rehearsal.base_bytes)
     memory = memory_of(setting, hardware.base_bytes)
-    seconds = calculate_seconds(setting, gpu) if gpu else rehearse_seconds(setting, devices)
     return Plan(recipe, setting, hardware, memory, seconds)
 
 
@@ -163,13 +170,13 @@ def setting_of(
 
 def print_plan(options: TrainingOptions, devices: Devices, console: Console) -> None:
     """Prints the plan of a training; arguments and errors as of `make_plan`."""
-    plan = make_plan(options, devices)
+    plan = make_plan(options, devices, console)
     config, setting = plan.setting.config, plan.setting
     precision = "bf16" if setting.bf16 else "fp32"
     source = (
         "All figures are calculated: memory from tensor sizes, time from published peaks."
         if options.gpu
-        else "Memory is calculated from tensor sizes, time from some passes of fewer layers."
+        else "Tensors are calculated; what the program takes beside them, and time, are measured."
     )
     console.print(
         f"{name_of(config)}: {config.num_parameters():,} parameters, vocabulary of "

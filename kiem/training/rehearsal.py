@@ -1,57 +1,98 @@
-"""How long an update takes here: true passes of a model of the same shape with fewer layers."""
+"""What an update takes here: true passes of a model of the same shape with fewer layers."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from rich.console import Console
 from torch.nn.utils import clip_grad_norm_
 
+from kiem.config import TrainingOptions
+from kiem.memory import held_to_the_end, keep_freed_memory, peak_memory_bytes
 from kiem.model.gemma3 import Gemma3
+from kiem.training.compiling import compile_if_worthwhile, is_wanted
 from kiem.training.devices import Devices
 from kiem.training.optimizer import make_optimizers
-from kiem.training.plan import Seconds, Setting
+from kiem.training.plan import Seconds, Setting, memory_of
 from kiem.training.probe import shortest_seconds
+from kiem.training.recipe import Recipe
+from kiem.training.sharding import Sharing
 
 # Layers take the same time each, so the time of more follows from one and so many.
 _MOST_LAYERS = 7
 _SECONDS_EACH = 1.0
 
 
-def rehearse_seconds(setting: Setting, devices: Devices) -> Seconds:
-    """Returns the time of a pass and of an update on this process's device.
+@dataclass(frozen=True)
+class Rehearsal:
+    """What the passes took.
+
+    Attributes:
+        seconds: of the parts of an update.
+        base_bytes: memory that is not tensors: program, libraries, compiler, gaps; None if unknown.
+    """
+
+    seconds: Seconds
+    base_bytes: int | None
+
+
+def rehearse(
+    setting: Setting, options: TrainingOptions, recipe: Recipe, devices: Devices, console: Console
+) -> Rehearsal:
+    """Does some passes and updates on this process's device, as the training would.
 
     Args:
-        setting: what is trained how.
+        setting, options, recipe: what is trained how.
         devices: where, and in which precision.
+        console: where it is said if the layers cannot be compiled.
     """
+    keep_freed_memory()
+    wanted = is_wanted(setting.config, options, recipe, setting.chunk_size, devices)
+    options = replace(options, compile="always" if wanted else "never")
     num_layers = setting.config.num_hidden_layers
     most = min(num_layers, _MOST_LAYERS)
-    several = _time(setting, devices, most)
+
+    def rehearse_layers(number: int) -> Seconds:
+        config = replace(setting.config, num_hidden_layers=number)
+        return _time(replace(setting, config=config), options, recipe, devices, console)
+
+    several = rehearse_layers(most)
+    base_bytes = None
+    if devices.device.type == "cpu":  # elsewhere the peak is that of tensors
+        config = replace(setting.config, num_hidden_layers=most)
+        tensors = memory_of(replace(setting, config=config, world_size=1, shard="none"), 0)
+        base_bytes = max(0, peak_memory_bytes(devices.device) - tensors.total)
     if most == num_layers:
-        return several
-    one = _time(setting, devices, 1)
+        return Rehearsal(several, base_bytes)
+    one = rehearse_layers(1)
     more = (num_layers - most) / (most - 1)
-    return Seconds(
+    seconds = Seconds(
         several.forward_backward + more * (several.forward_backward - one.forward_backward),
         several.update + more * (several.update - one.update),
     )
+    return Rehearsal(seconds, base_bytes)
 
 
-def _time(setting: Setting, devices: Devices, num_layers: int) -> Seconds:
-    config = replace(setting.config, num_hidden_layers=num_layers)
+def _time(
+    setting: Setting, options: TrainingOptions, recipe: Recipe, devices: Devices, console: Console
+) -> Seconds:
+    config = setting.config
     generator = torch.Generator().manual_seed(0)
     size = (setting.batch_size, setting.chunk_size)
     ids = torch.randint(config.vocab_size, size, generator=generator).to(devices.device)
     with devices.device:
         model = Gemma3(config)
     model.recompute = setting.recompute
-    optimizers = make_optimizers(model, setting.optimizer, 0.1)
+    compile_if_worthwhile(model, options, recipe, setting.chunk_size, devices, console)
+    with held_to_the_end():
+        sharing = Sharing(model, replace(devices, world_size=1), "none")
+        optimizers = make_optimizers(model, setting.optimizer, 0.1)
     bos_id = 0 if setting.document_mask else None
 
     def forward_backward() -> None:
         with devices.autocast():
-            loss, _ = model(ids, ids, bos_id, 1e-5)
+            loss, _ = sharing.wrapped(ids, ids, bos_id, 1e-5)
         (loss / ids.numel()).backward()
 
     def update() -> None:
