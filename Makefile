@@ -33,11 +33,13 @@ demo: $(VENV)/installed
 	@echo "  a larger model:    $(BIN)/python training.py --dataset-path processed_data/chunked_my_texts --model gemma3-nano --max-minutes 30"
 	@echo "  the real thing:    README.md, 'The three commands'"
 
+# How many files of tests at a time; a model of a test is too small for more than one thread.
+TEST_WORKERS ?= 2
 test: $(VENV)/installed gemma-tokenizer
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 # The seed is printed; with CHAOS_SEED=that the same things happen at the same places again.
 CHAOS_SEED ?= $(shell date +%s)

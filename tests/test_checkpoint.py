@@ -21,6 +21,7 @@ from torch.multiprocessing import spawn
 
 from kiem.data.verify import verify_directory
 from kiem.errors import ExitCode, UserError
+from kiem.files import sha256_file
 from kiem.inference.loading import load_for_inference
 from kiem.model.files import write_weights
 from kiem.model.gemma3 import Gemma3
@@ -85,8 +86,10 @@ def test_weights_are_written_as_the_library_writes_them(dtype: torch.dtype, tmp_
         "a": torch.tensor(3).to(dtype),
         "größe": torch.zeros(0, 4, dtype=dtype),
         "c": torch.ones(3, dtype=torch.uint8),
+        "large": torch.arange(10_000_000).reshape(1000, -1).to(dtype),  # several blocks of int64
     }
-    write_weights(tensors, tmp_path / "own")
+    sha256 = write_weights(tensors, tmp_path / "own")
+    assert sha256 == sha256_file(tmp_path / "own")
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "library")
     own, library = load_file(tmp_path / "own"), load_file(tmp_path / "library")
     assert own.keys() == library.keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -16,13 +17,14 @@ from torch import Tensor
 from kiem.data.hub import download_model, looks_like_hub_id
 from kiem.data.tokenizer import Tokenizer, load_tokenizer
 from kiem.errors import ExitCode, UserError
-from kiem.files import new_file, write_json
+from kiem.files import begin_writing, new_file, write_json
 from kiem.manifest import MANIFEST_FILE, verify_manifest
 from kiem.model.gemma3 import Gemma3
 from kiem.model.presets import Gemma3Config
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+_BLOCK_BYTES = 64 << 20
 _INDEX_FILE = "model.safetensors.index.json"
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -129,16 +131,20 @@ def write_weights(tensors: dict[str, Tensor], path: Path) -> str:
     digest = hashlib.sha256()
     start_of_file = len(text).to_bytes(8, "little") + text
     with new_file(path) as file, ThreadPoolExecutor(1) as hasher:
-        for block in chain([start_of_file], (_bytes_of(tensors[name]) for name in names)):
+        for block in chain([start_of_file], *(_blocks_of(tensors[name]) for name in names)):
             hashed = hasher.submit(digest.update, block)
+            start = file.tell()
             file.write(block)
+            begin_writing(file, start, file.tell())
             hashed.result()
     return digest.hexdigest()
 
 
-def _bytes_of(tensor: Tensor) -> Any:
-    """Returns a tensor's bytes, without a copy where it is contiguous and on the CPU."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def _blocks_of(tensor: Tensor) -> Iterator[Any]:
+    """Yields a tensor's bytes, without a copy where it is contiguous and on the CPU."""
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    for start in range(0, len(content), _BLOCK_BYTES):
+        yield content[start : start + _BLOCK_BYTES]
 
 
 def read_config(folder: Path) -> Gemma3Config:
