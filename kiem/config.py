@@ -151,9 +151,10 @@ class TrainingOptions:
     """What the backward pass computes again to save memory. selective: all but matrix products and
     attention. full: all but each layer's input, for a third more time. auto: full above 500 million
     parameters, else none."""
-    shard: Literal["none", "optimizer"] = "none"
+    shard: Literal["none", "optimizer", "parameters"] = "none"
     """With several devices. none: each holds everything. optimizer: each holds the optimizer's
-    moments of its share of the parameters only."""
+    moments of its share of the parameters only. parameters: each holds a share of weights,
+    gradients and moments, for models that do not fit otherwise; with --optimizer adamw."""
     minimal_pairs: Literal["auto", "always", "never"] = "auto"
     """At the end measure how often the model prefers correct Dutch to a mistake (430 pairs). auto:
     when the run trained on so many tokens that this is a small part of it."""

@@ -62,11 +62,12 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("options", [(), ("--shard", "parameters", "--optimizer", "adamw")])
 def test_not_a_number_in_one_process_stops_all_before_the_update(
-    lives: Lives, sample_chunks: Path, tmp_path: Path
+    options: tuple[str, ...], lives: Lives, sample_chunks: Path, tmp_path: Path
 ) -> None:
     change, chunk = patch(sample_chunks, 4, "float('nan')", processes=2)
-    codes = lives.run(tmp_path, processes=2, patch=change)
+    codes = lives.run(tmp_path, *options, processes=2, patch=change)
     assert codes == [ExitCode.NOT_FINITE] * 2
     evidence = json.loads((tmp_path / "run" / "not-finite-step-5.json").read_text())
     assert evidence["step"] == 5

@@ -104,6 +104,18 @@ def test_moments_are_as_large_as_the_optimizers_make_them(kind: str) -> None:
     assert expected / 4 <= memory_of(shares, 0).optimizer < expected / 4 * 1.35
 
 
+def test_shared_parameters_take_a_share_and_what_is_gathered() -> None:
+    setting = replace(SETTING, config=preset("gemma3-1b", 262_144), recompute="full")
+    alone = memory_of(setting, 0)
+    eight = memory_of(replace(setting, world_size=8, shard="parameters"), 0)
+    embedding = 4 * 262_144 * 1152
+    layers = 2 * (alone.weights - embedding) / 26
+    assert eight.weights == pytest.approx(alone.weights / 8 + embedding + layers)
+    assert eight.gradients == pytest.approx(alone.weights / 8 + layers)
+    assert eight.optimizer == alone.optimizer / 8
+    assert eight.activations == alone.activations
+
+
 def test_calculated_time_follows_published_figures() -> None:
     """By hand: 45 % of an A10G's 70 TFLOP/s, a third more work when all layers are recomputed."""
     config = preset("gemma3-1b", 262_144)
@@ -113,7 +125,11 @@ def test_calculated_time_follows_published_figures() -> None:
     assert one.forward_backward == pytest.approx(expected)
     assert one.exchange == 0
     four = calculate_seconds(replace(setting, world_size=4), GPUS["a10g"])
-    assert four.exchange == pytest.approx(2 * 3 / 4 * 4 * config.num_parameters() / 12e9)
+    once = 3 / 4 * 4 * config.num_parameters() / 12e9
+    assert four.exchange == pytest.approx(2 * once)
+    shared = calculate_seconds(replace(setting, world_size=4, shard="parameters"), GPUS["a10g"])
+    assert shared.exchange == 0
+    assert shared.forward_backward == pytest.approx(expected + 3 * once)
 
 
 def test_plan_is_printed_and_nothing_is_made(sample_chunks: Path, tmp_path: Path) -> None:

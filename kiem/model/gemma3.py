@@ -9,6 +9,7 @@ checkpoint. Shapes in comments:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Literal, NamedTuple
@@ -126,7 +127,21 @@ class Layer(nn.Module):
         self.pre_feedforward_layernorm = RMSNorm(size, eps)
         self.post_feedforward_layernorm = RMSNorm(size, eps)
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Context,
+        cache: LayerCache | None = None,
+        run: Callable[[Layer, Tensor, Context], Tensor] | None = None,
+    ) -> Tensor:
+        """Returns the layer's output [B, T, D]; training gives `run`, such as `run_layer`.
+
+        So hooks on the call, which gather the weights where several devices share them, stay
+        outside of what is compiled or computed again.
+        """
+        return self.compute(x, context, cache) if run is None else run(self, x, context)
+
+    def compute(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), context, cache)
         x = x + self.post_attention_layernorm(attended)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
@@ -221,7 +236,7 @@ class Gemma3(nn.Module):
             if cached is not None:
                 x = layer(x, context, cached.cache.layers[number])
             elif torch.is_grad_enabled():
-                x = self.run_layer(layer, x, context, self.recompute)
+                x = layer(x, context, run=partial(self.run_layer, recompute=self.recompute))
             else:
                 x = layer(x, context)
         return self.model.norm(x)
@@ -254,7 +269,7 @@ class Gemma3(nn.Module):
         return self.config.rope_local_base_freq if sliding else self.config.rope_theta
 
 
-def run_layer(layer: nn.Module, x: Tensor, context: Context, recompute: Recompute) -> Tensor:
+def run_layer(layer: Layer, x: Tensor, context: Context, recompute: Recompute) -> Tensor:
     """Runs a layer for training.
 
     Args:
@@ -263,8 +278,10 @@ def run_layer(layer: nn.Module, x: Tensor, context: Context, recompute: Recomput
             products and attention, so that only cheap parts are computed again.
     """
     if recompute == "none":
-        return layer(x, context)
-    run = partial(checkpoint, layer, x, context, use_reentrant=False, preserve_rng_state=False)
+        return layer.compute(x, context)
+    run = partial(
+        checkpoint, layer.compute, x, context, use_reentrant=False, preserve_rng_state=False
+    )
     return run() if recompute == "full" else run(context_fn=_keep_products)
 
 

@@ -101,7 +101,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
                         logits, x[rows], w, slices, x_gradient[rows], w_gradient, start == 0
                     )
         ctx.save_for_backward(x_gradient, w_gradient)
-        loss, nats = totals
+        # Not views of one tensor: what shares a model out puts hooks on the loss.
+        loss, nats = totals[0].clone(), totals[1].clone()
         ctx.mark_non_differentiable(nats)
         return loss, nats
 

@@ -31,6 +31,7 @@ from kiem.manifest import verify_manifest, write_manifest
 from kiem.model.files import WEIGHTS_FILE, write_model, write_weights
 from kiem.model.gemma3 import Gemma3
 from kiem.training.devices import Devices
+from kiem.training.sharding import gather, is_shared, owners, put, whole_model
 
 CHECKPOINTS = "checkpoints"
 _STATE_FILE = "state.json"
@@ -63,6 +64,7 @@ def save_checkpoint(
         _part("optimizer", devices.rank, devices): _own_moments(model, optimizers, devices),
         _part("random", devices.rank, devices): _random_states(devices),
     }
+    whole = whole_model(model, torch.device("cpu"), is_kept=devices.is_first)
     # Each process knows the hashes of what it wrote; the first one needs all.
     digests = torch.zeros(devices.world_size, len(own), 32, dtype=torch.int32)
     with contextlib.ExitStack() as commit:
@@ -76,7 +78,7 @@ def save_checkpoint(
                 sha256 = write_weights(tensors, unfinished / name)
                 digests[devices.rank, index] = torch.tensor(list(bytes.fromhex(sha256)))
             if devices.is_first:
-                known = write_model(model, unfinished, special_ids)
+                known = write_model(whole, unfinished, special_ids)
                 write_json(unfinished / _STATE_FILE, state)
         all_digests = devices.sum(digests.to(devices.device)).tolist()
         with devices.together():
@@ -111,7 +113,7 @@ def load_checkpoint(
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in load_file(path / WEIGHTS_FILE).items():
-            parameters[name].copy_(value)
+            put(parameters[name], value)
     states: dict[Tensor, dict[str, Tensor]] = {}
     for optimizer in optimizers:
         states.update(optimizer.state)
@@ -124,7 +126,7 @@ def load_checkpoint(
                 name, key = full_name.rsplit("/", 1)
                 parameter = parameters[name]
                 if parameter in states:
-                    states[parameter][key].copy_(saved.get_tensor(full_name))
+                    put(states[parameter][key], saved.get_tensor(full_name))
     for file in path.glob(f"random-{devices.rank + 1:05d}-of-*.safetensors"):
         random = load_file(file)
         torch.set_rng_state(random["cpu"])
@@ -227,21 +229,29 @@ def _part(kind: str, rank: int, devices: Devices) -> str:
 def _own_moments(
     model: Gemma3, optimizers: Sequence[torch.optim.Optimizer], devices: Devices
 ) -> dict[str, Tensor]:
-    """Returns the moments that this process saves: of those that several hold, the first does."""
+    """Returns the moments that this process saves, whole.
+
+    Of those that several hold, the first does; those that are shared out are dealt out.
+    """
     held = {
         parameter: values
         for optimizer in optimizers
         for parameter, values in optimizer.state.items()
     }
     named = list(model.named_parameters())
-    ranks = [devices.rank if p in held else devices.world_size for _, p in named]
+    dealt = owners(model, devices.world_size)
+    ranks = [
+        dealt[name] if is_shared(p) else devices.rank if p in held else devices.world_size
+        for name, p in named
+    ]
     first = devices.lowest(torch.tensor(ranks, device=devices.device)).tolist()
-    return {
-        f"{name}/{key}": value
-        for (name, parameter), rank in zip(named, first, strict=True)
-        if rank == devices.rank
-        for key, value in held[parameter].items()
-    }
+    found = {}
+    for (name, parameter), rank in zip(named, first, strict=True):
+        for key, value in held.get(parameter, {}).items():
+            whole = gather(value, torch.device("cpu"))
+            if rank == devices.rank:
+                found[f"{name}/{key}"] = whole
+    return found
 
 
 def _random_states(devices: Devices) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ _FASTER_BY = {"bf16": 1.5}
 
 # What `accelerate config` can ask for and kiem does otherwise: how it is called, and what to use.
 _ACCELERATE_PLUGINS = {
-    "ACCELERATE_USE_FSDP": ("FSDP", "--shard optimizer"),
+    "ACCELERATE_USE_FSDP": ("FSDP", "--shard parameters"),
     "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "--shard optimizer"),
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "--shard optimizer"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism config", "--shard optimizer"),

@@ -30,11 +30,14 @@ def fit_recipe(
 
     A pass is tried in each process by itself, so that none waits for one that has failed, beside
     gradients of an earlier pass and as much memory as the optimizer will take. A Linux that
-    promises more memory than it has ends a program instead; there the plan has to see to it.
+    promises more memory than it has ends a program instead; there the plan has to see to it. With
+    `--shard parameters` nothing is tried: no process can do a pass by itself.
 
     Raises:
         UserError: not even a pass of one chunk fits.
     """
+    if options.shard == "parameters":
+        return recipe
     while devices.any(not _fits(model, options, recipe, chunk_size, devices)):
         if recipe.batch_size == 1:
             raise out_of_memory(recipe, "before the first step")

@@ -27,6 +27,7 @@ from kiem.training.checkpoint import (
 )
 from kiem.training.devices import Devices
 from kiem.training.run import Run
+from kiem.training.sharding import gather
 
 Verdict = Literal["update", "skip", "roll back"]
 
@@ -191,13 +192,15 @@ class Guard:
         nats = torch.zeros(len(numbers), dtype=torch.float64, device=devices.device)
         special_ids = run.tokenizer.special_ids
         bos_id = special_ids["bos"] if run.options.document_mask else None
-        for index in range(devices.rank, len(numbers), devices.world_size):
-            ids = torch.from_numpy(chunks[index : index + 1]).long().to(devices.device)
-            targets = next_token_targets(ids, special_ids["bos"], special_ids["pad"])
-            with torch.no_grad(), devices.autocast():
-                nats[index] = run.model(ids, targets, bos_id)[1].double()
+        with run.whole_model(devices):
+            for index in range(devices.rank, len(numbers), devices.world_size):
+                ids = torch.from_numpy(chunks[index : index + 1]).long().to(devices.device)
+                targets = next_token_targets(ids, special_ids["bos"], special_ids["pad"])
+                with torch.no_grad(), devices.autocast():
+                    nats[index] = run.model(ids, targets, bos_id)[1].double()
         parameters = run.model.named_parameters()
-        bad = [n for n, p in parameters if p.grad is not None and not bool(p.grad.isfinite().all())]
+        gradients = ((name, gather(p.grad)) for name, p in parameters if p.grad is not None)
+        bad = [name for name, gradient in gradients if not bool(gradient.isfinite().all())]
         return {
             "step": run.step + 1,
             "loss": str(loss),

@@ -50,13 +50,14 @@ def train(options: TrainingOptions, console: Console) -> None:
             _warn(run, console, warnings_before(run))
         try:
             train_to_the_end(run, devices, console, reporter)
-            figures = evaluate(run, devices, max_chunks=None)
-            figures |= measure_minimal_pairs(run, devices, console)
-            figures["samples"] = sample_texts(run, devices)
-            figures["memory_bytes"] = peak_memory_bytes(devices.device)
-            if devices.is_first:
-                _write(run, figures)
-                final_model = finish_run(run, figures)
+            with run.whole_model(devices):
+                figures = evaluate(run, devices, max_chunks=None)
+                figures |= measure_minimal_pairs(run, devices, console)
+                figures["samples"] = sample_texts(run, devices)
+                figures["memory_bytes"] = peak_memory_bytes(devices.device)
+                if devices.is_first:
+                    _write(run, figures)
+                    final_model = finish_run(run, figures)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -152,8 +153,9 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
 
             # Evaluate, save, and stop after a signal.
             if run.evaluation_is_due(progress_before):
-                figures = evaluate(run, devices, max_chunks=options.eval_chunks)
-                figures["samples"] = sample_texts(run, devices)
+                with run.whole_model(devices):
+                    figures = evaluate(run, devices, max_chunks=options.eval_chunks)
+                    figures["samples"] = sample_texts(run, devices)
                 run.test_loss = figures["test_loss"]
                 _write(run, figures)
                 display.show_evaluation(figures)

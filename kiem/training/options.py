@@ -71,6 +71,13 @@ def check_options(options: TrainingOptions) -> None:
         raise no_effect("--num-gpus", "without --gpu")
     if options.wandb_project is not None and not {"wandb", "trackio"} & {*tracker_names(options)}:
         raise no_effect("--wandb-project", "without --use-wandb or --trackers trackio")
+    if options.shard == "parameters" and options.optimizer == "muon":
+        raise UserError(
+            "Muon needs whole matrices, and no device has them",
+            where="--shard parameters",
+            fix="Add --optimizer adamw, or use --shard optimizer.",
+            exit_code=ExitCode.BAD_OPTION,
+        )
     if options.init_from is not None and options.model != "gemma3-1b":
         raise no_effect("--model", "with --init-from, which brings its own shape")
 

@@ -23,6 +23,8 @@ GPU_USABLE_SHARE = 0.95
 # Of the published peaks, what training programs reach: 40 to 50 % of the matrix peak at this size.
 _MATRIX_SHARE = 0.45
 _MEMORY_SHARE = 0.8
+# What fully_shard gathers at once: the layer that computes, and the next one.
+_WHOLE_LAYERS = 2
 # Work of a pass with what is computed again: of selective, the cheap parts take a little.
 _WORK = {"none": 1.0, "selective": 1.05, "full": 4 / 3}
 
@@ -92,10 +94,16 @@ def memory_of(setting: Setting, base_bytes: int) -> Memory:
     most_rows = rows_per_block(config.vocab_size, 2 if setting.bf16 else 4)
     rows = min(most_rows, setting.batch_size * setting.chunk_size)
     logits = min(beyond, rows * config.vocab_size * (4 + 2 * setting.bf16))
+    held_weights = held_gradients = weights
+    if setting.shard == "parameters":
+        # The whole gradient of the embedding is counted with the loss.
+        layers = _WHOLE_LAYERS * (weights - embedding) // config.num_hidden_layers
+        share = _share(weights, setting.world_size)
+        held_weights, held_gradients = share + embedding + layers, share + layers
     return Memory(
         base=base_bytes,
-        weights=weights,
-        gradients=weights,
+        weights=held_weights,
+        gradients=held_gradients,
         optimizer=_optimizer_bytes(setting),
         compute_copy=compute_copy,
         activations=activations,
@@ -118,6 +126,8 @@ def _dry_run(setting: Setting) -> Pass:
 
 def _optimizer_bytes(setting: Setting) -> int:
     """Returns the bytes of the moments in the device that has most of them."""
+    if setting.shard == "parameters":
+        return _share(2 * 4 * setting.config.num_parameters(), setting.world_size)
     with torch.device("meta"):
         model = Gemma3(setting.config)
     owner = owners(model, setting.world_size) if setting.shard == "optimizer" else {}
@@ -128,9 +138,13 @@ def _optimizer_bytes(setting: Setting) -> int:
     return max(held)
 
 
+def _share(num_bytes: int, world_size: int) -> int:
+    return -(-num_bytes // world_size)
+
+
 @dataclass(frozen=True)
 class Seconds:
-    """Time of the parts of an update."""
+    """Time of the parts of an update; a pass exchanges weights and gradients if they are shared."""
 
     forward_backward: float
     update: float
@@ -149,18 +163,22 @@ def calculate_seconds(setting: Setting, gpu: Gpu) -> Seconds:
     flops = flops_per_token(config, setting.chunk_size) * _WORK[setting.recompute]
     num_parameters = config.num_parameters()
     # Weight, gradient and moments are read; weight and moments are written.
-    moved = 3 * 4 * num_parameters + 2 * _optimizer_bytes(setting)
+    held = num_parameters // (num_devices if setting.shard == "parameters" else 1)
+    moved = 3 * 4 * held + 2 * _optimizer_bytes(setting)
     products = 0.0
     if setting.optimizer == "muon":
         products = _orthogonalization_flops(config)
         products /= num_devices if setting.shard == "optimizer" else 1
-    # Ring: each GPU sends all but its own part, twice to add up and once to spread.
-    rounds = 3 if setting.shard == "optimizer" else 2
-    sent = rounds * (num_devices - 1) / num_devices * 4 * num_parameters
+    # Ring: each GPU sends all but its own part, twice to add up and once to spread. With shared
+    # parameters every pass gathers them twice and sends gradients to their owners.
+    one_round = (num_devices - 1) / num_devices * 4 * num_parameters / gpu.link_bandwidth
+    rounds = {"none": 2, "optimizer": 3, "parameters": 0}[setting.shard]
+    pass_rounds = 3 if setting.shard == "parameters" else 0
+    computing = setting.batch_size * setting.chunk_size * flops / matrix_flops
     return Seconds(
-        forward_backward=setting.batch_size * setting.chunk_size * flops / matrix_flops,
+        forward_backward=computing + pass_rounds * one_round,
         update=moved / (gpu.memory_bandwidth * _MEMORY_SHARE) + products / matrix_flops,
-        exchange=sent / gpu.link_bandwidth,
+        exchange=rounds * one_round,
     )
 
 

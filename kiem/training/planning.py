@@ -229,7 +229,11 @@ def _ways_table(plan: Plan) -> Table:
         table.add_column(title)
     table.add_column("memory", justify="right")
     recomputes: tuple[Recompute, ...] = ("none", "selective", "full")
-    shards: tuple[Shard, ...] = ("none", "optimizer") if setting.world_size > 1 else ("none",)
+    shards: tuple[Shard, ...] = ("none",)
+    if setting.world_size > 1:
+        shards = ("none", "optimizer", "parameters")
+        if setting.optimizer == "muon":  # which needs whole matrices
+            shards = shards[:2]
     for recompute in recomputes:
         for shard in shards:
             way = replace(setting, recompute=recompute, shard=shard)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import platform
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-import kiem
 from kiem.cli import to_dict, to_yaml, warn
 from kiem.config import TrainingOptions
 from kiem.data.chunks import (
@@ -48,6 +46,7 @@ from kiem.report.record import CONFIG_FILE, FACTS_FILE, SUMMARY_FILE
 from kiem.training.checkpoint import CHECKPOINTS, load_checkpoint, read_state, set_aside_after
 from kiem.training.compiling import compile_if_worthwhile
 from kiem.training.devices import Devices
+from kiem.training.facts import facts_of
 from kiem.training.first_weights import make_model
 from kiem.training.fit import fit_recipe
 from kiem.training.metrics import Metrics, keep_metrics_until
@@ -62,7 +61,7 @@ from kiem.training.resume import (
     choose_checkpoint,
     run_name,
 )
-from kiem.training.sharding import Sharing
+from kiem.training.sharding import Sharing, share_parameters, whole_model
 from kiem.training.trackers import open_trackers
 
 _EVALUATIONS_PER_RUN = 5
@@ -172,6 +171,15 @@ class Run:
             setattr(self, name, value)
         self.saved_step = self.step
 
+    @contextmanager
+    def whole_model(self, devices: Devices) -> Iterator[None]:
+        """Makes `model` one that each process can call by itself; all processes come here."""
+        shared, self.model = self.model, whole_model(self.model, devices.device)
+        try:
+            yield
+        finally:
+            self.model = shared
+
     def warn(self, console: Console, message: str) -> None:
         """Says something that a person should know, on the screen and in the log."""
         warn(console, message)
@@ -205,7 +213,9 @@ def prepare_run(
         verify_shards(options.dataset_path, manifest)
     devices.wait_for_all()
     train = open_split(options.dataset_path, manifest, "train")
-    model = make_model(options, tokenizer).to(devices.device)
+    model = make_model(options, tokenizer)
+    if options.shard != "parameters":  # which puts only its shares on the device
+        model.to(devices.device)
     model_name = name_of(model.config)
     directory = options.output_dir / run_name(options, model_name)
     usual = usual_for(model.config, devices.device.type == "cuda")
@@ -229,6 +239,8 @@ def prepare_run(
     if options.shard != "none" and devices.world_size == 1:
         raise no_effect("--shard", "with one device")
     keep_freed_memory()
+    if options.shard == "parameters":
+        share_parameters(model, devices)
     recipe = fit_recipe(model, options, recipe, train.chunk_size, devices, console)
     compiled = compile_if_worthwhile(model, options, recipe, train.chunk_size, devices, console)
     with held_to_the_end():  # gradients and moments
@@ -273,7 +285,7 @@ def prepare_run(
         run.go_on_from(checkpoint, devices)
         if devices.is_first:
             set_aside_after(directory / CHECKPOINTS, run.step)
-    run.facts = _facts(run, devices)
+    run.facts = facts_of(run, devices)
     if devices.is_first:
         write_text(directory / CONFIG_FILE, to_yaml(options))
         write_json(directory / FACTS_FILE, run.facts)
@@ -313,36 +325,3 @@ def finish_run(run: Run, figures: dict[str, Any]) -> Path:
     point_link(run.directory.parent / f"{run.model_name}-dutch-latest", run.directory.name)
     run.metrics.close(summary)
     return folder
-
-
-def _facts(run: Run, devices: Devices) -> dict[str, Any]:
-    """Returns what a run is made of: all of its summary that is known before it starts."""
-    train, test = (run.manifest["splits"][split] for split in ("train", "test"))
-    return {
-        "model": run.model_name,
-        "parameters": run.model.config.num_parameters(),
-        "initialized_from": run.options.init_from or "random weights",
-        "data": {
-            "source": run.manifest["source"],
-            "options": run.manifest["options"],
-            "manifest_sha256": run.fingerprint["data"],
-            "train_tokens": train["tokens"],
-            "train_documents": train["documents"],
-            "test_documents": test["documents"],
-            "bytes_per_source": train["bytes_per_source"],
-        },
-        "tokenizer": run.manifest["tokenizer"],
-        "recipe": dataclasses.asdict(run.recipe),
-        "hardware": {
-            "device": devices.name,
-            "devices": devices.world_size,
-            "precision": devices.precision,
-            "compiled": run.compiled,
-            "matrix_flops": devices.matrix_flops,
-        },
-        "versions": {
-            "kiem": kiem.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }

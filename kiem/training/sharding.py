@@ -5,6 +5,8 @@ none: every process holds everything; gradients are added up while the backward 
 optimizer: as none, but each process holds the moments only of the parameters that it owns, updates
 those and sends them to the others (ZeRO stage 1, arXiv:1910.02054). Matrices are owned whole, since
 Muon needs them whole.
+parameters: each process holds a share of every parameter, of its gradient and of its moments; the
+weights of a layer are gathered while it computes (ZeRO stage 3, by torch's fully_shard).
 """
 
 from __future__ import annotations
@@ -14,20 +16,21 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+from kiem.model.gemma3 import Gemma3
 from kiem.training.devices import Devices
 
-Shard = Literal["none", "optimizer"]
+Shard = Literal["none", "optimizer", "parameters"]
 
 
 class Sharing:
     """A model as one of several processes sees it.
 
     Args:
-        model: the same weights in every process, on its device.
+        model: the same weights in every process, on its device, or what `share_parameters` left.
         devices: the processes.
         shard: what each holds only a share of.
 
@@ -38,7 +41,6 @@ class Sharing:
 
     def __init__(self, model: nn.Module, devices: Devices, shard: Shard):
         self._model = model
-        self._world_size = devices.world_size
         self._owners: dict[str, int] = {}
         self.wrapped: Any = model
         self.owned = {name for name, _ in model.named_parameters()}
@@ -47,7 +49,10 @@ class Sharing:
         if self._keeps_gradients:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-        if devices.world_size == 1:
+        # Where gradients are shared out, every pass sends them to their owners: until the last one
+        # they would be whole in every process, as large as the weights.
+        self._can_wait = devices.world_size > 1 and shard != "parameters"
+        if not self._can_wait:
             return
         self.wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if shard == "optimizer":
@@ -55,12 +60,12 @@ class Sharing:
             self.owned = {name for name, rank in self._owners.items() if rank == devices.rank}
 
     def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
-        """Returns the context of a pass: only the last one of an update exchanges gradients."""
-        return nullcontext() if self._world_size == 1 or is_last else self.wrapped.no_sync()
+        """Returns the context of a pass: gradients that can wait are exchanged in the last one."""
+        return self.wrapped.no_sync() if self._can_wait and not is_last else nullcontext()
 
     def clip(self, max_norm: float) -> float:
         """Scales gradients with a larger norm down to `max_norm`; returns the norm before it."""
-        return float(clip_grad_norm_(self._model.parameters(), max_norm))
+        return float(gather(clip_grad_norm_(self._model.parameters(), max_norm)))
 
     def finish_update(self) -> None:
         """Sends what this process has updated to the others, and forgets all gradients."""
@@ -90,3 +95,72 @@ def owners(model: nn.Module, world_size: int) -> dict[str, int]:
         found[name] = num_held.index(min(num_held))
         num_held[found[name]] += parameter.numel()
     return found
+
+
+def share_parameters(model: Gemma3, devices: Devices) -> None:
+    """Leaves each process its share of every parameter, on its device.
+
+    What is there at once beside the shares is a layer or two, and, from the beginning of a pass to
+    its end, the embedding, which both ends of it use.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # these take seconds
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(devices.device.type, (devices.world_size,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Says whether the processes each hold only a part of a tensor."""
+    return hasattr(tensor, "full_tensor")  # a DTensor, whose module takes seconds to import
+
+
+def gather(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """Returns the whole of a shared tensor, of another one itself.
+
+    All processes call it for the same tensors in the same order.
+
+    Args:
+        tensor: whole or shared.
+        device: where to put the whole of a shared one; None: where its parts are.
+    """
+    if not is_shared(tensor):
+        return tensor
+    whole: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+    return whole.to(device) if device is not None else whole
+
+
+def put(target: Any, value: Tensor) -> None:
+    """Copies a whole tensor, the same in all processes, into what this one holds of `target`."""
+    if is_shared(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = target.device_mesh, target.placements
+        value = value.to(target.device)
+        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+    target.copy_(value)
+
+
+def whole_model(model: Gemma3, device: torch.device, is_kept: bool = True) -> Gemma3:
+    """Returns a model that a process can call by itself, with the weights of one that is shared.
+
+    All processes call it; one parameter is gathered after the other.
+
+    Args:
+        model: shared, or not: then it is returned itself.
+        device: where the weights go.
+        is_kept: whether this process needs them; if not, it gets a model without data.
+    """
+    if not any(is_shared(parameter) for parameter in model.parameters()):
+        return model
+    weights = {}
+    for name, parameter in model.named_parameters():
+        weight = gather(parameter, device)
+        if is_kept:
+            weights[name] = weight
+    with torch.device("meta"):
+        whole = Gemma3(model.config)
+    whole.load_state_dict(weights, strict=is_kept, assign=True)
+    return whole

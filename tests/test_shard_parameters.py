@@ -1,0 +1,149 @@
+"""`--shard parameters`: the training of one process, though each of several holds only a share."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_script
+from lives import Lives, outcome
+from safetensors.torch import load_file
+from torch.multiprocessing import spawn
+from transformers import Gemma3ForCausalLM
+
+from kiem.errors import ExitCode
+from kiem.model.gemma3 import Gemma3
+from kiem.model.initialize import initialize
+from kiem.model.presets import preset
+from kiem.training.devices import Devices
+from kiem.training.optimizer import make_optimizers
+from kiem.training.sharding import Sharing, gather, put, share_parameters, whole_model
+
+SHARED = ("--shard", "parameters")
+OPTIONS = ("--optimizer", "adamw", "--max-steps", "6", "--save-steps", "2", "--eval-steps", "3")
+
+
+def losses(run: Path) -> list[float]:
+    return [line.get("loss", line.get("test_loss")) for line in outcome(run)["metrics"]]
+
+
+def passes(processes: int) -> tuple[str, ...]:
+    """Options that give an update the same four chunks, in two passes of each process."""
+    sizes = ("--batch-size", str(2 // processes), "--gradient-accumulation-steps", "2")
+    return (*OPTIONS, *sizes)
+
+
+def test_an_interrupted_run_is_that_of_one_process(lives: Lives, tmp_path: Path) -> None:
+    """From two processes to one and back: losses, test losses, and a model that others load."""
+    assert lives.run(tmp_path / "whole", *passes(1)) == [0], lives.log.read_text()
+    for step, processes in ((2, 2), (4, 1), (6, 2)):
+        options = (*passes(processes), *(SHARED if processes > 1 else ()))
+        pids = lives.start(tmp_path / "cut", *options, processes=processes)
+        path = tmp_path / "cut" / "run" / "checkpoints" / f"step-{step}"
+        while step < 6 and not path.exists():
+            time.sleep(0.005)
+        if step < 6:
+            for pid in pids:
+                os.kill(pid, signal.SIGTERM)
+        codes = lives.wait(pids)
+        assert set(codes) <= {0, int(ExitCode.STOPPED)}, lives.log.read_text()
+    runs = [tmp_path / name / "run" for name in ("whole", "cut")]
+    expected, found = map(losses, runs)
+    assert len(found) == 6 + 2  # and two evaluations
+    assert found == pytest.approx(expected, abs=1e-5)
+    expected_weights, found_weights = (
+        load_file(run / "final_model" / "model.safetensors") for run in runs
+    )
+    for name, weight in expected_weights.items():
+        torch.testing.assert_close(found_weights[name], weight, atol=1e-5, rtol=0)
+    model = Gemma3ForCausalLM.from_pretrained(runs[1] / "final_model", dtype=torch.float32)
+    assert torch.equal(model.model.embed_tokens.weight, found_weights["model.embed_tokens.weight"])
+
+
+def held_bytes() -> int:
+    """Returns the bytes of all tensors in this process, those without owners collected."""
+    gc.collect()
+    tensors = (
+        value for value in gc.get_objects() if type(value) in (torch.Tensor, torch.nn.Parameter)
+    )
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _train_and_measure(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=2)
+    devices = Devices(rank, 2, torch.device("cpu"), "fp32", 1e9)
+    model = Gemma3(preset("gemma3-micro", 1003))  # odd: shares of different sizes
+    initialize(model, 1)
+    alone = copy.deepcopy(model)
+    num_values = model.config.num_parameters()
+    before = held_bytes() - 4 * num_values
+    share_parameters(model, devices)
+    assert held_bytes() - before < 4 * num_values * 0.51
+    sharing = Sharing(model, devices, "parameters")
+    optimizers = make_optimizers(model, "adamw", 0.1, sharing.owned)
+    assert held_bytes() - before < 3 * 4 * num_values * 0.51
+    ids = torch.randint(3, 1003, (4, 32), generator=torch.Generator().manual_seed(0))
+    for index in range(2):
+        with sharing.accumulating(is_last=index == 1):
+            batch = ids[2 * rank + index][None]
+            (sharing.wrapped(batch, batch, None)[0] * 2 / ids.numel()).backward()
+        assert held_bytes() - before < 4 * 4 * num_values * 0.51
+    (alone(ids, ids, None)[0] / ids.numel()).backward()
+    for found, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        assert found.grad is not None
+        torch.testing.assert_close(gather(found.grad), expected.grad, atol=1e-6, rtol=1e-5)
+    norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.5)
+    assert sharing.clip(0.5) == pytest.approx(float(norm), rel=1e-5)
+    for optimizer in optimizers:
+        optimizer.step()
+    sharing.finish_update()
+    assert held_bytes() - before < 3 * 4 * num_values * 0.51
+
+    whole = whole_model(model, torch.device("cpu"))
+    assert type(whole) is Gemma3
+    if rank == 0:  # by itself: nobody waits for the other
+        assert whole(ids, ids, None)[0].isfinite()
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), alone.parameters(), strict=True):
+            put(parameter, value)
+            assert torch.equal(gather(parameter), value)
+    torch.distributed.destroy_process_group()
+
+
+def test_each_process_holds_its_share(tmp_path: Path) -> None:
+    """Of weights, gradients and moments: counted in the processes, after each part of an update."""
+    spawn(_train_and_measure, (str(tmp_path),), nprocs=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_and_recomputed_layers_give_the_same(
+    recompute: str, lives: Lives, tmp_path: Path
+) -> None:
+    options = (*passes(2), *SHARED, "--activation-checkpointing", recompute, "--max-steps", "3")
+    options = (*options, "--save-steps", "3")
+    for name in ("never", "always"):
+        codes = lives.run(tmp_path / name, *options, "--compile", name, processes=2)
+        assert codes == [0, 0], lives.log.read_text()
+    assert "compiled the layers in" in lives.log.read_text()
+    expected, found = (losses(tmp_path / name / "run") for name in ("never", "always"))
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_muon_is_refused(sample_chunks: Path, tmp_path: Path) -> None:
+    done = run_script(
+        *("training.py", "--dataset-path", sample_chunks, "--output-dir", tmp_path),
+        *("--model", "gemma3-micro", *SHARED),
+    )
+    assert done.returncode == ExitCode.BAD_OPTION
+    assert "--shard parameters: Muon needs whole matrices" in done.stderr
+    assert "--optimizer adamw" in done.stderr
