@@ -1,0 +1,50 @@
+// What decoding does on the CPU, for kiem/inference/kernels.py: the functions that it calls.
+
+#include "attend.h"
+#include "linear.h"
+#include "quantize.h"
+
+// A product with what stands around it. x: [batch, k]; residual: as y, or null; y: [batch, rows of the
+// matrices], of the first one if it is gated.
+extern "C" void kiem_linear(const Product *product, const void *x, const void *residual, void *y, long batch) {
+    if (product->is_bf16) linear(*product, (const uint16_t *)x, (const uint16_t *)residual, y, batch);
+    else linear(*product, (const float *)x, (const float *)residual, y, batch);
+}
+
+// Attention of one new token in each of `batch` slots. projected: queries, keys and values of each slot,
+// [batch, num_heads + 2 num_kv_heads, c]; gains of the norms of queries and keys: [c]; cos, sin: fp32
+// [batch, c]; keys, values: the cache, [batch, num_kv_heads, num_entries, c], where the token at position p
+// is entry p % num_entries; out: [batch, num_heads, c]. All but cos and sin are bf16 or all fp32.
+extern "C" void kiem_attend(const void *projected, const void *q_gain, const void *k_gain, const float *cos,
+                            const float *sin, void *keys, void *values, const int64_t *positions, void *out,
+                            long batch, long num_heads, long num_kv_heads, long c, long num_entries, float eps,
+                            float scale, long is_bf16) {
+#define ATTEND(T)                                                                                                    \
+    attend((const T *)projected, (const T *)q_gain, (const T *)k_gain, cos, sin, (T *)keys, (T *)values, positions, \
+           (T *)out, batch, num_heads, num_kv_heads, c, num_entries, eps, scale)
+    if (is_bf16) ATTEND(uint16_t);
+    else ATTEND(float);
+#undef ATTEND
+}
+
+// Weights [num_rows, k] in fp32 or bf16 to 8 or 4 bits.
+extern "C" void kiem_quantize(const void *weights, uint32_t *stored, uint16_t *scales, long num_rows, long k,
+                              long bits, long is_bf16) {
+#define QUANTIZE(BITS)                                                                              \
+    is_bf16 ? quantize<BITS>((const uint16_t *)weights, stored, scales, num_rows, k)                \
+            : quantize<BITS>((const float *)weights, stored, scales, num_rows, k)
+    if (bits == 8) QUANTIZE(8);
+    else QUANTIZE(4);
+#undef QUANTIZE
+}
+
+// Rows of weights of 8 or 4 bits: those in `ids`, or the first `num_ids` where it is null.
+extern "C" void kiem_unpack(const Matrix *matrix, const int64_t *ids, void *out, long num_ids, long k, long bits,
+                            long out_is_bf16) {
+#define UNPACK(BITS)                                                                             \
+    out_is_bf16 ? unpack(Packed<BITS>(*matrix, k), ids, (uint16_t *)out, num_ids, k)             \
+                : unpack(Packed<BITS>(*matrix, k), ids, (float *)out, num_ids, k)
+    if (bits == 8) UNPACK(8);
+    else UNPACK(4);
+#undef UNPACK
+}
