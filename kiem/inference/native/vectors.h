@@ -26,6 +26,8 @@
 #endif
 
 typedef float Float16 __attribute__((vector_size(64)));
+typedef float Float8 __attribute__((vector_size(32)));
+typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int16 __attribute__((vector_size(64)));
 typedef uint32_t UInt16 __attribute__((vector_size(64)));
 typedef uint16_t Half16 __attribute__((vector_size(32)));
@@ -90,11 +92,13 @@ static inline uint16_t to_bf16(float value) {
 }
 
 static inline float sum(Float16 v) {
-    float s[16];
-    memcpy(s, &v, sizeof s);
-    for (int width = 8; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) s[i] += s[i + width];
-    return s[0];
+    Float8 halves[2];
+    Float4 quarters[2];
+    memcpy(halves, &v, sizeof v);
+    halves[0] += halves[1];
+    memcpy(quarters, halves, sizeof quarters);
+    quarters[0] += quarters[1];
+    return (quarters[0][0] + quarters[0][2]) + (quarters[0][1] + quarters[0][3]);
 }
 
 static inline float largest(Float16 v) {
