@@ -80,8 +80,23 @@ class _Product(ctypes.Structure):
     )
 
 
+class _Layer(ctypes.Structure):
+    """The struct Layer of native/layer.h."""
+
+    _fields_ = (
+        *((name, _Product) for name in ("project", "join", "widen", "narrow")),
+        ("q_gain", ctypes.c_void_p),
+        ("k_gain", ctypes.c_void_p),
+        *((name, ctypes.c_long) for name in ("num_heads", "num_kv_heads", "c")),
+        ("scale", ctypes.c_float),
+    )
+
+
 class Product:
     """The product of few rows with one or several matrices, and what stands around it, in one call.
+
+    Attributes:
+        struct: it, for C++; alive as long as this object.
 
     Args:
         matrices: one to three of the same form and width; their results stand side by side.
@@ -110,7 +125,7 @@ class Product:
         self._num_rows = sum(m.num_rows for m in (matrices[:1] if is_gated else matrices))
         first = matrices[0]
         assert all(m[3:] == first[3:] and m.stored.is_contiguous() for m in matrices)
-        self._struct = _Product(
+        self.struct = _Product(
             matrices=tuple(map(_struct, matrices)),
             gain_before=_address(gain_before),
             gain_after=_address(gain_after),
@@ -122,7 +137,7 @@ class Product:
             y_is_fp32=self._dtype == torch.float32,
             eps=eps,
         )
-        self._pointer = ctypes.byref(self._struct)
+        self._pointer = ctypes.byref(self.struct)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Returns the result [..., N] of x [..., K], plus `residual` [..., N]; contiguous."""
@@ -132,6 +147,62 @@ class Product:
         self._kernels.kiem_linear(
             self._pointer, x.data_ptr(), _address(residual), y.data_ptr(), num_rows
         )
+        return y
+
+
+class LayerKernel:
+    """All that a layer does to one new token in each of B sequences, in one call.
+
+    Args:
+        products: queries, keys and values of the normed input; the attention's output; gate times
+            up; what narrows that again.
+        gains: of the norms of queries and keys, [C].
+        num_kv_heads: key and value heads.
+        scale: of the attention's scores.
+    """
+
+    def __init__(
+        self,
+        products: tuple[Product, Product, Product, Product],
+        gains: tuple[Tensor, Tensor],
+        num_kv_heads: int,
+        scale: float,
+    ):
+        self._kernels = kernels()
+        self._kept = products, gains
+        head_dim = len(gains[0])
+        self._struct = _Layer(
+            *(product.struct for product in products),
+            *map(_address, gains),
+            products[1].struct.k // head_dim,
+            num_kv_heads,
+            head_dim,
+            scale,
+        )
+        self._pointer = ctypes.byref(self._struct)
+
+    def __call__(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, Tensor],
+        positions: Tensor,
+        first_slot: int,
+    ) -> Tensor:
+        """Returns the layer's output [B, 1, D] of x [B, 1, D]; writes into the cache.
+
+        Args:
+            x: the tokens' input.
+            rotary: cosines and sines at their positions, fp32 with B * C values.
+            cache: keys and values of all slots, [N, K, S, C].
+            positions: int64, B values.
+            first_slot: the slot of the first sequence; the others follow it.
+        """
+        tensors = [x.contiguous(), *rotary, *cache, positions]
+        assert all(tensor.is_contiguous() for tensor in tensors)
+        y = torch.empty_like(tensors[0])
+        pointers = (tensor.data_ptr() for tensor in [*tensors, y])
+        self._kernels.kiem_layer(self._pointer, *pointers, len(x), first_slot, cache[0].shape[2])
         return y
 
 
@@ -150,41 +221,6 @@ def unpack(matrix: Matrix, ids: Tensor | None, dtype: torch.dtype) -> Tensor:
     pointers = ctypes.byref(_struct(matrix)), _address(ids), out.data_ptr()
     shape = num_rows, matrix.num_columns
     kernels().kiem_unpack(*pointers, *shape, _BITS[matrix.form], dtype == torch.bfloat16)
-    return out
-
-
-def attend(
-    projected: Tensor,
-    gains: tuple[Tensor, Tensor],
-    rotary: tuple[Tensor, Tensor],
-    cache: tuple[Tensor, Tensor],
-    positions: Tensor,
-    eps: float,
-    scale: float,
-) -> Tensor:
-    """Returns the attention of one new token in each of B slots, and puts it into their cache.
-
-    Args:
-        projected: queries, keys and values [B, 1, (H + 2 K) * C], as the matrices give them.
-        gains: of the norms of query and key, [C].
-        rotary: cosines and sines at the tokens' positions, fp32 with B * C values.
-        cache: keys and values of the slots, [B, K, S, C].
-        positions: int64, B values.
-        eps, scale: of the norms and of the scores.
-
-    Returns:
-        [B, 1, H * C].
-    """
-    num_rows, num_kv_heads, num_entries, head_dim = cache[0].shape
-    num_heads = projected.shape[-1] // head_dim - 2 * num_kv_heads
-    tensors = [projected, *gains, *rotary, *cache, positions]
-    assert all(tensor.is_contiguous() for tensor in tensors)
-    out = projected.new_empty((num_rows, 1, num_heads * head_dim))
-    kernels().kiem_attend(
-        *(tensor.data_ptr() for tensor in [*tensors, out]),
-        *(num_rows, num_heads, num_kv_heads, head_dim, num_entries),
-        *(eps, scale, out.dtype == torch.bfloat16),
-    )
     return out
 
 
@@ -236,10 +272,10 @@ def _open(library: Path) -> ctypes.CDLL | str:
         opened = ctypes.CDLL(str(library))
     except OSError as error:
         return f"the compiled kernels cannot be loaded ({error})"
-    pointer, number, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+    pointer, number = ctypes.c_void_p, ctypes.c_long
     arguments: dict[str, list[Any]] = {
         "kiem_linear": [pointer] * 4 + [number],
-        "kiem_attend": [pointer] * 9 + [number] * 5 + [real, real, number],
+        "kiem_layer": [pointer] * 8 + [number] * 3,
         "kiem_quantize": [pointer] * 3 + [number] * 4,
         "kiem_unpack": [pointer] * 3 + [number] * 4,
     }

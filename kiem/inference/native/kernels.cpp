@@ -1,6 +1,6 @@
 // What decoding does on the CPU, for kiem/inference/kernels.py: the functions that it calls.
 
-#include "attend.h"
+#include "layer.h"
 #include "linear.h"
 #include "quantize.h"
 
@@ -11,20 +11,18 @@ extern "C" void kiem_linear(const Product *product, const void *x, const void *r
     else linear(*product, (const float *)x, (const float *)residual, y, batch);
 }
 
-// Attention of one new token in each of `batch` slots. projected: queries, keys and values of each slot,
-// [batch, num_heads + 2 num_kv_heads, c]; gains of the norms of queries and keys: [c]; cos, sin: fp32
-// [batch, c]; keys, values: the cache, [batch, num_kv_heads, num_entries, c], where the token at position p
-// is entry p % num_entries; out: [batch, num_heads, c]. All but cos and sin are bf16 or all fp32.
-extern "C" void kiem_attend(const void *projected, const void *q_gain, const void *k_gain, const float *cos,
-                            const float *sin, void *keys, void *values, const int64_t *positions, void *out,
-                            long batch, long num_heads, long num_kv_heads, long c, long num_entries, float eps,
-                            float scale, long is_bf16) {
-#define ATTEND(T)                                                                                                    \
-    attend((const T *)projected, (const T *)q_gain, (const T *)k_gain, cos, sin, (T *)keys, (T *)values, positions, \
-           (T *)out, batch, num_heads, num_kv_heads, c, num_entries, eps, scale)
-    if (is_bf16) ATTEND(uint16_t);
-    else ATTEND(float);
-#undef ATTEND
+// A layer for one new token in each of `batch` slots, the first of them number `first_slot`. x, y: [batch, width];
+// cos, sin: fp32 [batch, c]; keys, values: the layer's cache, [slots, num_kv_heads, num_entries, c], where the
+// token at position p is entry p % num_entries. All but cos and sin are bf16 or all fp32.
+extern "C" void kiem_layer(const Layer *layer, const void *x, const float *cos, const float *sin, void *keys,
+                           void *values, const int64_t *positions, void *y, long batch, long first_slot,
+                           long num_entries) {
+#define LAYER(T)                                                                                                \
+    run_layer(*layer, (const T *)x, cos, sin, (T *)keys, (T *)values, positions, (T *)y, batch, first_slot, \
+              num_entries)
+    if (layer->project.is_bf16) LAYER(uint16_t);
+    else LAYER(float);
+#undef LAYER
 }
 
 // Weights [num_rows, k] in fp32 or bf16 to 8 or 4 bits.
