@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 
+from kiem.inference import kernels
 from kiem.inference.decoding import prepare
 from kiem.inference.kernels import Form, load_kernels
 from kiem.inference.quantize import (
@@ -129,6 +133,37 @@ def test_products_equal_those_with_the_rounded_weights(form: Form, shape: tuple[
         torch.testing.assert_close(in_bf16(x).double(), expected, rtol=2**-8, atol=2e-5)
         torch.testing.assert_close(logits(x).double(), expected, rtol=0, atol=2e-5)
         assert torch.equal(logits(x).bfloat16(), in_bf16(x))
+
+
+@pytest.mark.parametrize("flags", ["-DKIEM_DOT4=0", "-march=x86-64-v3"])
+def test_every_processor_finds_the_same(
+    flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without instructions for whole numbers, and without AVX-512: the same bits."""
+    if "march" in flags and platform.machine() != "x86_64":
+        pytest.skip("this is for x86-64")
+    kinds: list[tuple[Form, torch.dtype]] = [
+        ("int8", torch.float32),
+        ("int4", torch.bfloat16),
+        ("bf16", torch.bfloat16),
+    ]
+    x = torch.randn(9, 384, generator=torch.Generator().manual_seed(0))
+
+    def results() -> list[torch.Tensor]:
+        weights = [Weights(matrix(131, 384).to(dtype), form, dtype) for form, dtype in kinds]
+        return [
+            result
+            for one in weights
+            for result in (one.stored, one(x.to(one.dtype)), one.rows(None))
+        ]
+
+    expected = results()
+    library = tmp_path / "kernels.so"
+    assert kernels.compile_kernels(library, "-O1", flags) is None
+    other = kernels.open_library(library)
+    monkeypatch.setattr(kernels, "load_kernels", lambda: other)
+    for found, wanted in zip(results(), expected, strict=True):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])

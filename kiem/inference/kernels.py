@@ -244,7 +244,7 @@ def load_kernels() -> ctypes.CDLL | str:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kiem"
     kept = cache / f"kernels-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
     if kept.exists():
-        return _open(kept)
+        return open_library(kept)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / kept.name
         error = compile_kernels(made)
@@ -254,7 +254,7 @@ def load_kernels() -> ctypes.CDLL | str:
         with contextlib.suppress(UserError, OSError):
             cache.mkdir(parents=True, exist_ok=True)
             write_bytes(kept, made.read_bytes())
-        return _open(made)
+        return open_library(made)
 
 
 def compile_kernels(library: Path, *extra_flags: str) -> str | None:
@@ -267,7 +267,8 @@ def compile_kernels(library: Path, *extra_flags: str) -> str | None:
     return None
 
 
-def _open(library: Path) -> ctypes.CDLL | str:
+def open_library(library: Path) -> ctypes.CDLL | str:
+    """Returns a compiled library, or what is wrong with it."""
     try:
         opened = ctypes.CDLL(str(library))
     except OSError as error:
