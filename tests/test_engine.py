@@ -34,11 +34,13 @@ def model() -> Gemma3:
 
 
 def wide_model(dtype: torch.dtype = torch.float32) -> Gemma3:
+    """Whose texts change from token to token, and whose logits are far apart."""
     model = Gemma3(WIDE)
-    initialize(model, seed=1)
+    initialize(model, seed=8)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in model.model.layers.parameters():
             parameter.mul_(3)
+        model.model.norm.weight.add_(9)
     return model.to(dtype).requires_grad_(False)
 
 
@@ -120,7 +122,7 @@ def test_greedy_texts_of_200_prompts_are_those_of_transformers(tmp_path: Path) -
             **{"eos_token_id": None, "return_dict_in_generate": True, "output_logits": True},
         )
         first, second = torch.stack(written.logits).topk(2).values.unbind(-1)
-        assert (first - second).min() > 1e-4, (
+        assert (first - second).min() > 1e-3, (
             "no answer is right where two tokens are equally likely"
         )
         expected += written.sequences[:, length:].tolist()
