@@ -4,7 +4,8 @@
 
 #include "linear.h"
 
-static const float INT4_STEPS[7] = {-8.0f, -7.5f, -7.0f, -6.5f, 6.5f, 7.0f, 7.5f};
+static const int NUM_STEPS = 7;
+static const Float16 INT4_STEPS = {-8.0f, -7.5f, -7.0f, -6.5f, 6.5f, 7.0f, 7.5f, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 static const float SMALLEST_NORMAL = 1.17549435e-38f;
 
 static inline float inverse_of(float scale) { return std::fabs(scale) < SMALLEST_NORMAL ? 0.0f : 1.0f / scale; }
@@ -27,20 +28,23 @@ static float quantize_group4(const float *weights, Float16 *numbers) {
     float extreme = weights[0];
     for (int i = 1; i < 32; i++) extreme = std::fabs(weights[i]) > std::fabs(extreme) ? weights[i] : extreme;
     Float16 first = load16(weights), second = load16(weights + 16);
-    float least = INFINITY, best = 0;
-    for (float step : INT4_STEPS) {
-        float scale = from_bf16(to_bf16(extreme / step)), inverse = inverse_of(scale);
-        Float16 a = numbers_of(first, inverse, -8.0f, 7.0f), b = numbers_of(second, inverse, -8.0f, 7.0f);
-        Float16 error_a = a * scale - first, error_b = b * scale - second;
-        float error = sum(error_a * error_a + error_b * error_b);
-        if (error < least) {
-            least = error;
-            best = scale;
-            numbers[0] = a;
-            numbers[1] = b;
-        }
+    alignas(64) float scales[16], inverses[16];
+    store(scales, to_bf16_and_back(extreme / INT4_STEPS));
+    for (int i = 0; i < NUM_STEPS; i++) inverses[i] = inverse_of(scales[i]);
+    float errors[NUM_STEPS];
+    for (int i = 0; i < NUM_STEPS; i++) {
+        Float16 error_a = numbers_of(first, inverses[i], -8.0f, 7.0f) * scales[i] - first;
+        Float16 error_b = numbers_of(second, inverses[i], -8.0f, 7.0f) * scales[i] - second;
+        errors[i] = sum(error_a * error_a + error_b * error_b);
     }
-    return best;
+    int best = int(std::min_element(errors, errors + NUM_STEPS) - errors);
+    if (!(errors[best] < INFINITY)) {
+        numbers[0] = numbers[1] = Float16{};
+        return 0;
+    }
+    numbers[0] = numbers_of(first, inverses[best], -8.0f, 7.0f);
+    numbers[1] = numbers_of(second, inverses[best], -8.0f, 7.0f);
+    return scales[best];
 }
 
 template <int BITS, class T>

@@ -78,6 +78,11 @@ static inline void store16(uint16_t *to, Float16 v) {
 
 static inline void store16(float *to, Float16 v) { store(to, v); }
 
+static inline Float16 to_bf16_and_back(Float16 v) {
+    UInt16 bits = (UInt16)v;
+    return (Float16)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
+}
+
 static inline float from_bf16(uint16_t bits) {
     uint32_t wide = uint32_t(bits) << 16;
     float value;
