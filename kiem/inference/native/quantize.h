@@ -38,7 +38,7 @@ static float quantize_group4(const float *weights, Float16 *numbers) {
         errors[i] = sum(error_a * error_a + error_b * error_b);
     }
     int best = int(std::min_element(errors, errors + NUM_STEPS) - errors);
-    if (!(errors[best] < INFINITY)) {
+    if (!(errors[best] < INFINITY)) {  // weights whose squares are beyond fp32: as in torch
         numbers[0] = numbers[1] = Float16{};
         return 0;
     }
