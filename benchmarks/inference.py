@@ -4,30 +4,37 @@
         --llama-bench build/bin/llama-bench --gguf model-bf16.gguf model-q8_0.gguf model-q4_0.gguf
 
 All take turns on the same machine, one after the other, with all its cores: 512 prompt tokens, then
-new tokens one by one, greedily. transformers needs `pip install -e '.[foreign]'`. The figures
-are medians over the repetitions; kiem's load time includes quantizing and, the first time on a
-machine, compiling the kernels.
+new tokens one by one, greedily (llama.cpp writes them after none). transformers has an environment
+of its own in .cache/. Figures are medians of three repetitions after a warm-up; kiem's load time
+includes quantizing and, the first time on a machine, compiling the kernels. The share of the
+memory's bandwidth is the bytes of all weights times tokens/s, over what a plain sum reads.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import torch
 import tyro
+from peers import ROOT, TRAINER_REQUIREMENTS, environment
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
+from kiem.inference.benchmark import copy_bytes_per_second
+from kiem.model.files import WEIGHTS_FILE
+
 PROMPT_TOKENS = 512
 NEW_TOKENS = 32
 PEER = """
-import json, sys, time
+import json, statistics, sys, time
 import torch
 from transformers import Gemma3ForCausalLM
 
@@ -46,8 +53,8 @@ def seconds(new):
     return time.perf_counter() - started
 
 seconds(2)
-first = min(seconds(1) for _ in range(2))
-whole = min(seconds(1 + num_new) for _ in range(2))
+first = statistics.median(seconds(1) for _ in range(3))
+whole = statistics.median(seconds(1 + num_new) for _ in range(3))
 rates = {"prefill": num_prompt / first, "decode": num_new / (whole - first)}
 print(json.dumps({**rates, "load": load}))
 """
@@ -59,6 +66,10 @@ class Options:
 
     model_path: Path
     """Model directory."""
+    quantize: tuple[Literal["none", "int8", "int4"], ...] = ("none", "int8", "int4")
+    """How kiem keeps the weights."""
+    transformers: bool = True
+    """Whether transformers takes part."""
     llama_bench: Path | None = None
     """A built llama-bench."""
     gguf: tuple[Path, ...] = ()
@@ -68,34 +79,42 @@ class Options:
 def main() -> int:
     options = tyro.cli(Options)
     console = Console()
-    table = Table("", "prefill", "decode", "batch of 8", "load", title="tokens/s; seconds")
-    for quantize in ("none", "int8", "int4"):
+    columns = "prefill", "decode", "bandwidth", "batch of 8", "load"
+    table = Table("", *columns, title="tokens/s; share; seconds")
+    bytes_per_second = copy_bytes_per_second(torch.device("cpu"))
+    console.print(f"memory: {bytes_per_second / 1e9:.1f} GB/s")
+    for quantize in options.quantize:
         figures = time_kiem(options.model_path, quantize)
+        single, eight = figures["batch_1"], figures["batch_8"]
         table.add_row(
             f"kiem, {quantize}",
-            *(f"{figures[batch][what]:.1f}" for batch, what in _COLUMNS),
+            f"{single['prefill_tokens_per_second']:.1f}",
+            f"{single['decode_tokens_per_second']:.1f}",
+            f"{figures['bandwidth_share']:.0%}",
+            f"{eight['decode_tokens_per_second']:.1f}",
             f"{figures['load_seconds']:.1f}",
         )
-    for dtype in ("bfloat16", "float32"):
+    for dtype, factor in (("bfloat16", 1), ("float32", 2)) if options.transformers else ():
+        python = environment("peer-transformers", TRAINER_REQUIREMENTS, console)
         arguments = str(options.model_path), dtype, str(PROMPT_TOKENS), str(NEW_TOKENS)
-        found = json.loads(run([sys.executable, "-c", PEER, *arguments]).splitlines()[-1])
-        row = (f"{found[name]:.1f}" for name in ("prefill", "decode"))
-        table.add_row(f"transformers, {dtype}", *row, "", f"{found['load']:.1f}")
+        found = json.loads(run([str(python), "-c", PEER, *arguments]).splitlines()[-1])
+        # The file has bf16.
+        read_bytes = (options.model_path / WEIGHTS_FILE).stat().st_size * factor * found["decode"]
+        rates = f"{found['prefill']:.1f}", f"{found['decode']:.1f}"
+        share = f"{read_bytes / bytes_per_second:.0%}"
+        table.add_row(f"transformers, {dtype}", *rates, share, "", f"{found['load']:.1f}")
     for file in options.gguf if options.llama_bench else ():
-        prefill, decode = time_llama(options.llama_bench, file)
-        table.add_row(f"llama.cpp, {file.name}", prefill, decode, "", "")
+        prefill, decode = (time_llama(options.llama_bench, file, n) for n in (True, False))
+        share = ""
+        if isinstance(decode, float):
+            share = f"{file.stat().st_size * decode / bytes_per_second:.0%}"
+        cells = (f"{cell:.1f}" if isinstance(cell, float) else cell for cell in (prefill, decode))
+        table.add_row(f"llama.cpp, {file.name}", *cells, share, "", "")
     console.print(table)
     return 0
 
 
-_COLUMNS = (
-    ("batch_1", "prefill_tokens_per_second"),
-    ("batch_1", "decode_tokens_per_second"),
-    ("batch_8", "decode_tokens_per_second"),
-)
-
-
-def time_kiem(model_path: Path, quantize: str) -> dict:
+def time_kiem(model_path: Path, quantize: str) -> dict[str, Any]:
     """Returns what `inference.py --benchmark --json` writes."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
@@ -104,23 +123,20 @@ def time_kiem(model_path: Path, quantize: str) -> dict:
         return json.loads(file.read_text(encoding="utf-8"))
 
 
-def time_llama(llama_bench: Path, file: Path) -> tuple[str, str]:
-    """Returns tokens/s of prefill and decoding, or why there are none.
+def time_llama(llama_bench: Path, file: Path, of_prefill: bool) -> float | str:
+    """Returns tokens/s of prefill or of decoding, or why there are none.
 
     Each is a run of its own: one build's prefill of q8_0 ended with a segmentation fault.
     """
-    cells = []
-    for sizes in ((PROMPT_TOKENS, 0), (0, NEW_TOKENS)):
-        lengths = ["-p", str(sizes[0]), "-n", str(sizes[1])]
-        command = [str(llama_bench), "-m", str(file), "-t", str(os.cpu_count()), *lengths]
-        done = subprocess.run(
-            [*command, "-r", "3", "-o", "json"], capture_output=True, text=True, check=False
-        )
-        if done.returncode == 0:
-            cells.append(f"{json.loads(done.stdout)[0]['avg_ts']:.1f}")
-        else:
-            cells.append(f"exit code {done.returncode}")
-    return cells[0], cells[1]
+    sizes = (PROMPT_TOKENS, 0) if of_prefill else (0, NEW_TOKENS)
+    lengths = ["-p", str(sizes[0]), "-n", str(sizes[1])]
+    command = [str(llama_bench), "-m", str(file), "-t", str(os.cpu_count()), *lengths]
+    done = subprocess.run(
+        [*command, "-r", "3", "-o", "json"], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        return f"exit code {done.returncode}"
+    return statistics.median(json.loads(done.stdout)[0]["samples_ts"])
 
 
 def run(command: list[str]) -> str:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import SMALL, WINDOW
+from transformers import Gemma3ForCausalLM
 
+from kiem.inference.decoding import DecodingLayer, prepare
 from kiem.inference.engine import Engine, NewToken, Request
 from kiem.inference.sampling import Sampling
+from kiem.model.files import write_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
 NO_EOS = -1
+# Widths that the kernels take.
+WIDE = replace(SMALL, hidden_size=128, intermediate_size=256, head_dim=32, query_pre_attn_scalar=32)
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +31,17 @@ def model() -> Gemma3:
         for parameter in model.parameters():
             parameter.mul_(3)
     return model.requires_grad_(False)
+
+
+def wide_model(dtype: torch.dtype = torch.float32) -> Gemma3:
+    """Whose texts change from token to token, and whose logits are far apart."""
+    model = Gemma3(WIDE)
+    initialize(model, seed=8)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.mul_(3)
+        model.model.norm.weight.add_(9)
+    return model.to(dtype).requires_grad_(False)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -61,6 +80,56 @@ def test_many_requests_on_few_slots_get_what_each_gets_alone(model: Gemma3) -> N
         assert len(expected) == request.max_new_tokens
         reasons = [new.finish_reason for new in found[number]]
         assert reasons == [None] * (len(reasons) - 1) + ["length"]
+
+
+@pytest.mark.parametrize(
+    ("quantize", "dtype"),
+    [("none", "float32"), ("none", "bfloat16"), ("int8", "float32"), ("int4", "bfloat16")],
+)
+def test_kernels_give_each_request_the_same_bits_in_any_company(quantize: str, dtype: str) -> None:
+    model = wide_model(getattr(torch, dtype))
+    prepare(model, quantize)
+    assert all(isinstance(layer, DecodingLayer) for layer in model.model.layers)
+    requests = [
+        Request(prompt(length, seed), 5 + 7 * seed % 17, sampling, seed, num_logprobs=3)
+        for seed, length in enumerate([1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 33])
+        for sampling in (GREEDY, Sampling())
+    ]
+    together = Engine(model, NO_EOS, max_requests=9, max_tokens=64)
+    for request in requests:
+        together.add(request)
+    found = run(together)
+    for number, request in enumerate(requests):
+        alone = Engine(model, NO_EOS, max_requests=1, max_tokens=64)
+        alone.add(request)
+        assert [replace(new, request=number) for new in run(alone)[0]] == found[number]
+
+
+def test_greedy_texts_of_200_prompts_are_those_of_transformers(tmp_path: Path) -> None:
+    model = wide_model()
+    write_model(model, tmp_path, {"pad": 0, "eos": 1, "bos": 2})
+    reference = Gemma3ForCausalLM.from_pretrained(tmp_path)
+    prepare(model, "none")
+    num_new = 12
+    engine = Engine(model, NO_EOS, max_requests=8, max_tokens=64)
+    expected = []
+    for length in range(1, 26):
+        prompts = [prompt(length, 100 * length + seed) for seed in range(8)]
+        written = reference.generate(
+            torch.tensor(prompts),
+            attention_mask=torch.ones(8, length, dtype=torch.long),
+            **{"max_new_tokens": num_new, "min_new_tokens": num_new, "do_sample": False},
+            **{"eos_token_id": None, "return_dict_in_generate": True, "output_logits": True},
+        )
+        first, second = torch.stack(written.logits).topk(2).values.unbind(-1)
+        assert (first - second).min() > 1e-3, (
+            "no answer is right where two tokens are equally likely"
+        )
+        expected += written.sequences[:, length:].tolist()
+        for ids in prompts:
+            engine.add(Request(ids, num_new, GREEDY, 0))
+    found = run(engine)
+    assert [tokens(found[number]) for number in range(200)] == expected
 
 
 def test_greedy_tokens_are_the_likeliest_after_all_before_them(model: Gemma3) -> None:

@@ -1,4 +1,4 @@
-"""Compiles and loads kernels.cpp: what decoding does on the CPU.
+"""Compiles, loads and calls native/kernels.cpp: what decoding does on the CPU.
 
 torch's own leave a large part of the memory's bandwidth unused (docs/decisions.md). The compiled
 library is kept in the user's cache folder, under a name that says what it was made from.
@@ -14,8 +14,9 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +25,210 @@ from kiem.errors import UserError
 from kiem.files import write_bytes
 
 Form = Literal["fp32", "bf16", "int8", "int4"]
+# Rows of int8 and int4 matrices lie interleaved in blocks of so many.
+BLOCK_ROWS = 16
 _NUMBERS: dict[Form, int] = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
-_SOURCE = Path(__file__).with_name("kernels.cpp")
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+_BITS: dict[Form, int] = {"int8": 8, "int4": 4}
+_SOURCE = Path(__file__).with_name("native") / "kernels.cpp"
+_FLAGS = (
+    *("-O3", "-march=native", "-ffp-contract=off"),
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+    "-std=c++17",
+)
+
+
+class Matrix(NamedTuple):
+    """A matrix [N, K] as the kernels read it.
+
+    Attributes:
+        stored: fp32 or bf16 [N, K], or whole numbers as kiem/inference/quantize.py packs them.
+        scales: bf16, of int8 and int4.
+        num_rows: N.
+        num_columns: K.
+        form: what the weights are stored in.
+    """
+
+    stored: Tensor
+    scales: Tensor | None
+    num_rows: int
+    num_columns: int
+    form: Form
+
+
+class _Matrix(ctypes.Structure):
+    """The struct Matrix of native/linear.h."""
+
+    _fields_ = (
+        ("weights", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("num_rows", ctypes.c_long),
+    )
+
+
+class _Product(ctypes.Structure):
+    """The struct Product of native/linear.h."""
+
+    _fields_ = (
+        ("matrices", _Matrix * 3),
+        ("gain_before", ctypes.c_void_p),
+        ("gain_after", ctypes.c_void_p),
+        *((name, ctypes.c_long) for name in ("num_matrices", "k", "format")),
+        *((name, ctypes.c_long) for name in ("is_gated", "is_bf16", "y_is_fp32")),
+        ("eps", ctypes.c_float),
+    )
+
+
+class _Layer(ctypes.Structure):
+    """The struct Layer of native/layer.h."""
+
+    _fields_ = (
+        *((name, _Product) for name in ("project", "join", "widen", "narrow")),
+        ("q_gain", ctypes.c_void_p),
+        ("k_gain", ctypes.c_void_p),
+        *((name, ctypes.c_long) for name in ("num_heads", "num_kv_heads", "c")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class Product:
+    """The product of few rows with one or several matrices, and what stands around it, in one call.
+
+    Attributes:
+        struct: it, for C++; alive as long as this object.
+
+    Args:
+        matrices: one to three of the same form and width; their results stand side by side.
+        dtype: of x, gains and residual, and of the result unless that is asked for in fp32.
+        is_gated: the result is the GELU of the first matrix's times the second's.
+        gain_before: of a norm of x, [K].
+        gain_after: of a norm of the result, [N].
+        eps: of the norms.
+        in_fp32: whether the result is fp32.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        dtype: torch.dtype,
+        *,
+        is_gated: bool = False,
+        gain_before: Tensor | None = None,
+        gain_after: Tensor | None = None,
+        eps: float = 0.0,
+        in_fp32: bool = False,
+    ):
+        self._kernels = kernels()
+        self._kept = matrices, gain_before, gain_after  # the struct has but their addresses
+        self._dtype = torch.float32 if in_fp32 else dtype
+        self._num_rows = sum(m.num_rows for m in (matrices[:1] if is_gated else matrices))
+        first = matrices[0]
+        assert all(m[3:] == first[3:] and m.stored.is_contiguous() for m in matrices)
+        self.struct = _Product(
+            matrices=tuple(map(_struct, matrices)),
+            gain_before=_address(gain_before),
+            gain_after=_address(gain_after),
+            num_matrices=len(matrices),
+            k=first.num_columns,
+            format=_NUMBERS[first.form],
+            is_gated=is_gated,
+            is_bf16=dtype == torch.bfloat16,
+            y_is_fp32=self._dtype == torch.float32,
+            eps=eps,
+        )
+        self._pointer = ctypes.byref(self.struct)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Returns the result [..., N] of x [..., K], plus `residual` [..., N]; contiguous."""
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], self._num_rows), dtype=self._dtype)
+        num_rows = x.numel() // x.shape[-1]
+        self._kernels.kiem_linear(
+            self._pointer, x.data_ptr(), _address(residual), y.data_ptr(), num_rows
+        )
+        return y
+
+
+class LayerKernel:
+    """All that a layer does to one new token in each of B sequences, in one call.
+
+    Args:
+        products: queries, keys and values of the normed input; the attention's output; gate times
+            up; what narrows that again.
+        gains: of the norms of queries and keys, [C].
+        num_kv_heads: key and value heads.
+        scale: of the attention's scores.
+    """
+
+    def __init__(
+        self,
+        products: tuple[Product, Product, Product, Product],
+        gains: tuple[Tensor, Tensor],
+        num_kv_heads: int,
+        scale: float,
+    ):
+        self._kernels = kernels()
+        self._kept = products, gains
+        head_dim = len(gains[0])
+        self._struct = _Layer(
+            *(product.struct for product in products),
+            *map(_address, gains),
+            products[1].struct.k // head_dim,
+            num_kv_heads,
+            head_dim,
+            scale,
+        )
+        self._pointer = ctypes.byref(self._struct)
+
+    def __call__(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, Tensor],
+        positions: Tensor,
+        first_slot: int,
+    ) -> Tensor:
+        """Returns the layer's output [B, 1, D] of x [B, 1, D]; writes into the cache.
+
+        Args:
+            x: the tokens' input.
+            rotary: cosines and sines at their positions, fp32 with B * C values.
+            cache: keys and values of all slots, [N, K, S, C].
+            positions: int64, B values.
+            first_slot: the slot of the first sequence; the others follow it.
+        """
+        tensors = [x.contiguous(), *rotary, *cache, positions]
+        assert all(tensor.is_contiguous() for tensor in tensors)
+        y = torch.empty_like(tensors[0])
+        pointers = (tensor.data_ptr() for tensor in [*tensors, y])
+        self._kernels.kiem_layer(self._pointer, *pointers, len(x), first_slot, cache[0].shape[2])
+        return y
+
+
+def quantize(weight: Tensor, stored: Tensor, scales: Tensor, form: Form) -> None:
+    """Rounds a matrix [N, K] of fp32 or bf16 into `stored` and `scales`."""
+    shape = weight.shape[0], weight.shape[1]
+    weight = weight.contiguous()
+    pointers = weight.data_ptr(), stored.data_ptr(), scales.data_ptr()
+    kernels().kiem_quantize(*pointers, *shape, _BITS[form], weight.dtype == torch.bfloat16)
+
+
+def unpack(matrix: Matrix, ids: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Returns rows of an int8 or int4 matrix, those of int64 `ids` or all, as fp32 or bf16."""
+    num_rows = matrix.num_rows if ids is None else len(ids)
+    out = torch.empty(num_rows, matrix.num_columns, dtype=dtype)
+    pointers = ctypes.byref(_struct(matrix)), _address(ids), out.data_ptr()
+    shape = num_rows, matrix.num_columns
+    kernels().kiem_unpack(*pointers, *shape, _BITS[matrix.form], dtype == torch.bfloat16)
+    return out
+
+
+def kernels() -> ctypes.CDLL:
+    """Returns the compiled kernels, where `load_kernels` has found that there are some."""
+    found = load_kernels()
+    assert not isinstance(found, str), found
+    return found
 
 
 @functools.cache
@@ -37,127 +239,59 @@ def load_kernels() -> ctypes.CDLL | str:
         asked = subprocess.run([compiler, "--version"], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return f"there is no working C++ compiler {compiler!r}; install one or set CXX"
-    recipe = b"\n".join(
-        [_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), asked.stdout, _processor()]
-    )
+    sources = [path.read_bytes() for path in sorted(_SOURCE.parent.iterdir()) if path.is_file()]
+    recipe = b"\n".join([*sources, " ".join(_FLAGS).encode(), asked.stdout, _processor()])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kiem"
     kept = cache / f"kernels-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
     if kept.exists():
-        return _open(kept)
+        return open_library(kept)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / kept.name
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            return f"{compiler} cannot compile {_SOURCE.name}: {done.stderr.strip()[:300]}"
+        error = compile_kernels(made)
+        if error is not None:
+            return error
         # A cache that cannot be written to costs the seconds of compiling each time, no more.
         with contextlib.suppress(UserError, OSError):
             cache.mkdir(parents=True, exist_ok=True)
             write_bytes(kept, made.read_bytes())
-        return _open(made)
+        return open_library(made)
 
 
-def linear(x: Tensor, weights: Tensor, scales: Tensor | None, form: Form, dtype: Any) -> Tensor:
-    """Returns x @ weights.T of a few rows, each summed up in an order of its own.
-
-    Args:
-        x: fp32 or bf16 [..., K].
-        weights: [N, K] in the form `form`: packed as `quantize` makes them, or as they are.
-        scales: bf16, of int8 and int4.
-        form: what the weights are stored in.
-        dtype: torch.float32 or torch.bfloat16, of the result [..., N].
-    """
-    kernels = load_kernels()
-    assert not isinstance(kernels, str), kernels
-    x = x.contiguous()
-    y = torch.empty(*x.shape[:-1], len(weights), dtype=dtype)
-    kernels.kiem_linear(
-        x.data_ptr(),
-        weights.data_ptr(),
-        0 if scales is None else scales.data_ptr(),
-        y.data_ptr(),
-        x.numel() // x.shape[-1],
-        len(weights),
-        x.shape[-1],
-        _NUMBERS[form],
-        x.dtype == torch.bfloat16,
-        dtype == torch.bfloat16,
-    )
-    return y
+def compile_kernels(library: Path, *extra_flags: str) -> str | None:
+    """Makes the library; returns what was wrong, if so."""
+    compiler = os.environ.get("CXX", "g++")
+    command = [compiler, *_FLAGS, *extra_flags, str(_SOURCE), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return f"{compiler} cannot compile {_SOURCE.name}: {done.stderr.strip()[:300]}"
+    return None
 
 
-def unpack(weights: Tensor, scales: Tensor, num_columns: int, form: Form, dtype: Any) -> Tensor:
-    """Returns int8 or int4 weights as fp32 or bf16 [N, K]."""
-    kernels = load_kernels()
-    assert not isinstance(kernels, str), kernels
-    out = torch.empty(len(weights), num_columns, dtype=dtype)
-    pointers = weights.data_ptr(), scales.data_ptr(), out.data_ptr()
-    shape = len(weights), num_columns
-    kernels.kiem_unpack(*pointers, *shape, _NUMBERS[form], dtype == torch.bfloat16)
-    return out
-
-
-def norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """Returns the root mean square norm of x [..., D] with gain 1 + `gain` [D], of one dtype."""
-    kernels = load_kernels()
-    assert not isinstance(kernels, str), kernels
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    shape = x.numel() // len(gain), len(gain)
-    is_bf16 = x.dtype == torch.bfloat16
-    kernels.kiem_norm(x.data_ptr(), gain.data_ptr(), y.data_ptr(), *shape, eps, is_bf16)
-    return y
-
-
-def attend(
-    projected: tuple[Tensor, Tensor, Tensor],
-    gains: tuple[Tensor, Tensor],
-    rotary: tuple[Tensor, Tensor],
-    cache: tuple[Tensor, Tensor],
-    positions: Tensor,
-    eps: float,
-    scale: float,
-) -> Tensor:
-    """Returns the attention of one new token in each of B slots, and puts it into their cache.
-
-    Args:
-        projected: query [B, 1, H * C], key and value [B, 1, K * C], as the matrices give them.
-        gains: of the norms of query and key, [C].
-        rotary: cosines and sines at the tokens' positions, fp32 with B * C values.
-        cache: keys and values of the slots, [B, K, S, C].
-        positions: int64, B values.
-        eps, scale: of the norms and of the scores.
-    """
-    kernels = load_kernels()
-    assert not isinstance(kernels, str), kernels
-    num_rows, num_kv_heads, num_entries, head_dim = cache[0].shape
-    tensors = [*projected, *gains, *rotary, *cache, positions]
-    assert all(tensor.is_contiguous() for tensor in tensors)
-    out = torch.empty_like(projected[0])
-    kernels.kiem_attend(
-        *(tensor.data_ptr() for tensor in [*tensors, out]),
-        *(num_rows, out.shape[-1] // head_dim, num_kv_heads, head_dim, num_entries),
-        *(eps, scale, out.dtype == torch.bfloat16),
-    )
-    return out
-
-
-def _open(library: Path) -> ctypes.CDLL | str:
+def open_library(library: Path) -> ctypes.CDLL | str:
+    """Returns a compiled library, or what is wrong with it."""
     try:
-        kernels = ctypes.CDLL(str(library))
+        opened = ctypes.CDLL(str(library))
     except OSError as error:
         return f"the compiled kernels cannot be loaded ({error})"
     pointer, number = ctypes.c_void_p, ctypes.c_long
-    kernels.kiem_linear.argtypes = [pointer] * 4 + [number] * 6
-    kernels.kiem_linear.restype = None
-    kernels.kiem_unpack.argtypes = [pointer] * 3 + [number] * 4
-    kernels.kiem_unpack.restype = None
-    real = ctypes.c_float
-    kernels.kiem_norm.argtypes = [pointer] * 3 + [number] * 2 + [real, number]
-    kernels.kiem_norm.restype = None
-    kernels.kiem_attend.argtypes = [pointer] * 11 + [number] * 5 + [real, real, number]
-    kernels.kiem_attend.restype = None
-    return kernels
+    arguments: dict[str, list[Any]] = {
+        "kiem_linear": [pointer] * 4 + [number],
+        "kiem_layer": [pointer] * 8 + [number] * 3,
+        "kiem_quantize": [pointer] * 3 + [number] * 4,
+        "kiem_unpack": [pointer] * 3 + [number] * 4,
+    }
+    for name, types in arguments.items():
+        function = getattr(opened, name)
+        function.argtypes, function.restype = types, None
+    return opened
+
+
+def _struct(matrix: Matrix) -> _Matrix:
+    return _Matrix(matrix.stored.data_ptr(), _address(matrix.scales), matrix.num_rows)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _processor() -> bytes:

@@ -1,0 +1,278 @@
+// Matrix products of few rows with weights that stay as they are stored, y[b, n] = sum_k x[b, k] w[n, k].
+//
+// Decoding reads every weight once for a handful of rows, so memory is the limit. All sums of a row are
+// made in the same order, whatever the number of rows: a row's result does not depend on its neighbours.
+//
+// int8 and int4 weights are multiplied in whole numbers. 16 rows of the matrix lie interleaved, so that a
+// vector holds four values of each of 16 rows, multiplied with the same four values of x. Weights are
+// stored plus an offset that makes them unsigned; x is rounded to int8 with a scale for every 32 values,
+// and a sum begins at minus the offset times the sum of these x.
+
+#pragma once
+
+#include <algorithm>
+#include <omp.h>
+#include <vector>
+
+#include "vectors.h"
+
+// How far ahead of use weights are asked for.
+static const long PREFETCH_BYTES = 4096;
+static const long GROUP = 32;  // values of x with one scale
+
+struct Matrix {
+    const void *weights;
+    const uint16_t *scales;  // bf16; of int8 and int4
+    long num_rows;
+};
+
+// Rows of x as the formats want them.
+struct Rows {
+    long k;
+    const float *values;    // [batch, k]
+    const int8_t *numbers;  // [batch, k]
+    const float *scales;    // [batch, k / GROUP]
+    const int32_t *starts;  // [batch, k / GROUP]: -offset times the sum of a group's numbers
+};
+
+// fp32 or bf16, row after row.
+template <class T> struct Plain {
+    static const int ROWS = 4, OFFSET = 0;
+    const T *weights;
+    long num_rows, k;
+
+    Plain(const Matrix &matrix, long k) : weights((const T *)matrix.weights), num_rows(matrix.num_rows), k(k) {}
+
+    template <int NUM_ROWS, int BATCH> void dot_rows(long n, const Rows &x, long from, float (*out)[16]) const {
+        Float16 sums[NUM_ROWS][BATCH] = {};
+        const T *w = weights + n * k;
+        for (long at = 0; at < k; at += 32) {
+            for (int r = 0; r < NUM_ROWS; r++)
+                for (long ahead = 0; ahead < 32; ahead += 64 / sizeof(T))
+                    __builtin_prefetch((const char *)(w + r * k + at + ahead) + PREFETCH_BYTES);
+#pragma GCC unroll 2
+            for (int i = 0; i < 32; i += 16) {
+                Float16 ws[NUM_ROWS];
+                for (int r = 0; r < NUM_ROWS; r++) ws[r] = load16(w + r * k + at + i);
+#pragma GCC unroll 8
+                for (int b = 0; b < BATCH; b++) {
+                    Float16 xs = load16(x.values + (from + b) * k + at + i);
+                    for (int r = 0; r < NUM_ROWS; r++) sums[r][b] = fma(ws[r], xs, sums[r][b]);
+                }
+            }
+        }
+        for (int r = 0; r < NUM_ROWS; r++)
+            for (int b = 0; b < BATCH; b++) out[b][r] = sum(sums[r][b]);
+    }
+
+    template <int BATCH> void dot(long n, const Rows &x, long from, float (*out)[16]) const {
+        const int together = BATCH > 4 ? 2 : ROWS;  // as many as there are registers for
+        long end = std::min(n + ROWS, num_rows);
+        long row = n;
+        for (; row + together <= end; row += together) dot_rows<together, BATCH>(row, x, from, lanes(out, row - n));
+        for (; row < end; row++) dot_rows<1, BATCH>(row, x, from, lanes(out, row - n));
+    }
+
+    static float (*lanes(float (*out)[16], long lane))[16] { return (float (*)[16])(out[0] + lane); }
+
+    void unpack_row(long n, float *out) const {
+        for (long at = 0; at < k; at += 16) store(out + at, load16(weights + n * k + at));
+    }
+};
+
+// Whole numbers of 8 or 4 bits: [num_rows / 16, k / values in a word, 16 rows, one word of 32 bits].
+// A word of 8 bits holds four values of a row; one of 4 bits eight, the first four in the lower half of
+// each byte. Scales: [num_rows / 16, k / SCALED, 16 rows]. The last rows are filled up to 16.
+template <int BITS> struct Packed {
+    static const int ROWS = 16, OFFSET = BITS == 8 ? 128 : 8;
+    static const long SCALED = BITS == 8 ? 128 : 32;  // weights with one scale
+    static const long WORDS = GROUP * BITS / 32;      // vectors of a group
+    const UInt16 *weights;
+    const uint16_t *scales;
+    long k;
+
+    Packed(const Matrix &matrix, long k) : weights((const UInt16 *)matrix.weights), scales(matrix.scales), k(k) {}
+
+    template <int BATCH> void dot(long n, const Rows &x, long from, float (*out)[16]) const {
+        Float16 sums[BATCH] = {};
+        const UInt16 *w = weights + n / ROWS * (k / GROUP * WORDS);
+        const uint16_t *scale = scales + n * (k / SCALED);
+        for (long at = 0; at < k; at += SCALED, scale += ROWS) {
+            Float16 parts[BATCH] = {};
+            for (long group = at / GROUP; group < (at + SCALED) / GROUP; group++, w += WORDS) {
+                Int16 whole[BATCH];
+                for (int b = 0; b < BATCH; b++)
+                    whole[b] = x.starts[(from + b) * (k / GROUP) + group] - (Int16){};
+                const int8_t *numbers = x.numbers + from * k + group * GROUP;
+#pragma GCC unroll 8
+                for (int i = 0; i < WORDS; i++) {
+                    __builtin_prefetch((const char *)(w + i) + PREFETCH_BYTES);
+                    UInt16 words = load<UInt16>(w + i);
+#pragma GCC unroll 8
+                    for (int b = 0; b < BATCH; b++) {
+                        if (BITS == 8) {
+                            whole[b] = dot4(whole[b], words, numbers + b * k + 4 * i);
+                        } else {
+                            whole[b] = dot4(whole[b], words & 0x0f0f0f0fu, numbers + b * k + 8 * i);
+                            whole[b] = dot4(whole[b], (words >> 4) & 0x0f0f0f0fu, numbers + b * k + 8 * i + 4);
+                        }
+                    }
+                }
+                for (int b = 0; b < BATCH; b++)
+                    parts[b] = fma(to_float(whole[b]), spread(x.scales[(from + b) * (k / GROUP) + group]), parts[b]);
+            }
+            for (int b = 0; b < BATCH; b++) sums[b] = fma(parts[b], load16(scale), sums[b]);
+        }
+        for (int b = 0; b < BATCH; b++) store(out[b], sums[b]);
+    }
+
+    void unpack_row(long n, float *out) const {
+        long lane = n % ROWS;
+        const uint32_t *w = (const uint32_t *)(weights + n / ROWS * (k / GROUP * WORDS)) + lane;
+        const uint16_t *scale = scales + n / ROWS * ROWS * (k / SCALED) + lane;
+        for (long at = 0; at < k; at += GROUP) {
+            uint32_t words[8];
+            for (int i = 0; i < WORDS; i++, w += ROWS) {
+                if (BITS == 8) {
+                    words[i] = *w;
+                } else {
+                    words[2 * i] = *w & 0x0f0f0f0fu;
+                    words[2 * i + 1] = (*w >> 4) & 0x0f0f0f0fu;
+                }
+            }
+            const uint8_t *numbers = (const uint8_t *)words;
+            float step = from_bf16(scale[at / SCALED * ROWS]);
+            for (int i = 0; i < GROUP; i++) out[at + i] = float(int(numbers[i]) - OFFSET) * step;
+        }
+    }
+};
+
+template <class Format>
+static void dot_batch(const Format &format, long n, const Rows &x, long from, long batch, float (*out)[16]) {
+    switch (batch) {
+        case 1: format.template dot<1>(n, x, from, out); break;
+        case 2: format.template dot<2>(n, x, from, out); break;
+        case 3: format.template dot<3>(n, x, from, out); break;
+        case 4: format.template dot<4>(n, x, from, out); break;
+        case 5: format.template dot<5>(n, x, from, out); break;
+        case 6: format.template dot<6>(n, x, from, out); break;
+        case 7: format.template dot<7>(n, x, from, out); break;
+        case 8: format.template dot<8>(n, x, from, out); break;
+    }
+}
+
+// y [batch, width] of the matrices' rows one after the other; or, gated, gelu of the first matrix's
+// times the second's.
+template <class Format>
+static void multiply(const Matrix *matrices, long num_matrices, bool is_gated, const Rows &x, long batch, float *y,
+                     long width) {
+    long num_parts = is_gated ? 1 : num_matrices, first_items[4] = {}, first_rows[4] = {};
+    for (long m = 0; m < num_parts; m++) {
+        first_items[m + 1] = first_items[m] + (matrices[m].num_rows + Format::ROWS - 1) / Format::ROWS;
+        first_rows[m + 1] = first_rows[m] + matrices[m].num_rows;
+    }
+    long num_items = first_items[num_parts];
+    // Not in equal halves: another program may hold up one of the threads.
+    long chunk = std::max(1L, num_items / (16 * omp_get_max_threads()));
+#pragma omp parallel for schedule(dynamic, chunk)
+    for (long item = 0; item < num_items; item++) {
+        long m = 0;
+        while (item >= first_items[m + 1]) m++;
+        long n = (item - first_items[m]) * Format::ROWS;
+        long num_rows = std::min<long>(Format::ROWS, matrices[m].num_rows - n);
+        for (long from = 0; from < batch; from += 8) {
+            long some = std::min(8L, batch - from);
+            alignas(64) float out[8][16] = {}, up[8][16] = {};
+            dot_batch(Format(matrices[m], x.k), n, x, from, some, out);
+            if (is_gated) {
+                dot_batch(Format(matrices[1], x.k), n, x, from, some, up);
+                for (long b = 0; b < some; b++) store(out[b], gelu(load<Float16>(out[b])) * load<Float16>(up[b]));
+            }
+            for (long b = 0; b < some; b++)
+                memcpy(y + (from + b) * width + first_rows[m] + n, out[b], num_rows * sizeof(float));
+        }
+    }
+}
+
+// Rounds a row of x to int8, with a scale for every 32 values: the largest magnitude becomes 127.
+static void round_row(const float *x, long k, int offset, int8_t *numbers, float *scales, int32_t *starts) {
+    for (long at = 0; at < k; at += GROUP) {
+        Float16 first = load16(x + at), second = load16(x + at + 16);
+        float most = largest(larger(magnitude(first), magnitude(second)));
+        float inverse = most > 0 ? 127 / most : 0;
+        Int16 whole[2] = {to_int(nearest(first * inverse)), to_int(nearest(second * inverse))};
+        const int32_t *values = (const int32_t *)whole;
+        int32_t total = 0;
+        for (int i = 0; i < GROUP; i++) {
+            numbers[at + i] = int8_t(values[i]);
+            total += values[i];
+        }
+        scales[at / GROUP] = most / 127;
+        starts[at / GROUP] = -offset * total;
+    }
+}
+
+// y = x / sqrt(mean(x^2) + eps) * (1 + gain), of n values.
+template <class X, class T> static void norm(const X *x, const T *gain, float *y, long n, float eps) {
+    Float16 squares = {};
+    for (long i = 0; i < n; i += 16) squares = fma(load16(x + i), load16(x + i), squares);
+    float factor = 1.0f / std::sqrt(sum(squares) / n + eps);
+    for (long i = 0; i < n; i += 16) store(y + i, load16(x + i) * factor * (load16(gain + i) + 1.0f));
+}
+
+// What stays the same from token to token of a product; kernels.py has its twin.
+struct Product {
+    Matrix matrices[3];
+    const void *gain_before, *gain_after;  // of norms, or null
+    long num_matrices, k, format;          // format: 0 fp32, 1 bf16, 2 int8, 3 int4
+    long is_gated, is_bf16, y_is_fp32;     // is_bf16: gains, x, residual and y, unless it is fp32
+    float eps;
+};
+
+template <class T>
+static void linear(const Product &product, const T *x, const T *residual, void *y, long batch) {
+    long k = product.k, groups = k / GROUP, width = 0;
+    for (long m = 0; m < (product.is_gated ? 1 : product.num_matrices); m++) width += product.matrices[m].num_rows;
+    static thread_local std::vector<float> values, scales, sums;
+    static thread_local std::vector<int8_t> numbers;
+    static thread_local std::vector<int32_t> starts;
+    values.resize(batch * k);
+    for (long b = 0; b < batch; b++) {
+        if (product.gain_before) norm(x + b * k, (const T *)product.gain_before, &values[b * k], k, product.eps);
+        else for (long i = 0; i < k; i += 16) store(&values[b * k + i], load16(x + b * k + i));
+    }
+    if (product.format >= 2) {
+        numbers.resize(batch * k);
+        scales.resize(batch * groups);
+        starts.resize(batch * groups);
+        int offset = product.format == 2 ? Packed<8>::OFFSET : Packed<4>::OFFSET;
+        for (long b = 0; b < batch; b++)
+            round_row(&values[b * k], k, offset, &numbers[b * k], &scales[b * groups], &starts[b * groups]);
+    }
+    bool is_final = product.y_is_fp32 && !product.gain_after && !residual;
+    if (!is_final) sums.resize(batch * width + 16);
+    float *out = is_final ? (float *)y : sums.data();
+    Rows rows = {k, values.data(), numbers.data(), scales.data(), starts.data()};
+#define MULTIPLY(...) \
+    multiply<__VA_ARGS__>(product.matrices, product.num_matrices, product.is_gated, rows, batch, out, width)
+    switch (product.format) {
+        case 0: MULTIPLY(Plain<float>); break;
+        case 1: MULTIPLY(Plain<uint16_t>); break;
+        case 2: MULTIPLY(Packed<8>); break;
+        case 3: MULTIPLY(Packed<4>); break;
+    }
+#undef MULTIPLY
+    if (is_final) return;
+    for (long b = 0; b < batch; b++) {
+        float *row = out + b * width;
+        if (product.gain_after) norm(row, (const T *)product.gain_after, row, width, product.eps);
+        if (residual)
+            for (long i = 0; i < width; i += 16) store(row + i, load16(row + i) + load16(residual + b * width + i));
+    }
+    T *to = (T *)y;
+    long i = 0, num = batch * width;
+    for (; i + 16 <= num; i += 16) store16(to + i, load16(out + i));
+    T last[16];
+    store16(last, load16(out + i));
+    memcpy(to + i, last, (num - i) * sizeof *last);
+}
