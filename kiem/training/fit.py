@@ -38,7 +38,7 @@ def fit_recipe(
     """
     if options.shard == "parameters":
         return recipe
-    while devices.any(not _fits(model, options, recipe, chunk_size, devices)):
+    while devices.any(not fits(model, options, recipe, chunk_size, devices)):
         if recipe.batch_size == 1:
             raise out_of_memory(recipe, "before the first step")
         passes = recipe.batch_size * recipe.accumulation
@@ -93,9 +93,10 @@ def out_of_memory(recipe: Recipe, where: str) -> UserError:
     )
 
 
-def _fits(
+def fits(
     model: Gemma3, options: TrainingOptions, recipe: Recipe, chunk_size: int, devices: Devices
 ) -> bool:
+    """Tries a pass and says whether there was memory for it; arguments as of `fit_recipe`."""
     num_values = sum(parameter.numel() for parameter in model.parameters())
     held = devices.world_size if options.shard == "optimizer" else 1
     # A quarter more than will be needed: allocators lose some memory between their blocks.
