@@ -121,3 +121,11 @@ def test_what_is_no_tokenizer_is_refused(content: bytes) -> None:
     with pytest.raises(UserError) as caught:
         parse_tokenizer(content, "hier")
     assert caught.value.exit_code == ExitCode.TOKENIZER_MISMATCH
+
+
+def test_broken_text_in_a_vocabulary_is_refused(trained: Tokenizer) -> None:
+    """The parser notices it only when the vocabulary itself is read."""
+    broken = trained.json_bytes.replace("▁de".encode(), b"\xe2\x96\xc1de", 1)
+    assert broken != trained.json_bytes
+    with pytest.raises(UserError):
+        parse_tokenizer(broken, "hier")

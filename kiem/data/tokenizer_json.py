@@ -72,7 +72,7 @@ def read_tokenizer_json(json_bytes: bytes) -> TokenizerJson | None:
             return None
         vocabulary = msgspec.json.decode(description.model.vocab, type=dict[str, int])
         added = {token["content"]: token for token in description.added_tokens}
-    except (msgspec.MsgspecError, KeyError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError):
         return None
     return TokenizerJson(description, vocabulary, added)
 
