@@ -127,6 +127,16 @@ class Lives:
         """Starts a training, waits for its end and returns the exit codes."""
         return self.wait(self.start(output, *more, **how))
 
+    def run_until(self, step: int, output: Path, *more: str, processes: int) -> list[int]:
+        """Starts a training that is asked to stop when a step's checkpoint is there, as `run`."""
+        pids = self.start(output, *more, processes=processes)
+        path = output / "run" / "checkpoints" / f"step-{step}"
+        while not path.exists():
+            time.sleep(0.005)
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+        return self.wait(pids)
+
     def close(self) -> None:
         """Ends the server."""
         self._server.communicate(timeout=60)

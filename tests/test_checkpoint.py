@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -247,15 +245,11 @@ def test_processes_may_change_from_two_to_one_to_two(sample_chunks: Path, tmp_pa
     try:
         assert lives.run(tmp_path / "b", processes=2) == [0, 0], lives.log.read_text()
         for step, processes in ((4, 2), (8, 1), (12, 2)):
-            passes = ("--gradient-accumulation-steps", str(2 // processes))
-            pids = lives.start(tmp_path / "a", "--save-steps", "4", *passes, processes=processes)
-            path = tmp_path / "a" / "run" / "checkpoints" / f"step-{step}"
-            while step < 12 and not path.exists():
-                time.sleep(0.005)
+            options = ("--save-steps", "4", "--gradient-accumulation-steps", str(2 // processes))
             if step < 12:
-                for pid in pids:
-                    os.kill(pid, signal.SIGTERM)
-            codes = lives.wait(pids)
+                codes = lives.run_until(step, tmp_path / "a", *options, processes=processes)
+            else:
+                codes = lives.run(tmp_path / "a", *options, processes=processes)
             assert set(codes) == {0 if step == 12 else int(ExitCode.STOPPED)}, codes
     finally:
         lives.close()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -44,14 +41,10 @@ def test_an_interrupted_run_is_that_of_one_process(lives: Lives, tmp_path: Path)
     assert lives.run(tmp_path / "whole", *passes(1)) == [0], lives.log.read_text()
     for step, processes in ((2, 2), (4, 1), (6, 2)):
         options = (*passes(processes), *(SHARED if processes > 1 else ()))
-        pids = lives.start(tmp_path / "cut", *options, processes=processes)
-        path = tmp_path / "cut" / "run" / "checkpoints" / f"step-{step}"
-        while step < 6 and not path.exists():
-            time.sleep(0.005)
         if step < 6:
-            for pid in pids:
-                os.kill(pid, signal.SIGTERM)
-        codes = lives.wait(pids)
+            codes = lives.run_until(step, tmp_path / "cut", *options, processes=processes)
+        else:
+            codes = lives.run(tmp_path / "cut", *options, processes=processes)
         assert set(codes) <= {0, int(ExitCode.STOPPED)}, lives.log.read_text()
     runs = [tmp_path / name / "run" for name in ("whole", "cut")]
     expected, found = map(losses, runs)

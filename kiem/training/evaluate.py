@@ -60,9 +60,10 @@ def evaluate(run: Run, devices: Devices, max_chunks: int | None) -> dict[str, An
         totals[0] += figures.sum(0)
         if run.test_sources is not None and names:
             # Shifted as the targets are: the source of the token that is predicted.
-            sources = torch.from_numpy(run.test_sources.read(rows)).roll(-1, 1).to(ids.device)
+            sources = torch.from_numpy(run.test_sources.read(rows)).roll(-1, 1)
+            sources = sources.to(ids.device)[counted]
             for place, number in enumerate(names.values(), start=1):
-                totals[place] += figures[sources[counted] == number].sum(0)
+                totals[place] += figures[sources == number].sum(0)
     test = run.manifest["splits"]["test"]
     (nats_sum, num_targets), *of_sources = devices.sum(totals).tolist()
     loss = nats_sum / num_targets
