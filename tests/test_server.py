@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
@@ -17,6 +18,11 @@ import openai
 import pytest
 from conftest import run_script
 from serving import ENDLESS, ServerProcess, open_stream, serving, wait_until
+
+from kiem.inference.loading import load_for_inference
+from kiem.inference.sampling import Sampling
+from kiem.inference.server.worker import Worker
+from kiem.inference.streaming import Piece, Writer, request_for
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -287,3 +293,23 @@ def test_more_than_the_queue_takes_is_refused(server: ServerProcess) -> None:
         connection.close()
     wait_until(lambda: server.metric("kiem_sequences_running") == 0)
     assert server.complete(prompt="x", max_tokens=1)[0] == 200
+
+
+def test_what_was_written_before_anybody_listened_is_not_lost(model: Path) -> None:
+    loaded = load_for_inference(str(model), "fp32")
+    writer = Writer(loaded.model, loaded.tokenizer, max_requests=2, max_tokens=16)
+    how: dict[str, Any] = {"max_new_tokens": 2, "sampling": Sampling(temperature=0), "seed": 1}
+    requests = [request_for(text, loaded.tokenizer, **how) for text in ("Het", "Een")]
+
+    async def listen_late() -> list[tuple[int, Piece]]:
+        worker = Worker(writer, 2, lambda _: None)
+        worker.start(lambda: None)
+        job = worker.submit(requests, ())
+        while job.open:
+            await asyncio.sleep(0.01)
+        found = [event async for event in job.pieces()]
+        worker.stop()
+        return found
+
+    numbers = [number for number, _ in asyncio.run(asyncio.wait_for(listen_late(), 60))]
+    assert sorted(numbers) == [0, 0, 1, 1]

@@ -27,6 +27,7 @@ class Job:
 
     def __init__(self, worker: Worker, num_sequences: int):
         self._worker = worker
+        self._num_sequences = num_sequences
         self._events: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue()
         self.open = set(range(num_sequences))
 
@@ -36,7 +37,7 @@ class Job:
         Raises:
             StoppedError: there will be no more.
         """
-        num_running = len(self.open)
+        num_running = self._num_sequences  # some may have ended before anybody asks
         while num_running:
             event = await self._events.get()
             if event is None:
