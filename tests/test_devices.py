@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-import socket
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import ROOT, run_script
@@ -21,16 +24,23 @@ from kiem.training.sharding import owners
 
 # Several runs one after the other in the same processes, which take long to start.
 SEVERAL_RUNS = """
-import json, os, sys
+import json, sys
 from kiem.cli import run
 from kiem.config import TrainingOptions
 from training import main
-# The launcher's own store remembers a group for good; each run gets one of its own.
-os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-for port, arguments in json.loads(sys.argv[1]):
-    os.environ["MASTER_PORT"] = str(port)
+for arguments in json.loads(sys.argv[1]):
     code = run(TrainingOptions, "training.py", main, arguments)
     assert code == 0, arguments
+"""
+# Joins the others after some seconds, and says what they add up to.
+JOIN = """
+import sys, time, torch
+from kiem.training.devices import open_devices
+time.sleep(float(sys.argv[1]))
+with open_devices("fp32") as devices:
+    print(int(devices.sum(torch.tensor(devices.rank + 1))), flush=True)
+    if "die" in sys.argv:
+        sys.stdin.read()
 """
 LEARNING_RATE = 2e-3
 OPTIONS = ("--model", "gemma3-micro", "--precision", "fp32", "--learning-rate", f"{LEARNING_RATE}")
@@ -51,7 +61,7 @@ def train(sample_chunks: Path, tmp_path: Path) -> Train:
     def train(num_processes: int, runs: dict[str, tuple[str, ...]]) -> dict[str, Path]:
         common = (*OPTIONS, "--dataset-path", str(sample_chunks), "--output-dir", str(tmp_path))
         given = [
-            (free_port(), (*common, "--run-name", name.replace(" ", "-"), *options))
+            (*common, "--run-name", name.replace(" ", "-"), *options)
             for name, options in runs.items()
         ]
         file = ROOT / "configs" / f"{num_processes}-gpus.yaml"
@@ -65,12 +75,6 @@ def train(sample_chunks: Path, tmp_path: Path) -> Train:
         return {name: tmp_path / name.replace(" ", "-") for name in runs}
 
     return train
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def losses(run: Path) -> list[float]:
@@ -186,3 +190,37 @@ def test_accelerate_plugins_are_refused_by_name(sample_chunks: Path, tmp_path: P
     )
     assert done.returncode == ExitCode.BAD_OPTION
     assert "accelerate config: FSDP is not used by kiem" in done.stderr
+
+
+def test_processes_started_again_do_not_meet_the_dead() -> None:
+    """Launchers keep their store over a restart, and what the dead have left in it."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": "2",
+    }
+
+    def start(rank: int, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", JOIN, *words],
+            env={**environment, "RANK": str(rank)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    first = [start(rank, "0", "die") for rank in (0, 1)]
+    for process in first:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "3\n"
+        process.kill()
+        process.communicate()
+    # Either may come later than the other, and find the other's new address or its old one.
+    for late in (0, 1):
+        again = [start(rank, "3" if rank == late else "0") for rank in (0, 1)]
+        assert [process.communicate(timeout=60)[0] for process in again] == ["3\n", "3\n"]

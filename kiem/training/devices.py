@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, cast
@@ -15,6 +17,8 @@ from typing import Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from kiem.errors import ExitCode, UserError
 from kiem.training.probe import measure_matrix_flops
@@ -26,6 +30,8 @@ _DTYPES: dict[Literal["fp32", "bf16"], torch.dtype] = {
 # CPUs without matrix units for it multiply bf16 at half the speed of fp32, those with them at
 # several times. Less than this is not worth the smaller precision.
 _FASTER_BY = {"bf16": 1.5}
+
+_LISTEN_EVERY_SECONDS = 0.02
 
 # What `accelerate config` can ask for and kiem does otherwise: how it is called, and what to use.
 _ACCELERATE_PLUGINS = {
@@ -154,7 +160,13 @@ def open_devices(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Devices
         torch.cuda.set_device(device)
     chosen = _choose_precision(precision, use_gpu)
     if world_size > 1:
-        dist.init_process_group("nccl" if use_gpu else "gloo")
+        store, rank, _ = next(rendezvous("env://"))
+        dist.init_process_group(
+            "nccl" if use_gpu else "gloo",
+            store=_store_of_this_start(store, rank, world_size),
+            rank=rank,
+            world_size=world_size,
+        )
     try:
         # The first process speaks for all: its choice, and its speed times their number. By turns,
         # so that what else the machine does meanwhile slows both precisions.
@@ -168,6 +180,31 @@ def open_devices(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Devices
     finally:
         if world_size > 1:
             dist.destroy_process_group()
+
+
+def _store_of_this_start(store: Store, rank: int, world_size: int) -> Store:
+    """Returns a part of the launcher's store in which nothing is left of an earlier start.
+
+    A launcher that starts processes again gives them the store of those that died. Their addresses
+    are in it still, and who reads one before its new owner has written it connects to a port that
+    nobody listens on, or waits for ever. torch's own count of starts cannot tell them apart: after
+    a failure on one node, only that node counts. So the first process invents a name, and tells it
+    to those that have shown that they are alive by a name of their own.
+    """
+    if rank > 0:
+        caller = uuid.uuid4().hex
+        store.set(f"kiem/caller/{rank}", caller)
+        start = store.get(f"kiem/start/{caller}").decode()
+        store.set(f"kiem/heard/{start}/{rank}", "")
+        return PrefixStore(f"kiem/{start}", store)
+    start = uuid.uuid4().hex
+    for other in range(1, world_size):
+        # The first caller that is found may be a dead one; its successor will call in its place.
+        while not store.check([f"kiem/heard/{start}/{other}"]):
+            caller = store.get(f"kiem/caller/{other}").decode()
+            store.set(f"kiem/start/{caller}", start)
+            time.sleep(_LISTEN_EVERY_SECONDS)
+    return PrefixStore(f"kiem/{start}", store)
 
 
 def _choose_precision(precision: str, use_gpu: bool) -> Literal["auto", "fp32", "bf16"]:
