@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -247,3 +248,38 @@ def test_the_plotting_library_is_the_published_one() -> None:
     """Its bytes are those that `make chart-js` takes from the npm package."""
     file = ROOT / "kiem" / "report" / "chart.umd.min.js"
     assert sha256_file(file) in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_a_text_may_hold_any_line_break(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 10)
+    sample = {"prompt": "Er was eens", "text": "een\u2028twee\u0085drie\x0b"}
+    line = {"step": 11, "test_loss": 3.0, "test_bpb": 1.0, "samples": [sample]}
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    record = read_record(run)
+    assert record.num_damaged == 0
+    assert record.evaluations[-1]["samples"] == [sample]
+
+
+def test_updates_are_what_was_logged_whatever_figures_they_have(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 3)
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    expected = [line for line in logged if "loss" in line]
+    expected.append({**expected[-1], "step": 4, "joules": 2.5})
+    expected.append({**expected[0], "step": 5})
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in expected[3:])
+    assert list(read_record(run).updates) == expected
+
+
+def test_drawing_a_long_run_takes_little_memory(tmp_path: Path) -> None:
+    """A report is drawn at every evaluation; what it takes must not grow with the run."""
+    peaks = []
+    for num_steps in (2_000, 12_000):
+        run = write_run(tmp_path / str(num_steps), num_steps)
+        tracemalloc.start()
+        write_report([run], tmp_path / "page.html")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # Columns of ten figures, and the points of one curve: some 0.12 MB for 1000 steps.
+    assert peaks[1] - peaks[0] < 2e6, peaks

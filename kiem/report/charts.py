@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -55,7 +56,8 @@ def curves(records: Sequence[Record]) -> list[dict[str, Any]]:
             if curve.test is not None:
                 points = _points(record.evaluations, curve.test, curve.factor)
                 if points:
-                    series.append({"kind": "test", "run": record.name, "color": color, **points})
+                    whole = {name: list(values) for name, values in points.items()}
+                    series.append({"kind": "test", "run": record.name, "color": color, **whole})
         if series:
             title = {"title": curve.title, "unit": curve.unit}
             charts.append({"kind": "lines", **title, "series": series})
@@ -125,9 +127,10 @@ def _training_series(record: Record, curve: _Curve, color: int) -> list[dict[str
     return [{"kind": "noise", **common, **thinned}, {"kind": "training", **common, **means}]
 
 
-def _points(lines: Sequence[dict[str, Any]], key: str, factor: float) -> dict[str, list[float]]:
-    """Returns a figure with its places on the three axes; lines without it, or with none finite."""
-    found: dict[str, list[float]] = {"step": [], "tokens": [], "minutes": [], "y": []}
+def _points(lines: Sequence[dict[str, Any]], key: str, factor: float) -> dict[str, array[Any]]:
+    """Returns a figure with its places on the three axes, where it is finite."""
+    kinds = {"step": "q", "tokens": "q", "minutes": "d", "y": "d"}
+    found: dict[str, array[Any]] = {name: array(kind) for name, kind in kinds.items()}
     for line in lines:
         value = line.get(key)
         if isinstance(value, int | float) and math.isfinite(value):
