@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from kiem.inference.arena import Arena
 from kiem.inference.kernels import Form, LayerKernel, Matrix, Product, load_kernels
 from kiem.inference.quantize import KERNEL_DTYPES, EmbeddingWeights, Weights
 from kiem.model.cache import LayerCache
@@ -32,18 +33,19 @@ def prepare(model: Gemma3, quantize: Literal["none", "int8", "int4"]) -> None:
     stored: Form = "bf16" if model.dtype == torch.bfloat16 else "fp32"
     form: Form = stored if quantize == "none" else quantize
     body = model.model
-    embedding = EmbeddingWeights(body.embed_tokens.weight.detach(), form, model.dtype)
-    body.set_submodule("embed_tokens", embedding)
+    arena = Arena()  # filled in the order in which a token reads
     for number, layer in enumerate(body.layers):
         assert isinstance(layer, Layer)
         has_kernels = not isinstance(load_kernels(), str) and model.dtype in KERNEL_DTYPES
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear):
-                weights = Weights(module.weight.detach(), form, model.dtype)
+                weights = Weights(module.weight.detach(), form, model.dtype, arena)
                 layer.set_submodule(name, weights)
                 has_kernels &= weights.product is not None
         if has_kernels and model.config.head_dim % _VECTOR == 0:
             body.layers[number] = DecodingLayer(layer, model.dtype)
+    embedding = EmbeddingWeights(body.embed_tokens.weight.detach(), form, model.dtype, arena)
+    body.set_submodule("embed_tokens", embedding)
 
 
 class DecodingLayer(nn.Module):

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kiem.inference.arena import Arena
 from kiem.inference.kernels import (
     BLOCK_ROWS,
     Form,
@@ -57,7 +58,15 @@ class Weights(nn.Module):
     stored: Tensor
     scales: Tensor | None
 
-    def __init__(self, weight: Tensor, form: Form, dtype: torch.dtype, *, in_fp32: bool = False):
+    def __init__(
+        self,
+        weight: Tensor,
+        form: Form,
+        dtype: torch.dtype,
+        arena: Arena | None = None,
+        *,
+        in_fp32: bool = False,
+    ):
         super().__init__()
         self.num_rows, self.num_columns = weight.shape
         self.form = form
@@ -65,7 +74,7 @@ class Weights(nn.Module):
         self.in_fp32 = in_fp32
         scales = None
         if form in ("int8", "int4"):
-            weight, scales = quantize_matrix(weight, form)
+            weight, scales = quantize_matrix(weight, form, arena)
         self.register_buffer("stored", weight)
         self.register_buffer("scales", scales)
         self.product: Product | None = None
@@ -98,9 +107,9 @@ class Weights(nn.Module):
 class EmbeddingWeights(nn.Module):
     """The embedding, which is also the output layer."""
 
-    def __init__(self, weight: Tensor, form: Form, dtype: torch.dtype):
+    def __init__(self, weight: Tensor, form: Form, dtype: torch.dtype, arena: Arena):
         super().__init__()
-        self.weights = Weights(weight, form, dtype, in_fp32=True)
+        self.weights = Weights(weight, form, dtype, arena, in_fp32=True)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Returns the rows of token ids [...], [..., K]."""
@@ -116,8 +125,10 @@ def can_quantize(model: Gemma3) -> bool:
     return all(p.shape[1] % _INT8_GROUP == 0 for p in model.parameters() if p.ndim == 2)
 
 
-def quantize_matrix(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """Returns a matrix [N, K] as uint8 and bf16 scales, packed."""
+def quantize_matrix(
+    weight: Tensor, form: Form, arena: Arena | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns a matrix [N, K] as uint8 and bf16 scales, packed; kernels make them in the arena."""
     if isinstance(load_kernels(), str) or weight.dtype not in KERNEL_DTYPES:
         return pack(*(round_to_int8(weight) if form == "int8" else round_to_int4(weight)), form)
     num_rows, num_columns = weight.shape
@@ -125,8 +136,9 @@ def quantize_matrix(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     num_words, group = (
         (num_columns // 4, _INT8_GROUP) if form == "int8" else (num_columns // 8, _INT4_GROUP)
     )
-    stored = torch.empty(num_blocks, num_words, BLOCK_ROWS, 4, dtype=torch.uint8)
-    scales = torch.empty(num_blocks, num_columns // group, BLOCK_ROWS, dtype=torch.bfloat16)
+    arena = arena or Arena()
+    stored = arena.empty(num_blocks, num_words, BLOCK_ROWS, 4, dtype=torch.uint8)
+    scales = arena.empty(num_blocks, num_columns // group, BLOCK_ROWS, dtype=torch.bfloat16)
     quantize(weight, stored, scales, form)
     return stored, scales
 
