@@ -83,7 +83,7 @@ def test_int4_is_no_worse_than_the_usual_scale() -> None:
     """The usual one (as in Q4_0): the largest value becomes -8."""
     weight = matrix(40, 384)
     found = dequantized(weight, "int4")
-    groups = weight.unflatten(1, (-1, 32))
+    groups = weight.unflatten(1, (-1, 64))
     scales = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -8
     usual = ((groups / scales).nan_to_num().round().clamp(-8, 7) * scales).flatten(1)
     errors = [(other - weight).square().sum() for other in (found, usual)]

@@ -1,7 +1,7 @@
 """How inference keeps weights on the CPU: as stored, or quantized to 8 or 4 bits in groups.
 
 Both are symmetric: a weight is a whole number times its group's scale, which is bf16. int8 has a
-scale for every 128 weights of a row, the largest magnitude / 127; int4 one for every 32, the one of
+scale for every 128 weights of a row, the largest magnitude / 127; int4 one for every 64, the one of
 some candidates with the least squared error (numbers -8 to 7). The embedding, which is also the
 output layer, is quantized like the matrices; norms stay as they are. Where there are no kernels,
 torch does the same here, to the bit. Shapes:
@@ -39,7 +39,7 @@ from kiem.model.gemma3 import Gemma3
 MOST_TOKENS = 16
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 _INT8_GROUP = 128
-_INT4_GROUP = 32
+_INT4_GROUP = 64
 # Widths are multiples of this: a group of int8; what the kernels take at once of fp32 and bf16.
 _COLUMNS_STEP = {"int8": 128, "int4": 128, "fp32": 32, "bf16": 32}
 _OFFSETS = {"int8": 128, "int4": 8}
@@ -154,7 +154,7 @@ def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def round_to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Returns numbers int8 [N, K], -8 to 7, and bf16 scales [N, G] of a matrix [N, K]."""
-    groups = weight.float().unflatten(1, (-1, _INT4_GROUP))  # N G 32
+    groups = weight.float().unflatten(1, (-1, _INT4_GROUP))  # N G 64
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))  # N G 1
     least = torch.full(groups.shape[:-1], torch.inf)  # N G
     best_scale = torch.zeros_like(least)

@@ -85,7 +85,7 @@ template <class T> struct Plain {
 // each byte. Scales: [num_rows / 16, k / SCALED, 16 rows]. The last rows are filled up to 16.
 template <int BITS> struct Packed {
     static const int ROWS = 16, OFFSET = BITS == 8 ? 128 : 8;
-    static const long SCALED = BITS == 8 ? 128 : 32;  // weights with one scale
+    static const long SCALED = BITS == 8 ? 128 : 64;  // weights with one scale
     static const long WORDS = GROUP * BITS / 32;      // vectors of a group
     const UInt16 *weights;
     const uint16_t *scales;
