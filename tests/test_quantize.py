@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kiem.inference import kernels
+from kiem.inference.arena import Arena
 from kiem.inference.decoding import prepare
 from kiem.inference.kernels import Form, load_kernels
 from kiem.inference.quantize import (
@@ -82,7 +83,7 @@ def test_int4_is_no_worse_than_the_usual_scale() -> None:
     """The usual one (as in Q4_0): the largest value becomes -8."""
     weight = matrix(40, 384)
     found = dequantized(weight, "int4")
-    groups = weight.unflatten(1, (-1, 32))
+    groups = weight.unflatten(1, (-1, 64))
     scales = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -8
     usual = ((groups / scales).nan_to_num().round().clamp(-8, 7) * scales).flatten(1)
     errors = [(other - weight).square().sum() for other in (found, usual)]
@@ -164,6 +165,22 @@ def test_every_processor_finds_the_same(
     monkeypatch.setattr(kernels, "load_kernels", lambda: other)
     for found, wanted in zip(results(), expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_an_arena_gives_each_tensor_lines_of_its_own() -> None:
+    """Also those larger than a piece, and when the arena is gone before the tensors."""
+    arena = Arena()
+    shapes = [(3, 5), (1,), (17, 1 << 22), (2, 1 << 20), (7, 9)]
+    tensors = [arena.empty(*shape, dtype=torch.bfloat16) for shape in shapes]
+    del arena
+    for number, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True), start=1):
+        assert tensor.shape == shape
+        assert tensor.data_ptr() % 64 == 0
+        assert (tensor.view(torch.int16)[-1] == 0).all()
+        tensor[0] = tensor[-1] = number
+    for number, tensor in enumerate(tensors, start=1):
+        assert (tensor[0] == number).all()
+        assert (tensor[-1] == number).all()
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])

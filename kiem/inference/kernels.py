@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kiem.errors import UserError
 from kiem.files import write_bytes
+from kiem.model.cache import LayerCache
 
 Form = Literal["fp32", "bf16", "int8", "int4"]
 # Rows of int8 and int4 matrices lie interleaved in blocks of so many.
@@ -85,10 +86,28 @@ class _Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, _Product) for name in ("project", "join", "widen", "narrow")),
-        ("q_gain", ctypes.c_void_p),
-        ("k_gain", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("q_gain", "k_gain")),
         *((name, ctypes.c_long) for name in ("num_heads", "num_kv_heads", "c")),
         ("scale", ctypes.c_float),
+    )
+
+
+class _Held(ctypes.Structure):
+    """The struct Held of native/layer.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, ctypes.c_long) for name in ("num_entries", "is_sliding")),
+    )
+
+
+class _Body(ctypes.Structure):
+    """The struct Body of native/layer.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("layers", "gain")),
+        ("num_layers", ctypes.c_long),
+        ("eps", ctypes.c_float),
     )
 
 
@@ -151,7 +170,10 @@ class Product:
 
 
 class LayerKernel:
-    """All that a layer does to one new token in each of B sequences, in one call.
+    """All that a layer does to one new token in each of B sequences.
+
+    Attributes:
+        struct: it, for C++; alive as long as this object.
 
     Args:
         products: queries, keys and values of the normed input; the attention's output; gate times
@@ -168,10 +190,9 @@ class LayerKernel:
         num_kv_heads: int,
         scale: float,
     ):
-        self._kernels = kernels()
         self._kept = products, gains
         head_dim = len(gains[0])
-        self._struct = _Layer(
+        self.struct = _Layer(
             *(product.struct for product in products),
             *map(_address, gains),
             products[1].struct.k // head_dim,
@@ -179,31 +200,56 @@ class LayerKernel:
             head_dim,
             scale,
         )
-        self._pointer = ctypes.byref(self._struct)
+
+
+class LayerKernels:
+    """All layers and the last norm, in one call.
+
+    Args:
+        layers: from the first to the last.
+        gain: of the last norm, [D].
+        eps: of that norm.
+    """
+
+    def __init__(self, layers: Sequence[LayerKernel], gain: Tensor, eps: float):
+        self._kernels = kernels()
+        self._kept = layers, gain
+        self._layers = (ctypes.c_void_p * len(layers))(
+            *(ctypes.addressof(layer.struct) for layer in layers)
+        )
+        self._body = _Body(ctypes.addressof(self._layers), gain.data_ptr(), len(layers), eps)
+        self._pointer = ctypes.byref(self._body)
+        self._held = _Held * len(layers)
 
     def __call__(
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
-        cache: tuple[Tensor, Tensor],
+        cache: Sequence[LayerCache],
         positions: Tensor,
         first_slot: int,
-    ) -> Tensor:
-        """Returns the layer's output [B, 1, D] of x [B, 1, D]; writes into the cache.
+    ) -> None:
+        """Replaces x [B, 1, D] by the normed output of the last layer; writes into the cache.
 
         Args:
-            x: the tokens' input.
-            rotary: cosines and sines at their positions, fp32 with B * C values.
-            cache: keys and values of all slots, [N, K, S, C].
-            positions: int64, B values.
+            x: the tokens' input, contiguous.
+            rotary: cosines and sines at their positions, fp32 [2, B, C / 2], contiguous, of full
+                layers and of sliding ones.
+            cache: keys and values of all slots, by layer.
+            positions: int64, B values, contiguous.
             first_slot: the slot of the first sequence; the others follow it.
         """
-        tensors = [x.contiguous(), *rotary, *cache, positions]
-        assert all(tensor.is_contiguous() for tensor in tensors)
-        y = torch.empty_like(tensors[0])
-        pointers = (tensor.data_ptr() for tensor in [*tensors, y])
-        self._kernels.kiem_layer(self._pointer, *pointers, len(x), first_slot, cache[0].shape[2])
-        return y
+        held = [
+            _Held(
+                layer.keys.data_ptr(),
+                layer.values.data_ptr(),
+                layer.keys.shape[2],
+                layer.is_sliding,
+            )
+            for layer in cache
+        ]
+        pointers = (tensor.data_ptr() for tensor in (x, *rotary, positions))
+        self._kernels.kiem_layers(self._pointer, self._held(*held), *pointers, len(x), first_slot)
 
 
 def quantize(weight: Tensor, stored: Tensor, scales: Tensor, form: Form) -> None:
@@ -276,7 +322,7 @@ def open_library(library: Path) -> ctypes.CDLL | str:
     pointer, number = ctypes.c_void_p, ctypes.c_long
     arguments: dict[str, list[Any]] = {
         "kiem_linear": [pointer] * 4 + [number],
-        "kiem_layer": [pointer] * 8 + [number] * 3,
+        "kiem_layers": [pointer] * 6 + [number] * 2,
         "kiem_quantize": [pointer] * 3 + [number] * 4,
         "kiem_unpack": [pointer] * 3 + [number] * 4,
     }

@@ -1,7 +1,7 @@
 """How inference keeps weights on the CPU: as stored, or quantized to 8 or 4 bits in groups.
 
 Both are symmetric: a weight is a whole number times its group's scale, which is bf16. int8 has a
-scale for every 128 weights of a row, the largest magnitude / 127; int4 one for every 32, the one of
+scale for every 128 weights of a row, the largest magnitude / 127; int4 one for every 64, the one of
 some candidates with the least squared error (numbers -8 to 7). The embedding, which is also the
 output layer, is quantized like the matrices; norms stay as they are. Where there are no kernels,
 torch does the same here, to the bit. Shapes:
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kiem.inference.arena import Arena
 from kiem.inference.kernels import (
     BLOCK_ROWS,
     Form,
@@ -38,7 +39,7 @@ from kiem.model.gemma3 import Gemma3
 MOST_TOKENS = 16
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 _INT8_GROUP = 128
-_INT4_GROUP = 32
+_INT4_GROUP = 64
 # Widths are multiples of this: a group of int8; what the kernels take at once of fp32 and bf16.
 _COLUMNS_STEP = {"int8": 128, "int4": 128, "fp32": 32, "bf16": 32}
 _OFFSETS = {"int8": 128, "int4": 8}
@@ -57,7 +58,15 @@ class Weights(nn.Module):
     stored: Tensor
     scales: Tensor | None
 
-    def __init__(self, weight: Tensor, form: Form, dtype: torch.dtype, *, in_fp32: bool = False):
+    def __init__(
+        self,
+        weight: Tensor,
+        form: Form,
+        dtype: torch.dtype,
+        arena: Arena | None = None,
+        *,
+        in_fp32: bool = False,
+    ):
         super().__init__()
         self.num_rows, self.num_columns = weight.shape
         self.form = form
@@ -65,7 +74,7 @@ class Weights(nn.Module):
         self.in_fp32 = in_fp32
         scales = None
         if form in ("int8", "int4"):
-            weight, scales = quantize_matrix(weight, form)
+            weight, scales = quantize_matrix(weight, form, arena)
         self.register_buffer("stored", weight)
         self.register_buffer("scales", scales)
         self.product: Product | None = None
@@ -98,9 +107,9 @@ class Weights(nn.Module):
 class EmbeddingWeights(nn.Module):
     """The embedding, which is also the output layer."""
 
-    def __init__(self, weight: Tensor, form: Form, dtype: torch.dtype):
+    def __init__(self, weight: Tensor, form: Form, dtype: torch.dtype, arena: Arena):
         super().__init__()
-        self.weights = Weights(weight, form, dtype, in_fp32=True)
+        self.weights = Weights(weight, form, dtype, arena, in_fp32=True)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Returns the rows of token ids [...], [..., K]."""
@@ -116,8 +125,10 @@ def can_quantize(model: Gemma3) -> bool:
     return all(p.shape[1] % _INT8_GROUP == 0 for p in model.parameters() if p.ndim == 2)
 
 
-def quantize_matrix(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """Returns a matrix [N, K] as uint8 and bf16 scales, packed."""
+def quantize_matrix(
+    weight: Tensor, form: Form, arena: Arena | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns a matrix [N, K] as uint8 and bf16 scales, packed; kernels make them in the arena."""
     if isinstance(load_kernels(), str) or weight.dtype not in KERNEL_DTYPES:
         return pack(*(round_to_int8(weight) if form == "int8" else round_to_int4(weight)), form)
     num_rows, num_columns = weight.shape
@@ -125,8 +136,9 @@ def quantize_matrix(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     num_words, group = (
         (num_columns // 4, _INT8_GROUP) if form == "int8" else (num_columns // 8, _INT4_GROUP)
     )
-    stored = torch.empty(num_blocks, num_words, BLOCK_ROWS, 4, dtype=torch.uint8)
-    scales = torch.empty(num_blocks, num_columns // group, BLOCK_ROWS, dtype=torch.bfloat16)
+    arena = arena or Arena()
+    stored = arena.empty(num_blocks, num_words, BLOCK_ROWS, 4, dtype=torch.uint8)
+    scales = arena.empty(num_blocks, num_columns // group, BLOCK_ROWS, dtype=torch.bfloat16)
     quantize(weight, stored, scales, form)
     return stored, scales
 
@@ -142,7 +154,7 @@ def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def round_to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Returns numbers int8 [N, K], -8 to 7, and bf16 scales [N, G] of a matrix [N, K]."""
-    groups = weight.float().unflatten(1, (-1, _INT4_GROUP))  # N G 32
+    groups = weight.float().unflatten(1, (-1, _INT4_GROUP))  # N G 64
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))  # N G 1
     least = torch.full(groups.shape[:-1], torch.inf)  # N G
     best_scale = torch.zeros_like(least)

@@ -164,6 +164,7 @@ class Gemma3(nn.Module):
         config: its shape.
         recompute: what the backward pass computes again instead of keeping it; see `run_layer`.
         run_layer: how training runs a layer: `run_layer`, or what torch.compile made of it.
+        run_token: what inference takes for `hidden_states` of one token a sequence, if faster.
     """
 
     def __init__(self, config: Gemma3Config):
@@ -172,6 +173,7 @@ class Gemma3(nn.Module):
         self.recompute: Recompute = "none"
         self.model = Body(config)
         self.run_layer = run_layer
+        self.run_token: Callable[[Tensor, CachePass], Tensor] | None = None
 
     def compile_layers(self) -> None:
         """Lets torch.compile make kernels for the layers, on their first pass with gradients."""
@@ -215,15 +217,15 @@ class Gemma3(nn.Module):
             cached: the cache of the tokens before, and where in it these go.
         """
         assert bos_id is None or cached is None
+        if cached is not None and self.run_token is not None and input_ids.shape[1] == 1:
+            return self.run_token(input_ids, cached)
         return self._run_layers(self.model.embed_tokens(input_ids), input_ids, bos_id, cached)
 
     def _run_layers(
         self, rows: Tensor, input_ids: Tensor, bos_id: int | None, cached: CachePass | None
     ) -> Tensor:
         # Gemma rounds the scale to the embedding's precision.
-        scale = torch.tensor(
-            self.config.hidden_size**0.5, dtype=self.dtype, device=input_ids.device
-        )
+        scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype, device=rows.device)
         x = rows * scale  # B T D
         contexts = {
             sliding: self._cached_context(cached, sliding)
@@ -307,11 +309,16 @@ def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Rotary:
     """Returns the rotary embedding's cosines and sines (arXiv:2104.09864) at positions [..., T]."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequencies = theta ** -(exponents / head_dim)  # C/2
+    frequencies = rotary_frequencies(head_dim, theta, positions.device)  # C/2
     angles = positions.float()[..., None] * frequencies  # ... T C/2
     angles = torch.cat([angles, angles], dim=-1)  # ... T C
     return Rotary(angles.cos(), angles.sin())
+
+
+def rotary_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Returns the rotary angles of position 1, fp32 [C / 2]."""
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    return theta ** -(exponents / head_dim)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:

@@ -5,7 +5,7 @@
 
 #include "linear.h"
 
-// Norm, then the rotary turn by angles with these cosines and sines, of one head with c values.
+// Norm, then the rotary turn by angles with these cosines and sines [c / 2], of one head with c values.
 template <class T>
 static void norm_and_turn(const T *x, const T *gain, const float *cos, const float *sin, float *out, long c, float eps) {
     static thread_local std::vector<float> normed;
@@ -14,7 +14,7 @@ static void norm_and_turn(const T *x, const T *gain, const float *cos, const flo
     for (long i = 0; i < c / 2; i++) {
         float first = normed[i], second = normed[i + c / 2];
         out[i] = first * cos[i] - second * sin[i];
-        out[i + c / 2] = second * cos[i + c / 2] + first * sin[i + c / 2];
+        out[i + c / 2] = second * cos[i] + first * sin[i];
     }
 }
 
@@ -120,11 +120,11 @@ static void attend(const T *projected, const T *q_gain, const T *k_gain, const f
     for (long b = 0; b < batch; b++) {
         const T *q = projected + b * (num_heads + 2 * num_kv_heads) * c;
         for (long h = 0; h < num_heads; h++)
-            norm_and_turn(q + h * c, q_gain, cos + b * c, sin + b * c, turned + (b * num_heads + h) * c, c, eps);
+            norm_and_turn(q + h * c, q_gain, cos + b * c / 2, sin + b * c / 2, turned + (b * num_heads + h) * c, c, eps);
         for (long h = 0; h < num_kv_heads; h++) {
             const T *k = q + (num_heads + h) * c;
             long to = ((b * num_kv_heads + h) * num_entries + positions[b] % num_entries) * c;
-            norm_and_turn(k, k_gain, cos + b * c, sin + b * c, turned_key, c, eps);
+            norm_and_turn(k, k_gain, cos + b * c / 2, sin + b * c / 2, turned_key, c, eps);
             for (long i = 0; i < c; i += 16) store16(keys + to + i, load16(turned_key + i));
             memcpy(values + to, k + num_kv_heads * c, c * sizeof(T));
         }

@@ -11,18 +11,14 @@ extern "C" void kiem_linear(const Product *product, const void *x, const void *r
     else linear(*product, (const float *)x, (const float *)residual, y, batch);
 }
 
-// A layer for one new token in each of `batch` slots, the first of them number `first_slot`. x, y: [batch, width];
-// cos, sin: fp32 [batch, c]; keys, values: the layer's cache, [slots, num_kv_heads, num_entries, c], where the
-// token at position p is entry p % num_entries. All but cos and sin are bf16 or all fp32.
-extern "C" void kiem_layer(const Layer *layer, const void *x, const float *cos, const float *sin, void *keys,
-                           void *values, const int64_t *positions, void *y, long batch, long first_slot,
-                           long num_entries) {
-#define LAYER(T)                                                                                                \
-    run_layer(*layer, (const T *)x, cos, sin, (T *)keys, (T *)values, positions, (T *)y, batch, first_slot, \
-              num_entries)
-    if (layer->project.is_bf16) LAYER(uint16_t);
-    else LAYER(float);
-#undef LAYER
+// All layers and the last norm for one new token in each of `batch` slots, the first of them number
+// `first_slot`. x: [batch, width], replaced by the result; cos, sin: fp32 [2, batch, c / 2], of full layers
+// and of sliding ones; the token at position p is entry p % num_entries of what a layer holds. All but cos
+// and sin are bf16 or all fp32.
+extern "C" void kiem_layers(const Body *body, const Held *held, void *x, const float *cos, const float *sin,
+                            const int64_t *positions, long batch, long first_slot) {
+    if (body->layers[0]->project.is_bf16) run_layers(*body, held, (uint16_t *)x, cos, sin, positions, batch, first_slot);
+    else run_layers(*body, held, (float *)x, cos, sin, positions, batch, first_slot);
 }
 
 // Weights [num_rows, k] in fp32 or bf16 to 8 or 4 bits.

@@ -1,6 +1,7 @@
 // Matrix products of few rows with weights that stay as they are stored, y[b, n] = sum_k x[b, k] w[n, k].
 //
-// Decoding reads every weight once for a handful of rows, so memory is the limit. All sums of a row are
+// Decoding reads every weight once for a handful of rows, so memory is the limit: while some rows of a
+// matrix are multiplied, those that the thread takes next are fetched into its cache. All sums of a row are
 // made in the same order, whatever the number of rows: a row's result does not depend on its neighbours.
 //
 // int8 and int4 weights are multiplied in whole numbers. 16 rows of the matrix lie interleaved, so that a
@@ -10,14 +11,11 @@
 
 #pragma once
 
-#include <algorithm>
-#include <omp.h>
 #include <vector>
 
+#include "shares.h"
 #include "vectors.h"
 
-// How far ahead of use weights are asked for.
-static const long PREFETCH_BYTES = 4096;
 static const long GROUP = 32;  // values of x with one scale
 
 struct Matrix {
@@ -43,13 +41,15 @@ template <class T> struct Plain {
 
     Plain(const Matrix &matrix, long k) : weights((const T *)matrix.weights), num_rows(matrix.num_rows), k(k) {}
 
-    template <int NUM_ROWS, int BATCH> void dot_rows(long n, const Rows &x, long from, float (*out)[16]) const {
+    const char *place(long n) const { return (const char *)(weights + n * k); }
+
+    template <int NUM_ROWS, int BATCH>
+    void dot_rows(long n, const Rows &x, long from, float (*out)[16], long ahead) const {
         Float16 sums[NUM_ROWS][BATCH] = {};
         const T *w = weights + n * k;
         for (long at = 0; at < k; at += 32) {
             for (int r = 0; r < NUM_ROWS; r++)
-                for (long ahead = 0; ahead < 32; ahead += 64 / sizeof(T))
-                    __builtin_prefetch((const char *)(w + r * k + at + ahead) + PREFETCH_BYTES);
+                for (long i = 0; i < 32; i += 64 / sizeof(T)) fetch((const char *)(w + r * k + at + i) + ahead);
 #pragma GCC unroll 2
             for (int i = 0; i < 32; i += 16) {
                 Float16 ws[NUM_ROWS];
@@ -65,12 +65,12 @@ template <class T> struct Plain {
             for (int b = 0; b < BATCH; b++) out[b][r] = sum(sums[r][b]);
     }
 
-    template <int BATCH> void dot(long n, const Rows &x, long from, float (*out)[16]) const {
+    template <int BATCH> void dot(long n, const Rows &x, long from, float (*out)[16], const char *next) const {
         const int together = BATCH > 4 ? 2 : ROWS;  // as many as there are registers for
-        long end = std::min(n + ROWS, num_rows);
-        long row = n;
-        for (; row + together <= end; row += together) dot_rows<together, BATCH>(row, x, from, lanes(out, row - n));
-        for (; row < end; row++) dot_rows<1, BATCH>(row, x, from, lanes(out, row - n));
+        long end = std::min(n + ROWS, num_rows), row = n, ahead = next - place(n);
+        for (; row + together <= end; row += together)
+            dot_rows<together, BATCH>(row, x, from, lanes(out, row - n), ahead);
+        for (; row < end; row++) dot_rows<1, BATCH>(row, x, from, lanes(out, row - n), ahead);
     }
 
     static float (*lanes(float (*out)[16], long lane))[16] { return (float (*)[16])(out[0] + lane); }
@@ -85,7 +85,7 @@ template <class T> struct Plain {
 // each byte. Scales: [num_rows / 16, k / SCALED, 16 rows]. The last rows are filled up to 16.
 template <int BITS> struct Packed {
     static const int ROWS = 16, OFFSET = BITS == 8 ? 128 : 8;
-    static const long SCALED = BITS == 8 ? 128 : 32;  // weights with one scale
+    static const long SCALED = BITS == 8 ? 128 : 64;  // weights with one scale
     static const long WORDS = GROUP * BITS / 32;      // vectors of a group
     const UInt16 *weights;
     const uint16_t *scales;
@@ -93,8 +93,11 @@ template <int BITS> struct Packed {
 
     Packed(const Matrix &matrix, long k) : weights((const UInt16 *)matrix.weights), scales(matrix.scales), k(k) {}
 
-    template <int BATCH> void dot(long n, const Rows &x, long from, float (*out)[16]) const {
+    const char *place(long n) const { return (const char *)(weights + n / ROWS * (k / GROUP * WORDS)); }
+
+    template <int BATCH> void dot(long n, const Rows &x, long from, float (*out)[16], const char *next) const {
         Float16 sums[BATCH] = {};
+        const long ahead = next - place(n);
         const UInt16 *w = weights + n / ROWS * (k / GROUP * WORDS);
         const uint16_t *scale = scales + n * (k / SCALED);
         for (long at = 0; at < k; at += SCALED, scale += ROWS) {
@@ -106,7 +109,7 @@ template <int BITS> struct Packed {
                 const int8_t *numbers = x.numbers + from * k + group * GROUP;
 #pragma GCC unroll 8
                 for (int i = 0; i < WORDS; i++) {
-                    __builtin_prefetch((const char *)(w + i) + PREFETCH_BYTES);
+                    fetch((const char *)(w + i) + ahead);
                     UInt16 words = load<UInt16>(w + i);
 #pragma GCC unroll 8
                     for (int b = 0; b < BATCH; b++) {
@@ -147,17 +150,19 @@ template <int BITS> struct Packed {
     }
 };
 
+// Products of the rows from number n on with some of x; `next` is what to fetch meanwhile.
 template <class Format>
-static void dot_batch(const Format &format, long n, const Rows &x, long from, long batch, float (*out)[16]) {
+static void dot_batch(const Format &format, long n, const Rows &x, long from, long batch, float (*out)[16],
+                      const char *next) {
     switch (batch) {
-        case 1: format.template dot<1>(n, x, from, out); break;
-        case 2: format.template dot<2>(n, x, from, out); break;
-        case 3: format.template dot<3>(n, x, from, out); break;
-        case 4: format.template dot<4>(n, x, from, out); break;
-        case 5: format.template dot<5>(n, x, from, out); break;
-        case 6: format.template dot<6>(n, x, from, out); break;
-        case 7: format.template dot<7>(n, x, from, out); break;
-        case 8: format.template dot<8>(n, x, from, out); break;
+        case 1: format.template dot<1>(n, x, from, out, next); break;
+        case 2: format.template dot<2>(n, x, from, out, next); break;
+        case 3: format.template dot<3>(n, x, from, out, next); break;
+        case 4: format.template dot<4>(n, x, from, out, next); break;
+        case 5: format.template dot<5>(n, x, from, out, next); break;
+        case 6: format.template dot<6>(n, x, from, out, next); break;
+        case 7: format.template dot<7>(n, x, from, out, next); break;
+        case 8: format.template dot<8>(n, x, from, out, next); break;
     }
 }
 
@@ -171,27 +176,28 @@ static void multiply(const Matrix *matrices, long num_matrices, bool is_gated, c
         first_items[m + 1] = first_items[m] + (matrices[m].num_rows + Format::ROWS - 1) / Format::ROWS;
         first_rows[m + 1] = first_rows[m] + matrices[m].num_rows;
     }
-    long num_items = first_items[num_parts];
-    // Not in equal halves: another program may hold up one of the threads.
-    long chunk = std::max(1L, num_items / (16 * omp_get_max_threads()));
-#pragma omp parallel for schedule(dynamic, chunk)
-    for (long item = 0; item < num_items; item++) {
+    auto part_of = [&](long item) {
         long m = 0;
         while (item >= first_items[m + 1]) m++;
-        long n = (item - first_items[m]) * Format::ROWS;
+        return m;
+    };
+    share_out(first_items[num_parts], [&](long item, long next_item) {
+        long m = part_of(item), next_m = part_of(next_item), n = (item - first_items[m]) * Format::ROWS;
         long num_rows = std::min<long>(Format::ROWS, matrices[m].num_rows - n);
+        Format format(matrices[m], x.k), second(matrices[is_gated ? 1 : m], x.k);
+        const char *next = Format(matrices[next_m], x.k).place((next_item - first_items[next_m]) * Format::ROWS);
         for (long from = 0; from < batch; from += 8) {
             long some = std::min(8L, batch - from);
-            alignas(64) float out[8][16] = {}, up[8][16] = {};
-            dot_batch(Format(matrices[m], x.k), n, x, from, some, out);
+            alignas(64) float out[8][16], up[8][16];
+            dot_batch(format, n, x, from, some, out, is_gated ? second.place(n) : next);
             if (is_gated) {
-                dot_batch(Format(matrices[1], x.k), n, x, from, some, up);
+                dot_batch(second, n, x, from, some, up, next);
                 for (long b = 0; b < some; b++) store(out[b], gelu(load<Float16>(out[b])) * load<Float16>(up[b]));
             }
             for (long b = 0; b < some; b++)
                 memcpy(y + (from + b) * width + first_rows[m] + n, out[b], num_rows * sizeof(float));
         }
-    }
+    });
 }
 
 // Rounds a row of x to int8, with a scale for every 32 values: the largest magnitude becomes 127.

@@ -23,27 +23,28 @@ static float quantize_group8(const float *weights, Float16 *numbers) {
     return scale;
 }
 
-// 32 weights: numbers, and the scale with the least squared error.
+// 64 weights: numbers, and the scale with the least squared error.
 static float quantize_group4(const float *weights, Float16 *numbers) {
     float extreme = weights[0];
-    for (int i = 1; i < 32; i++) extreme = std::fabs(weights[i]) > std::fabs(extreme) ? weights[i] : extreme;
-    Float16 first = load16(weights), second = load16(weights + 16);
+    for (int i = 1; i < 64; i++) extreme = std::fabs(weights[i]) > std::fabs(extreme) ? weights[i] : extreme;
     alignas(64) float scales[16], inverses[16];
     store(scales, to_bf16_and_back(extreme / INT4_STEPS));
     for (int i = 0; i < NUM_STEPS; i++) inverses[i] = inverse_of(scales[i]);
     float errors[NUM_STEPS];
     for (int i = 0; i < NUM_STEPS; i++) {
-        Float16 error_a = numbers_of(first, inverses[i], -8.0f, 7.0f) * scales[i] - first;
-        Float16 error_b = numbers_of(second, inverses[i], -8.0f, 7.0f) * scales[i] - second;
-        errors[i] = sum(error_a * error_a + error_b * error_b);
+        Float16 squares[4];
+        for (int j = 0; j < 4; j++) {
+            Float16 part = load16(weights + 16 * j), error = numbers_of(part, inverses[i], -8.0f, 7.0f) * scales[i] - part;
+            squares[j] = error * error;
+        }
+        errors[i] = sum((squares[0] + squares[2]) + (squares[1] + squares[3]));
     }
     int best = int(std::min_element(errors, errors + NUM_STEPS) - errors);
     if (!(errors[best] < INFINITY)) {  // weights whose squares are beyond fp32: as in torch
-        numbers[0] = numbers[1] = Float16{};
+        for (int j = 0; j < 4; j++) numbers[j] = Float16{};
         return 0;
     }
-    numbers[0] = numbers_of(first, inverses[best], -8.0f, 7.0f);
-    numbers[1] = numbers_of(second, inverses[best], -8.0f, 7.0f);
+    for (int j = 0; j < 4; j++) numbers[j] = numbers_of(load16(weights + 16 * j), inverses[best], -8.0f, 7.0f);
     return scales[best];
 }
 
