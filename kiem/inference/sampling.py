@@ -83,7 +83,7 @@ def choose_token(
     logits = penalize_repetition(logits, ids, sampling.repetition_penalty)
     if sampling.temperature == 0:
         # On CPUs torch's takes thirty times as long as numpy's.
-        return int(logits.argmax() if logits.is_cuda else logits.numpy().argmax())
+        return int(logits.numpy().argmax() if logits.device.type == "cpu" else logits.argmax())
     scaled, tokens = filtered(logits, sampling)  # N
     sums = scaled.double().softmax(0).cumsum(0).cpu()  # N
     chance = torch.rand((), generator=generator, dtype=torch.float64) * sums[-1]
