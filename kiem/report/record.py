@@ -58,7 +58,8 @@ class Updates(Sequence[dict[str, Any]]):
         return self._num
 
     def __getitem__(self, index: Any) -> Any:
-        figures = {name: column[index] for name, column in self._columns.items()}
+        place = range(self._num)[index]
+        figures = {name: column[place] for name, column in self._columns.items()}
         return {
             name: int(value) if name in _INTEGERS else value
             for name, value in figures.items()
