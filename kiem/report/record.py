@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,15 +111,8 @@ def read_record(directory: Path) -> Record:
             fix="Name a folder that training.py made, such as trained_models/gemma3-1b-dutch-...",
             exit_code=ExitCode.NOT_FOUND,
         )
-    updates, others, num_damaged = Updates(), list[dict[str, Any]](), 0
-    for line, goes_back in _lines(path):
-        if line is None:
-            num_damaged += 1
-            continue
-        if goes_back:
-            _drop_from(line["step"], updates)
-            _drop_from(line["step"], others)
-        (updates if line.keys() >= _UPDATE_KEYS else others).append(line)
+    updates, others = Updates(), list[dict[str, Any]]()
+    num_damaged = _read_lines(path, updates, others)
     evaluations = [line for line in others if line.keys() >= _TEST_KEYS]
     summary = _mapping(directory / "final_model" / SUMMARY_FILE)
     evaluation = _mapping(directory / EVALUATION_FILE)
@@ -141,36 +134,29 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     What a run did again after it was resumed replaces what it did before.
     """
     kept: list[dict[str, Any]] = []
-    num_damaged = 0
-    for line, goes_back in _lines(path):
-        if line is None:
-            num_damaged += 1
-            continue
-        if goes_back:
-            _drop_from(line["step"], kept)
-        kept.append(line)
-    return kept, num_damaged
+    return kept, _read_lines(path, kept, kept)
 
 
-def _lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bool]]:
-    """Yields the lines of metrics.jsonl, None for a damaged one; and whether the step goes back."""
-    last = 0
+def _read_lines(
+    path: Path, updates: Updates | list[dict[str, Any]], others: list[dict[str, Any]]
+) -> int:
+    """Adds the lines of metrics.jsonl to `updates` or `others`; returns how many are damaged."""
+    num_damaged = last = 0
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         for text in file:
             try:
                 line = json.loads(text)
                 step = line["step"] + 0
             except (ValueError, TypeError, KeyError):
-                yield None, False
+                num_damaged += 1
                 continue
-            yield line, step < last
+            if step < last:
+                for lines in (updates, others):
+                    while lines and lines[-1]["step"] >= step:
+                        lines.pop()
+            (updates if line.keys() >= _UPDATE_KEYS else others).append(line)
             last = step
-
-
-def _drop_from(step: int, lines: Updates | list[dict[str, Any]]) -> None:
-    """Drops the lines of a step and those after it."""
-    while lines and lines[-1]["step"] >= step:
-        lines.pop()
+    return num_damaged
 
 
 def _with_progress(
