@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +20,12 @@ import pytest
 from conftest import ROOT
 
 UP, LEFT, CTRL_A, CTRL_C, CTRL_D = "\x1b[A", "\x1b[D", "\x01", "\x03", "\x04"
+
+
+def _take_terminal() -> None:
+    """Lets Ctrl-C mean this process, even when who runs the tests ignores it (nohup, `&`)."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Terminal:
@@ -32,8 +41,7 @@ class Terminal:
             stdout=program_end,
             stderr=program_end,
             start_new_session=True,
-            # So that Ctrl-C means this process.
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+            preexec_fn=_take_terminal,
         )
         os.close(program_end)
         self._unread = ""
