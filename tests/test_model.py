@@ -15,9 +15,9 @@ from transformers import Gemma3ForCausalLM
 from kiem.errors import ExitCode, UserError
 from kiem.model.cache import CachePass, KeyValueCache
 from kiem.model.files import read_config, read_model, write_model
-from kiem.model.gemma3 import Gemma3, Recompute, next_token_targets
+from kiem.model.gemma3 import Gemma3, Recompute
 from kiem.model.initialize import initialize
-from kiem.model.loss import IGNORE, summed_cross_entropy
+from kiem.model.loss import IGNORE, next_token_targets, summed_cross_entropy
 from kiem.model.presets import GEMMA3_1B_PARAMETERS, Gemma3Config, preset
 
 LENGTHS = [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3]
@@ -194,18 +194,28 @@ def test_sequences_of_different_lengths_share_a_cache(model: Gemma3) -> None:
                 )
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize(("rows", "entries"), [(1100, 301), (1100, 9000), (6, 262_144)])
-def test_blockwise_loss_equals_the_plain_one(rows: int, entries: int, z_loss: float) -> None:
+def test_blockwise_loss_equals_the_plain_one(
+    rows: int, entries: int, z_loss: float, in_place: bool
+) -> None:
     """More rows than a block has, more entries than a slice has, and Gemma's vocabulary."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, 24, dtype=torch.float64, generator=generator, requires_grad=True)
     weight = torch.randn(entries, 24, dtype=torch.float64, generator=generator, requires_grad=True)
     targets = torch.randint(0, entries, (rows,), generator=generator)
     targets[::7] = IGNORE
-    loss, nats = summed_cross_entropy(hidden, weight, targets, z_loss)
-    (loss * 0.5).backward()
-    found = hidden.grad, weight.grad
+    if in_place:  # beside what an earlier pass has left
+        so_far = torch.ones_like(weight)
+        loss, nats = summed_cross_entropy(hidden, weight, targets, z_loss, 0.5, so_far)
+        loss.backward()
+        assert weight.grad is None
+        found = hidden.grad, so_far - 1
+    else:
+        loss, nats = summed_cross_entropy(hidden, weight, targets, z_loss)
+        (loss * 0.5).backward()
+        found = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
 
     logits = hidden @ weight.T
@@ -214,6 +224,29 @@ def test_blockwise_loss_equals_the_plain_one(rows: int, entries: int, z_loss: fl
     (0.5 * (plain + z_loss * log_z.square().sum())).backward()
     torch.testing.assert_close(nats, plain.detach())
     torch.testing.assert_close(found, (hidden.grad, weight.grad))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gradients_added_in_place_are_those_of_autograd(model: Gemma3, bf16: bool) -> None:
+    """Two passes; and one without gradients leaves them alone."""
+    batches = [random_ids(24, rows=2), random_ids(24, rows=2).flip(1)]
+    scale = torch.tensor(1 / 92)
+    found = []
+    for in_place in (False, True):
+        model.zero_grad()
+        model.model.embed_tokens.adds_to_gradient = in_place
+        for ids in batches:
+            targets = next_token_targets(ids, BOS, PAD)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                model(ids, targets, None, 1e-4, scale)[0].backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        with torch.no_grad():
+            model(batches[0], batches[0], None)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter.grad, gradients[name])
+        found.append(gradients)
+    model.model.embed_tokens.adds_to_gradient = False
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-3 if bf16 else 1e-6)
 
 
 def test_blockwise_loss_under_autocast_sums_in_fp32() -> None:

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from kiem.errors import ExitCode, UserError
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 from kiem.model.presets import preset
+from kiem.training import muon
 from kiem.training.optimizer import BETAS, make_optimizers
 
 LEARNING_RATE, DECAY, NUM_STEPS = 0.01, 0.1, 3
@@ -68,12 +68,36 @@ def test_every_parameter_is_updated_as_its_optimizer_says(kind: str) -> None:
     assert len(by_muon) == (7 * model.config.num_hidden_layers if kind == "muon" else 0)
     for name, parameter in model.named_parameters():
         difference = (parameter - expected[name]).norm() / (expected[name] - before[name]).norm()
-        # torch orthogonalizes in bf16, so Muon's updates differ by some per cent of their size.
-        assert difference < (0.03 if id(parameter) in by_muon else 1e-5), name
+        # Muon orthogonalizes in bf16, so its updates differ by some per cent of their size.
+        assert difference < (0.05 if id(parameter) in by_muon else 1e-5), name
 
 
-def test_without_muon_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(UserError, match="has no Muon") as caught:
-        make_optimizers(make_model(), "muon", DECAY)
-    assert caught.value.exit_code == ExitCode.BAD_OPTION
+@pytest.mark.parametrize("shape", [(96, 96), (96, 128), (128, 96), (64, 384), (384, 64), (1, 8)])
+def test_muon_is_as_close_to_exact_as_that_of_torch(shape: tuple[int, int]) -> None:
+    """Matrices whose singular values fall by powers of ten, and more of them than one batch has."""
+    generator = torch.Generator().manual_seed(0)
+    mine, theirs = ([torch.zeros(shape, requires_grad=True) for _ in range(5)] for _ in range(2))
+    exact = []
+    for one, other in zip(mine, theirs, strict=True):
+        u, _, v = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+        falling = torch.logspace(0, -3, min(shape))
+        one.grad = other.grad = (u * falling) @ v
+        exact.append(-0.2 * math.sqrt(max(shape)) * orthogonalized(one.grad.double()))
+    muon.Muon(mine, lr=1.0).step()
+    torch.optim.Muon(theirs, lr=1.0, adjust_lr_fn="match_rms_adamw").step()
+    for one, other, true in zip(mine, theirs, exact, strict=True):
+        theirs_off, mine_off = ((p - true).norm() / true.norm() for p in (other, one))
+        assert mine_off < max(0.06, 1.5 * theirs_off)
+
+
+def test_state_of_muon_is_that_of_torch() -> None:
+    """So checkpoints of either go on with the other."""
+    parameters = [torch.zeros(4, 6, requires_grad=True) for _ in range(2)]
+    optimizers = [muon.Muon(parameters[:1]), torch.optim.Muon(parameters[1:])]
+    for _ in range(2):
+        for parameter, optimizer in zip(parameters, optimizers, strict=True):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    mine, theirs = (o.state[p] for o, p in zip(optimizers, parameters, strict=True))
+    assert mine.keys() == theirs.keys() == {"momentum_buffer"}
+    assert torch.equal(mine["momentum_buffer"], theirs["momentum_buffer"])

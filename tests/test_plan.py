@@ -46,10 +46,14 @@ sys.exit(run(TrainingOptions, "training.py", main, sys.argv[2:]))
 """
 
 
-def test_dry_run_counts_what_autograd_keeps() -> None:
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_dry_run_counts_what_autograd_keeps(is_alone: bool) -> None:
     """The bytes that live between forward and backward, against autograd's own saved tensors."""
     torch.manual_seed(0)
     model = Gemma3(MICRO)
+    model.model.embed_tokens.adds_to_gradient = is_alone
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     ids = torch.randint(3, 1024, (2, 64))
     saved: dict[int, int] = {}
 
@@ -62,7 +66,9 @@ def test_dry_run_counts_what_autograd_keeps() -> None:
         loss, _ = model(ids, ids, 0, 1e-5)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     expected = sum(size for pointer, size in saved.items() if pointer not in weights)
-    found = dry_run(MICRO, 2, 64, bf16=False, recompute="none", document_mask=True)
+    found = dry_run(
+        MICRO, 2, 64, bf16=False, recompute="none", document_mask=True, is_alone=is_alone
+    )
     held = 2 * 4 * MICRO.num_parameters()
     assert found.kept_bytes - held == pytest.approx(expected, rel=0.03)
     assert found.peak_bytes > found.kept_bytes

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from kiem.model.cache import CachePass, LayerCache
 from kiem.model.embedding import Embedding
-from kiem.model.loss import IGNORE, summed_cross_entropy
+from kiem.model.loss import summed_cross_entropy
 from kiem.model.presets import Gemma3Config
 
 Recompute = Literal["none", "selective", "full"]
@@ -185,22 +185,29 @@ class Gemma3(nn.Module):
         return self.model.norm.weight.dtype
 
     def forward(
-        self, input_ids: Tensor, targets: Tensor, bos_id: int | None, z_loss: float = 0.0
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        bos_id: int | None,
+        z_loss: float = 0.0,
+        scale: Tensor | float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """Returns the summed loss of a batch: what training calls.
+        """Returns the summed loss of a batch, times `scale`: what training calls.
 
         Args:
             input_ids: int64 [B, T].
             targets: int64 [B, T], the next token at each position, or IGNORE.
             bos_id: tokens attend only to what follows the same `bos_id`; None: to all before them.
             z_loss: weight of the squared log-normalizer in the loss.
+            scale: what multiplies the loss.
 
         Returns:
-            (loss, nats): fp32 scalars; `nats` is the summed cross entropy alone, without gradient.
+            (loss, nats): fp32 scalars; `nats` is the summed cross entropy alone, neither scaled nor
+            with a gradient.
         """
-        rows, weight = self.model.embed_tokens.at_both_ends(input_ids)  # B T D, V D
-        hidden = self._run_layers(rows, input_ids, bos_id, None)
-        return summed_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), z_loss)
+        rows, weight, gradient = self.model.embed_tokens.at_both_ends(input_ids)  # B T D, V D
+        hidden = self._run_layers(rows, input_ids, bos_id, None).flatten(0, 1)  # N D
+        return summed_cross_entropy(hidden, weight, targets.flatten(), z_loss, scale, gradient)
 
     def hidden_states(
         self,
@@ -335,16 +342,3 @@ def spread_heads(x: Tensor, num_heads: int) -> Tensor:
     take no mask or are slow, says its documentation.
     """
     return x[:, :, None].expand(-1, -1, num_heads // x.shape[1], -1, -1).flatten(1, 2)
-
-
-def next_token_targets(input_ids: Tensor, bos_id: int, pad_id: int) -> Tensor:
-    """Returns what each position should predict, int64 [B, T]: the next token, or IGNORE.
-
-    Not predicted are padding and <bos>, which is always given, never written by the model; and the
-    token after a chunk's last one is not known.
-    """
-    targets = torch.full_like(input_ids, IGNORE)
-    following = input_ids[:, 1:]
-    known = (following != bos_id) & (following != pad_id)
-    targets[:, :-1] = torch.where(known, following, IGNORE)
-    return targets

@@ -21,31 +21,57 @@ IGNORE = -100
 # Fewer rows make the matrix products slow (80 GFLOP/s at 64 rows, 290 at 512, on two CPU cores),
 # and each block adds to the weight's gradient once more; more take memory.
 _MOST_ROWS, _LEAST_ROWS = 1024, 256
-_MOST_BLOCK_BYTES = 1 << 29
+_MOST_BLOCK_BYTES = 1 << 30
 _ELEMENTS_IN_CACHE = 2**20
 _VOCABULARY_SLICE = 8192
 
 
 def summed_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    z_loss: float = 0.0,
+    scale: Tensor | float = 1.0,
+    weight_gradient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the summed loss of predicting `targets` with logits hidden @ weight.T.
 
-    loss = sum over tokens of (-log p[target] + z_loss * log(Z)^2), where Z = sum(exp(logits)); the
-    second term (arXiv:2204.02311, section 5) keeps the logits from drifting.
+    loss = scale * sum over tokens of (-log p[target] + z_loss * log(Z)^2), Z = sum(exp(logits));
+    the second term (arXiv:2204.02311, section 5) keeps the logits from drifting.
 
     Args:
         hidden: [N, D]; under autocast the products run in its precision, the sums in fp32.
         weight: [V, D].
         targets: int64 [N]; positions with IGNORE count nothing.
         z_loss: weight of the second term.
+        scale: what multiplies the loss, and so its gradients, which are computed with it.
+        weight_gradient: [V, D]; if given, that of `weight` is added to it at once and autograd
+            gets none: saves a tensor of that size, and going over it twice. The loss must then be
+            the end of the graph.
 
     Returns:
-        (loss, nats): scalars of fp32 (fp64 for fp64 input); `nats` is the first term alone and
-        has no gradient.
+        (loss, nats): scalars of fp32 (fp64 for fp64 input); `nats` is the sum of -log p[target]
+        and has no gradient.
     """
-    loss, nats = _SummedCrossEntropy.apply(hidden, weight, targets, z_loss)
+    # Within a Function gradients are off, and its context knows only who could have one.
+    needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    loss, nats = _SummedCrossEntropy.apply(
+        hidden, weight, targets, z_loss, scale, weight_gradient, needs_gradient
+    )
     return loss, nats
+
+
+def next_token_targets(input_ids: Tensor, bos_id: int, pad_id: int) -> Tensor:
+    """Returns what each position should predict, int64 [B, T]: the next token, or IGNORE.
+
+    Not predicted are padding and <bos>, which is always given, never written by the model; and the
+    token after a chunk's last one is not known.
+    """
+    targets = torch.full_like(input_ids, IGNORE)
+    following = input_ids[:, 1:]
+    known = (following != bos_id) & (following != pad_id)
+    targets[:, :-1] = torch.where(known, following, IGNORE)
+    return targets
 
 
 def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -74,9 +100,15 @@ def rows_per_block(vocab_size: int, element_bytes: int) -> int:
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        z_loss: float,
+        scale: Tensor | float,
+        weight_gradient: Tensor | None,
+        needs_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         x = hidden.detach().to(dtype or hidden.dtype)
@@ -84,9 +116,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
         sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         totals = torch.zeros(2, dtype=sum_dtype, device=x.device)  # loss, nats
         x_gradient = torch.empty_like(hidden) if needs_gradient else None
-        w_gradient = torch.empty_like(weight) if needs_gradient else None
+        w_gradient = weight_gradient
+        if needs_gradient and weight_gradient is None:
+            w_gradient = torch.empty_like(weight)
         slices = [slice(at, at + _VOCABULARY_SLICE) for at in range(0, len(w), _VOCABULARY_SLICE)]
-        # One buffer for all blocks, not half a gigabyte of fresh pages for each.
+        # One buffer for all blocks, not up to a gigabyte of fresh pages for each.
         num_rows = rows_per_block(len(w), x.element_size())
         buffer = torch.empty(min(len(x), num_rows), len(w), dtype=x.dtype, device=x.device)
         with torch.autocast(device, enabled=False):
@@ -95,12 +129,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 logits = buffer[: len(x[rows])]  # R V
                 for part in slices:
                     logits[:, part] = x[rows] @ w[part].to(x.dtype).T
-                totals += _differentiate(logits, targets[rows], z_loss, sum_dtype)
+                totals += _differentiate(logits, targets[rows], z_loss, scale, sum_dtype)
                 if x_gradient is not None and w_gradient is not None:
+                    is_first = start == 0 and weight_gradient is None
                     _multiply_back(
-                        logits, x[rows], w, slices, x_gradient[rows], w_gradient, start == 0
+                        logits, x[rows], w, slices, x_gradient[rows], w_gradient, is_first
                     )
-        ctx.save_for_backward(x_gradient, w_gradient)
+        ctx.save_for_backward(x_gradient, w_gradient if weight_gradient is None else None)
         # Not views of one tensor: what shares a model out puts hooks on the loss.
         loss, nats = totals[0].clone(), totals[1].clone()
         ctx.mark_non_differentiable(nats)
@@ -110,7 +145,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x_gradient, w_gradient = ctx.saved_tensors
         # In place: nobody else sees these, and the second is as large as the embedding.
-        return x_gradient.mul_(gradient), w_gradient.mul_(gradient), None, None
+        x_gradient.mul_(gradient)
+        if w_gradient is not None:
+            w_gradient.mul_(gradient)
+        return x_gradient, w_gradient, None, None, None, None, None
 
 
 def _multiply_back(
@@ -129,7 +167,7 @@ def _multiply_back(
         x, w: what the logits are products of.
         slices: of the vocabulary.
         x_gradient: is written.
-        w_gradient: is added to, but written by the first block.
+        w_gradient: is added to, but written by the first block, if that finds nothing in it.
     """
     x_gradient.zero_()
     for part in slices:
@@ -144,7 +182,11 @@ def _multiply_back(
 
 
 def _differentiate(
-    logits: Tensor, targets: Tensor, z_loss: float, sum_dtype: torch.dtype
+    logits: Tensor,
+    targets: Tensor,
+    z_loss: float,
+    scale: Tensor | float,
+    sum_dtype: torch.dtype,
 ) -> Tensor:
     """Turns logits [R, V] into the gradient of the loss with respect to them, in place.
 
@@ -167,9 +209,11 @@ def _differentiate(
         sums = values.sub_(highest).exp_().sum(1)  # R
         log_z = sums.log() + highest[:, 0]  # R
         nats = ((log_z - target_logits) * counted).sum()
-        totals += torch.stack([nats + z_loss * (log_z.square() * counted).sum(), nats])
-        # d loss / d logits = softmax (1 + 2 z log Z) - onehot, 0 where nothing counts.
-        values.mul_((counted * (1 + 2 * z_loss * log_z) / sums)[:, None])
-        values.scatter_add_(1, index, -counted.to(sum_dtype)[:, None])
+        loss = scale * (nats + z_loss * (log_z.square() * counted).sum())
+        totals += torch.stack([loss, nats])
+        # d loss / d logits = scale (softmax (1 + 2 z log Z) - onehot), 0 where nothing counts.
+        weight = scale * counted.to(sum_dtype)  # R
+        values.mul_((weight * (1 + 2 * z_loss * log_z) / sums)[:, None])
+        values.scatter_add_(1, index, -weight[:, None])
         logits[rows] = values
     return totals

@@ -42,6 +42,7 @@ def dry_run(
     bf16: bool,
     recompute: Recompute,
     document_mask: bool,
+    is_alone: bool = True,
 ) -> Pass:
     """Runs one pass on fake tensors.
 
@@ -52,10 +53,12 @@ def dry_run(
         bf16: run under autocast.
         recompute: as in `Gemma3`.
         document_mask: whether tokens attend to their own document only.
+        is_alone: whether no other device waits for gradients.
     """
     with FakeTensorMode(), _Counter() as counter:
         model = Gemma3(config)
         model.recompute = recompute
+        model.model.embed_tokens.adds_to_gradient = is_alone
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         ids = torch.zeros(batch_size, chunk_size, dtype=torch.int64)

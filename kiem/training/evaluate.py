@@ -13,8 +13,7 @@ from kiem.evaluation.language_model import own_language_model
 from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, summarize
 from kiem.inference.sampling import Sampling
 from kiem.inference.streaming import complete
-from kiem.model.gemma3 import next_token_targets
-from kiem.model.loss import IGNORE, token_cross_entropy
+from kiem.model.loss import IGNORE, next_token_targets, token_cross_entropy
 from kiem.training.devices import Devices
 from kiem.training.run import Run
 

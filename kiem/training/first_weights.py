@@ -16,7 +16,7 @@ from kiem.model.presets import preset
 from kiem.training.recipe import what_to_recompute
 
 
-def make_model(options: TrainingOptions, tokenizer: Tokenizer) -> Gemma3:
+def make_model(options: TrainingOptions, tokenizer: Tokenizer, world_size: int) -> Gemma3:
     """Returns a new model for the tokenizer's vocabulary, or the one to continue.
 
     Raises:
@@ -30,6 +30,7 @@ def make_model(options: TrainingOptions, tokenizer: Tokenizer) -> Gemma3:
         model = read_model(folder, dtype=torch.float32)
         _check_same_tokenizer(folder, tokenizer, options)
     model.recompute = what_to_recompute(options, model.config)
+    model.model.embed_tokens.adds_to_gradient = world_size == 1
     return model
 
 

@@ -10,7 +10,8 @@ from rich.console import Console
 from kiem.cli import warn
 from kiem.config import TrainingOptions
 from kiem.errors import ExitCode, UserError
-from kiem.model.gemma3 import Gemma3, next_token_targets
+from kiem.model.gemma3 import Gemma3
+from kiem.model.loss import next_token_targets
 from kiem.training.devices import Devices
 from kiem.training.recipe import Recipe
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from kiem.errors import ExitCode, UserError
 from kiem.files import format_bytes, write_json
-from kiem.model.gemma3 import next_token_targets
+from kiem.model.loss import next_token_targets
 from kiem.training.checkpoint import (
     CHECKPOINTS,
     checkpoint_bytes,

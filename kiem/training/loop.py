@@ -13,8 +13,7 @@ from rich.console import Console
 from kiem.config import TrainingOptions
 from kiem.errors import UserError
 from kiem.memory import peak_memory_bytes
-from kiem.model.gemma3 import next_token_targets
-from kiem.model.loss import IGNORE
+from kiem.model.loss import IGNORE, next_token_targets
 from kiem.training.batches import Order, micro_batches
 from kiem.training.devices import Devices, open_devices
 from kiem.training.display import Display, show_plan, show_results
@@ -99,14 +98,15 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
             # Forward, backward. Each summed loss is divided by the token count of the whole update,
             # so the result does not depend on how the update is cut into passes and processes
             # (transformers#34191); world_size undoes the averaging over processes.
+            scale = devices.world_size / num_targets
             nats = torch.zeros((), device=devices.device)
             for index, (ids, target) in enumerate(zip(batches, targets, strict=True)):
                 with sharing.accumulating(is_last=index == len(batches) - 1):
                     with devices.autocast():
                         loss, pass_nats = sharing.wrapped(
-                            ids, target, attention_bos_id, options.z_loss
+                            ids, target, attention_bos_id, options.z_loss, scale
                         )
-                    (loss * (devices.world_size / num_targets)).backward()
+                    loss.backward()
                 nats += pass_nats
 
             # Clip, update, unless the numbers say that something is wrong.

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from kiem.errors import ExitCode, UserError
+from kiem.training.muon import Muon
 
 BETAS = (0.9, 0.95)
 _COSINE_FLOOR = 0.1
@@ -34,9 +34,6 @@ def make_optimizers(
         kind: which optimizer.
         weight_decay: of the hidden matrices.
         owned: names of the parameters that they update; None: all. Those without are left out.
-
-    Raises:
-        UserError: this version of torch has no Muon.
     """
     hidden: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -49,17 +46,9 @@ def make_optimizers(
         if hidden:
             groups.insert(0, {"params": hidden, "weight_decay": weight_decay})
         return _with_moments([torch.optim.AdamW(groups, betas=BETAS, fused=True)] if groups else [])
-    if not hasattr(torch.optim, "Muon"):
-        raise UserError(
-            f"torch {torch.__version__} has no Muon",
-            where="--optimizer muon",
-            fix="Install torch 2.9 or newer, or use --optimizer adamw.",
-            exit_code=ExitCode.BAD_OPTION,
-        )
     found: list[torch.optim.Optimizer] = []
     if hidden:
-        muon = torch.optim.Muon(hidden, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        found.append(muon)
+        found.append(Muon(hidden, weight_decay=weight_decay))
     if groups:
         found.append(torch.optim.AdamW(groups, betas=BETAS, fused=True))
     return _with_moments(found)

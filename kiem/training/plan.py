@@ -13,6 +13,7 @@ from kiem.model.loss import rows_per_block
 from kiem.model.presets import Gemma3Config
 from kiem.training.dry_run import Pass, dry_run
 from kiem.training.gpus import Gpu
+from kiem.training.muon import orthogonalize_flops
 from kiem.training.optimizer import is_hidden_matrix
 from kiem.training.probe import flops_per_token
 from kiem.training.sharding import Shard, owners
@@ -87,9 +88,13 @@ def memory_of(setting: Setting, base_bytes: int) -> Memory:
     embedding = 4 * config.vocab_size * config.hidden_size
     # The loss casts the embedding in slices.
     compute_copy = (weights - embedding) // 2 if setting.bf16 else 0
-    one = _dry_run(replace(setting, optimizer="adamw", world_size=1, shard="none"))
-    # The backward pass of the loss has its result ready, as large as the embedding.
-    activations = max(0, one.kept_bytes - 2 * weights - compute_copy - embedding)
+    is_alone = setting.world_size == 1
+    one = _dry_run(
+        replace(setting, optimizer="adamw", world_size=1 if is_alone else 2, shard="none")
+    )
+    # With other devices, the backward pass of the loss has the embedding's gradient ready.
+    ready = 0 if is_alone else embedding
+    activations = max(0, one.kept_bytes - 2 * weights - compute_copy - ready)
     beyond = max(0, one.peak_bytes - 2 * weights - compute_copy - activations)
     most_rows = rows_per_block(config.vocab_size, 2 if setting.bf16 else 4)
     rows = min(most_rows, setting.batch_size * setting.chunk_size)
@@ -121,6 +126,7 @@ def _dry_run(setting: Setting) -> Pass:
         bf16=setting.bf16,
         recompute=setting.recompute,
         document_mask=setting.document_mask,
+        is_alone=setting.world_size == 1,
     )
 
 
@@ -183,12 +189,9 @@ def calculate_seconds(setting: Setting, gpu: Gpu) -> Seconds:
 
 
 def _orthogonalization_flops(config: Gemma3Config) -> float:
-    """Returns the FLOP of Muon's five Newton-Schulz steps for all hidden matrices."""
+    """Returns the FLOP with which Muon makes the updates of all hidden matrices orthogonal."""
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     widths = (queries, keys, keys, queries, *[config.intermediate_size] * 3)
-    flops = 0.0
-    for width in widths:
-        small, large = sorted((width, config.hidden_size))
-        flops += 5 * (2 * small**2 * large + 2 * small**3 + 2 * small**2 * large)
+    flops = sum(orthogonalize_flops(width, config.hidden_size) for width in widths)
     return config.num_hidden_layers * flops

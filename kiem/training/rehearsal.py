@@ -87,6 +87,7 @@ def _time(
         model = Gemma3(config)
     initialize(model, seed=0)  # with larger logits, numbers too small for full speed come up
     model.recompute = setting.recompute
+    model.model.embed_tokens.adds_to_gradient = True
     fits(model, options, recipe, setting.chunk_size, devices)  # for the memory that it takes
     compile_if_worthwhile(model, options, recipe, setting.chunk_size, devices, console)
     with held_to_the_end():
@@ -96,8 +97,8 @@ def _time(
 
     def forward_backward() -> None:
         with devices.autocast():
-            loss, _ = sharing.wrapped(ids, ids, bos_id, 1e-5)
-        (loss / ids.numel()).backward()
+            loss, _ = sharing.wrapped(ids, ids, bos_id, 1e-5, 1 / ids.numel())
+        loss.backward()
 
     def update() -> None:
         clip_grad_norm_(model.parameters(), 1.0)

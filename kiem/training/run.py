@@ -213,7 +213,7 @@ def prepare_run(
         verify_shards(options.dataset_path, manifest)
     devices.wait_for_all()
     train = open_split(options.dataset_path, manifest, "train")
-    model = make_model(options, tokenizer)
+    model = make_model(options, tokenizer, devices.world_size)
     if options.shard != "parameters":  # which puts only its shares on the device
         model.to(devices.device)
     model_name = name_of(model.config)

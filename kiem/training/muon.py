@@ -1,0 +1,123 @@
+"""Muon (https://kellerjordan.github.io/posts/muon): momentum, made orthogonal, updates matrices.
+
+torch.optim.Muon does the same; this one is faster, since it takes many small matrices at a time and
+goes over large ones less often. Its state has the same names and values, whichever wrote it.
+Shapes: S matrices at a time, m rows and n columns, m <= n.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Of the quintic whose five-fold application takes singular values to about 1 (same source).
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+# How many steps are taken on X X^T before X itself is multiplied. The products of a wide X cost
+# most, so two rounds do; a third step in a round would let bf16 add some per cent of noise. Nothing
+# is gained for a square one.
+_WIDE_ROUNDS, _ROUNDS = (3, 2), (1, 1, 1, 1, 1)
+_WIDE = 2
+# Matrices taken together: small ones one by one would leave a CPU's threads waiting for each other.
+_MOST_ELEMENTS = 1 << 23
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum and decoupled decay, its updates scaled to the size of AdamW's.
+
+    Args:
+        params: matrices.
+        lr: learning rate.
+        weight_decay: share of the weights, times the learning rate, that an update takes away.
+        momentum: of the average of gradients.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+    ):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Updates the parameters by their gradients; those without one stay as they are."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameters in _batches(p for p in group["params"] if p.grad is not None):
+                self._update(parameters, group)
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Updates matrices of one shape, up to transposition."""
+        momentum = group["momentum"]
+        rows, columns = sorted(parameters[0].shape)
+        size = (len(parameters), rows, columns)
+        updates = torch.empty(size, dtype=torch.bfloat16, device=parameters[0].device)  # S m n
+        for parameter, update in zip(parameters, updates, strict=True):
+            assert parameter.grad is not None
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            average = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+            update.copy_(_wide(parameter.grad.lerp(average, momentum)))
+        updates = orthogonalize(updates)
+        # The root mean square of AdamW's updates is about 0.2 (arXiv:2502.16982, section 2.2).
+        learning_rate = 0.2 * math.sqrt(columns) * group["lr"]
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            _wide(parameter).add_(update, alpha=-learning_rate)
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """Returns matrices with the singular vectors of x and singular values of about 1.
+
+    Five Newton-Schulz steps, X <- (a + b X X^T + c (X X^T)^2) X. With P what X is multiplied by,
+    the next X X^T is P (X X^T) P, so several steps can be taken before X is.
+
+    Args:
+        x: bf16 [S, m, n], m <= n.
+    """
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most 1
+    for num_steps in _rounds(*x.shape[1:]):
+        gram = x @ x.mT  # S m m
+        product = None  # S m m
+        for step in range(num_steps):
+            factor = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)  # S m m
+            factor.diagonal(dim1=1, dim2=2).add_(_A)
+            product = factor if product is None else factor @ product
+            if step < num_steps - 1:
+                gram = factor @ gram @ factor
+        assert product is not None
+        x = product @ x
+    return x
+
+
+def orthogonalize_flops(rows: int, columns: int) -> float:
+    """Returns the FLOP of `orthogonalize` for one matrix of a shape."""
+    m, n = sorted((rows, columns))
+    return sum(2 * 2 * m * m * n + (4 * num_steps - 3) * 2 * m**3 for num_steps in _rounds(m, n))
+
+
+def _rounds(rows: int, columns: int) -> tuple[int, ...]:
+    return _WIDE_ROUNDS if columns >= _WIDE * rows else _ROUNDS
+
+
+def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yields matrices of one shape, up to transposition, that are taken together."""
+    by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+    for parameter in parameters:
+        by_shape.setdefault(tuple(sorted(parameter.shape)), []).append(parameter)
+    for (rows, columns), alike in by_shape.items():
+        num_together = max(1, _MOST_ELEMENTS // (rows * columns))
+        for start in range(0, len(alike), num_together):
+            yield alike[start : start + num_together]
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """Returns a matrix so that it has no more rows than columns, as a view."""
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
