@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from kiem.files import format_bytes
+from kiem.files import format_bytes, remove_folder
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 from kiem.model.presets import GEMMA_VOCABULARY, preset
@@ -50,6 +50,8 @@ def main() -> None:
                 Path(folder), model, optimizers, ids, {"step": step, "run": {}}, devices
             )
             print(f"save: {time.perf_counter() - began:.1f} s")
+            if step < options.rounds - 1:
+                remove_folder(path)
         began = time.perf_counter()
         verify_checkpoint(path)
         print(f"verify: {time.perf_counter() - began:.1f} s")

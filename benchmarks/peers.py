@@ -32,7 +32,7 @@ class Speed:
     """How fast a training went.
 
     Attributes:
-        tokens_per_second: of the median update, the first two not counted.
+        tokens_per_second: of the median update, the first ones not counted.
         memory_bytes: most memory the process held.
         mfu: share of the matrix peak, where the program says it.
     """
@@ -86,11 +86,11 @@ def run_script(script: str, *options: str | Path) -> None:
         raise SystemExit(f"{script} failed:\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
 
 
-def training_speed(run: Path) -> Speed:
-    """Returns the speed of a run of training.py, from its log."""
+def training_speed(run: Path, uncounted: int) -> Speed:
+    """Returns the speed of a run of training.py, from its log, without so many first updates."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     updates = [line for line in lines if "loss" in line]
-    settled = updates[2:] or updates
+    settled = updates[uncounted:]
     return Speed(
         statistics.median(update["tokens_per_second"] for update in settled),
         updates[-1]["memory_bytes"],

@@ -100,9 +100,9 @@ def main() -> None:
         "steps": max_steps,
         "tokens": max_steps * tokens_per_step,
         "seconds": sum(clock.seconds),
-        # Of the steps after the first two, which fill caches and make the optimizer's state.
+        # The first steps fill caches and make the optimizer's state.
         "tokens_per_second": tokens_per_step
-        / statistics.median(clock.seconds[2:] or clock.seconds),
+        / statistics.median(clock.seconds[options.get("uncounted", 2) :]),
         "loss": loss,
         "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

@@ -17,6 +17,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -51,10 +52,12 @@ class Options:
     """What to measure."""
     peer: tuple[Literal["transformers", "litgpt"], ...] = ("transformers", "litgpt")
     """Whom to compare with; litgpt in the small case only."""
+    precisions: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
+    """In which precisions; bf16 is kiem's own choice where that is faster."""
     runs: int = 3
     """Runs of each side."""
     steps: int = 12
-    """Updates of a run, of which the first two do not count; in the 1b case a third as many."""
+    """Updates of a run, of which the first two do not count; in the 1b case two, one counts."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Case:
         chunk_size, batch_size, accumulation: tokens, chunks and passes.
         recompute: whether activations are computed again.
         steps: updates.
+        uncounted: how many of them are left out at first.
     """
 
     model: str
@@ -78,6 +82,7 @@ class Case:
     accumulation: int
     recompute: bool
     steps: int
+    uncounted: int = 2
 
     def kiem(self, folder: Path, *options: str) -> Speed:
         """Runs training.py and returns its speed."""
@@ -90,7 +95,7 @@ class Case:
                 *("--gradient-accumulation-steps", str(self.accumulation)),
                 *("--minimal-pairs", "never", *options),
             )
-            return training_speed(Path(output, "run"))
+            return training_speed(Path(output, "run"), self.uncounted)
 
     def peer(self, python: Path, script: str, folder: Path, bf16: bool) -> Speed:
         """Runs a peer and returns its speed."""
@@ -106,6 +111,7 @@ class Case:
             accumulation=self.accumulation,
             checkpointing=self.recompute,
             steps=self.steps,
+            uncounted=self.uncounted,
             bf16=bf16,
         )
         return Speed(result["tokens_per_second"], result["memory_bytes"])
@@ -125,8 +131,7 @@ def main(options: Options, console: Console) -> None:
             if options.gemma_tokenizer is None:
                 raise SystemExit("1b needs --gemma-tokenizer")
             data = make_chunks(options.text, str(options.gemma_tokenizer), 1024, folder, "1b")
-            steps = max(3, options.steps // 3)
-            large = Case("gemma3-1b", GEMMA_VOCABULARY, data, 1024, 1, 4, True, steps)
+            large = Case("gemma3-1b", GEMMA_VOCABULARY, data, 1024, 1, 4, True, 2, uncounted=1)
             console.print(side_by_side(large, options, folder, console))
 
 
@@ -138,36 +143,42 @@ def make_chunks(text: Path, tokenizer: str, chunk_size: int, folder: Path, name:
 
 def side_by_side(case: Case, options: Options, folder: Path, console: Console) -> Table:
     recompute = ("--activation-checkpointing", "selective" if case.recompute else "none")
-    sides: dict[str, Callable[[], Speed]] = {
-        "kiem": lambda: case.kiem(folder, *recompute),
-        "kiem, fp32": lambda: case.kiem(folder, *recompute, "--precision", "fp32"),
-    }
+    sides: dict[str, Callable[[], Speed]] = {}
+    for precision in options.precisions:
+        words = (*recompute, "--precision", precision)
+        sides[f"kiem, {precision}"] = partial(case.kiem, folder, *words)
+    peers = []
     if "transformers" in options.peer:
         python = environment("peer-transformers", TRAINER_REQUIREMENTS, console)
-        script = "trainer_peer.py"
-        sides["Trainer"] = lambda: case.peer(python, script, folder, False)
-        sides["Trainer, bf16"] = lambda: case.peer(python, script, folder, True)
+        peers.append(("Trainer", python, "trainer_peer.py"))
     if "litgpt" in options.peer and not case.recompute:
-        other = environment("peer-litgpt", _LITGPT_REQUIREMENTS, console)
-        sides["litgpt"] = lambda: case.peer(other, "litgpt_peer.py", folder, False)
-        sides["litgpt, bf16"] = lambda: case.peer(other, "litgpt_peer.py", folder, True)
+        python = environment("peer-litgpt", _LITGPT_REQUIREMENTS, console)
+        peers.append(("litgpt", python, "litgpt_peer.py"))
+    for name, python, script in peers:
+        for precision in options.precisions:
+            run = partial(case.peer, python, script, folder, bf16=precision == "bf16")
+            sides[f"{name}, {precision}"] = run
     speeds: dict[str, list[Speed]] = {name: [] for name in sides}
     for run in range(options.runs):
-        for name, side in sides.items():
-            speeds[name].append(side())
+        for name, measure in sides.items():
+            speeds[name].append(measure())
             console.print(f"run {run + 1}, {name}: {speeds[name][-1].tokens_per_second:,.1f}")
     best = {
         name: max(runs, key=lambda speed: speed.tokens_per_second) for name, runs in speeds.items()
     }
     title = f"{case.model}, {case.accumulation} x {case.batch_size} x {case.chunk_size} tokens"
-    table = Table("", "tokens/s", "MFU", "peak memory", "kiem's speed to its", title=title)
+    ratios = [f"kiem's speed in {precision} to its" for precision in options.precisions]
+    table = Table("", "tokens/s", "MFU", "peak memory", *ratios, title=title)
     for name, speed in best.items():
         table.add_row(
             name,
             f"{speed.tokens_per_second:,.1f}",
             f"{speed.mfu:.0%}" if speed.mfu is not None else "",
             f"{speed.memory_bytes / 1e9:.1f} GB",
-            f"{best['kiem'].tokens_per_second / speed.tokens_per_second:.2f}x",
+            *(
+                f"{best[f'kiem, {precision}'].tokens_per_second / speed.tokens_per_second:.2f}x"
+                for precision in options.precisions
+            ),
         )
     return table
 

@@ -45,7 +45,7 @@ with open_devices("fp32") as devices:
 LEARNING_RATE = 2e-3
 OPTIONS = ("--model", "gemma3-micro", "--precision", "fp32", "--learning-rate", f"{LEARNING_RATE}")
 KINDS = {"adamw": ("--optimizer", "adamw"), "muon": ("--optimizer", "muon")}
-# torch's Muon multiplies in bf16, where noise of fp32 becomes larger.
+# Muon multiplies in bf16, where noise of fp32 becomes larger.
 MOST_DIFFERENCE = {"adamw": 1e-5, "muon": 1e-4}
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 PROCESSES = {"1-gpu": 1, "2-gpus": 2, "4-gpus": 4, "8-gpus": 8, "2-nodes": 16}

@@ -149,8 +149,9 @@ def test_plan_is_printed_and_nothing_is_made(sample_chunks: Path, tmp_path: Path
         assert text in done.stdout, text
     assert "cost" in done.stdout
     assert not (tmp_path / "runs").exists()
-    done = run_script(*given, "--gpu", "a10g")
-    assert done.returncode == ExitCode.NO_EFFECT
+    for without_effect in (("--gpu", "a10g"), ("--plan", "--shard", "optimizer")):
+        done = run_script(*given, *without_effect)
+        assert done.returncode == ExitCode.NO_EFFECT
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kiem.config import TrainingOptions
 from kiem.errors import ExitCode, UserError, no_effect
+from kiem.training.devices import Devices
 from kiem.training.trackers import tracker_names
 
 _POSITIVE = (
@@ -80,6 +81,16 @@ def check_options(options: TrainingOptions) -> None:
         )
     if options.init_from is not None and options.model != "gemma3-1b":
         raise no_effect("--model", "with --init-from, which brings its own shape")
+
+
+def check_devices(options: TrainingOptions, devices: Devices) -> None:
+    """Checks what depends on the devices that are there, or that are planned for.
+
+    Raises:
+        UserError: an option cannot have an effect.
+    """
+    if options.shard != "none" and devices.world_size == 1:
+        raise no_effect("--shard", "with one device")
 
 
 def _flag(name: str) -> str:

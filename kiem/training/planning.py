@@ -20,7 +20,7 @@ from kiem.model.gemma3 import Recompute
 from kiem.model.presets import Gemma3Config, name_of, preset
 from kiem.training.devices import Devices
 from kiem.training.gpus import GPUS, Gpu
-from kiem.training.options import check_options
+from kiem.training.options import check_devices, check_options
 from kiem.training.plan import (
     GPU_BASE_BYTES,
     GPU_USABLE_SHARE,
@@ -125,6 +125,7 @@ def make_plan(options: TrainingOptions, devices: Devices, console: Console) -> P
         devices = replace(
             devices, world_size=options.num_gpus or 1, device=where, precision=precision
         )
+    check_devices(options, devices)
     hardware = _planned_hardware(gpu, devices)
     num_chunks, chunk_size = (
         manifest["splits"]["train"]["chunks"],

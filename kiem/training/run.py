@@ -25,7 +25,6 @@ from kiem.data.chunks import (
 )
 from kiem.data.tokenizer import Tokenizer, write_tokenizer
 from kiem.data.verify import verify_shards
-from kiem.errors import no_effect
 from kiem.files import (
     new_folder,
     point_link,
@@ -51,7 +50,7 @@ from kiem.training.first_weights import make_model
 from kiem.training.fit import fit_recipe
 from kiem.training.metrics import Metrics, keep_metrics_until
 from kiem.training.optimizer import make_optimizers
-from kiem.training.options import check_options
+from kiem.training.options import check_devices, check_options
 from kiem.training.planning import hardware_here, largest_batch, setting_of
 from kiem.training.recipe import Recipe, settle, usual_for
 from kiem.training.resume import (
@@ -207,6 +206,7 @@ def prepare_run(
         UserError: anything about options, data, model or disk that a person can mend.
     """
     check_options(options)
+    check_devices(options, devices)
     manifest = read_manifest(options.dataset_path)
     tokenizer = read_tokenizer(options.dataset_path, manifest)
     if devices.is_first:
@@ -236,8 +236,6 @@ def prepare_run(
             remove_leftovers(directory / CHECKPOINTS)
     checkpoint = choose_checkpoint(options, directory, devices, console)
     check_space(options, directory, model.config.num_parameters())
-    if options.shard != "none" and devices.world_size == 1:
-        raise no_effect("--shard", "with one device")
     keep_freed_memory()
     if options.shard == "parameters":
         share_parameters(model, devices)
