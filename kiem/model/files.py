@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from kiem.model.presets import Gemma3Config
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _BLOCK_BYTES = 64 << 20
+# A disk stops and goes; hashing, about as fast, may fall behind so far instead of waiting for it.
+_MOST_BLOCKS_TO_HASH = 8
 _INDEX_FILE = "model.safetensors.index.json"
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -129,14 +132,16 @@ def write_weights(tensors: dict[str, Tensor], path: Path) -> str:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
+    hashed: deque[Future[None]] = deque()
     start_of_file = len(text).to_bytes(8, "little") + text
     with new_file(path) as file, ThreadPoolExecutor(1) as hasher:
         for block in chain([start_of_file], *(_blocks_of(tensors[name]) for name in names)):
-            hashed = hasher.submit(digest.update, block)
+            hashed.append(hasher.submit(digest.update, block))
             start = file.tell()
             file.write(block)
             begin_writing(file, start, file.tell())
-            hashed.result()
+            if len(hashed) > _MOST_BLOCKS_TO_HASH:
+                hashed.popleft().result()
     return digest.hexdigest()
 
 
