@@ -73,10 +73,15 @@ def test_every_parameter_is_updated_as_its_optimizer_says(kind: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(96, 96), (96, 128), (128, 96), (64, 384), (384, 64), (1, 8)])
-def test_muon_is_as_close_to_exact_as_that_of_torch(shape: tuple[int, int]) -> None:
-    """Matrices whose singular values fall by powers of ten, and more of them than one batch has."""
+@pytest.mark.parametrize("num_matrices", [1, 5])
+def test_muon_is_as_close_to_exact_as_that_of_torch(
+    shape: tuple[int, int], num_matrices: int
+) -> None:
+    """Matrices whose singular values fall by powers of ten, one alone and several together."""
     generator = torch.Generator().manual_seed(0)
-    mine, theirs = ([torch.zeros(shape, requires_grad=True) for _ in range(5)] for _ in range(2))
+    mine, theirs = (
+        [torch.zeros(shape, requires_grad=True) for _ in range(num_matrices)] for _ in range(2)
+    )
     exact = []
     for one, other in zip(mine, theirs, strict=True):
         u, _, v = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)

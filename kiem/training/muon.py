@@ -64,13 +64,15 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             average = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-            update.copy_(_wide(parameter.grad.lerp(average, momentum)))
+            # In bf16 before it is transposed: that is half the memory to jump about in.
+            update.copy_(_wide(parameter.grad.lerp(average, momentum).bfloat16()))
         updates = orthogonalize(updates)
         # The root mean square of AdamW's updates is about 0.2 (arXiv:2502.16982, section 2.2).
         learning_rate = 0.2 * math.sqrt(columns) * group["lr"]
         for parameter, update in zip(parameters, updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            _wide(parameter).add_(update, alpha=-learning_rate)
+            is_wide = update.shape == parameter.shape
+            parameter.add_(update if is_wide else update.T, alpha=-learning_rate)
 
 
 def orthogonalize(x: Tensor) -> Tensor:
@@ -84,16 +86,16 @@ def orthogonalize(x: Tensor) -> Tensor:
     """
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most 1
     for num_steps in _rounds(*x.shape[1:]):
-        gram = x @ x.mT  # S m m
+        gram = _multiply(x, x.mT)  # S m m
         product = None  # S m m
         for step in range(num_steps):
             factor = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)  # S m m
             factor.diagonal(dim1=1, dim2=2).add_(_A)
-            product = factor if product is None else factor @ product
+            product = factor if product is None else _multiply(factor, product)
             if step < num_steps - 1:
-                gram = factor @ gram @ factor
+                gram = _multiply(_multiply(factor, gram), factor)
         assert product is not None
-        x = product @ x
+        x = _multiply(product, x)
     return x
 
 
@@ -101,6 +103,11 @@ def orthogonalize_flops(rows: int, columns: int) -> float:
     """Returns the FLOP of `orthogonalize` for one matrix of a shape."""
     m, n = sorted((rows, columns))
     return sum(2 * 2 * m * m * n + (4 * num_steps - 3) * 2 * m**3 for num_steps in _rounds(m, n))
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    """Returns the products of matrices [S, ...]; of a single pair a CPU's bmm takes longer."""
+    return (a[0] @ b[0])[None] if len(a) == 1 else torch.bmm(a, b)
 
 
 def _rounds(rows: int, columns: int) -> tuple[int, ...]:
