@@ -69,10 +69,12 @@ def test_every_parameter_is_updated_as_its_optimizer_says(kind: str) -> None:
     for name, parameter in model.named_parameters():
         difference = (parameter - expected[name]).norm() / (expected[name] - before[name]).norm()
         # Muon orthogonalizes in bf16, so its updates differ by some per cent of their size.
-        assert difference < (0.05 if id(parameter) in by_muon else 1e-5), name
+        assert difference < (0.03 if id(parameter) in by_muon else 1e-5), name
 
 
-@pytest.mark.parametrize("shape", [(96, 96), (96, 128), (128, 96), (64, 384), (384, 64), (1, 8)])
+@pytest.mark.parametrize(
+    "shape", [(96, 96), (96, 128), (128, 96), (64, 384), (512, 1024), (1024, 512), (1, 8)]
+)
 @pytest.mark.parametrize("num_matrices", [1, 5])
 def test_muon_is_as_close_to_exact_as_that_of_torch(
     shape: tuple[int, int], num_matrices: int

@@ -16,10 +16,11 @@ from torch import Tensor
 
 # Of the quintic whose five-fold application takes singular values to about 1 (same source).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
-# How many steps are taken on X X^T before X itself is multiplied. The products of a wide X cost
-# most, so two rounds do; a third step in a round would let bf16 add some per cent of noise. Nothing
-# is gained for a square one.
-_WIDE_ROUNDS, _ROUNDS = (3, 2), (1, 1, 1, 1, 1)
+# How many steps are taken on X X^T before X itself is multiplied. The products of a large, wide X
+# cost most, so two rounds do, of which each adds some noise of bf16. For small ones little is
+# gained, and their noise would be larger.
+_LARGE_ROUNDS, _ROUNDS = (3, 2), (1, 1, 1, 1, 1)
+_LARGE_ROWS = 512
 _WIDE = 2
 # Matrices taken together: small ones one by one would leave a CPU's threads waiting for each other.
 _MOST_ELEMENTS = 1 << 23
@@ -43,6 +44,9 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -60,10 +64,7 @@ class Muon(torch.optim.Optimizer):
         updates = torch.empty(size, dtype=torch.bfloat16, device=parameters[0].device)  # S m n
         for parameter, update in zip(parameters, updates, strict=True):
             assert parameter.grad is not None
-            state = self.state[parameter]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            average = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+            average = self.state[parameter]["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
             # In bf16 before it is transposed: that is half the memory to jump about in.
             update.copy_(_wide(parameter.grad.lerp(average, momentum).bfloat16()))
         updates = orthogonalize(updates)
@@ -90,12 +91,15 @@ def orthogonalize(x: Tensor) -> Tensor:
         product = None  # S m m
         for step in range(num_steps):
             factor = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)  # S m m
+            if num_steps == 1:  # a X is then added in fp32
+                x = torch.baddbmm(x, factor, x, beta=_A)
+                break
             factor.diagonal(dim1=1, dim2=2).add_(_A)
             product = factor if product is None else _multiply(factor, product)
             if step < num_steps - 1:
                 gram = _multiply(_multiply(factor, gram), factor)
-        assert product is not None
-        x = _multiply(product, x)
+        if product is not None:
+            x = _multiply(product, x)
     return x
 
 
@@ -111,7 +115,8 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _rounds(rows: int, columns: int) -> tuple[int, ...]:
-    return _WIDE_ROUNDS if columns >= _WIDE * rows else _ROUNDS
+    is_large = rows >= _LARGE_ROWS and columns >= _WIDE * rows
+    return _LARGE_ROUNDS if is_large else _ROUNDS
 
 
 def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
