@@ -54,7 +54,9 @@ def main() -> None:
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
     result = {
-        "tokens_per_second": options["batch_size"] * size / statistics.median(seconds[2:]),
+        "tokens_per_second": options["batch_size"]
+        * size
+        / statistics.median(seconds[options["uncounted"] :]),
         "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     print(json.dumps(result))

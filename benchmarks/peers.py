@@ -90,7 +90,7 @@ def training_speed(run: Path, uncounted: int) -> Speed:
     """Returns the speed of a run of training.py, from its log, without so many first updates."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     updates = [line for line in lines if "loss" in line]
-    settled = updates[uncounted:]
+    settled = updates[uncounted:] or updates
     return Speed(
         statistics.median(update["tokens_per_second"] for update in settled),
         updates[-1]["memory_bytes"],

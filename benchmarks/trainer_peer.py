@@ -102,7 +102,7 @@ def main() -> None:
         "seconds": sum(clock.seconds),
         # The first steps fill caches and make the optimizer's state.
         "tokens_per_second": tokens_per_step
-        / statistics.median(clock.seconds[options.get("uncounted", 2) :]),
+        / statistics.median(clock.seconds[options.get("uncounted", 2) :] or clock.seconds),
         "loss": loss,
         "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

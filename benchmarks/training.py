@@ -156,8 +156,8 @@ def side_by_side(case: Case, options: Options, folder: Path, console: Console) -
         peers.append(("litgpt", python, "litgpt_peer.py"))
     for name, python, script in peers:
         for precision in options.precisions:
-            run = partial(case.peer, python, script, folder, bf16=precision == "bf16")
-            sides[f"{name}, {precision}"] = run
+            is_bf16 = precision == "bf16"
+            sides[f"{name}, {precision}"] = partial(case.peer, python, script, folder, is_bf16)
     speeds: dict[str, list[Speed]] = {name: [] for name in sides}
     for run in range(options.runs):
         for name, measure in sides.items():

@@ -88,18 +88,18 @@ def orthogonalize(x: Tensor) -> Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most 1
     for num_steps in _rounds(*x.shape[1:]):
         gram = _multiply(x, x.mT)  # S m m
-        product = None  # S m m
-        for step in range(num_steps):
-            factor = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)  # S m m
-            if num_steps == 1:  # a X is then added in fp32
-                x = torch.baddbmm(x, factor, x, beta=_A)
-                break
+        factor = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)  # S m m
+        if num_steps == 1:  # a X is added in fp32
+            x = torch.baddbmm(x, factor, x, beta=_A)
+            continue
+        factor.diagonal(dim1=1, dim2=2).add_(_A)
+        product = factor  # S m m
+        for _ in range(num_steps - 1):
+            gram = _multiply(_multiply(factor, gram), factor)
+            factor = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
             factor.diagonal(dim1=1, dim2=2).add_(_A)
-            product = factor if product is None else _multiply(factor, product)
-            if step < num_steps - 1:
-                gram = _multiply(_multiply(factor, gram), factor)
-        if product is not None:
-            x = _multiply(product, x)
+            product = _multiply(factor, product)
+        x = _multiply(product, x)
     return x
 
 

@@ -45,27 +45,24 @@ def make_optimizers(
     if kind == "adamw":
         if hidden:
             groups.insert(0, {"params": hidden, "weight_decay": weight_decay})
-        return _with_moments([torch.optim.AdamW(groups, betas=BETAS, fused=True)] if groups else [])
+        return [_adamw(groups)] if groups else []
     found: list[torch.optim.Optimizer] = []
     if hidden:
         found.append(Muon(hidden, weight_decay=weight_decay))
     if groups:
-        found.append(torch.optim.AdamW(groups, betas=BETAS, fused=True))
-    return _with_moments(found)
+        found.append(_adamw(groups))
+    return found
 
 
-def _with_moments(optimizers: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
-    """Gives optimizers at once the moments, all zero, that their first step would give them."""
-    for optimizer in optimizers:
-        is_adamw = isinstance(optimizer, torch.optim.AdamW)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                names = ("exp_avg", "exp_avg_sq") if is_adamw else ("momentum_buffer",)
-                state = optimizer.state[parameter]
-                state.update({name: torch.zeros_like(parameter) for name in names})
-                if is_adamw:
-                    state["step"] = torch.zeros((), device=parameter.device)
-    return optimizers
+def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Returns AdamW that has at once the moments, all zero, that its first step would give it."""
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            state.update({name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")})
+            state["step"] = torch.zeros((), device=parameter.device)
+    return optimizer
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
