@@ -89,9 +89,8 @@ def memory_of(setting: Setting, base_bytes: int) -> Memory:
     # The loss casts the embedding in slices.
     compute_copy = (weights - embedding) // 2 if setting.bf16 else 0
     is_alone = setting.world_size == 1
-    one = _dry_run(
-        replace(setting, optimizer="adamw", world_size=1 if is_alone else 2, shard="none")
-    )
+    world_size = min(setting.world_size, 2)  # more make no difference to a pass
+    one = _dry_run(replace(setting, optimizer="adamw", world_size=world_size, shard="none"))
     # With other devices, the backward pass of the loss has the embedding's gradient ready.
     ready = 0 if is_alone else embedding
     activations = max(0, one.kept_bytes - 2 * weights - compute_copy - ready)
