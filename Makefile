@@ -46,7 +46,8 @@ CHAOS_SEED ?= $(shell date +%s)
 chaos: $(VENV)/installed gemma-tokenizer
 	@echo "CHAOS_SEED=$(CHAOS_SEED)"
 	KIEM_CHAOS_SCALE=1.0 KIEM_CHAOS_SEED=$(CHAOS_SEED) KIEM_FUZZ_FILES=6000 \
-	    $(BIN)/python -m pytest tests/test_restart.py tests/test_bad_input.py tests/test_ray.py \
+	    OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -rP \
+	    tests/test_restart.py tests/test_bad_input.py tests/test_ray.py \
 	    tests/test_checkpoint.py tests/test_interruptions.py tests/test_guard.py \
 	    tests/test_faults.py
 

@@ -33,6 +33,7 @@ class ExitCode(enum.IntEnum):
     NOT_WRITABLE = 18
     STOPPED = 19
     HUNG = 20
+    PROCESS_LOST = 21
     INTERRUPTED = 130
 
 

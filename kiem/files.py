@@ -111,16 +111,6 @@ def append_json_lines(path: Path, values: Iterable[Any]) -> None:
             raise
 
 
-def begin_writing(file: BufferedIOBase, start: int, end: int) -> None:
-    """Asks the system to move a part of a file on to the disk now, and not to keep it in memory.
-
-    Left to itself it waits until a tenth of the memory is to be written. Elsewhere than in Linux
-    this does nothing.
-    """
-    if sys.platform.startswith("linux"):
-        os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
-
-
 def fsync_file(path: Path) -> None:
     """Returns when a file's content has reached the disk."""
     with writing_errors(path), path.open("rb") as file:

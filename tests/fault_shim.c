@@ -13,7 +13,8 @@ enum { SHORT = -1 };
 
 static char folder[PATH_MAX];
 static int failing, kind;
-static long failing_call, calls;
+static long failing_call;
+static _Atomic long calls; // files are written side by side
 
 void fault_arm(const char *where, int operation, long call, int how) {
     strncpy(folder, where, sizeof folder - 1);

@@ -227,4 +227,5 @@ def interrupt_often(
         if not is_kill:
             # Before the first update there is nothing to save, and the signal does what it does.
             early = {-int(number), ExitCode.INTERRUPTED}
-            assert set(codes) <= {int(ExitCode.STOPPED), *early, 1}, (codes, number)
+            lost = ExitCode.PROCESS_LOST
+            assert set(codes) <= {int(ExitCode.STOPPED), *early, lost, 1}, (codes, number)

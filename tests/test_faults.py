@@ -92,3 +92,7 @@ def test_a_disk_that_fills_up(lives: Lives, disk: Disk, tmp_path: Path) -> None:
     disk.remount("size=70M")
     assert lives.run(disk.path, *adamw) == [ExitCode.DISK_SPACE]
     assert "too little disk space for the model and 4 checkpoints" in lives.log.read_text()
+
+    # Large enough for a run that makes fewer.
+    few = ("--max-steps", "1", "--save-steps", "1")
+    assert lives.run(disk.path, *adamw, *few) == [0], lives.log.read_text()

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,17 +13,15 @@ from torch import Tensor
 
 from kiem.data.hub import download_model, looks_like_hub_id
 from kiem.data.tokenizer import Tokenizer, load_tokenizer
+from kiem.direct import write_and_hash
 from kiem.errors import ExitCode, UserError
-from kiem.files import begin_writing, new_file, write_json
+from kiem.files import new_file, write_json
 from kiem.manifest import MANIFEST_FILE, verify_manifest
 from kiem.model.gemma3 import Gemma3
 from kiem.model.presets import Gemma3Config
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-_BLOCK_BYTES = 64 << 20
-# A disk stops and goes; hashing, about as fast, may fall behind so far instead of waiting for it.
-_MOST_BLOCKS_TO_HASH = 8
 _INDEX_FILE = "model.safetensors.index.json"
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -131,25 +125,14 @@ def write_weights(tensors: dict[str, Tensor], path: Path) -> str:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    hashed: deque[Future[None]] = deque()
-    start_of_file = len(text).to_bytes(8, "little") + text
-    with new_file(path) as file, ThreadPoolExecutor(1) as hasher:
-        for block in chain([start_of_file], *(_blocks_of(tensors[name]) for name in names)):
-            hashed.append(hasher.submit(digest.update, block))
-            start = file.tell()
-            file.write(block)
-            begin_writing(file, start, file.tell())
-            if len(hashed) > _MOST_BLOCKS_TO_HASH:
-                hashed.popleft().result()
-    return digest.hexdigest()
+    start_of_file = memoryview(len(text).to_bytes(8, "little") + text)
+    with new_file(path) as file:
+        return write_and_hash(file, chain([start_of_file], (_bytes_of(tensors[n]) for n in names)))
 
 
-def _blocks_of(tensor: Tensor) -> Iterator[Any]:
-    """Yields a tensor's bytes, without a copy where it is contiguous and on the CPU."""
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    for start in range(0, len(content), _BLOCK_BYTES):
-        yield content[start : start + _BLOCK_BYTES]
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Returns a tensor's bytes, without a copy where it is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_config(folder: Path) -> Gemma3Config:

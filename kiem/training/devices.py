@@ -141,8 +141,8 @@ def open_devices(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Devices
             faster.
 
     Raises:
-        UserError: the precision is not one this device or kiem has, or `accelerate config` asks for
-            a plugin that kiem does without.
+        UserError: the precision is not one this device or kiem has, `accelerate config` asks for a
+            plugin that kiem does without, or another process was waited for in vain.
     """
     for variable, (plugin, option) in _ACCELERATE_PLUGINS.items():
         if _is_true(variable):
@@ -167,16 +167,25 @@ def open_devices(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Devices
             rank=rank,
             world_size=world_size,
         )
+    first = Devices(int(os.environ.get("RANK", "0")), world_size, device, "fp32", 0.0)
     try:
         # The first process speaks for all: its choice, and its speed times their number. By turns,
         # so that what else the machine does meanwhile slows both precisions.
-        first = Devices(int(os.environ.get("RANK", "0")), world_size, device, "fp32", 0.0)
         flops = dict.fromkeys((name for name in _DTYPES if chosen in ("auto", name)), 0.0)
         for name in 2 * list(flops):
             flops[name] = max(flops[name], measure_matrix_flops(device, _DTYPES[name]))
         flops = {name: first.first_says(value) for name, value in flops.items()}
         fastest = max(flops, key=lambda name: flops[name] / _FASTER_BY.get(name, 1))
         yield replace(first, precision=fastest, matrix_flops=flops[fastest] * world_size)
+    except RuntimeError as error:  # what a process says that waited for another in vain
+        if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+            raise
+        raise UserError(
+            f"another process has died or stands still ({str(error).splitlines()[0]})",
+            where=f"process {first.rank}",
+            fix="Look at its message, and start again: a run goes on from its newest checkpoint.",
+            exit_code=ExitCode.PROCESS_LOST,
+        ) from error
     finally:
         if world_size > 1:
             dist.destroy_process_group()

@@ -84,7 +84,7 @@ class Guard:
             signal.signal(number, handler)
 
     def step_begins(self) -> None:
-        """From here on until `step_ends`, this process may not stand still."""
+        """From here on until `step_ends`, waiting for another process takes an end."""
         if self._watch is not None:
             self._watch.begin()
 

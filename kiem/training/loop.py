@@ -125,8 +125,6 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
                     optimizer.step()
             sharing.finish_update()
 
-            guard.step_ends()
-
             # Log.
             num_tokens = recipe.chunks_per_step * run.train.chunk_size
             run.step += 1
@@ -153,6 +151,7 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
 
             # Evaluate, save, and stop after a signal.
             if run.evaluation_is_due(progress_before):
+                guard.step_ends()
                 with run.whole_model(devices):
                     figures = evaluate(run, devices, max_chunks=options.eval_chunks)
                     figures["samples"] = sample_texts(run, devices)
@@ -162,6 +161,7 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
                 if devices.is_first:
                     reporter.write_if_cheap()
             stop = guard.stop_is_asked()
+            guard.step_ends()
             if stop or run.save_is_due(seconds_before):
                 save(run, devices, console)
             if stop:

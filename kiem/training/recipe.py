@@ -15,6 +15,8 @@ _MIN_STEPS = 50
 # More tokens in a pass make no GPU faster; fewer are taken where memory is short.
 _GPU_PASS_TOKENS = 16_384
 _RECOMPUTE_ABOVE_PARAMETERS = 500_000_000
+# Without --save-steps.
+SECONDS_BETWEEN_SAVES = 1800
 
 
 @dataclass(frozen=True)

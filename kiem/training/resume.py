@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from kiem.errors import ExitCode, UserError
 from kiem.files import require_free_space
 from kiem.training.checkpoint import CHECKPOINTS, list_checkpoints, newest_valid, verify_checkpoint
 from kiem.training.devices import Devices
+from kiem.training.recipe import SECONDS_BETWEEN_SAVES, Recipe
 
 # The options with other values of which a run can go on, with another result.
 CHANGEABLE = (
@@ -96,18 +99,34 @@ def _choose(
     return Path(options.resume)
 
 
-def check_space(options: TrainingOptions, directory: Path, num_parameters: int) -> None:
+def check_space(
+    options: TrainingOptions, recipe: Recipe, directory: Path, num_parameters: int
+) -> None:
     """Checks that the disk has room for all that a run will write.
 
     Raises:
         UserError: it has not.
     """
-    # A checkpoint has weights and two moments. The best one is kept as well, and the new one is
-    # committed before the oldest goes.
+    # The best one is kept as well, and the new one is committed before the oldest goes.
+    num_kept = options.save_total_limit + 2
     num_there = len(list_checkpoints(directory / CHECKPOINTS))
-    most = 0 if options.save_steps == 0 else options.save_total_limit + 2 - num_there
-    needed = 4 * num_parameters * (1 + 3 * max(0, most))
-    require_free_space(directory, needed, f"the model and {max(0, most)} checkpoints")
+    num_new = max(0, min(num_kept - num_there, _most_saves(options, recipe)))
+    checkpoints = f"{num_new} checkpoint{'' if num_new == 1 else 's'}"
+    needed = 4 * num_parameters * (1 + 3 * num_new)  # a checkpoint has weights and two moments
+    require_free_space(directory, needed, f"the model and {checkpoints}")
+
+
+def _most_saves(options: TrainingOptions, recipe: Recipe) -> int:
+    """Returns the most checkpoints that a run can commit, with one for a signal that ends it."""
+    if options.save_steps == 0:
+        return 0
+    limits = []
+    if recipe.max_steps is not None:
+        of_steps = math.ceil(recipe.max_steps / (options.save_steps or 1)) + 1
+        limits.append(min(recipe.max_steps, of_steps))
+    if recipe.max_seconds is not None and options.save_steps is None:
+        limits.append(int(recipe.max_seconds // SECONDS_BETWEEN_SAVES) + 2)
+    return min(limits, default=sys.maxsize)
 
 
 def check_same_run(

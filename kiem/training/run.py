@@ -52,7 +52,7 @@ from kiem.training.metrics import Metrics, keep_metrics_until
 from kiem.training.optimizer import make_optimizers
 from kiem.training.options import check_devices, check_options
 from kiem.training.planning import hardware_here, largest_batch, setting_of
-from kiem.training.recipe import Recipe, settle, usual_for
+from kiem.training.recipe import SECONDS_BETWEEN_SAVES, Recipe, settle, usual_for
 from kiem.training.resume import (
     CHANGEABLE,
     check_same_run,
@@ -64,7 +64,6 @@ from kiem.training.sharding import Sharing, share_parameters, whole_model
 from kiem.training.trackers import open_trackers
 
 _EVALUATIONS_PER_RUN = 5
-_SECONDS_BETWEEN_SAVES = 1800
 # What a checkpoint remembers of a run.
 _STATE = ("step", "tokens", "seconds", "joules", "test_loss", "recent_losses", "num_skipped")
 
@@ -150,7 +149,7 @@ class Run:
             return self.options.save_steps > 0 and (
                 is_last or self.step % self.options.save_steps == 0
             )
-        interval = _SECONDS_BETWEEN_SAVES
+        interval = SECONDS_BETWEEN_SAVES
         is_last = self.progress >= 1 and self.seconds > interval
         return is_last or self.seconds // interval > seconds_before // interval
 
@@ -200,7 +199,7 @@ def prepare_run(
         options: all options of training.py.
         devices: all processes.
         console: where warnings go.
-        held: keeps the run directory to this program as long as it is open.
+        held: as long as it is open the run directory is this program's, and the model is shared.
 
     Raises:
         UserError: anything about options, data, model or disk that a person can mend.
@@ -235,7 +234,7 @@ def prepare_run(
             remove_leftovers(directory)
             remove_leftovers(directory / CHECKPOINTS)
     checkpoint = choose_checkpoint(options, directory, devices, console)
-    check_space(options, directory, model.config.num_parameters())
+    check_space(options, recipe, directory, model.config.num_parameters())
     keep_freed_memory()
     if options.shard == "parameters":
         share_parameters(model, devices)
@@ -243,6 +242,7 @@ def prepare_run(
     compiled = compile_if_worthwhile(model, options, recipe, train.chunk_size, devices, console)
     with held_to_the_end():  # gradients and moments
         sharing = Sharing(model, devices, options.shard)
+        held.callback(sharing.close)
         decay = options.weight_decay
         optimizers = make_optimizers(model, options.optimizer, decay, sharing.owned)
     run = Run(

@@ -83,6 +83,14 @@ class Sharing:
         """Makes the gradients zero."""
         self._model.zero_grad(set_to_none=not self._keeps_gradients)
 
+    def close(self) -> None:
+        """Ends the sharing; the processes must not part before.
+
+        torch's wrapper holds on to their group. Freed after it was destroyed, it waits for gloo's
+        thread with Python's lock in its hands, for which that thread may be waiting.
+        """
+        self.wrapped = None
+
 
 def owners(model: nn.Module, world_size: int) -> dict[str, int]:
     """Returns which process updates which parameter, so that all hold about as many values.
