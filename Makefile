@@ -1,7 +1,7 @@
 # make demo       the whole way on the built-in sample, in a few minutes
 # make test       format, lint, types and tests
 # make export-check MODEL=...   llama.cpp against kiem on an exported model (builds it, minutes)
-# make chaos      the tests that kill and damage things, in full counts (some half an hour)
+# make chaos      the tests that kill and damage things, in full counts (some 20 minutes)
 # make bench      the benchmarks: make bench TEXT=folder with .jsonl files
 
 PYTHON ?= python3

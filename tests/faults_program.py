@@ -10,6 +10,7 @@ from pathlib import Path
 
 from test_checkpoint import QUIET, devices, made, names, save
 
+from kiem import direct
 from kiem.errors import ExitCode, UserError
 from kiem.training.checkpoint import load_checkpoint, newest_valid, prune_checkpoints
 
@@ -19,6 +20,7 @@ NEVER = 1 << 40
 
 
 def main(library: str, folder: Path) -> None:
+    direct.PIECE_BYTES = 4096  # so that the small files of a test have several pieces
     shim = ctypes.CDLL(library)
     shim.fault_calls.restype = ctypes.c_long
 

@@ -30,6 +30,9 @@ OPTIONS = (
     *("--precision", "fp32", "--minimal-pairs", "never", "--batch-size", "2"),
     *("--gradient-accumulation-steps", "1", "--sample-prompt"),
 )
+# A save is short; so many interruptions wait for one, of which each takes about so long.
+_SHARE_IN_SAVES = 0.25
+_SAVE_SECONDS = 0.03
 _TIMES = ("seconds", "tokens_per_second", "memory_bytes", "joules", "mfu")
 _SERVER = """
 import json, os, sys
@@ -178,6 +181,14 @@ def leftovers(run: Path) -> list[str]:
     return [str(path.relative_to(run)) for path in run.rglob(".*")]
 
 
+def wait_for_a_save(run: Path, seconds: float) -> None:
+    """Returns when a checkpoint is being written, or after so many seconds."""
+    ends = time.monotonic() + seconds
+    for is_wanted in (False, True):  # what an earlier kill left must go first
+        while any((run / "checkpoints").glob(".step-*")) != is_wanted and time.monotonic() < ends:
+            time.sleep(0.001)
+
+
 def interrupt_often(
     lives: Lives,
     output: Path,
@@ -205,7 +216,11 @@ def interrupt_often(
         pids = lives.start(output, *how["options"], processes=how["processes"])
         is_over = counts["interruptions"] == num
         if not is_over:
-            time.sleep(chance.uniform(0, how["seconds"]))
+            if chance.random() < _SHARE_IN_SAVES:
+                wait_for_a_save(output / "run", how["seconds"])
+                time.sleep(chance.uniform(0, _SAVE_SECONDS))
+            else:
+                time.sleep(chance.uniform(0, how["seconds"]))
             number = chance.choice(how["signals"])
             is_kill = number == signal.SIGKILL
             victims = [chance.choice(pids)] if is_kill and chance.random() < 0.5 else pids

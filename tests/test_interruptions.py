@@ -51,6 +51,7 @@ def test_killed_at_any_moment(
     chance = chaos(f"kill {processes}")
     counts = interrupt_often(lives, tmp_path, expected, round(num * SCALE), chance, **how)
     print(counts)
+    assert counts["in a save"] > 0
 
 
 @pytest.mark.parametrize(("processes", "num"), [(1, 30), (2, 20)])

@@ -159,16 +159,16 @@ def open_devices(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Devices
     if use_gpu:
         torch.cuda.set_device(device)
     chosen = _choose_precision(precision, use_gpu)
-    if world_size > 1:
-        store, rank, _ = next(rendezvous("env://"))
-        dist.init_process_group(
-            "nccl" if use_gpu else "gloo",
-            store=_store_of_this_start(store, rank, world_size),
-            rank=rank,
-            world_size=world_size,
-        )
     first = Devices(int(os.environ.get("RANK", "0")), world_size, device, "fp32", 0.0)
     try:
+        if world_size > 1:
+            store, rank, _ = next(rendezvous("env://"))
+            dist.init_process_group(
+                "nccl" if use_gpu else "gloo",
+                store=_store_of_this_start(store, rank, world_size),
+                rank=rank,
+                world_size=world_size,
+            )
         # The first process speaks for all: its choice, and its speed times their number. By turns,
         # so that what else the machine does meanwhile slows both precisions.
         flops = dict.fromkeys((name for name in _DTYPES if chosen in ("auto", name)), 0.0)
@@ -187,7 +187,7 @@ def open_devices(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Devices
             exit_code=ExitCode.PROCESS_LOST,
         ) from error
     finally:
-        if world_size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
