@@ -51,7 +51,7 @@ def test_killed_at_any_moment(
     chance = chaos(f"kill {processes}")
     counts = interrupt_often(lives, tmp_path, expected, round(num * SCALE), chance, **how)
     print(counts)
-    assert counts["in a save"] > 0
+    assert counts["in a save"] > 0 or SCALE < 1
 
 
 @pytest.mark.parametrize(("processes", "num"), [(1, 30), (2, 20)])
