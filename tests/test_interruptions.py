@@ -108,7 +108,7 @@ def test_a_second_signal_ends_at_once(lives: Lives, tmp_path: Path) -> None:
     assert not list_checkpoints(tmp_path / "run" / "checkpoints")
 
 
-# In the sixth update the second process stops, before it computes or before it is asked to go on.
+# After six updates the second process stops, before it computes or before it says whether to stop.
 HANG = """
 import os, signal
 from kiem.training import guard
