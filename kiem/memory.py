@@ -36,6 +36,15 @@ def keep_freed_memory() -> None:
         _mallopt(option, _LARGEST_INT)
 
 
+def give_back_free_memory() -> None:
+    """Gives back what `keep_freed_memory` has kept; for when memory was tried out.
+
+    What is allocated in between would leave gaps too small for use, which took 100 MB and more.
+    """
+    if (library := _glibc()) is not None:
+        library.malloc_trim(0)
+
+
 @contextlib.contextmanager
 def held_to_the_end() -> Iterator[None]:
     """Gives what is allocated in this block memory of its own; for what `keep_freed_memory` knows.
@@ -51,7 +60,12 @@ def held_to_the_end() -> Iterator[None]:
 
 
 def _mallopt(option: int, value: int) -> None:
-    if sys.platform.startswith("linux"):
-        library = ctypes.CDLL(None)
-        if hasattr(library, "gnu_get_libc_version"):
-            library.mallopt(option, value)
+    if (library := _glibc()) is not None:
+        library.mallopt(option, value)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "gnu_get_libc_version") else None

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,12 +202,14 @@ class Chunks:
         first_rows: number of the first chunk of each block.
         num_chunks: chunks in the split.
         chunk_size: tokens in a chunk.
+        mappings: the mapped shards.
     """
 
     blocks: list[np.ndarray]
     first_rows: np.ndarray
     num_chunks: int
     chunk_size: int
+    mappings: Sequence[mmap.mmap] = ()
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
         """Returns chunks by number as an int32 copy [len(numbers), chunk_size]."""
@@ -215,7 +218,12 @@ class Chunks:
             self.blocks[block][number - self.first_rows[block]]
             for block, number in zip(which, numbers, strict=True)
         ]
-        return np.stack(rows)
+        copy = np.stack(rows)
+        # The system keeps what was read in its own cache. Mapped as well, it would count as memory
+        # of this program, which in a long training would seem to grow by the size of the data.
+        for mapping in self.mappings:
+            mapping.madvise(mmap.MADV_DONTNEED)
+        return copy
 
 
 def open_split(path: Path, manifest: dict[str, Any], split: str) -> Chunks:
@@ -242,19 +250,25 @@ def source_shards(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _open(path: Path, manifest: dict[str, Any], shards: list[dict[str, Any]]) -> Chunks:
     chunk_size = manifest["options"]["chunk_size"]
-    blocks = [block for shard in shards for block in _map_shard(path / shard["file"], chunk_size)]
+    mappings = [_map_shard(path / shard["file"]) for shard in shards]
+    blocks = []
+    for shard, mapping in zip(shards, mappings, strict=True):
+        try:
+            table = pa.ipc.open_stream(pa.py_buffer(mapping)).read_all()
+        except pa.ArrowException as error:
+            raise damaged(path / shard["file"], f"cannot be read ({error})") from error
+        for batch in table.column(0).chunks:
+            blocks.append(to_numpy(batch.flatten()).reshape(-1, chunk_size))
     rows = np.array([len(block) for block in blocks], dtype=np.int64)
-    return Chunks(blocks, np.cumsum(rows) - rows, int(rows.sum()), chunk_size)
+    return Chunks(blocks, np.cumsum(rows) - rows, int(rows.sum()), chunk_size, mappings)
 
 
-def _map_shard(file: Path, chunk_size: int) -> Iterator[np.ndarray]:
+def _map_shard(file: Path) -> mmap.mmap:
     try:
-        table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-    except (OSError, pa.ArrowException) as error:
+        with file.open("rb") as opened:
+            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # the second for an empty file
         raise damaged(file, f"cannot be read ({error})") from error
-    for batch in table.column(0).chunks:
-        ids = to_numpy(batch.flatten())
-        yield ids.reshape(-1, chunk_size)
 
 
 def _write_datasets_files(folder: Path, shards: list[dict[str, Any]], column: pa.Field) -> None:

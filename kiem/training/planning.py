@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kiem.config import TrainingOptions
-from kiem.data.chunks import read_manifest, read_tokenizer
+from kiem.data.chunks import open_split, read_manifest, read_tokenizer
 from kiem.files import format_bytes
 from kiem.model.files import find_model, read_config
 from kiem.model.gemma3 import Recompute
@@ -112,9 +112,9 @@ def make_plan(options: TrainingOptions, devices: Devices, console: Console) -> P
     """
     check_options(options)
     manifest = read_manifest(options.dataset_path)
-    num_rows = read_tokenizer(options.dataset_path, manifest).num_rows
+    tokenizer = read_tokenizer(options.dataset_path, manifest)
     config = (
-        preset(options.model, num_rows)
+        preset(options.model, tokenizer.num_rows)
         if options.init_from is None
         else read_config(find_model(options.init_from))
     )
@@ -144,7 +144,10 @@ def make_plan(options: TrainingOptions, devices: Devices, console: Console) -> P
     if gpu:
         seconds = calculate_seconds(setting, gpu)
     else:
-        rehearsal = rehearse(setting, options, recipe, devices, console)
+        chunks = open_split(options.dataset_path, manifest, "train")
+        rehearsal = rehearse(
+            setting, options, recipe, chunks, tokenizer.special_ids, devices, console
+        )
         seconds = rehearsal.seconds
         if rehearsal.base_bytes is not None:
             hardware = replace(hardware, base_bytes=rehearsal.base_bytes)

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from rich.console import Console
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from kiem.config import TrainingOptions
-from kiem.memory import held_to_the_end, keep_freed_memory, peak_memory_bytes
+from kiem.data.chunks import Chunks
+from kiem.memory import (
+    give_back_free_memory,
+    held_to_the_end,
+    keep_freed_memory,
+    peak_memory_bytes,
+)
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
+from kiem.model.loss import next_token_targets
+from kiem.training.batches import Order, micro_batches
 from kiem.training.compiling import compile_if_worthwhile, is_wanted
 from kiem.training.devices import Devices
 from kiem.training.fit import fits
@@ -40,12 +48,20 @@ class Rehearsal:
 
 
 def rehearse(
-    setting: Setting, options: TrainingOptions, recipe: Recipe, devices: Devices, console: Console
+    setting: Setting,
+    options: TrainingOptions,
+    recipe: Recipe,
+    chunks: Chunks,
+    special_ids: dict[str, int],
+    devices: Devices,
+    console: Console,
 ) -> Rehearsal:
     """Does some passes and updates on this process's device, as the training would.
 
     Args:
         setting, options, recipe: what is trained how.
+        chunks: of the training split.
+        special_ids: the tokenizer's control ids.
         devices: where, and in which precision.
         console: where it is said if the layers cannot be compiled.
     """
@@ -55,9 +71,15 @@ def rehearse(
     num_layers = setting.config.num_hidden_layers
     most = min(num_layers, _MOST_LAYERS)
 
+    numbers = Order(chunks.num_chunks, options.seed).chunks(0, recipe.chunks_per_step)
+    ids = micro_batches(chunks, numbers, setting.batch_size, devices)[0]
+    targets = next_token_targets(ids, special_ids["bos"], special_ids["pad"])
+    bos_id = special_ids["bos"] if setting.document_mask else None
+
     def rehearse_layers(number: int) -> Seconds:
         config = replace(setting.config, num_hidden_layers=number)
-        return _time(replace(setting, config=config), options, recipe, devices, console)
+        fewer = replace(setting, config=config)
+        return _time(fewer, options, recipe, (ids, targets, bos_id), devices, console)
 
     several = rehearse_layers(most)
     base_bytes = None
@@ -77,27 +99,28 @@ def rehearse(
 
 
 def _time(
-    setting: Setting, options: TrainingOptions, recipe: Recipe, devices: Devices, console: Console
+    setting: Setting,
+    options: TrainingOptions,
+    recipe: Recipe,
+    batch: tuple[Tensor, Tensor, int | None],
+    devices: Devices,
+    console: Console,
 ) -> Seconds:
-    config = setting.config
-    generator = torch.Generator().manual_seed(0)
-    size = (setting.batch_size, setting.chunk_size)
-    ids = torch.randint(config.vocab_size, size, generator=generator).to(devices.device)
     with devices.device:
-        model = Gemma3(config)
+        model = Gemma3(setting.config)
     initialize(model, seed=0)  # with larger logits, numbers too small for full speed come up
     model.recompute = setting.recompute
     model.model.embed_tokens.adds_to_gradient = True
     fits(model, options, recipe, setting.chunk_size, devices)  # for the memory that it takes
     compile_if_worthwhile(model, options, recipe, setting.chunk_size, devices, console)
+    give_back_free_memory()
     with held_to_the_end():
         sharing = Sharing(model, replace(devices, world_size=1), "none")
         optimizers = make_optimizers(model, setting.optimizer, 0.1)
-    bos_id = 0 if setting.document_mask else None
 
     def forward_backward() -> None:
         with devices.autocast():
-            loss, _ = sharing.wrapped(ids, ids, bos_id, 1e-5, 1 / ids.numel())
+            loss, _ = sharing.wrapped(*batch, options.z_loss, 1 / batch[0].numel())
         loss.backward()
 
     def update() -> None:

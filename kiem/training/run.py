@@ -35,7 +35,7 @@ from kiem.files import (
 )
 from kiem.locking import locked_folder
 from kiem.manifest import write_manifest
-from kiem.memory import held_to_the_end, keep_freed_memory
+from kiem.memory import give_back_free_memory, held_to_the_end, keep_freed_memory
 from kiem.model.files import write_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.presets import name_of
@@ -240,6 +240,7 @@ def prepare_run(
         share_parameters(model, devices)
     recipe = fit_recipe(model, options, recipe, train.chunk_size, devices, console)
     compiled = compile_if_worthwhile(model, options, recipe, train.chunk_size, devices, console)
+    give_back_free_memory()
     with held_to_the_end():  # gradients and moments
         sharing = Sharing(model, devices, options.shard)
         held.callback(sharing.close)
