@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from kiem.model.attention import attend, spread_heads
 from kiem.model.cache import CachePass, LayerCache
 from kiem.model.embedding import Embedding
 from kiem.model.loss import summed_cross_entropy
@@ -49,11 +50,13 @@ class Context(NamedTuple):
     Attributes:
         rotary: the angles at this pass's positions.
         mask: bool [B or 1, 1, T, S], true where a query may look; None for plain causal attention.
+        window: how many tokens, its own included, a query may see; None for all.
         cached: where the tokens go in the cache, if there is one.
     """
 
     rotary: Rotary
     mask: Tensor | None
+    window: int | None
     cached: CachePass | None = None
 
 
@@ -94,10 +97,10 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(k), context.rotary)
         if cache is not None and context.cached is not None:
             k, v = cache.extend(k, v, context.cached)  # B K S C
-        k, v = spread_heads(k, q.shape[1]), spread_heads(v, q.shape[1])  # B H S C
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=context.mask, is_causal=context.mask is None, scale=self.scale
-        )
+            k, v = spread_heads(k, q.shape[1]), spread_heads(v, q.shape[1])  # B H S C
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=self.scale)
+        else:
+            y = attend(q, k, v, context.mask, context.window, self.scale)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # B T D
 
 
@@ -260,19 +263,19 @@ class Gemma3(nn.Module):
         rotary = rotary_angles(positions, config.head_dim, self._theta(sliding))
         window = config.sliding_window if sliding else None
         if bos_id is None and (window is None or len(positions) <= window):
-            return Context(rotary, None)
+            return Context(rotary, None, window)
         mask = visible(positions, positions, window)[None]  # 1 T T
         if bos_id is not None:
             document = (input_ids == bos_id).cumsum(1)  # B T
             mask = mask & (document[:, :, None] == document[:, None, :])  # B T T
-        return Context(rotary, mask[:, None])
+        return Context(rotary, mask[:, None], window)
 
     def _cached_context(self, cached: CachePass, sliding: bool) -> Context:
         config = self.config
         cos, sin = rotary_angles(cached.positions, config.head_dim, self._theta(sliding))  # B T C
         window = config.sliding_window if sliding else None
         mask = visible(cached.positions, cached.key_positions(sliding), window)  # B T S
-        return Context(Rotary(cos[:, None], sin[:, None]), mask[:, None], cached)
+        return Context(Rotary(cos[:, None], sin[:, None]), mask[:, None], window, cached)
 
     def _theta(self, sliding: bool) -> float:
         return self.config.rope_local_base_freq if sliding else self.config.rope_theta
@@ -333,12 +336,3 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return x * rotary.cos.to(x.dtype) + turned * rotary.sin.to(x.dtype)
-
-
-def spread_heads(x: Tensor, num_heads: int) -> Tensor:
-    """Gives keys or values [B, K, S, C] to all query heads, [B, H, S, C]; a view if K is 1.
-
-    The enable_gqa of scaled_dot_product_attention would do so too, but on CUDA only in kernels that
-    take no mask or are slow, says its documentation.
-    """
-    return x[:, :, None].expand(-1, -1, num_heads // x.shape[1], -1, -1).flatten(1, 2)

@@ -13,6 +13,7 @@ from kiem.evaluation.language_model import own_language_model
 from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, summarize
 from kiem.inference.sampling import Sampling
 from kiem.inference.streaming import complete
+from kiem.memory import give_back_free_memory
 from kiem.model.loss import IGNORE, next_token_targets, token_cross_entropy
 from kiem.training.devices import Devices
 from kiem.training.run import Run
@@ -39,6 +40,7 @@ def evaluate(run: Run, devices: Devices, max_chunks: int | None) -> dict[str, An
         `test_loss` (nats per token), `test_perplexity`, `test_bpb`, and `per_source` with the `bpb`
         of the largest sources if there are several; the same in all processes.
     """
+    give_back_free_memory()  # training's pieces are of other sizes
     names = _largest_sources(run)
     totals = torch.zeros(len(names) + 1, 2, dtype=torch.float64, device=devices.device)
     num_chunks = min(max_chunks or run.test.num_chunks, run.test.num_chunks)

@@ -107,6 +107,7 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
                             ids, target, attention_bos_id, options.z_loss, scale
                         )
                     loss.backward()
+                    del loss  # what is left of its graph lies between memory for the next pass
                 nats += pass_nats
 
             # Clip, update, unless the numbers say that something is wrong.

@@ -24,6 +24,7 @@ _LARGE_ROWS = 512
 _WIDE = 2
 # Matrices taken together: small ones one by one would leave a CPU's threads waiting for each other.
 _MOST_ELEMENTS = 1 << 23
+_ELEMENTS_IN_CACHE = 1 << 18
 
 
 class Muon(torch.optim.Optimizer):
@@ -64,16 +65,20 @@ class Muon(torch.optim.Optimizer):
         updates = torch.empty(size, dtype=torch.bfloat16, device=parameters[0].device)  # S m n
         for parameter, update in zip(parameters, updates, strict=True):
             assert parameter.grad is not None
-            average = self.state[parameter]["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-            # In bf16 before it is transposed: that is half the memory to jump about in.
-            update.copy_(_wide(parameter.grad.lerp(average, momentum).bfloat16()))
+            average, update = self.state[parameter]["momentum_buffer"], _like(update, parameter)
+            for rows in _row_blocks(parameter):
+                gradient = parameter.grad[rows]
+                average[rows].lerp_(gradient, 1 - momentum)
+                # In bf16 before it is transposed: that is half the memory to jump about in.
+                update[rows] = gradient.lerp(average[rows], momentum).bfloat16()
         updates = orthogonalize(updates)
         # The root mean square of AdamW's updates is about 0.2 (arXiv:2502.16982, section 2.2).
         learning_rate = 0.2 * math.sqrt(columns) * group["lr"]
         for parameter, update in zip(parameters, updates, strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            is_wide = update.shape == parameter.shape
-            parameter.add_(update if is_wide else update.T, alpha=-learning_rate)
+            update = _like(update, parameter)
+            for rows in _row_blocks(parameter):
+                parameter[rows].mul_(1 - group["lr"] * group["weight_decay"])
+                parameter[rows].add_(update[rows], alpha=-learning_rate)
 
 
 def orthogonalize(x: Tensor) -> Tensor:
@@ -130,6 +135,15 @@ def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
             yield alike[start : start + num_together]
 
 
-def _wide(matrix: Tensor) -> Tensor:
-    """Returns a matrix so that it has no more rows than columns, as a view."""
-    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+def _like(update: Tensor, parameter: Tensor) -> Tensor:
+    """Returns a view of an update [m, n] that has the shape of its parameter."""
+    return update.T if parameter.shape[0] > parameter.shape[1] else update
+
+
+def _row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Yields rows that a CPU goes over together, so that they stay in its cache meanwhile."""
+    num_rows = len(matrix)
+    if matrix.device.type == "cpu":
+        num_rows = max(1, _ELEMENTS_IN_CACHE // matrix.shape[1])
+    for start in range(0, len(matrix), num_rows):
+        yield slice(start, start + num_rows)
