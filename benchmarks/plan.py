@@ -50,16 +50,18 @@ def predict(options: list[str]) -> tuple[float, float]:
 
 
 def measure(options: list[str]) -> tuple[float, float]:
-    """Returns bytes and tokens per second of updates, without the first and evaluations."""
+    """Returns the peak in bytes of the whole run, and tokens per second of all but first updates."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "training.py", *options, "--output-dir", folder]
         command += ["--run-name", "run", "--eval-steps", "0", "--save-steps", "0"]
         command += ["--minimal-pairs", "never"]
         subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True)
         text = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8")
-    updates = [line for line in map(json.loads, text.splitlines()) if "loss" in line]
+    lines = [json.loads(line) for line in text.splitlines()]
+    num_bytes = max(line.get("memory_bytes", 0) for line in lines)
+    updates = [line for line in lines if "loss" in line]
     speeds = [line["tokens_per_second"] for line in updates[NUM_FIRST_STEPS:]]
-    return updates[-1]["memory_bytes"], statistics.median(speeds)
+    return num_bytes, statistics.median(speeds)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ Shapes: N tokens, R tokens in a block, V vocabulary entries, S of them in a slic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -87,8 +87,10 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
         num_rows = rows_per_block(len(weight), 4)
         for start in range(0, len(hidden), num_rows):
             rows = slice(start, start + num_rows)
-            logits = F.linear(hidden[rows], weight).float()  # R V
-            nats[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
+            logits = F.linear(hidden[rows], weight)  # R V
+            for few in _rows_in_cache(logits):
+                values = logits[few].float()
+                nats[rows][few] = F.cross_entropy(values, targets[rows][few], reduction="none")
     return nats
 
 
@@ -194,13 +196,7 @@ def _differentiate(
         The loss and the nats of these rows, [2], in `sum_dtype`.
     """
     totals = torch.zeros(2, dtype=sum_dtype, device=logits.device)
-    # A CPU goes over few rows at a time, so that they stay in its cache from one line to the next;
-    # a fake tensor (training/dry_run.py) has no data to be kept there, whatever device it is for.
-    num_rows = len(logits)
-    if logits.device.type == "cpu" and type(logits) is Tensor:
-        num_rows = max(1, _ELEMENTS_IN_CACHE // logits.shape[1])
-    for start in range(0, len(logits), num_rows):
-        rows = slice(start, start + num_rows)
+    for rows in _rows_in_cache(logits):
         counted = targets[rows] != IGNORE  # R
         index = targets[rows].clamp(min=0)[:, None]  # R 1
         values = logits[rows].to(sum_dtype)  # R V; not a copy if that is their precision
@@ -217,3 +213,15 @@ def _differentiate(
         values.scatter_add_(1, index, -weight[:, None])
         logits[rows] = values
     return totals
+
+
+def _rows_in_cache(logits: Tensor) -> Iterator[slice]:
+    """Yields rows that a CPU goes over together: few, so that they stay in its cache meanwhile.
+
+    A fake tensor (training/dry_run.py) has no data to be kept there, whatever device it is for.
+    """
+    num_rows = max(1, len(logits))
+    if logits.device.type == "cpu" and type(logits) is Tensor:
+        num_rows = max(1, _ELEMENTS_IN_CACHE // logits.shape[1])
+    for start in range(0, len(logits), num_rows):
+        yield slice(start, start + num_rows)
