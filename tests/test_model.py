@@ -13,9 +13,10 @@ from conftest import SMALL, WINDOW
 from transformers import Gemma3ForCausalLM
 
 from kiem.errors import ExitCode, UserError
+from kiem.model.attention import attend
 from kiem.model.cache import CachePass, KeyValueCache
 from kiem.model.files import read_config, read_model, write_model
-from kiem.model.gemma3 import Gemma3, Recompute
+from kiem.model.gemma3 import Gemma3, Recompute, visible
 from kiem.model.initialize import initialize
 from kiem.model.loss import IGNORE, next_token_targets, summed_cross_entropy
 from kiem.model.presets import GEMMA3_1B_PARAMETERS, Gemma3Config, preset
@@ -155,6 +156,33 @@ def test_documents_do_not_see_each_other(model: Gemma3) -> None:
 
 
 @pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 4 * WINDOW])
+@pytest.mark.parametrize("window", [None, 200, 300])
+@pytest.mark.parametrize("num_tokens", [5, 256, 700])
+def test_attention_in_blocks_equals_the_plain_one(num_tokens: int, window: int | None) -> None:
+    """In fp64, with documents that begin anywhere; torch's kernels get blocks of 256 queries."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, gradient = (
+        torch.randn(2, heads, num_tokens, 8, generator=generator, dtype=torch.float64)
+        for heads in (4, 2, 2, 4)
+    )
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    positions = torch.arange(num_tokens)
+    document = (torch.rand(2, num_tokens, generator=generator) < 0.01).cumsum(1)
+    mask = visible(positions, positions, window) & (document[:, :, None] == document[:, None])
+    scores = torch.einsum("bhtc,bhsc->bhts", q, k.repeat_interleave(2, 1)) * 0.3
+    weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+    expected = torch.einsum("bhts,bhsc->bhtc", weights, v.repeat_interleave(2, 1))
+    found = attend(q, k, v, mask[:, None], window, 0.3)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(
+        torch.autograd.grad(found, (q, k, v), gradient),
+        torch.autograd.grad(expected, (q, k, v), gradient),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("prefill", [1, 3, WINDOW + 2])
 def test_cached_equals_uncached(model: Gemma3, length: int, prefill: int) -> None:
     """In two parts of several tokens, then token by token; in the last two of three slots."""

@@ -75,7 +75,7 @@ def next_token_targets(input_ids: Tensor, bos_id: int, pad_id: int) -> Tensor:
 
 
 def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Returns -log p[target] of each token, fp32 [N], without gradient.
+    """Returns -log p[target] of each token, fp32 [N], 0 for IGNORE, without gradient.
 
     Args:
         hidden: [N, D]; under autocast the products run in its precision.
@@ -90,7 +90,9 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
             logits = F.linear(hidden[rows], weight)  # R V
             for few in _rows_in_cache(logits):
                 values = logits[few].float()
-                nats[rows][few] = F.cross_entropy(values, targets[rows][few], reduction="none")
+                nats[rows][few] = F.cross_entropy(
+                    values, targets[rows][few], ignore_index=IGNORE, reduction="none"
+                )
     return nats
 
 

@@ -52,17 +52,19 @@ def evaluate(run: Run, devices: Devices, max_chunks: int | None) -> dict[str, An
         rows = own[start : start + run.recipe.batch_size]
         ids = torch.from_numpy(run.test.read(rows)).long().to(devices.device)
         targets = next_token_targets(ids, special_ids["bos"], special_ids["pad"])
+        targets = targets.flatten()
         counted = targets != IGNORE
         with torch.no_grad(), devices.autocast():
-            hidden = run.model.hidden_states(ids, bos_id=bos_id)[counted]
+            hidden = run.model.hidden_states(ids, bos_id=bos_id).flatten(0, 1)
             weight = run.model.model.embed_tokens.weight
-            nats = token_cross_entropy(hidden, weight, targets[counted]).double()
+            # All of them, then those that count: tensors of the same sizes fit where others were.
+            nats = token_cross_entropy(hidden, weight, targets).double()[counted]
         figures = torch.stack([nats, torch.ones_like(nats)], dim=1)
         totals[0] += figures.sum(0)
         if run.test_sources is not None and names:
             # Shifted as the targets are: the source of the token that is predicted.
             sources = torch.from_numpy(run.test_sources.read(rows)).roll(-1, 1)
-            sources = sources.to(ids.device)[counted]
+            sources = sources.to(ids.device).flatten()[counted]
             for place, number in enumerate(names.values(), start=1):
                 totals[place] += figures[sources == number].sum(0)
     test = run.manifest["splits"]["test"]
