@@ -50,7 +50,7 @@ def predict(options: list[str]) -> tuple[float, float]:
 
 
 def measure(options: list[str]) -> tuple[float, float]:
-    """Returns the peak in bytes of the whole run, and tokens per second of all but first updates."""
+    """Returns the peak in bytes of the whole run, and tokens per second of its later updates."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "training.py", *options, "--output-dir", folder]
         command += ["--run-name", "run", "--eval-steps", "0", "--save-steps", "0"]

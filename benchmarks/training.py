@@ -54,6 +54,8 @@ class Options:
     """Whom to compare with; litgpt in the small case only."""
     precisions: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
     """In which precisions; bf16 is kiem's own choice where that is faster."""
+    adamw: bool = False
+    """Let kiem also run with the peers' optimizer instead of Muon, its own choice."""
     runs: int = 3
     """Runs of each side."""
     steps: int = 12
@@ -147,6 +149,9 @@ def side_by_side(case: Case, options: Options, folder: Path, console: Console) -
     for precision in options.precisions:
         words = (*recompute, "--precision", precision)
         sides[f"kiem, {precision}"] = partial(case.kiem, folder, *words)
+        if options.adamw:
+            words = (*words, "--optimizer", "adamw")
+            sides[f"kiem, {precision}, AdamW"] = partial(case.kiem, folder, *words)
     peers = []
     if "transformers" in options.peer:
         python = environment("peer-transformers", TRAINER_REQUIREMENTS, console)
