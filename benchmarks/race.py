@@ -6,6 +6,9 @@ The same texts, the same 16 384-entry vocabulary, the same shape (gemma3-nano, 9
 parameters), the same machine. Trainer has AdamW at 1e-3 with a cosine schedule over as many updates
 as fit the time. What counts is bits per byte on texts that no side trained on, measured by
 evaluate.py for both. Time is that of the updates on both sides; what compiling takes is shown.
+
+Free class: kiem with another vocabulary and recipe, of the same texts; only time, machine and what
+counts are the same. Settings were found on a split of the training texts (docs/recipe.md).
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ _VOCABULARY = 16_384
 _CHUNK_SIZE = 512
 _BATCH_SIZE = 8
 _MODEL = "gemma3-nano"
+_FREE_VOCABULARY = 32_768
+_FREE_OPTIONS = ("--schedule", "wsd")
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Options:
     """Time of Trainer; 0 leaves it out."""
     minutes: tuple[float, ...] = (2, 10)
     """Times of kiem."""
+    free_minutes: tuple[float, ...] = (10,)
+    """Times of kiem in the free class."""
     output: Path | None = None
     """Keep models here. Default: nowhere."""
 
@@ -66,13 +73,7 @@ class Result:
 def main(options: Options, console: Console) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = options.output or Path(name)
-        data = folder / "data"
-        if not data.exists():
-            run_script(
-                "preprocess.py",
-                *("--source", options.text, "--tokenizer", f"train:{_VOCABULARY}"),
-                *("--chunk-size", str(_CHUNK_SIZE), "--output-dir", folder, "--name", "data"),
-            )
+        data = make_chunks(options.text, _VOCABULARY, folder)
         results = {}
         if options.trainer_minutes:
             name = f"Trainer, {options.trainer_minutes:g} minutes"
@@ -81,6 +82,11 @@ def main(options: Options, console: Console) -> None:
         for minutes in options.minutes:
             name = f"kiem, {minutes:g} minutes"
             results[name] = run_kiem(options, data, folder / "kiem", minutes)
+            console.print(name, results[name])
+        for minutes in options.free_minutes:
+            name = f"kiem, free class, {minutes:g} minutes"
+            free_data = make_chunks(options.text, _FREE_VOCABULARY, folder)
+            results[name] = run_kiem(options, free_data, folder / "free", minutes, *_FREE_OPTIONS)
             console.print(name, results[name])
     first = next(iter(results.values()))
     table = Table("", "updates", "whole program", "tokens", "bits per byte", "better by")
@@ -94,6 +100,18 @@ def main(options: Options, console: Console) -> None:
             f"{first.bpb - result.bpb:+.3f}",
         )
     console.print(table)
+
+
+def make_chunks(text: Path, vocabulary: int, folder: Path) -> Path:
+    """Returns a chunk directory of the texts, with a vocabulary of their own, made if not there."""
+    data = folder / f"data-{vocabulary}"
+    if not data.exists():
+        run_script(
+            "preprocess.py",
+            *("--source", text, "--tokenizer", f"train:{vocabulary}"),
+            *("--chunk-size", str(_CHUNK_SIZE), "--output-dir", folder, "--name", data.name),
+        )
+    return data
 
 
 def run_trainer(options: Options, data: Path, output: Path, console: Console) -> Result:
@@ -120,14 +138,14 @@ def run_trainer(options: Options, data: Path, output: Path, console: Console) ->
     )
 
 
-def run_kiem(options: Options, data: Path, output: Path, minutes: float) -> Result:
+def run_kiem(options: Options, data: Path, output: Path, minutes: float, *words: str) -> Result:
     run = output / f"{minutes:g}-minutes"
     started = time.perf_counter()
     run_script(
         "training.py",
         *("--dataset-path", data, "--output-dir", output, "--run-name", run.name),
         *("--model", _MODEL, "--max-minutes", str(minutes), "--compile", "always"),
-        *("--minimal-pairs", "never", "--eval-steps", "0", "--save-steps", "0"),
+        *("--minimal-pairs", "never", "--eval-steps", "0", "--save-steps", "0", *words),
     )
     wall_seconds = time.perf_counter() - started
     model = run / "final_model"

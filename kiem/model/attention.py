@@ -1,4 +1,4 @@
-"""Attention of several queries to the keys that they may see, and only to those.
+"""Attention over a whole sequence, without most of what its mask hides.
 
 Shapes: B sequences, H query heads, K key/value heads, T queries, S keys, C head_dim.
 """
@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Fewer queries at a time leave out more keys, but make the products small; at 1024 tokens, a window
-# of 512 and 256 values in a head 256 take 0.7 of the time of all at once (docs/results.md).
+# Fewer queries at a time leave out more keys, but make the products small. On two cores, in fp32, a
+# layer of gemma3-1b with 1024 tokens and a window of 512 takes 57 ms forward and back with all at
+# once, 40 with 256 at a time, 47 with 128.
 _BLOCK = 256
 
 
