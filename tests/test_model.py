@@ -18,7 +18,7 @@ from kiem.model.cache import CachePass, KeyValueCache
 from kiem.model.files import read_config, read_model, write_model
 from kiem.model.gemma3 import Gemma3, Recompute, visible
 from kiem.model.initialize import initialize
-from kiem.model.loss import IGNORE, next_token_targets, summed_cross_entropy
+from kiem.model.loss import IGNORE, next_token_targets, summed_cross_entropy, token_cross_entropy
 from kiem.model.presets import GEMMA3_1B_PARAMETERS, Gemma3Config, preset
 
 LENGTHS = [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3]
@@ -155,7 +155,6 @@ def test_documents_do_not_see_each_other(model: Gemma3) -> None:
     torch.testing.assert_close(plain[10:], alone, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 4 * WINDOW])
 @pytest.mark.parametrize("window", [None, 200, 300])
 @pytest.mark.parametrize("num_tokens", [5, 256, 700])
 def test_attention_in_blocks_equals_the_plain_one(num_tokens: int, window: int | None) -> None:
@@ -183,6 +182,7 @@ def test_attention_in_blocks_equals_the_plain_one(num_tokens: int, window: int |
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 4 * WINDOW])
 @pytest.mark.parametrize("prefill", [1, 3, WINDOW + 2])
 def test_cached_equals_uncached(model: Gemma3, length: int, prefill: int) -> None:
     """In two parts of several tokens, then token by token; in the last two of three slots."""
@@ -299,6 +299,19 @@ def test_blockwise_loss_under_autocast_sums_in_fp32() -> None:
         torch.testing.assert_close(
             gradient, expected, rtol=0, atol=float(expected.abs().max()) / 64
         )
+
+
+def test_loss_of_each_token_equals_the_plain_one() -> None:
+    """Over several blocks of rows, and with tokens that do not count."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1500, 16, generator=generator)
+    weight = torch.randn(2000, 16, generator=generator)
+    targets = torch.randint(2000, (1500,), generator=generator)
+    targets[::7] = IGNORE
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    found = token_cross_entropy(hidden, weight, targets)
+    torch.testing.assert_close(found, expected)
+    assert found[::7].eq(0).all()
 
 
 def test_targets_leave_out_padding_and_bos() -> None:
