@@ -1,4 +1,4 @@
-"""How much memory this process has used, and what becomes of memory that it frees."""
+"""How much memory this process has used, what becomes of what it frees, and what fits a cache."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor, nn
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -57,6 +58,23 @@ def held_to_the_end() -> Iterator[None]:
         yield
     finally:
         _mallopt(_M_MMAP_THRESHOLD, _LARGEST_INT)
+
+
+def rows_in_cache(matrix: Tensor, most_elements: int) -> Iterator[slice]:
+    """Yields rows that a CPU goes over together: few, so that they stay in its cache meanwhile.
+
+    On other devices, and for a fake tensor (training/dry_run.py), which has no data to be kept
+    there, these are all rows.
+
+    Args:
+        matrix: [rows, columns].
+        most_elements: how many of them are gone over together.
+    """
+    num_rows = max(1, len(matrix))
+    if matrix.device.type == "cpu" and type(matrix) in (Tensor, nn.Parameter):
+        num_rows = max(1, most_elements // matrix.shape[1])
+    for start in range(0, len(matrix), num_rows):
+        yield slice(start, start + num_rows)
 
 
 def _mallopt(option: int, value: int) -> None:

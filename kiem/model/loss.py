@@ -10,12 +10,14 @@ Shapes: N tokens, R tokens in a block, V vocabulary entries, S of them in a slic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kiem.memory import rows_in_cache
 
 IGNORE = -100
 # Fewer rows make the matrix products slow (80 GFLOP/s at 64 rows, 290 at 512, on two CPU cores),
@@ -88,7 +90,7 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
         for start in range(0, len(hidden), num_rows):
             rows = slice(start, start + num_rows)
             logits = F.linear(hidden[rows], weight)  # R V
-            for few in _rows_in_cache(logits):
+            for few in rows_in_cache(logits, _ELEMENTS_IN_CACHE):
                 values = logits[few].float()
                 nats[rows][few] = F.cross_entropy(
                     values, targets[rows][few], ignore_index=IGNORE, reduction="none"
@@ -198,7 +200,7 @@ def _differentiate(
         The loss and the nats of these rows, [2], in `sum_dtype`.
     """
     totals = torch.zeros(2, dtype=sum_dtype, device=logits.device)
-    for rows in _rows_in_cache(logits):
+    for rows in rows_in_cache(logits, _ELEMENTS_IN_CACHE):
         counted = targets[rows] != IGNORE  # R
         index = targets[rows].clamp(min=0)[:, None]  # R 1
         values = logits[rows].to(sum_dtype)  # R V; not a copy if that is their precision
@@ -215,15 +217,3 @@ def _differentiate(
         values.scatter_add_(1, index, -weight[:, None])
         logits[rows] = values
     return totals
-
-
-def _rows_in_cache(logits: Tensor) -> Iterator[slice]:
-    """Yields rows that a CPU goes over together: few, so that they stay in its cache meanwhile.
-
-    A fake tensor (training/dry_run.py) has no data to be kept there, whatever device it is for.
-    """
-    num_rows = max(1, len(logits))
-    if logits.device.type == "cpu" and type(logits) is Tensor:
-        num_rows = max(1, _ELEMENTS_IN_CACHE // logits.shape[1])
-    for start in range(0, len(logits), num_rows):
-        yield slice(start, start + num_rows)

@@ -51,8 +51,7 @@ def evaluate(run: Run, devices: Devices, max_chunks: int | None) -> dict[str, An
     for start in range(0, len(own), run.recipe.batch_size):
         rows = own[start : start + run.recipe.batch_size]
         ids = torch.from_numpy(run.test.read(rows)).long().to(devices.device)
-        targets = next_token_targets(ids, special_ids["bos"], special_ids["pad"])
-        targets = targets.flatten()
+        targets = next_token_targets(ids, special_ids["bos"], special_ids["pad"]).flatten()
         counted = targets != IGNORE
         with torch.no_grad(), devices.autocast():
             hidden = run.model.hidden_states(ids, bos_id=bos_id).flatten(0, 1)

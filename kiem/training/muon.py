@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kiem.memory import rows_in_cache
+
 # Of the quintic whose five-fold application takes singular values to about 1 (same source).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 # How many steps are taken on X X^T before X itself is multiplied. The products of a large, wide X
@@ -66,7 +68,7 @@ class Muon(torch.optim.Optimizer):
         for parameter, update in zip(parameters, updates, strict=True):
             assert parameter.grad is not None
             average, update = self.state[parameter]["momentum_buffer"], _like(update, parameter)
-            for rows in _row_blocks(parameter):
+            for rows in rows_in_cache(parameter, _ELEMENTS_IN_CACHE):
                 gradient = parameter.grad[rows]
                 average[rows].lerp_(gradient, 1 - momentum)
                 # In bf16 before it is transposed: that is half the memory to jump about in.
@@ -76,7 +78,7 @@ class Muon(torch.optim.Optimizer):
         learning_rate = 0.2 * math.sqrt(columns) * group["lr"]
         for parameter, update in zip(parameters, updates, strict=True):
             update = _like(update, parameter)
-            for rows in _row_blocks(parameter):
+            for rows in rows_in_cache(parameter, _ELEMENTS_IN_CACHE):
                 parameter[rows].mul_(1 - group["lr"] * group["weight_decay"])
                 parameter[rows].add_(update[rows], alpha=-learning_rate)
 
@@ -138,12 +140,3 @@ def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 def _like(update: Tensor, parameter: Tensor) -> Tensor:
     """Returns a view of an update [m, n] that has the shape of its parameter."""
     return update.T if parameter.shape[0] > parameter.shape[1] else update
-
-
-def _row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Yields rows that a CPU goes over together, so that they stay in its cache meanwhile."""
-    num_rows = len(matrix)
-    if matrix.device.type == "cpu":
-        num_rows = max(1, _ELEMENTS_IN_CACHE // matrix.shape[1])
-    for start in range(0, len(matrix), num_rows):
-        yield slice(start, start + num_rows)
