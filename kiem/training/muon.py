@@ -68,19 +68,19 @@ class Muon(torch.optim.Optimizer):
         for parameter, update in zip(parameters, updates, strict=True):
             assert parameter.grad is not None
             average, update = self.state[parameter]["momentum_buffer"], _like(update, parameter)
-            for rows in rows_in_cache(parameter, _ELEMENTS_IN_CACHE):
-                gradient = parameter.grad[rows]
-                average[rows].lerp_(gradient, 1 - momentum)
+            for few in rows_in_cache(parameter, _ELEMENTS_IN_CACHE):
+                gradient = parameter.grad[few]
+                average[few].lerp_(gradient, 1 - momentum)
                 # In bf16 before it is transposed: that is half the memory to jump about in.
-                update[rows] = gradient.lerp(average[rows], momentum).bfloat16()
+                update[few] = gradient.lerp(average[few], momentum).bfloat16()
         updates = orthogonalize(updates)
         # The root mean square of AdamW's updates is about 0.2 (arXiv:2502.16982, section 2.2).
         learning_rate = 0.2 * math.sqrt(columns) * group["lr"]
         for parameter, update in zip(parameters, updates, strict=True):
             update = _like(update, parameter)
-            for rows in rows_in_cache(parameter, _ELEMENTS_IN_CACHE):
-                parameter[rows].mul_(1 - group["lr"] * group["weight_decay"])
-                parameter[rows].add_(update[rows], alpha=-learning_rate)
+            for few in rows_in_cache(parameter, _ELEMENTS_IN_CACHE):
+                parameter[few].mul_(1 - group["lr"] * group["weight_decay"])
+                parameter[few].add_(update[few], alpha=-learning_rate)
 
 
 def orthogonalize(x: Tensor) -> Tensor:
