@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from peers import TRAINER_REQUIREMENTS, environment, run_peer, run_script
+from peers import TRAINER_REQUIREMENTS, environment, make_chunks, run_peer, run_script
 from rich.console import Console
 from rich.table import Table
 
@@ -73,7 +73,7 @@ class Result:
 def main(options: Options, console: Console) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = options.output or Path(name)
-        data = make_chunks(options.text, _VOCABULARY, folder)
+        data = make_chunks(options.text, f"train:{_VOCABULARY}", _CHUNK_SIZE, folder, "data")
         results = {}
         if options.trainer_minutes:
             name = f"Trainer, {options.trainer_minutes:g} minutes"
@@ -85,7 +85,8 @@ def main(options: Options, console: Console) -> None:
             console.print(name, results[name])
         for minutes in options.free_minutes:
             name = f"kiem, free class, {minutes:g} minutes"
-            free_data = make_chunks(options.text, _FREE_VOCABULARY, folder)
+            tokenizer = f"train:{_FREE_VOCABULARY}"
+            free_data = make_chunks(options.text, tokenizer, _CHUNK_SIZE, folder, "free-data")
             results[name] = run_kiem(options, free_data, folder / "free", minutes, *_FREE_OPTIONS)
             console.print(name, results[name])
     first = next(iter(results.values()))
@@ -100,18 +101,6 @@ def main(options: Options, console: Console) -> None:
             f"{first.bpb - result.bpb:+.3f}",
         )
     console.print(table)
-
-
-def make_chunks(text: Path, vocabulary: int, folder: Path) -> Path:
-    """Returns a chunk directory of the texts, with a vocabulary of their own, made if not there."""
-    data = folder / f"data-{vocabulary}"
-    if not data.exists():
-        run_script(
-            "preprocess.py",
-            *("--source", text, "--tokenizer", f"train:{vocabulary}"),
-            *("--chunk-size", str(_CHUNK_SIZE), "--output-dir", folder, "--name", data.name),
-        )
-    return data
 
 
 def run_trainer(options: Options, data: Path, output: Path, console: Console) -> Result:

@@ -26,6 +26,7 @@ from peers import (
     TRAINER_REQUIREMENTS,
     Speed,
     environment,
+    make_chunks,
     run_peer,
     run_script,
     training_speed,
@@ -135,12 +136,6 @@ def main(options: Options, console: Console) -> None:
             data = make_chunks(options.text, str(options.gemma_tokenizer), 1024, folder, "1b")
             large = Case("gemma3-1b", GEMMA_VOCABULARY, data, 1024, 1, 4, True, 2, uncounted=1)
             console.print(side_by_side(large, options, folder, console))
-
-
-def make_chunks(text: Path, tokenizer: str, chunk_size: int, folder: Path, name: str) -> Path:
-    options = ("--source", text, "--tokenizer", tokenizer, "--chunk-size", str(chunk_size))
-    run_script("preprocess.py", *options, "--output-dir", folder, "--name", name)
-    return folder / name
 
 
 def side_by_side(case: Case, options: Options, folder: Path, console: Console) -> Table:

@@ -71,7 +71,8 @@ def rehearse(
     num_layers = setting.config.num_hidden_layers
     most = min(num_layers, _MOST_LAYERS)
 
-    numbers = Order(chunks.num_chunks, options.seed).chunks(0, recipe.chunks_per_step)
+    one_pass = setting.batch_size * devices.world_size
+    numbers = Order(chunks.num_chunks, options.seed).chunks(0, one_pass)
     ids = micro_batches(chunks, numbers, setting.batch_size, devices)[0]
     targets = next_token_targets(ids, special_ids["bos"], special_ids["pad"])
     bos_id = special_ids["bos"] if setting.document_mask else None
