@@ -30,8 +30,8 @@ OPTIONS = (
     *("--precision", "fp32", "--minimal-pairs", "never", "--batch-size", "2"),
     *("--gradient-accumulation-steps", "1", "--sample-prompt"),
 )
-# A save is short; so many interruptions wait for one, of which each takes about so long.
-_SHARE_IN_SAVES = 0.25
+# A save is short: the first of so many interruptions waits for one, which takes about so long.
+_INTERRUPTIONS_PER_SAVE = 4
 _SAVE_SECONDS = 0.03
 _TIMES = ("seconds", "tokens_per_second", "memory_bytes", "joules", "mfu")
 _SERVER = """
@@ -216,14 +216,16 @@ def interrupt_often(
         pids = lives.start(output, *how["options"], processes=how["processes"])
         is_over = counts["interruptions"] == num
         if not is_over:
-            if chance.random() < _SHARE_IN_SAVES:
+            waits = counts["interruptions"] % _INTERRUPTIONS_PER_SAVE == 0
+            is_first_in_save = waits and counts["in a save"] == 0  # this one must not miss it
+            if waits:
                 wait_for_a_save(output / "run", how["seconds"])
-                time.sleep(chance.uniform(0, _SAVE_SECONDS))
-            else:
-                time.sleep(chance.uniform(0, how["seconds"]))
+            seconds = _SAVE_SECONDS if waits else how["seconds"]
+            time.sleep(0 if is_first_in_save else chance.uniform(0, seconds))
             number = chance.choice(how["signals"])
             is_kill = number == signal.SIGKILL
-            victims = [chance.choice(pids)] if is_kill and chance.random() < 0.5 else pids
+            takes_one = is_kill and not is_first_in_save and chance.random() < 0.5
+            victims = [chance.choice(pids)] if takes_one else pids
             for pid in victims:
                 os.kill(pid, number)  # its parent has not waited, so the id is still its own
         codes = lives.wait(pids)

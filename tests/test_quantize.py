@@ -24,6 +24,7 @@ from kiem.model.cache import CachePass, KeyValueCache
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 from kiem.model.presets import Gemma3Config
+from kiem.native import compile_library, open_library
 
 WINDOW = 8
 SHAPE = Gemma3Config(
@@ -160,8 +161,8 @@ def test_every_processor_finds_the_same(
 
     expected = results()
     library = tmp_path / "kernels.so"
-    assert kernels.compile_kernels(library, "-O1", flags) is None
-    other = kernels.open_library(library)
+    assert compile_library(kernels.SOURCE, library, "-O1", flags) is None
+    other = open_library(library, kernels.SIGNATURES)
     monkeypatch.setattr(kernels, "load_kernels", lambda: other)
     for found, wanted in zip(results(), expected, strict=True):
         assert torch.equal(found, wanted)

@@ -1,43 +1,34 @@
-"""Compiles, loads and calls native/kernels.cpp: what decoding does on the CPU.
+"""Calls native/kernels.cpp: what decoding does on the CPU.
 
-torch's own leave a large part of the memory's bandwidth unused (docs/decisions.md). The compiled
-library is kept in the user's cache folder, under a name that says what it was made from.
+torch's own leave a large part of the memory's bandwidth unused (docs/decisions.md).
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kiem.errors import UserError
-from kiem.files import write_bytes
 from kiem.model.cache import LayerCache
+from kiem.native import Signatures, load_library
 
 Form = Literal["fp32", "bf16", "int8", "int4"]
 # Rows of int8 and int4 matrices lie interleaved in blocks of so many.
 BLOCK_ROWS = 16
 _NUMBERS: dict[Form, int] = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 _BITS: dict[Form, int] = {"int8": 8, "int4": 4}
-_SOURCE = Path(__file__).with_name("native") / "kernels.cpp"
-_FLAGS = (
-    *("-O3", "-march=native", "-ffp-contract=off"),
-    "-fopenmp",
-    "-shared",
-    "-fPIC",
-    "-std=c++17",
-)
+SOURCE = Path(__file__).with_name("native") / "kernels.cpp"
+SIGNATURES: Signatures = {
+    "kiem_linear": [*4 * [ctypes.c_void_p], ctypes.c_long],
+    "kiem_layers": [*6 * [ctypes.c_void_p], *2 * [ctypes.c_long]],
+    "kiem_quantize": [*3 * [ctypes.c_void_p], *4 * [ctypes.c_long]],
+    "kiem_unpack": [*3 * [ctypes.c_void_p], *4 * [ctypes.c_long]],
+}
 
 
 class Matrix(NamedTuple):
@@ -280,56 +271,7 @@ def kernels() -> ctypes.CDLL:
 @functools.cache
 def load_kernels() -> ctypes.CDLL | str:
     """Returns the compiled kernels, or a sentence that says why there are none."""
-    compiler = os.environ.get("CXX", "g++")
-    try:
-        asked = subprocess.run([compiler, "--version"], capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return f"there is no working C++ compiler {compiler!r}; install one or set CXX"
-    sources = [path.read_bytes() for path in sorted(_SOURCE.parent.iterdir()) if path.is_file()]
-    recipe = b"\n".join([*sources, " ".join(_FLAGS).encode(), asked.stdout, _processor()])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kiem"
-    kept = cache / f"kernels-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
-    if kept.exists():
-        return open_library(kept)
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / kept.name
-        error = compile_kernels(made)
-        if error is not None:
-            return error
-        # A cache that cannot be written to costs the seconds of compiling each time, no more.
-        with contextlib.suppress(UserError, OSError):
-            cache.mkdir(parents=True, exist_ok=True)
-            write_bytes(kept, made.read_bytes())
-        return open_library(made)
-
-
-def compile_kernels(library: Path, *extra_flags: str) -> str | None:
-    """Makes the library; returns what was wrong, if so."""
-    compiler = os.environ.get("CXX", "g++")
-    command = [compiler, *_FLAGS, *extra_flags, str(_SOURCE), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        return f"{compiler} cannot compile {_SOURCE.name}: {done.stderr.strip()[:300]}"
-    return None
-
-
-def open_library(library: Path) -> ctypes.CDLL | str:
-    """Returns a compiled library, or what is wrong with it."""
-    try:
-        opened = ctypes.CDLL(str(library))
-    except OSError as error:
-        return f"the compiled kernels cannot be loaded ({error})"
-    pointer, number = ctypes.c_void_p, ctypes.c_long
-    arguments: dict[str, list[Any]] = {
-        "kiem_linear": [pointer] * 4 + [number],
-        "kiem_layers": [pointer] * 6 + [number] * 2,
-        "kiem_quantize": [pointer] * 3 + [number] * 4,
-        "kiem_unpack": [pointer] * 3 + [number] * 4,
-    }
-    for name, types in arguments.items():
-        function = getattr(opened, name)
-        function.argtypes, function.restype = types, None
-    return opened
+    return load_library(SOURCE, SIGNATURES)
 
 
 def _struct(matrix: Matrix) -> _Matrix:
@@ -338,12 +280,3 @@ def _struct(matrix: Matrix) -> _Matrix:
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _processor() -> bytes:
-    """Returns what tells processors with different instructions apart."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor().encode()
-    return next((line for line in lines if line.startswith("flags")), platform.machine()).encode()

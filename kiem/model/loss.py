@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kiem.memory import rows_in_cache
+from kiem.model.product import multiply_into
 
 IGNORE = -100
 # Fewer rows make the matrix products slow (80 GFLOP/s at 64 rows, 290 at 512, on two CPU cores),
@@ -134,7 +135,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 rows = slice(start, start + num_rows)
                 logits = buffer[: len(x[rows])]  # R V
                 for part in slices:
-                    logits[:, part] = x[rows] @ w[part].to(x.dtype).T
+                    multiply_into(logits[:, part], x[rows], w[part].to(x.dtype).T)
                 totals += _differentiate(logits, targets[rows], z_loss, scale, sum_dtype)
                 if x_gradient is not None and w_gradient is not None:
                     is_first = start == 0 and weight_gradient is None
@@ -175,16 +176,10 @@ def _multiply_back(
         x_gradient: is written.
         w_gradient: is added to, but written by the first block, if that finds nothing in it.
     """
-    x_gradient.zero_()
     for part in slices:
         of_logits = gradient[:, part]  # R S
-        x_gradient += of_logits @ w[part].to(x.dtype)
-        if w_gradient.dtype == x.dtype:
-            w_gradient[part].addmm_(of_logits.T, x, beta=0 if is_first else 1)
-        elif is_first:
-            w_gradient[part] = of_logits.T @ x
-        else:
-            w_gradient[part] += of_logits.T @ x
+        multiply_into(x_gradient, of_logits, w[part].to(x.dtype), add=part.start > 0)
+        multiply_into(w_gradient[part], of_logits.T, x, add=not is_first)
 
 
 def _differentiate(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from kiem.model.presets import Gemma3Config
+from kiem.model.product import multiply_into
 
 # Products [rows, inner] @ [inner, columns] that training has: feed-forward blocks of gemma3-nano,
 # 270m and 1b, and a block of an output layer. A GPU needs more rows to show what it can do.
@@ -34,7 +35,7 @@ def measure_matrix_flops(device: torch.device, dtype: torch.dtype) -> float:
         b = torch.randn(columns, inner, device=device).to(dtype)
         out = torch.empty(rows, columns, device=device, dtype=dtype)
         seconds = shortest_seconds(
-            lambda a=a, b=b, out=out: torch.mm(a, b.T, out=out),  # type: ignore[misc]
+            lambda a=a, b=b, out=out: multiply_into(out, a, b.T),  # type: ignore[misc]
             device,
             _PROBE_SECONDS / len(shapes),
         )

@@ -39,6 +39,7 @@ from kiem.memory import give_back_free_memory, held_to_the_end, keep_freed_memor
 from kiem.model.files import write_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.presets import name_of
+from kiem.model.product import split_products
 from kiem.randomness import derive_seed
 from kiem.report.card import model_card
 from kiem.report.record import CONFIG_FILE, FACTS_FILE, SUMMARY_FILE
@@ -240,6 +241,10 @@ def prepare_run(
         share_parameters(model, devices)
     recipe = fit_recipe(model, options, recipe, train.chunk_size, devices, console)
     compiled = compile_if_worthwhile(model, options, recipe, train.chunk_size, devices, console)
+    if devices.is_first and devices.precision == "fp32" and devices.device.type == "cpu":
+        reason = split_products()
+        if isinstance(reason, str):
+            warn(console, f"fp32 products take longer than this processor needs: {reason}")
     give_back_free_memory()
     with held_to_the_end():  # gradients and moments
         sharing = Sharing(model, devices, options.shard)
