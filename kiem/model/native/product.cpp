@@ -61,6 +61,9 @@ struct Buffer {
     }
 };
 
+// Each thread keeps its own: the kept factor of the calls it makes, and the blocks it packs.
+static thread_local Buffer kept_buffer, block_buffer;
+
 static __m512 rounded_to_bf16(__m512 x) {
     __m512i bits = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
     return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xFFFF0000)));
@@ -215,7 +218,6 @@ extern "C" void kiem_multiply(const float *a, long a_row, long a_column, const f
     const long kept_k = std::min(ceil_div(k, STEP) * STEP, std::max(BLOCK_K, most_k / BLOCK_K * BLOCK_K));
     const long num_blocks = ceil_div(ceil_div(other.num_lines, BLOCK_LINES), num_threads) * num_threads;
     const long block_lines = ceil_div(ceil_div(other.num_lines, num_blocks), PANEL) * PANEL;
-    static thread_local Buffer kept_buffer, block_buffer;
     char *const kept_panels = kept_buffer.of(num_kept * (kept_k / STEP) * STEP_BYTES);
 #pragma omp parallel num_threads(num_threads)
     {
