@@ -53,6 +53,7 @@ chaos: $(VENV)/installed gemma-tokenizer
 
 bench: $(VENV)/installed gemma-tokenizer
 	$(BIN)/python benchmarks/preprocessing.py --text $(TEXT) --tokenizer $(GEMMA_TOKENIZER)
+	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/training.py --text $(TEXT) --gemma-tokenizer $(GEMMA_TOKENIZER)
 
 # What docs/reference.md says comes from the dataclasses of the options.
