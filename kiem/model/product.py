@@ -40,9 +40,10 @@ class Linear(nn.Linear):
         super().__init__(num_inputs, num_outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled("cpu") or not _may_gain(x.flatten(0, -2), self.weight.T):
+        rows = x.flatten(0, -2)
+        if torch.is_autocast_enabled("cpu") or not _may_gain(rows, self.weight.T):
             return F.linear(x, self.weight)
-        return multiply(x.flatten(0, -2), self.weight.T).unflatten(0, x.shape[:-1])
+        return multiply(rows, self.weight.T).unflatten(0, x.shape[:-1])
 
 
 @torch.library.custom_op("kiem::multiply", mutates_args=())
@@ -86,8 +87,9 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> No
         a, b: [M, K] and [K, N] of one type, whose precision the product has.
         add: whether to add to what is in `out`.
     """
-    if _may_gain(a, b) and out.dtype == torch.float32 and out.stride(1) == 1:
-        _multiply_into(out, a, b, add)
+    fits = _may_gain(a, b) and out.dtype == torch.float32 and out.stride(1) == 1
+    if fits and isinstance(split_products(), ctypes.CDLL):
+        _multiply_on_units(out, a, b, add)
     elif out.dtype == a.dtype:
         out.addmm_(a, b, beta=1 if add else 0)
     elif add:
@@ -97,12 +99,10 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> No
 
 
 # An operation of torch, so that tensors without data (training/dry_run.py) do not get here.
-@torch.library.custom_op("kiem::multiply_into", mutates_args=("out",))
-def _multiply_into(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+@torch.library.custom_op("kiem::multiply_on_units", mutates_args=("out",))
+def _multiply_on_units(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     library = split_products()
-    if not isinstance(library, ctypes.CDLL):
-        out.addmm_(a, b, beta=1 if add else 0)
-        return
+    assert isinstance(library, ctypes.CDLL), library
     a, b = _dense(a), _dense(b)
     factors = (a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride())
     shape = (*out.shape, a.shape[1])
@@ -111,7 +111,7 @@ def _multiply_into(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     )
 
 
-@_multiply_into.register_fake
+@_multiply_on_units.register_fake
 def _(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     del out, a, b, add
 
