@@ -149,35 +149,39 @@ static void pack_panel(const Factor &factor, long line, long k, long end, char *
 }
 
 // out[32, 32] = the product of two panels. Fetches `num_next` lines of the caches from `next` on meanwhile.
+// A tile is loaded as soon as the one in its register has met both tiles of the other factor, so loads take
+// place during products; the last ones are of the step that follows a panel in memory, and not used.
 static void multiply_panels(const char *a, const char *b, long num_steps, const char *next, long num_next, float *out) {
     const long num_fetched = ceil_div(num_next, num_steps);
-    auto load_a = [&](long part) {
-        _tile_loadd(4, a + part * PART_BYTES, 64);
-        _tile_loadd(5, a + part * PART_BYTES + TILE_BYTES, 64);
+    // Registers 0 to 3 hold sums, 4 and 5 the upper and lower tile of a, 6 and 7 the left and right one of b.
+    auto load_upper = [&](long part) { _tile_loadd(4, a + part * PART_BYTES, 64); };
+    auto load_lower = [&](long part) { _tile_loadd(5, a + part * PART_BYTES + TILE_BYTES, 64); };
+    auto load_left = [&](long part) { _tile_loadd(6, b + part * PART_BYTES, 64); };
+    auto load_right = [&](long part) { _tile_loadd(7, b + part * PART_BYTES + TILE_BYTES, 64); };
+    auto upper_left = [] { _tile_dpbf16ps(0, 4, 6); };
+    auto upper_right = [] { _tile_dpbf16ps(1, 4, 7); };
+    auto lower_left = [] { _tile_dpbf16ps(2, 5, 6); };
+    auto lower_right = [] { _tile_dpbf16ps(3, 5, 7); };
+    auto next_a = [&](long part) {
+        upper_left(), upper_right(), load_upper(part);
+        lower_left(), lower_right(), load_lower(part);
     };
-    auto load_b = [&](long part) {
-        _tile_loadd(6, b + part * PART_BYTES, 64);
-        _tile_loadd(7, b + part * PART_BYTES + TILE_BYTES, 64);
-    };
-    auto multiply = [] {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+    auto next_b = [&](long part) {
+        upper_left(), lower_left(), load_left(part);
+        upper_right(), lower_right(), load_right(part);
     };
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (long step = 0; step < num_steps; step++, a += STEP_BYTES, b += STEP_BYTES) {
+    load_upper(0), load_left(2), load_right(2), load_lower(0);
+    for (long step = 0; step < num_steps; step++) {
         for (long i = 0; i < num_fetched; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
         // Parts 0, 1, 2 are high, mid, low; in an order that changes one factor at a time.
-        load_a(0), load_b(2), multiply();
-        load_b(1), multiply();
-        load_a(1), multiply();
-        load_b(0), multiply();
-        load_a(0), multiply();
-        load_a(2), multiply();
+        next_b(1), next_a(1), next_b(0), next_a(0), next_a(2);
+        a += STEP_BYTES, b += STEP_BYTES;
+        upper_left(), lower_left(), load_left(2);
+        upper_right(), load_upper(0), lower_right(), load_right(2), load_lower(0);
     }
     _tile_stored(0, out, 4 * PANEL);
     _tile_stored(1, out + TILE, 4 * PANEL);
@@ -218,7 +222,8 @@ extern "C" void kiem_multiply(const float *a, long a_row, long a_column, const f
     const long kept_k = std::min(ceil_div(k, STEP) * STEP, std::max(BLOCK_K, most_k / BLOCK_K * BLOCK_K));
     const long num_blocks = ceil_div(ceil_div(other.num_lines, BLOCK_LINES), num_threads) * num_threads;
     const long block_lines = ceil_div(ceil_div(other.num_lines, num_blocks), PANEL) * PANEL;
-    char *const kept_panels = kept_buffer.of(num_kept * (kept_k / STEP) * STEP_BYTES);
+    // One step more in each buffer: multiply_panels loads what follows a panel.
+    char *const kept_panels = kept_buffer.of((num_kept * (kept_k / STEP) + 1) * STEP_BYTES);
 #pragma omp parallel num_threads(num_threads)
     {
         struct {
@@ -228,7 +233,7 @@ extern "C" void kiem_multiply(const float *a, long a_row, long a_column, const f
         } config;
         _tile_loadconfig(&config);
         alignas(64) float out[PANEL * PANEL];
-        char *const block = block_buffer.of(block_lines / PANEL * (BLOCK_K / STEP) * STEP_BYTES);
+        char *const block = block_buffer.of((block_lines / PANEL * (BLOCK_K / STEP) + 1) * STEP_BYTES);
         for (long k_begin = 0; k_begin < k; k_begin += kept_k) {
             const long k_end = std::min(k, k_begin + kept_k), kept_steps = ceil_div(k_end - k_begin, STEP);
 #pragma omp for schedule(static)
