@@ -24,6 +24,9 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 _LARGE_ROUNDS, _ROUNDS = (3, 2), (1, 1, 1, 1, 1)
 _LARGE_ROWS = 512
 _WIDE = 2
+# Into how many bands of rows a large X X^T is cut, of which only what reaches the diagonal or lies
+# beyond it is multiplied: the rest is the same.
+_BANDS = 4
 # Matrices taken together: small ones one by one would leave a CPU's threads waiting for each other.
 _MOST_ELEMENTS = 1 << 23
 _ELEMENTS_IN_CACHE = 1 << 18
@@ -94,7 +97,7 @@ def orthogonalize(x: Tensor) -> Tensor:
     """
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most 1
     for num_steps in _rounds(*x.shape[1:]):
-        gram = _multiply(x, x.mT)  # S m m
+        gram = _gram(x)  # S m m
         factor = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)  # S m m
         if num_steps == 1:  # a X is added in fp32
             x = torch.baddbmm(x, factor, x, beta=_A)
@@ -113,7 +116,26 @@ def orthogonalize(x: Tensor) -> Tensor:
 def orthogonalize_flops(rows: int, columns: int) -> float:
     """Returns the FLOP of `orthogonalize` for one matrix of a shape."""
     m, n = sorted((rows, columns))
-    return sum(2 * 2 * m * m * n + (4 * num_steps - 3) * 2 * m**3 for num_steps in _rounds(m, n))
+    share_of_gram = (_BANDS + 1) / (2 * _BANDS) if _is_large(m, n) else 1.0
+    return sum(
+        (1 + share_of_gram) * 2 * m * m * n + (4 * num_steps - 3) * 2 * m**3
+        for num_steps in _rounds(m, n)
+    )
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Returns X X^T, [S, m, m]."""
+    rows = x.shape[1]
+    if not _is_large(*x.shape[1:]):
+        return _multiply(x, x.mT)
+    gram = x.new_empty(len(x), rows, rows)
+    size = -(-rows // _BANDS)
+    for start in range(0, rows, size):
+        end = start + size
+        band = gram[:, start:end]
+        band[:, :, start:] = _multiply(x[:, start:end], x[:, start:].mT)
+        gram[:, end:, start:end] = band[:, :, end:].mT
+    return gram
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -122,8 +144,11 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _rounds(rows: int, columns: int) -> tuple[int, ...]:
-    is_large = rows >= _LARGE_ROWS and columns >= _WIDE * rows
-    return _LARGE_ROUNDS if is_large else _ROUNDS
+    return _LARGE_ROUNDS if _is_large(rows, columns) else _ROUNDS
+
+
+def _is_large(rows: int, columns: int) -> bool:
+    return rows >= _LARGE_ROWS and columns >= _WIDE * rows
 
 
 def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
