@@ -162,6 +162,7 @@ static void multiply_panels(const char *a, const char *b, long num_steps, const 
     auto upper_right = [] { _tile_dpbf16ps(1, 4, 7); };
     auto lower_left = [] { _tile_dpbf16ps(2, 5, 6); };
     auto lower_right = [] { _tile_dpbf16ps(3, 5, 7); };
+    // Multiply what is loaded, and load another part of one factor.
     auto next_a = [&](long part) {
         upper_left(), upper_right(), load_upper(part);
         lower_left(), lower_right(), load_lower(part);
