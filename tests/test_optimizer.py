@@ -73,7 +73,8 @@ def test_every_parameter_is_updated_as_its_optimizer_says(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(96, 96), (96, 128), (128, 96), (64, 384), (515, 1030), (1030, 515), (1, 8)]
+    "shape",
+    [(96, 96), (96, 128), (128, 96), (64, 384), (512, 1024), (1024, 512), (515, 1030), (1, 8)],
 )
 @pytest.mark.parametrize("num_matrices", [1, 5])
 def test_muon_is_as_close_to_exact_as_that_of_torch(
