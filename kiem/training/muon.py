@@ -25,7 +25,8 @@ _LARGE_ROUNDS, _ROUNDS = (3, 2), (1, 1, 1, 1, 1)
 _LARGE_ROWS = 512
 _WIDE = 2
 # Into how many bands of rows a large X X^T is cut, of which only what reaches the diagonal or lies
-# beyond it is multiplied: the rest is the same.
+# beyond it is multiplied: the rest is its mirror. Of gemma3-1b's, 1152 x 6912, two bands gain
+# nothing on a CPU, three and four take about three quarters of the time.
 _BANDS = 4
 # Matrices taken together: small ones one by one would leave a CPU's threads waiting for each other.
 _MOST_ELEMENTS = 1 << 23
@@ -148,6 +149,7 @@ def _rounds(rows: int, columns: int) -> tuple[int, ...]:
 
 
 def _is_large(rows: int, columns: int) -> bool:
+    """Says whether products of X cost so much that X X^T is worth some care."""
     return rows >= _LARGE_ROWS and columns >= _WIDE * rows
 
 
