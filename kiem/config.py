@@ -235,7 +235,8 @@ class InferenceOptions:
     max_waiting: int = 32
     """With --serve: continuations that may wait beside --max-requests; more are refused."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the weights. auto: bf16 on GPUs that have it; as stored on CPUs."""
+    """Precision of the weights. auto: bf16 on GPUs that have it; on CPUs as stored, or fp32
+    where they are slow at bf16."""
     quantize: Literal["none", "int8", "int4"] = "none"
     """On CPUs: keep the matrices and the embedding in 8 or 4 bits, for speed and memory;
     --precision is then that of the rest (auto: bf16 where the processor multiplies it faster)."""
@@ -266,7 +267,8 @@ class EvaluationOptions:
     seed: int = 42
     """Seed of the resampling that gives the intervals."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the weights. auto: bf16 on GPUs that have it; as stored on CPUs."""
+    """Precision of the weights. auto: bf16 on GPUs that have it; on CPUs as stored, or fp32
+    where they are slow at bf16."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -33,10 +34,15 @@ def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_every_parameter_is_updated_as_its_optimizer_says(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("adamw", torch.float32), ("muon", torch.float32), ("muon", torch.bfloat16)],
+)
+def test_every_parameter_is_updated_as_its_optimizer_says(
+    kind: Literal["adamw", "muon"], dtype: torch.dtype
+) -> None:
     model = make_model()
-    optimizers = make_optimizers(model, kind, DECAY)  # type: ignore[arg-type]
+    optimizers = make_optimizers(model, kind, DECAY, matrix_dtype=dtype)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in expected.items()}
@@ -68,8 +74,9 @@ def test_every_parameter_is_updated_as_its_optimizer_says(kind: str) -> None:
     assert len(by_muon) == (7 * model.config.num_hidden_layers if kind == "muon" else 0)
     for name, parameter in model.named_parameters():
         difference = (parameter - expected[name]).norm() / (expected[name] - before[name]).norm()
-        # Muon orthogonalizes in bf16, so its updates differ by some per cent of their size.
-        assert difference < (0.03 if id(parameter) in by_muon else 1e-5), name
+        # Muon's updates are rounded in five steps: in bf16 by some per cent of their size.
+        by_muon_bound = 0.03 if dtype == torch.bfloat16 else 1e-4
+        assert difference < (by_muon_bound if id(parameter) in by_muon else 1e-5), name
 
 
 @pytest.mark.parametrize(
@@ -77,8 +84,9 @@ def test_every_parameter_is_updated_as_its_optimizer_says(kind: str) -> None:
     [(96, 96), (96, 128), (128, 96), (64, 384), (512, 1024), (1024, 512), (515, 1030), (1, 8)],
 )
 @pytest.mark.parametrize("num_matrices", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_muon_is_as_close_to_exact_as_that_of_torch(
-    shape: tuple[int, int], num_matrices: int
+    shape: tuple[int, int], num_matrices: int, dtype: torch.dtype
 ) -> None:
     """Matrices whose singular values fall by powers of ten, one alone and several together."""
     generator = torch.Generator().manual_seed(0)
@@ -91,11 +99,12 @@ def test_muon_is_as_close_to_exact_as_that_of_torch(
         falling = torch.logspace(0, -3, min(shape))
         one.grad = other.grad = (u * falling) @ v
         exact.append(-0.2 * math.sqrt(max(shape)) * orthogonalized(one.grad.double()))
-    muon.Muon(mine, lr=1.0).step()
+    muon.Muon(mine, lr=1.0, dtype=dtype).step()
     torch.optim.Muon(theirs, lr=1.0, adjust_lr_fn="match_rms_adamw").step()
     for one, other, true in zip(mine, theirs, exact, strict=True):
         theirs_off, mine_off = ((p - true).norm() / true.norm() for p in (other, one))
-        assert mine_off < max(0.06, 1.5 * theirs_off)
+        # torch multiplies in bf16.
+        assert mine_off < (1e-3 if dtype == torch.float32 else max(0.06, 1.5 * theirs_off))
 
 
 def test_state_of_muon_is_that_of_torch() -> None:

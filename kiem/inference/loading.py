@@ -16,6 +16,7 @@ from kiem.inference.kernels import load_kernels
 from kiem.inference.quantize import can_quantize
 from kiem.model.files import find_model, read_model, read_model_tokenizer
 from kiem.model.gemma3 import Gemma3
+from kiem.speed import prefers_bf16
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def load_for_inference(
 
     Args:
         path: the folder or Hub id.
-        precision: "auto" takes bf16 on GPUs that have it; on CPUs, what the file has, and for
-            quantized weights bf16 where the processor multiplies it faster.
+        precision: "auto" takes fp32 where bf16 is slow; elsewhere bf16 on GPUs and for quantized
+            weights, and what the file has for others.
         quantize: how the weights are kept for the engine; None: as the plain model has them, which
             does not write as fast.
 
@@ -56,15 +57,15 @@ def load_for_inference(
     started = time.perf_counter()
     folder = find_model(path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    is_quantized = quantize in ("int8", "int4")
+    if is_quantized and device == "cuda":
+        raise _no_quantization(folder, "weights are quantized on CPUs only, and here is a GPU")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision)
-    if precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported():
-        dtype = torch.bfloat16
-    if quantize in ("int8", "int4"):
-        if device == "cuda":
-            raise _no_quantization(folder, "weights are quantized on CPUs only, and here is a GPU")
-        if precision == "auto":
-            is_fast = torch.cpu._is_avx512_bf16_supported()
-            dtype = torch.bfloat16 if is_fast else torch.float32
+    if precision == "auto":
+        if not prefers_bf16(torch.device(device)):
+            dtype = torch.float32
+        elif is_quantized or device == "cuda":
+            dtype = torch.bfloat16
     model = read_model(folder, dtype=dtype, device=device).requires_grad_(False).eval()
     warning = None
     if quantize is not None and device == "cpu":

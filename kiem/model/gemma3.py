@@ -24,14 +24,12 @@ from kiem.model.cache import CachePass, LayerCache
 from kiem.model.embedding import Embedding
 from kiem.model.loss import summed_cross_entropy
 from kiem.model.presets import Gemma3Config
-from kiem.model.product import Linear
 
 Recompute = Literal["none", "selective", "full"]
 
 _ATEN = torch.ops.aten
 _KEPT = (
     _ATEN.mm.default,
-    torch.ops.kiem.multiply.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     _ATEN._scaled_dot_product_flash_attention.default,
     _ATEN._scaled_dot_product_efficient_attention.default,
@@ -84,10 +82,10 @@ class Attention(nn.Module):
         keys = config.num_key_value_heads * config.head_dim
         self.head_dim = config.head_dim
         self.scale = config.query_pre_attn_scalar**-0.5
-        self.q_proj = Linear(config.hidden_size, queries)
-        self.k_proj = Linear(config.hidden_size, keys)
-        self.v_proj = Linear(config.hidden_size, keys)
-        self.o_proj = Linear(queries, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
@@ -111,9 +109,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: Gemma3Config):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))

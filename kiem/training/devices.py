@@ -21,16 +21,12 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from kiem.errors import ExitCode, UserError
-from kiem.training.probe import measure_matrix_flops
+from kiem.speed import measure_matrix_flops, prefers_bf16
 
 _DTYPES: dict[Literal["fp32", "bf16"], torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
 }
-# CPUs without matrix units for it multiply bf16 at half the speed of fp32, those with them at
-# several times. Less than this is not worth the smaller precision.
-_FASTER_BY = {"bf16": 1.5}
-
 _LISTEN_EVERY_SECONDS = 0.02
 
 # What `accelerate config` can ask for and kiem does otherwise: how it is called, and what to use.
@@ -71,6 +67,11 @@ class Devices:
     def is_first(self) -> bool:
         """Whether this is the process that writes files and speaks."""
         return self.rank == 0
+
+    @property
+    def matrix_dtype(self) -> torch.dtype:
+        """What matrix products are done in."""
+        return _DTYPES[self.precision]
 
     def autocast(self) -> torch.autocast:
         """Returns the context in which forward passes run."""
@@ -169,14 +170,11 @@ def open_devices(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Devices
                 rank=rank,
                 world_size=world_size,
             )
-        # The first process speaks for all: its choice, and its speed times their number. By turns,
-        # so that what else the machine does meanwhile slows both precisions.
-        flops = dict.fromkeys((name for name in _DTYPES if chosen in ("auto", name)), 0.0)
-        for name in 2 * list(flops):
-            flops[name] = max(flops[name], measure_matrix_flops(device, _DTYPES[name]))
-        flops = {name: first.first_says(value) for name, value in flops.items()}
-        fastest = max(flops, key=lambda name: flops[name] / _FASTER_BY.get(name, 1))
-        yield replace(first, precision=fastest, matrix_flops=flops[fastest] * world_size)
+        # The first process speaks for all: its choice, and its speed times their number.
+        if chosen == "auto":
+            chosen = "bf16" if first.first_says(prefers_bf16(device)) else "fp32"
+        flops = first.first_says(measure_matrix_flops(device, _DTYPES[chosen]))
+        yield replace(first, precision=chosen, matrix_flops=flops * world_size)
     except RuntimeError as error:  # what a process says that waited for another in vain
         if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             raise

@@ -21,6 +21,7 @@ def make_optimizers(
     kind: Literal["adamw", "muon"],
     weight_decay: float,
     owned: Container[str] | None = None,
+    matrix_dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
     """Returns what updates the parameters; the loop sets the learning rate.
 
@@ -34,6 +35,7 @@ def make_optimizers(
         kind: which optimizer.
         weight_decay: of the hidden matrices.
         owned: names of the parameters that they update; None: all. Those without are left out.
+        matrix_dtype: precision of Muon's products.
     """
     hidden: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -48,7 +50,7 @@ def make_optimizers(
         return [_adamw(groups)] if groups else []
     found: list[torch.optim.Optimizer] = []
     if hidden:
-        found.append(Muon(hidden, weight_decay=weight_decay))
+        found.append(Muon(hidden, weight_decay=weight_decay, dtype=matrix_dtype))
     if groups:
         found.append(_adamw(groups))
     return found

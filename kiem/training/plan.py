@@ -172,7 +172,7 @@ def calculate_seconds(setting: Setting, gpu: Gpu) -> Seconds:
     moved = 3 * 4 * held + 2 * _optimizer_bytes(setting)
     products = 0.0
     if setting.optimizer == "muon":
-        products = _orthogonalization_flops(config)
+        products = _orthogonalization_flops(setting)
         products /= num_devices if setting.shard == "optimizer" else 1
     # Ring: each GPU sends all but its own part, twice to add up and once to spread. With shared
     # parameters every pass gathers them twice and sends gradients to their owners.
@@ -187,10 +187,12 @@ def calculate_seconds(setting: Setting, gpu: Gpu) -> Seconds:
     )
 
 
-def _orthogonalization_flops(config: Gemma3Config) -> float:
+def _orthogonalization_flops(setting: Setting) -> float:
     """Returns the FLOP with which Muon makes the updates of all hidden matrices orthogonal."""
+    config = setting.config
+    dtype = torch.bfloat16 if setting.bf16 else torch.float32
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     widths = (queries, keys, keys, queries, *[config.intermediate_size] * 3)
-    flops = sum(orthogonalize_flops(width, config.hidden_size) for width in widths)
+    flops = sum(orthogonalize_flops(width, config.hidden_size, dtype) for width in widths)
     return config.num_hidden_layers * flops

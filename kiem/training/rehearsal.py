@@ -19,13 +19,13 @@ from kiem.memory import (
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 from kiem.model.loss import next_token_targets
+from kiem.speed import shortest_seconds
 from kiem.training.batches import Order, micro_batches
 from kiem.training.compiling import compile_if_worthwhile, is_wanted
 from kiem.training.devices import Devices
 from kiem.training.fit import fits
 from kiem.training.optimizer import make_optimizers
 from kiem.training.plan import Seconds, Setting, memory_of
-from kiem.training.probe import shortest_seconds
 from kiem.training.recipe import Recipe
 from kiem.training.sharding import Sharing
 
@@ -117,7 +117,9 @@ def _time(
     give_back_free_memory()
     with held_to_the_end():
         sharing = Sharing(model, replace(devices, world_size=1), "none")
-        optimizers = make_optimizers(model, setting.optimizer, 0.1)
+        optimizers = make_optimizers(
+            model, setting.optimizer, 0.1, matrix_dtype=devices.matrix_dtype
+        )
 
     def forward_backward() -> None:
         with devices.autocast():

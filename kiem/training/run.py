@@ -39,10 +39,10 @@ from kiem.memory import give_back_free_memory, held_to_the_end, keep_freed_memor
 from kiem.model.files import write_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.presets import name_of
-from kiem.model.product import split_products
 from kiem.randomness import derive_seed
 from kiem.report.card import model_card
 from kiem.report.record import CONFIG_FILE, FACTS_FILE, SUMMARY_FILE
+from kiem.speed import prefers_bf16
 from kiem.training.checkpoint import CHECKPOINTS, load_checkpoint, read_state, set_aside_after
 from kiem.training.compiling import compile_if_worthwhile
 from kiem.training.devices import Devices
@@ -207,6 +207,8 @@ def prepare_run(
     """
     check_options(options)
     check_devices(options, devices)
+    if devices.is_first and devices.precision == "bf16" and not prefers_bf16(devices.device):
+        warn(console, "bf16 gains little or nothing on this processor; try --precision fp32")
     manifest = read_manifest(options.dataset_path)
     tokenizer = read_tokenizer(options.dataset_path, manifest)
     if devices.is_first:
@@ -241,16 +243,14 @@ def prepare_run(
         share_parameters(model, devices)
     recipe = fit_recipe(model, options, recipe, train.chunk_size, devices, console)
     compiled = compile_if_worthwhile(model, options, recipe, train.chunk_size, devices, console)
-    if devices.is_first and devices.precision == "fp32" and devices.device.type == "cpu":
-        reason = split_products()
-        if isinstance(reason, str):
-            warn(console, f"fp32 products take longer than this processor needs: {reason}")
     give_back_free_memory()
     with held_to_the_end():  # gradients and moments
         sharing = Sharing(model, devices, options.shard)
         held.callback(sharing.close)
         decay = options.weight_decay
-        optimizers = make_optimizers(model, options.optimizer, decay, sharing.owned)
+        optimizers = make_optimizers(
+            model, options.optimizer, decay, sharing.owned, devices.matrix_dtype
+        )
     run = Run(
         options=options,
         recipe=recipe,
