@@ -5,18 +5,27 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
-import yaml
 from rich.console import Console
+from tyro.constructors import PrimitiveConstructorSpec
 
 from kiem.errors import ExitCode, UserError
+from kiem.values import OptionType, describe_limits, option_types
+from kiem.yaml_options import read_options
 
 Options = TypeVar("Options")
+
+_METAVARS = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
+_CONFIG_HELP = (
+    "Options as YAML, as in a run's config.yaml. The command line goes first: an option that is "
+    "given there, a list too, replaces that of the file."
+)
 
 
 def parse(options_class: type[Options], arguments: Sequence[str], program: str) -> Options:
@@ -31,21 +40,60 @@ def parse(options_class: type[Options], arguments: Sequence[str], program: str) 
         program: the script's name, for the help text.
 
     Raises:
-        UserError: the configuration file is missing or has an unknown option.
+        UserError: a value is not possible, or there is something wrong with the YAML file.
         SystemExit: with 2, after a message, when the command line is wrong; with 0 after --help.
     """
-    arguments = list(arguments)
-    config = _take_config(arguments)
-    from_file = _read_config(options_class, config) if config else []
-    parsed: Options = tyro.cli(
-        options_class,
-        args=[*from_file, *arguments],
+    arguments, config = _take_config(arguments)
+    defaults = _defaults(options_class)
+    if config is not None:
+        defaults |= read_options(options_class, config)
+    parsed = tyro.cli(
+        command_line(options_class, defaults),
+        args=arguments,
         prog=program,
         config=(tyro.conf.AvoidSubcommands,),
-        description=f"{options_class.__doc__}\n\n--config FILE: options as YAML, as in a run's "
-        "config.yaml; the command line goes first.",
     )
-    return parsed
+    values = {}
+    for name, kind in option_types(options_class).items():
+        value = getattr(parsed, name)
+        values[name] = _list(name, value, defaults.get(name), kind) if kind.is_list else value
+    return options_class(**values)
+
+
+def command_line(options_class: type[Any], defaults: dict[str, Any] | None = None) -> type[Any]:
+    """Returns the dataclass that tyro makes a command line from.
+
+    It differs from the options in this: kiem.values reads the texts; a list is a list of lists, one
+    for each time that its option is given; there is `--config`, which `parse` takes out before.
+
+    Args:
+        options_class: one of the dataclasses in kiem.config.
+        defaults: values by name; without one an option is required. None: those of the dataclass.
+    """
+    defaults = _defaults(options_class) if defaults is None else defaults
+    fields: list[tuple[str, Any, Any]] = []
+    for name, kind in option_types(options_class).items():
+        is_optional = name in defaults and defaults[name] is None
+        hint: Any = kind.base | None if is_optional else kind.base
+        if kind.base is not bool:
+            hint = Annotated[hint, _reader(name, kind)]
+        default = dataclasses.field()
+        if kind.is_list:
+            hint = tyro.conf.UseAppendAction[tuple[tuple[hint, ...], ...]]
+            default = dataclasses.field(default=())
+        elif name in defaults:
+            default = dataclasses.field(default=defaults[name])
+        shown = _hint(kind, defaults[name]) if name in defaults else "(required)"
+        fields.append((name, Annotated[hint, tyro.conf.arg(help_behavior_hint=shown)], default))
+    config = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=_CONFIG_HELP)]
+    fields.append(("config", config, dataclasses.field(default=None)))
+    return dataclasses.make_dataclass(
+        options_class.__name__,
+        fields,
+        bases=(options_class,),  # which has the help texts
+        namespace={"__doc__": options_class.__doc__},
+        frozen=True,
+    )
 
 
 def run(
@@ -116,48 +164,77 @@ def to_dict(options: Any) -> dict[str, Any]:
     return values
 
 
-def to_yaml(options: Any) -> str:
-    """Returns options as the YAML that `--config` reads back; unset ones are left out."""
-    return yaml.safe_dump(to_dict(options), sort_keys=False, allow_unicode=True)
+def _take_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Returns the arguments without --config FILE, and the file.
 
-
-def _take_config(arguments: list[str]) -> Path | None:
-    """Removes --config FILE from the arguments and returns the file."""
-    for index, argument in enumerate(arguments):
-        if argument.startswith("--config="):
-            del arguments[index]
-            return Path(argument.removeprefix("--config="))
-        if argument == "--config" and index + 1 < len(arguments):
-            del arguments[index]
-            return Path(arguments.pop(index))
-    return None
-
-
-def _read_config(options_class: Any, path: Path) -> list[str]:
-    """Returns a YAML file's options as command-line arguments, so that both are checked alike."""
+    Raises:
+        UserError: the file is missing, or there are two.
+    """
 
     def bad(what: str, fix: str) -> UserError:
-        return UserError(what, where=str(path), fix=fix, exit_code=ExitCode.BAD_OPTION)
+        return UserError(what, where="--config", fix=fix, exit_code=ExitCode.BAD_OPTION)
 
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise bad(f"cannot be read ({error.strerror})", "Correct --config.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise bad(f"not YAML ({error})", "Write lines such as 'batch_size: 4'.") from error
-    if not isinstance(values, dict):
-        raise bad("not a list of options", "Write lines such as 'batch_size: 4'.")
-    known = {entry.name for entry in dataclasses.fields(options_class)}
-    arguments: list[str] = []
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise bad(f"no option {key!r}", f"The options are: {', '.join(sorted(known))}.")
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(f"--{option}" if value else f"--no-{option}")
-        elif isinstance(value, list):
-            arguments += [f"--{option}", *map(str, value)]
-        elif value is not None:
-            arguments += [f"--{option}", str(value)]
-    return arguments
+    rest: list[str] = []
+    files: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name, equals, file = word.partition("=")
+        if name != "--config":
+            rest.append(word)
+            continue
+        if not equals:
+            file = next(words, "")
+        if not file or (file.startswith("-") and not equals):
+            raise bad("no file is named", "Write --config FILE.")
+        files.append(file)
+    if len(files) > 1:
+        raise bad(f"{len(files)} files are named", "Put their lines into one file.")
+    return rest, Path(files[0]) if files else None
+
+
+def _defaults(options_class: type[Any]) -> dict[str, Any]:
+    """Returns the defaults by name of the options that have one."""
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(options_class)
+        if field.default is not dataclasses.MISSING
+    }
+
+
+def _reader(name: str, kind: OptionType) -> PrimitiveConstructorSpec[Any]:
+    """Returns what makes tyro leave the reading of a text to kiem.values."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(kind.choices)}}}" if kind.choices else _METAVARS[kind.base],
+        instance_from_str=lambda texts: kind.read(texts[0], _flag(name)),
+        is_instance=lambda _: True,
+        str_from_instance=lambda value: [str(value)],
+        choices=kind.choices or None,
+    )
+
+
+def _hint(kind: OptionType, default: Any) -> str:
+    """Returns what stands behind the help of an option: its limits and default."""
+    shown = shlex.join(map(str, default)) if isinstance(default, tuple) else str(default)
+    limits = f"{describe_limits(kind.limits)}; " if kind.limits else ""
+    return f"({limits}default: {shown})"
+
+
+def _list(
+    name: str, given: tuple[tuple[Any, ...], ...], default: tuple[Any, ...] | None, kind: OptionType
+) -> tuple[Any, ...]:
+    """Returns what an option stands for that was given any number of times.
+
+    Raises:
+        UserError: it needs a value and has none, or its having none changes nothing.
+    """
+    value = tuple(item for items in given for item in items) if given else default
+    is_pointless = given and value == default == ()
+    if value is not None and len(value) >= kind.min_length and not is_pointless:
+        return value
+    fix = f"Give {kind.describe()}" + (", or leave it out." if default is not None else ".")
+    raise UserError("no value is given", where=_flag(name), fix=fix, exit_code=ExitCode.BAD_OPTION)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

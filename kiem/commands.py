@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from kiem.cli import run
+from kiem.cli import command_line, run
 from kiem.config import (
     EvaluationOptions,
     ExportOptions,
@@ -69,7 +69,7 @@ def main() -> int:
         return run(command.options, f"kiem {arguments[0]}", command, rest)
     # What is left is help, shell completion or a mistake; tyro knows all three and exits.
     options: dict[str, Callable[..., Any]] = {
-        name: command.options for name, command in COMMANDS.items()
+        name: command_line(command.options) for name, command in COMMANDS.items()
     }
     tyro.extras.subcommand_cli_from_dict(
         options,

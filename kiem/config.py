@@ -1,14 +1,17 @@
 """The options of every script: frozen dataclasses from which the command line is made.
 
 The help text of an option is the comment-like string below it. `None` stands for "choose for me";
-the choice is printed and written down where the option's result is kept.
+the choice is printed and written down where the option's result is kept. Every number has its
+limits here, to which kiem.values holds both the command line and YAML.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 HUB_DATASET = "BramVanroy/wikipedia_culturax_dutch"
 HUB_TOKENIZER = "google/gemma-3-1b-pt"
@@ -19,6 +22,15 @@ DATASET_SIZES = (
     *(f"{billions}B" for billions in range(5, 60, 5)),
 )
 
+# Limits are those of sense or of arithmetic; where neither sets one, a number that is never reached
+# keeps the arithmetic that follows from overflow.
+_MOST = 10**9
+_MOST_TOKENS = 2**20
+Count = Annotated[int, Meta(ge=1, le=_MOST)]
+CountOrNone = Annotated[int, Meta(ge=0, le=_MOST)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Price = Annotated[float, Meta(ge=0, le=10**6)]
+
 
 @dataclass(frozen=True)
 class PreprocessOptions:
@@ -27,19 +39,19 @@ class PreprocessOptions:
     dataset_size: str | None = None
     """Hub: config of the dataset (10k, 100k, 1M, 10M, 100M, 1B, 5B, 10B, 15B ... 55B), default 10k.
     Other sources: at most this many white-space words (50000, 10k, 1M), default all."""
-    chunk_size: int = 1024
+    chunk_size: Annotated[int, Meta(ge=16, le=_MOST_TOKENS)] = 1024
     """Tokens in a chunk, the unit of training."""
-    test_split: float = 0.002
+    test_split: Annotated[float, Meta(gt=0, lt=1)] = 0.002
     """Share of the documents kept apart for testing, chosen by a hash of their text."""
     output_dir: Path = Path("processed_data")
     """Folder that the chunk directory is made in."""
     name: str | None = None
     """Name of the chunk directory. Default: chunked_ and the dataset size or the source's name."""
-    num_proc: int | None = None
+    num_proc: Annotated[int, Meta(ge=1, le=4096)] | None = None
     """Worker processes. Default: one per processor. The result does not depend on it."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the split."""
-    source: tuple[str, ...] = ("hub",)
+    source: Annotated[tuple[str, ...], Meta(min_length=1)] = ("hub",)
     """hub (BramVanroy/wikipedia_culturax_dutch), sample (the built-in text), or files, folders and
     globs of .txt (one document each), .jsonl, .jsonl.gz and .parquet."""
     text_column: str = "text"
@@ -88,45 +100,45 @@ class TrainingOptions:
     """Folder that the run directory is made in."""
     run_name: str | None = None
     """Name of the run directory. Default: the model's name, -dutch- and the UTC time."""
-    epochs: float = 1.0
+    epochs: Annotated[float, Meta(gt=0, le=10**6)] = 1.0
     """How often every chunk is seen."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Instead of --epochs: end after this many updates."""
-    max_minutes: float | None = None
+    max_minutes: Annotated[float, Meta(gt=0, le=10**7)] | None = None
     """Instead of --epochs: end after this many minutes of updates; the learning rate follows."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Chunks per device in one forward pass. Default: by model."""
-    gradient_accumulation_steps: int | None = None
+    gradient_accumulation_steps: Count | None = None
     """Forward passes per update. Default: what the model's usual tokens per update need, fewer when
     the data is small."""
-    learning_rate: float | None = None
+    learning_rate: Annotated[float, Meta(gt=0, le=10)] | None = None
     """Highest learning rate. Default: by model."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: Muon for the hidden matrices, AdamW for the rest. adamw: AdamW for all parameters."""
     schedule: Literal["linear", "cosine", "wsd"] = "linear"
     """How the learning rate falls after the warm-up: to zero, along a cosine to a tenth, or (wsd)
     only in the last fifth, to zero."""
-    warmup_ratio: float = 0.05
+    warmup_ratio: Annotated[float, Meta(ge=0, lt=1)] = 0.05
     """Share of the training in which the learning rate rises."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.1
     """Decay of the weight matrices; embeddings and norms do not decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Meta(gt=0, le=10**6)] = 1.0
     """Gradients with a larger norm are scaled down to this one."""
-    z_loss: float = 1e-5
+    z_loss: Annotated[float, Meta(ge=0, le=1)] = 1e-5
     """Weight of the squared log-normalizer in the loss, which keeps logits small. 0: off."""
     on_nan: Literal["stop", "skip"] = "stop"
     """When loss or gradient of an update is not finite: stop before the update, or go back to the
     newest checkpoint and from there on without that update."""
-    spike_sigmas: float = 6.0
+    spike_sigmas: Annotated[float, Meta(ge=0, le=10**6)] = 6.0
     """Leave out updates whose loss is so many standard deviations above the mean of the 128 before.
     0: do all."""
-    eval_steps: int | None = None
+    eval_steps: CountOrNone | None = None
     """Evaluate every so many updates. Default: five times a run. 0: only at the end."""
-    eval_chunks: int = 64
+    eval_chunks: Count = 64
     """Test chunks in an evaluation during training; the one at the end takes all."""
-    save_steps: int | None = None
+    save_steps: CountOrNone | None = None
     """Save a checkpoint every so many updates. Default: every half hour. 0: never."""
-    save_total_limit: int = 2
+    save_total_limit: CountOrNone = 2
     """Newest checkpoints that are kept, beside the one of the lowest test loss; others are removed
     when a new one is committed."""
     on_save_failure: Literal["continue", "stop"] = "continue"
@@ -135,7 +147,7 @@ class TrainingOptions:
     resume: str = "auto"
     """auto: go on from the newest checkpoint in the run directory, if there is one. none: do not.
     Or the path of a checkpoint."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the weights, the order of the chunks and the samples of text."""
     init_from: str | None = None
     """Continue the pretraining of this Gemma 3 model (a folder or Hub id)."""
@@ -162,7 +174,7 @@ class TrainingOptions:
     """ISO 639 code of the text's language, for the model card."""
     sample_prompt: tuple[str, ...] = ("Nederland is", "Er was eens")
     """Texts that the model continues at every evaluation."""
-    log_steps: int = 1
+    log_steps: Count = 1
     """Write metrics every so many updates."""
     trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
     """Send metrics and samples there as well; tensorboard writes into the run directory."""
@@ -170,7 +182,7 @@ class TrainingOptions:
     """The same as --trackers wandb."""
     wandb_project: str | None = None
     """Project in Weights & Biases or trackio. Default: kiem."""
-    price: float | None = None
+    price: Price | None = None
     """What an hour on this hardware costs, for the plan and the report."""
     plan: bool = False
     """Train nothing; print the memory, time and cost that the training would take."""
@@ -178,7 +190,7 @@ class TrainingOptions:
         None
     )
     """With --plan: plan for this GPU, from published figures, instead of this machine."""
-    num_gpus: int | None = None
+    num_gpus: Count | None = None
     """With --gpu: so many of them. Default: 1."""
 
 
@@ -200,39 +212,39 @@ class InferenceOptions:
     """Measure the speed and print a table."""
     json: Path | None = None
     """With --benchmark: write the figures to this file."""
-    max_new_tokens: int = 128
+    max_new_tokens: Annotated[int, Meta(ge=1, le=_MOST_TOKENS)] = 128
     """Most tokens to add to a prompt. With --serve: where a request does not say; so are the
     options of the choice of tokens, from --temperature to --stop."""
-    temperature: float = 0.8
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.8
     """How adventurous the choice of tokens is; 0 always takes the likeliest."""
-    top_k: int = 0
+    top_k: Annotated[int, Meta(ge=0, le=_MOST)] = 0
     """Choose from the k likeliest tokens; 0: from all."""
-    top_p: float = 0.9
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 0.9
     """Choose from the likeliest tokens that together have this probability."""
-    min_p: float = 0.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """Choose from tokens that have at least this share of the likeliest one's probability."""
-    repetition_penalty: float = 1.1
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.1
     """Above 1: tokens that occurred before become less likely."""
     stop: tuple[str, ...] = ()
     """Texts that end a continuation, and are left out of it."""
-    num_return_sequences: int = 1
+    num_return_sequences: Annotated[int, Meta(ge=1, le=_MOST)] = 1
     """Continuations per prompt."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the choices; the same seed gives the same text."""
     output_file: Path | None = None
     """Write prompts and continuations to this JSON Lines file; several at a time, and over all
     processes of accelerate launch or torchrun. Stopped, the same command goes on."""
-    max_requests: int = 8
+    max_requests: Annotated[int, Meta(ge=1, le=4096)] = 8
     """With --output-file and --serve: continuations that are written at the same time."""
-    max_context: int = 4096
+    max_context: Annotated[int, Meta(ge=2, le=_MOST_TOKENS)] = 4096
     """With --interactive and --serve: most tokens of a text, the new ones included."""
     host: str = "127.0.0.1"
     """With --serve: address to listen on. Any but this machine's own needs --api-key."""
-    port: int = 8000
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
     """With --serve: port to listen on; 0: any that is free."""
     api_key: str | None = None
     """With --serve: what every request must carry as bearer token, or a browser as password."""
-    max_waiting: int = 32
+    max_waiting: Annotated[int, Meta(ge=0, le=10**6)] = 32
     """With --serve: continuations that may wait beside --max-requests; more are refused."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the weights. auto: bf16 on GPUs that have it; on CPUs as stored, or fp32
@@ -255,16 +267,16 @@ class EvaluationOptions:
     .parquet, sample (the built-in text), or a chunk directory, whose test split is taken."""
     suite: tuple[str, ...] = ()
     """minimal-pairs (the built-in Dutch ones), or files in BLiMP's shape (.jsonl, .parquet)."""
-    context: int | None = None
+    context: Annotated[int, Meta(ge=8, le=_MOST_TOKENS)] | None = None
     """Most tokens the model reads at once; longer documents are read in overlapping windows.
     Default: the chunk size that a kiem model was trained with, the longest of other models."""
     text_column: str = "text"
     """Column (Parquet) or key (JSON Lines) of --data that holds a document's text."""
-    max_documents: int | None = None
+    max_documents: Count | None = None
     """Take only so many documents of --data, the first ones."""
     json: Path | None = None
     """Write the results to this file."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the resampling that gives the intervals."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the weights. auto: bf16 on GPUs that have it; on CPUs as stored, or fp32
@@ -298,9 +310,9 @@ class ExportOptions:
 class ReportOptions:
     """Draw the report of a run again, or one page that compares several runs."""
 
-    runs: tuple[Path, ...]
+    runs: Annotated[tuple[Path, ...], Meta(min_length=1)]
     """Run directories, such as trained_models/gemma3-1b-dutch-latest."""
     output: Path | None = None
     """The page. Default: report.html in the run directory, or comparison.html for several runs."""
-    price: float | None = None
+    price: Price | None = None
     """What an hour on the hardware costs. Default: what the run was told."""

@@ -5,27 +5,49 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import types
-import typing
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from kiem.commands import COMMANDS
+from kiem.values import OptionType, describe_limits, option_types
 
 _HEAD = """# Reference
 
-Made from kiem/config.py by `make reference`; change it there. `--config FILE` reads options from
-YAML; the command line goes first. An option whose default is `True` or `False` is turned on by its
-name and off by `--no-` and its name. Exit codes: [troubleshooting.md](troubleshooting.md).
+Made from kiem/config.py by `make reference`; change it there. Exit codes:
+[troubleshooting.md](troubleshooting.md). Completion of commands and options:
+`source <(kiem --tyro-print-completion bash)`; in zsh, `kiem --tyro-write-completion zsh
+~/.zfunc/_kiem`, with that folder in `fpath`.
 
-Completion of commands and options: `source <(kiem --tyro-print-completion bash)`; in zsh,
-`kiem --tyro-write-completion zsh ~/.zfunc/_kiem`, with that folder in `fpath`.
+## On the command line
+
+A flag is turned on by its name and off by `--no-` and its name. Options with `...` take several
+values, one after the other (`--source a b`) or with the name repeated (`--source a --source b`). Of
+any other option that is repeated the last value counts. Numbers are decimal: `0.001`, `1e-3`,
+`1_000_000`. A value that begins with a dash follows an equals sign: `--stop=--`.
+
+## In a file
+
+`--config FILE` reads options from YAML, such as the `config.yaml` that every run leaves:
+
+```yaml
+source: [my_texts, more_texts]
+tokenizer: train:16384
+near_duplicates: true
+name: 2024_01_01
+```
+
+The command line takes precedence; a list there replaces the list in the file. A value means what
+the same text means on the command line, whatever else YAML makes of it: this `name` is text,
+`language: no` is Norwegian, and `seed: 017` is 17. Flags are `true` or `false`, `yes` or `no`, `on`
+or `off`. `null`, `~` and nothing at all mean that the option is not given; quote them if they are
+text. An unknown option, or the same option twice, is an error.
+
 """
 
 
-_TYPES = {str: "text", int: "whole number", float: "number", bool: "flag", Path: "path"}
+_WORDS = {str: "text", int: "whole number", float: "number", bool: "flag", Path: "path"}
 
 
 def reference() -> str:
@@ -45,12 +67,12 @@ def reference() -> str:
 
 def _rows(options: type[Any]) -> Iterator[tuple[str, str, str, str]]:
     """Yields name, values, default and meaning of each option."""
-    hints, meanings = typing.get_type_hints(options), _meanings(options)
+    types, meanings = option_types(options), _meanings(options)
     for field in dataclasses.fields(options):
         is_required = field.default is dataclasses.MISSING
         yield (
             f"`--{field.name.replace('_', '-')}`",
-            _values(hints[field.name]),
+            _values(types[field.name]),
             "required" if is_required else _default(field.default),
             meanings[field.name].replace("|", "\\|"),
         )
@@ -67,17 +89,14 @@ def _meanings(options: type[Any]) -> dict[str, str]:
     }
 
 
-def _values(hint: Any) -> str:
-    """Returns an option's type as people write it."""
-    arguments = typing.get_args(hint)
-    origin = typing.get_origin(hint)
-    if origin is typing.Literal:
-        return ", ".join(f"`{choice}`" for choice in arguments)
-    if origin in (types.UnionType, typing.Union):  # Optional[Literal] is of the second kind
-        return _values(next(argument for argument in arguments if argument is not type(None)))
-    if origin is tuple:
-        return f"{_values(arguments[0])} ..."
-    return _TYPES[hint]
+def _values(kind: OptionType) -> str:
+    """Returns an option's values as people write them."""
+    if kind.choices:
+        words = ", ".join(f"`{choice}`" for choice in kind.choices)
+    else:
+        limits = f" {describe_limits(kind.limits)}" if kind.limits else ""
+        words = f"{_WORDS[kind.base]}{limits}"
+    return f"{words} ..." if kind.is_list else words
 
 
 def _default(value: Any) -> str:

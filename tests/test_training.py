@@ -246,7 +246,7 @@ def test_config_file_gives_options_and_the_command_line_goes_first(
         (("--wandb-project", "x"), ExitCode.NO_EFFECT, "without --use-wandb"),
         (("--epochs", "2", "--max-steps", "3"), ExitCode.NO_EFFECT, "--epochs: has no effect"),
         (("--batch-size", "0"), ExitCode.BAD_OPTION, "--batch-size"),
-        (("--warmup-ratio", "1"), ExitCode.BAD_OPTION, "warm-up"),
+        (("--warmup-ratio", "1"), ExitCode.BAD_OPTION, "below 1"),
         (("--run-name", "a/b"), ExitCode.BAD_OPTION, "cannot be a folder name"),
         (("--init-from", "docs"), ExitCode.NOT_A_MODEL, "config.json"),
         (("--init-from", "nergens"), ExitCode.NOT_FOUND, "no such model directory"),

@@ -252,15 +252,6 @@ def directory_name(options: PreprocessOptions, source_name: str) -> str:
 
 
 def _check_options(options: PreprocessOptions) -> None:
-    def bad(where: str, what: str, fix: str) -> UserError:
-        return UserError(what, where=where, fix=fix, exit_code=ExitCode.BAD_OPTION)
-
-    if options.chunk_size < 16:
-        raise bad("--chunk-size", f"{options.chunk_size} is too small", "Give at least 16.")
-    if not 0 < options.test_split < 1:
-        raise bad("--test-split", f"{options.test_split} is not a share", "Give one such as 0.002.")
-    if options.num_proc is not None and options.num_proc < 1:
-        raise bad("--num-proc", f"{options.num_proc} is too few", "Give 1 or more.")
     if options.source == ("hub",):
         check_hub_size(options.dataset_size or DEFAULT_HUB_SIZE)
     is_cleaned = options.clean != "none" or options.near_duplicates or options.decontaminate

@@ -35,7 +35,6 @@ from kiem.evaluation.open_model import open_language_model
 from kiem.files import format_bytes, write_json
 
 _PIECE_BYTES = 1 << 26
-_SMALLEST_CONTEXT = 8
 _MOST_SOURCES_SHOWN = 50
 
 
@@ -193,20 +192,6 @@ def _show(results: dict[str, Any], console: Console) -> None:
 
 
 def _check_options(options: EvaluationOptions) -> None:
-    if options.context is not None and options.context < _SMALLEST_CONTEXT:
-        raise UserError(
-            f"{options.context} tokens are too few",
-            where="--context",
-            fix=f"Give {_SMALLEST_CONTEXT} or more.",
-            exit_code=ExitCode.BAD_OPTION,
-        )
-    if options.max_documents is not None and options.max_documents < 1:
-        raise UserError(
-            f"{options.max_documents} is too small",
-            where="--max-documents",
-            fix="Give 1 or more.",
-            exit_code=ExitCode.BAD_OPTION,
-        )
     for name, is_given in (
         ("--max-documents", options.max_documents is not None),
         ("--text-column", options.text_column != "text"),

@@ -30,7 +30,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from kiem.cli import to_dict
 from kiem.config import InferenceOptions
 from kiem.errors import ExitCode, UserError
 from kiem.files import append_json_lines, remove_file, write_bytes, write_text
@@ -38,6 +37,7 @@ from kiem.inference.loading import LoadedModel
 from kiem.inference.sampling import Sampling
 from kiem.inference.streaming import Writer, request_for
 from kiem.inference.text import printable
+from kiem.yaml_options import to_dict
 
 # Options that change no continuation.
 _FREE_OPTIONS = ("model_path", "prompts_file", "output_file", "max_requests", "max_context")

@@ -113,16 +113,9 @@ def _check_options(options: InferenceOptions) -> Sampling:
         options.min_p,
         options.repetition_penalty,
     )
-    counts = {
-        name: (getattr(options, name) >= 1, "1 or more")
-        for name in ("max_new_tokens", "num_return_sequences", "max_requests")
-    }
     has_context = options.serve or options.interactive
     fits = options.max_context > options.max_new_tokens or not has_context
     ranges = {
-        **counts,
-        "max_waiting": (options.max_waiting >= 0, "0 or more"),
-        "port": (0 <= options.port < 65536, "0 to 65535"),
         "max_context": (fits, "above --max-new-tokens"),
         "stop": (all(options.stop), "texts of at least one character"),
     }

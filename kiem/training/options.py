@@ -7,53 +7,13 @@ from kiem.errors import ExitCode, UserError, no_effect
 from kiem.training.devices import Devices
 from kiem.training.trackers import tracker_names
 
-_POSITIVE = (
-    "epochs",
-    "max_steps",
-    "max_minutes",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "max_grad_norm",
-    "eval_chunks",
-    "log_steps",
-    "num_gpus",
-)
-_NOT_NEGATIVE = (
-    "warmup_ratio",
-    "weight_decay",
-    "z_loss",
-    "spike_sigmas",
-    "eval_steps",
-    "save_steps",
-    "save_total_limit",
-    "price",
-)
-
 
 def check_options(options: TrainingOptions) -> None:
-    """Checks values and combinations.
+    """Checks combinations; kiem.values has checked each value.
 
     Raises:
-        UserError: a value is out of range, or an option cannot have an effect.
+        UserError: two options contradict each other, or one cannot have an effect.
     """
-    for name in (*_POSITIVE, *_NOT_NEGATIVE):
-        value = getattr(options, name)
-        lowest_is_allowed = name in _NOT_NEGATIVE
-        if value is not None and (value < 0 or (value == 0 and not lowest_is_allowed)):
-            raise UserError(
-                f"{value} is too small",
-                where=_flag(name),
-                fix=f"Give {'0 or more' if lowest_is_allowed else 'more than 0'}.",
-                exit_code=ExitCode.BAD_OPTION,
-            )
-    if options.warmup_ratio >= 1:
-        raise UserError(
-            f"{options.warmup_ratio} leaves nothing after the warm-up",
-            where="--warmup-ratio",
-            fix="Give a share below 1, such as 0.05.",
-            exit_code=ExitCode.BAD_OPTION,
-        )
     if options.save_total_limit == 0 and options.save_steps != 0:
         raise UserError(
             "every checkpoint would be removed at once",
@@ -91,7 +51,3 @@ def check_devices(options: TrainingOptions, devices: Devices) -> None:
     """
     if options.shard != "none" and devices.world_size == 1:
         raise no_effect("--shard", "with one device")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

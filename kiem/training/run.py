@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from kiem.cli import to_dict, to_yaml, warn
+from kiem.cli import warn
 from kiem.config import TrainingOptions
 from kiem.data.chunks import (
     MANIFEST_FILE,
@@ -63,6 +63,7 @@ from kiem.training.resume import (
 )
 from kiem.training.sharding import Sharing, share_parameters, whole_model
 from kiem.training.trackers import open_trackers
+from kiem.yaml_options import to_dict, to_yaml
 
 _EVALUATIONS_PER_RUN = 5
 # What a checkpoint remembers of a run.
