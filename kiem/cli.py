@@ -93,6 +93,7 @@ def command_line(options_class: type[Any], defaults: dict[str, Any] | None = Non
         bases=(options_class,),  # which has the help texts
         namespace={"__doc__": options_class.__doc__},
         frozen=True,
+        kw_only=True,  # those with a default may come first
     )
 
 

@@ -19,6 +19,19 @@ _MOST_BYTES = 1 << 20
 _UNSET = ("", "~", "null", "Null", "NULL")
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes text on one line: YAML folds line breaks into spaces, also U+0085 and its like."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        node = super().represent_str(data)
+        if not data.isprintable():
+            node.style = '"'
+        return node
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
 def read_options(options_class: type[Any], path: Path) -> dict[str, Any]:
     """Returns the options that a YAML file sets, by name; those that are null are left out.
 
@@ -48,7 +61,9 @@ def read_options(options_class: type[Any], path: Path) -> dict[str, Any]:
 
 def to_yaml(options: Any) -> str:
     """Returns options as the YAML that `read_options` reads back; unset ones are left out."""
-    return yaml.safe_dump(to_dict(options), sort_keys=False, allow_unicode=True, width=float("inf"))
+    return yaml.dump(
+        to_dict(options), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf")
+    )
 
 
 def to_dict(options: Any) -> dict[str, Any]:

@@ -30,6 +30,7 @@ _SPECIAL_NAMES = ("pad", "eos", "bos")
 _CONTROL_TOKENS = (*(f"<{name}>" for name in _SPECIAL_NAMES), "<unk>")
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _MIN_TRAINED_VOCABULARY = 512
+_MAX_TRAINED_VOCABULARY = 2**20
 # How texts are cut before a vocabulary is trained on them. Letters, digits and signs are disjoint,
 # and spaces only begin a piece: no entry can span two pieces, so cutting here is exact, and merging
 # over the whole text gives the same ids.
@@ -185,16 +186,18 @@ def vocabulary_size_to_train(option: str) -> int | None:
     """Returns N of the option train:N, or None when the option names a tokenizer.
 
     Raises:
-        UserError: N is not a number, or too small for the bytes and control tokens.
+        UserError: N is not a number, too small for the bytes and control tokens, or too large.
     """
     if not option.startswith("train:"):
         return None
     digits = option.removeprefix("train:")
-    if not digits.isdecimal() or int(digits) < _MIN_TRAINED_VOCABULARY:
+    is_number = digits.isdecimal() and len(digits) < 10  # int() refuses thousands of digits
+    smallest, largest = _MIN_TRAINED_VOCABULARY, _MAX_TRAINED_VOCABULARY
+    if not is_number or not smallest <= int(digits) <= largest:
         raise UserError(
             f"{option!r} is not a vocabulary to train",
             where="--tokenizer",
-            fix=f"Give train:N with N at least {_MIN_TRAINED_VOCABULARY}, such as train:16384.",
+            fix=f"Give train:N with N from {smallest} to {largest}, such as train:16384.",
             exit_code=ExitCode.BAD_OPTION,
         )
     return int(digits)
