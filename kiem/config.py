@@ -106,9 +106,9 @@ class TrainingOptions:
     """Instead of --epochs: end after this many updates."""
     max_minutes: Annotated[float, Meta(gt=0, le=10**7)] | None = None
     """Instead of --epochs: end after this many minutes of updates; the learning rate follows."""
-    batch_size: Count | None = None
+    batch_size: Annotated[int, Meta(ge=1, le=2**16)] | None = None
     """Chunks per device in one forward pass. Default: by model."""
-    gradient_accumulation_steps: Count | None = None
+    gradient_accumulation_steps: Annotated[int, Meta(ge=1, le=2**20)] | None = None
     """Forward passes per update. Default: what the model's usual tokens per update need, fewer when
     the data is small."""
     learning_rate: Annotated[float, Meta(gt=0, le=10)] | None = None

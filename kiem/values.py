@@ -84,11 +84,11 @@ class OptionType:
 
 
 def describe_limits(limits: Meta) -> str:
-    """Returns limits in words, such as "from 1 to 8" or "above 0, up to 1"."""
+    """Returns limits in words, such as "from 1 to 8" or "above 0, at most 1"."""
     if limits.ge is not None and limits.le is not None:
         return f"from {limits.ge} to {limits.le}"
     low = f"from {limits.ge}" if limits.gt is None else f"above {limits.gt}"
-    high = f"up to {limits.le}" if limits.lt is None else f"below {limits.lt}"
+    high = f"at most {limits.le}" if limits.lt is None else f"below {limits.lt}"
     return f"{low}, {high}"
 
 

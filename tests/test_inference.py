@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -187,10 +186,6 @@ def test_mistakes_get_one_message(
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        ({"min_p": 1.5}, ExitCode.BAD_OPTION, "--min-p: 1.5"),
-        ({"top_k": -1}, ExitCode.BAD_OPTION, "--top-k: -1"),
-        ({"temperature": math.inf}, ExitCode.BAD_OPTION, "--temperature: inf"),
-        ({"repetition_penalty": math.nan}, ExitCode.BAD_OPTION, "--repetition-penalty: nan"),
         ({"stop": ("",)}, ExitCode.BAD_OPTION, "--stop"),
         ({"max_requests": 2}, ExitCode.NO_EFFECT, "without --output-file or --serve"),
         ({"max_context": 2}, ExitCode.NO_EFFECT, "without --interactive or --serve"),

@@ -254,6 +254,8 @@ def directory_name(options: PreprocessOptions, source_name: str) -> str:
 def _check_options(options: PreprocessOptions) -> None:
     if options.source == ("hub",):
         check_hub_size(options.dataset_size or DEFAULT_HUB_SIZE)
+    else:
+        word_limit(options.dataset_size)
     is_cleaned = options.clean != "none" or options.near_duplicates or options.decontaminate
     if options.ray_address is not None and options.executor != "ray":
         raise no_effect("--ray-address", "without --executor ray")

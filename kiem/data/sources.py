@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -116,7 +117,7 @@ def word_limit(dataset_size: str | None) -> int | None:
     # int() refuses thousands of digits.
     if not digits.isdecimal() or len(digits) > 18 or int(digits) == 0:
         raise UserError(
-            f"{dataset_size!r} is not a number of words",
+            f"{reprlib.repr(dataset_size)} is not a number of words",
             where="--dataset-size",
             fix="Give a number such as 50000, 10k, 1M or 1B.",
             exit_code=ExitCode.UNKNOWN_SIZE,

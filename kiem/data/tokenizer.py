@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -195,7 +196,7 @@ def vocabulary_size_to_train(option: str) -> int | None:
     smallest, largest = _MIN_TRAINED_VOCABULARY, _MAX_TRAINED_VOCABULARY
     if not is_number or not smallest <= int(digits) <= largest:
         raise UserError(
-            f"{option!r} is not a vocabulary to train",
+            f"{reprlib.repr(option)} is not a vocabulary to train",
             where="--tokenizer",
             fix=f"Give train:N with N from {smallest} to {largest}, such as train:16384.",
             exit_code=ExitCode.BAD_OPTION,

@@ -16,7 +16,7 @@ from kiem.inference.benchmark import run_benchmark
 from kiem.inference.loading import LoadedModel, load_for_inference
 from kiem.inference.prompts import read_prompts
 from kiem.inference.repl import talk
-from kiem.inference.sampling import Sampling, out_of_range
+from kiem.inference.sampling import Sampling
 from kiem.inference.server.serve import check_key, check_packages, open_socket, serve
 from kiem.inference.streaming import Writer, request_for
 from kiem.inference.text import show
@@ -114,23 +114,17 @@ def _check_options(options: InferenceOptions) -> Sampling:
         options.repetition_penalty,
     )
     has_context = options.serve or options.interactive
-    fits = options.max_context > options.max_new_tokens or not has_context
-    ranges = {
-        "max_context": (fits, "above --max-new-tokens"),
-        "stop": (all(options.stop), "texts of at least one character"),
-    }
-    wrong = out_of_range(sampling)
-    wrong = wrong or next(((n, values) for n, (fine, values) in ranges.items() if not fine), None)
-    if wrong is not None:
-        name, possible = wrong
-        raise UserError(
-            f"{getattr(options, name)!r} is not possible",
-            where="--" + name.replace("_", "-"),
-            fix=f"Possible values: {possible}.",
-            exit_code=ExitCode.BAD_OPTION,
-        )
+    if has_context and options.max_context <= options.max_new_tokens:
+        what = f"{options.max_context} leaves no room for a prompt"
+        raise _bad("--max-context", what, "Give a number above --max-new-tokens.")
+    if not all(options.stop):
+        raise _bad("--stop", "an empty text ends nothing", "Give texts of at least one character.")
     _check_effects(options)
     return sampling
+
+
+def _bad(option: str, what: str, fix: str) -> UserError:
+    return UserError(what, where=option, fix=fix, exit_code=ExitCode.BAD_OPTION)
 
 
 def _check_effects(options: InferenceOptions) -> None:
