@@ -227,7 +227,7 @@ class InferenceOptions:
     """Above 1: tokens that occurred before become less likely."""
     stop: tuple[str, ...] = ()
     """Texts that end a continuation, and are left out of it."""
-    num_return_sequences: Annotated[int, Meta(ge=1, le=_MOST)] = 1
+    num_return_sequences: Annotated[int, Meta(ge=1, le=2**16)] = 1
     """Continuations per prompt."""
     seed: Seed = 42
     """Seed of the choices; the same seed gives the same text."""

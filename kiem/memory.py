@@ -16,6 +16,15 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _LARGEST_INT = 2**31 - 1
 _PAGES_OF_ITS_OWN_BYTES = 1 << 16
+# What allocators say: those of the C++ library, of torch for CPUs, of oneDNN.
+_REFUSALS = ("bad_alloc", "allocate memory", "not enough memory", "could not create a ")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Says whether an error is an allocator's refusal, on a GPU or a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _REFUSALS)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

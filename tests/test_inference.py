@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, run_bash, run_script
 from rich.console import Console
 from transformers import Gemma3ForCausalLM
 
@@ -202,6 +202,15 @@ def test_impossible_options_are_found_before_anything_else(
         write(InferenceOptions("nergens", **options), Console(quiet=True))
     assert found.value.exit_code == code
     assert message in str(found.value)
+
+
+def test_more_memory_than_there_is_is_told(trained_run: Path) -> None:
+    sizes = "--serve --port 0 --max-requests 4096 --max-context 1048576"
+    command = f"python inference.py --model-path {trained_run / 'final_model'} {sizes}"
+    done = run_bash(f"ulimit -v 50000000; {command}", ROOT)
+    assert done.returncode == ExitCode.OUT_OF_MEMORY
+    assert "there is not enough memory" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_tokenizer_that_does_not_fit_is_refused(trained_run: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
@@ -20,6 +20,7 @@ from kiem.inference.sampling import Sampling
 from kiem.inference.server.serve import check_key, check_packages, open_socket, serve
 from kiem.inference.streaming import Writer, request_for
 from kiem.inference.text import show
+from kiem.memory import is_out_of_memory
 
 
 def write(options: InferenceOptions, console: Console) -> None:
@@ -38,7 +39,7 @@ def write(options: InferenceOptions, console: Console) -> None:
         warn(console, "--top-k, --top-p and --min-p have no effect with --temperature 0")
     reads_prompts = not (options.interactive or options.benchmark or options.serve)
     prompts = read_prompts(options.prompt, options.prompts_file) if reads_prompts else []
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, _memory_errors():
         processes = stack.enter_context(open_processes(options.output_file))
         if options.serve:
             check_packages()
@@ -57,6 +58,22 @@ def write(options: InferenceOptions, console: Console) -> None:
             write_file(loaded, prompts, sampling, options, processes, console)
         else:
             _write_to_screen(loaded, prompts, sampling, options, console)
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turns an allocator's refusal into a message."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "there is not enough memory",
+            fix="Give smaller --max-context, --max-requests, --max-new-tokens or "
+            "--num-return-sequences; --quantize makes the model smaller.",
+            exit_code=ExitCode.OUT_OF_MEMORY,
+        ) from error
 
 
 def _write_to_screen(

@@ -10,13 +10,11 @@ from rich.console import Console
 from kiem.cli import warn
 from kiem.config import TrainingOptions
 from kiem.errors import ExitCode, UserError
+from kiem.memory import is_out_of_memory as is_out_of_memory
 from kiem.model.gemma3 import Gemma3
 from kiem.model.loss import next_token_targets
 from kiem.training.devices import Devices
 from kiem.training.recipe import Recipe
-
-# What allocators say: those of the C++ library, of torch for CPUs, of oneDNN.
-_REFUSALS = ("bad_alloc", "allocate memory", "not enough memory", "could not create a ")
 
 
 def fit_recipe(
@@ -71,13 +69,6 @@ def try_pass(
         loss.backward()
     finally:
         model.zero_grad()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Says whether an error is an allocator's refusal, on a GPU or a CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _REFUSALS)
 
 
 def out_of_memory(recipe: Recipe, where: str) -> UserError:
