@@ -23,8 +23,8 @@ Options = TypeVar("Options")
 
 _METAVARS = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
 _CONFIG_HELP = (
-    "Options as YAML, as in a run's config.yaml. The command line goes first: an option that is "
-    "given there, a list too, replaces that of the file."
+    "Options as YAML, as in a run's config.yaml. What is given on the command line, lists "
+    "included, replaces what the file says."
 )
 
 
@@ -56,7 +56,7 @@ def parse(options_class: type[Options], arguments: Sequence[str], program: str) 
     values = {}
     for name, kind in option_types(options_class).items():
         value = getattr(parsed, name)
-        values[name] = _list(name, value, defaults.get(name), kind) if kind.is_list else value
+        values[name] = _list(name, kind, value, defaults.get(name)) if kind.is_list else value
     return options_class(**values)
 
 
@@ -152,19 +152,6 @@ def check_name(name: str, option: str) -> str:
     return name
 
 
-def to_dict(options: Any) -> dict[str, Any]:
-    """Returns options as plain values by name; unset ones are left out."""
-    values: dict[str, Any] = {}
-    for name, value in dataclasses.asdict(options).items():
-        if isinstance(value, Path):
-            values[name] = str(value)
-        elif isinstance(value, tuple):
-            values[name] = list(value)
-        elif value is not None:
-            values[name] = value
-    return values
-
-
 def _take_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """Returns the arguments without --config FILE, and the file.
 
@@ -222,9 +209,14 @@ def _hint(kind: OptionType, default: Any) -> str:
 
 
 def _list(
-    name: str, given: tuple[tuple[Any, ...], ...], default: tuple[Any, ...] | None, kind: OptionType
+    name: str, kind: OptionType, given: tuple[tuple[Any, ...], ...], default: tuple[Any, ...] | None
 ) -> tuple[Any, ...]:
-    """Returns what an option stands for that was given any number of times.
+    """Returns the value of a list option.
+
+    Args:
+        name, kind: of the option.
+        given: the values of each time that it is given.
+        default: its value when it is not given; None: it is required.
 
     Raises:
         UserError: it needs a value and has none, or its having none changes nothing.

@@ -27,7 +27,7 @@ DATASET_SIZES = (
 _MOST = 10**9
 _MOST_TOKENS = 2**20
 Count = Annotated[int, Meta(ge=1, le=_MOST)]
-CountOrNone = Annotated[int, Meta(ge=0, le=_MOST)]
+CountOrZero = Annotated[int, Meta(ge=0, le=_MOST)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Price = Annotated[float, Meta(ge=0, le=10**6)]
 
@@ -132,13 +132,13 @@ class TrainingOptions:
     spike_sigmas: Annotated[float, Meta(ge=0, le=10**6)] = 6.0
     """Leave out updates whose loss is so many standard deviations above the mean of the 128 before.
     0: do all."""
-    eval_steps: CountOrNone | None = None
+    eval_steps: CountOrZero | None = None
     """Evaluate every so many updates. Default: five times a run. 0: only at the end."""
     eval_chunks: Count = 64
     """Test chunks in an evaluation during training; the one at the end takes all."""
-    save_steps: CountOrNone | None = None
+    save_steps: CountOrZero | None = None
     """Save a checkpoint every so many updates. Default: every half hour. 0: never."""
-    save_total_limit: CountOrNone = 2
+    save_total_limit: CountOrZero = 2
     """Newest checkpoints that are kept, beside the one of the lowest test loss; others are removed
     when a new one is committed."""
     on_save_failure: Literal["continue", "stop"] = "continue"

@@ -42,8 +42,7 @@ def read_options(options_class: type[Any], path: Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
     for key, node in _entries(path):
-        line = key.start_mark.line + 1
-        where = f"{path}:{line}"
+        where = _place(path, key)
         written = _text(key, where)
         name = written.replace("-", "_")
         if name not in known:
@@ -51,11 +50,9 @@ def read_options(options_class: type[Any], path: Path) -> dict[str, Any]:
         if name in lines:
             what = f"{written} stands in line {lines[name]} already"
             raise _bad(where, what, "Leave one of the two out.")
-        lines[name] = line
+        lines[name] = _line(key)
         if not _is_unset(node):
-            values[name] = _value(
-                known[name], node, f"{path}:{node.start_mark.line + 1}: {written}"
-            )
+            values[name] = _value(known[name], node, path, written)
     return values
 
 
@@ -81,19 +78,23 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _value(kind: OptionType, node: yaml.Node, where: str) -> Any:
+def _value(kind: OptionType, node: yaml.Node, path: Path, option: str) -> Any:
     """Returns the value that a node stands for."""
+    where = f"{_place(path, node)}: {option}"
     if not kind.is_list:
         return kind.read(_text(node, where), where)
     _refuse_tag(node, where)
     items = node.value if isinstance(node, yaml.SequenceNode) else [node]
     if len(items) < kind.min_length:
         raise _bad(where, "the list is empty", f"Give at least {kind.min_length}.")
+    values = []
     for item in items:
+        where = f"{_place(path, item)}: {option}"
         if _is_unset(item):
             what = "an item has no value"
             raise _bad(where, what, "Give one; put the word null and empty text in quotes.")
-    return tuple(kind.read(_text(item, where), where) for item in items)
+        values.append(kind.read(_text(item, where), where))
+    return tuple(values)
 
 
 def _text(node: yaml.Node, where: str) -> str:
@@ -109,6 +110,14 @@ def _refuse_tag(node: yaml.Node, where: str) -> None:
     if node.tag.removeprefix("tag:yaml.org,2002:") not in ("str", "seq", "map"):
         what = f"the tag {node.tag} is not read"
         raise _bad(where, what, "Leave it out: the option says what kind of value it is.")
+
+
+def _place(path: Path, node: yaml.Node) -> str:
+    return f"{path}:{_line(node)}"
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
 
 
 def _is_unset(node: yaml.Node) -> bool:
@@ -136,7 +145,7 @@ def _entries(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
     except yaml.YAMLError as error:  # a character that YAML does not have
         raise _bad(str(path), f"not YAML ({str(error).splitlines()[0]})", fix) from error
     except RecursionError as error:
-        raise _bad(str(path), "lists within lists without end", fix) from error
+        raise _bad(str(path), "nested too deeply", fix) from error
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
