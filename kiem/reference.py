@@ -43,7 +43,6 @@ the same text means on the command line, whatever else YAML makes of it: this `n
 `language: no` is Norwegian, and `seed: 017` is 17. Flags are `true` or `false`, `yes` or `no`, `on`
 or `off`. `null`, `~` and nothing at all mean that the option is not given; quote them if they are
 text. An unknown option, or the same option twice, is an error.
-
 """
 
 
