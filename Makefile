@@ -1,5 +1,7 @@
 # make demo       the whole way on the built-in sample, in a few minutes
 # make test       format, lint, types and tests
+# make test-slow  the tests that take long (CI runs them)
+# make test-avx2  a part of the tests as if the processor had AVX2 alone (CI runs them)
 # make export-check MODEL=...   llama.cpp against kiem on an exported model (builds it, minutes)
 # make chaos      the tests that kill and damage things, in full counts (some 20 minutes)
 # make bench      the benchmarks: make bench TEXT=folder with .jsonl files
@@ -15,7 +17,7 @@ GEMMA_TOKENIZER := .cache/gemma3/tokenizer.json
 MODEL ?= trained_models/gemma3-micro-dutch-latest/final_model
 LLAMA := .cache/llama-cpp
 
-.PHONY: bench chaos chart-js demo export-check format gemma-tokenizer install reference test
+.PHONY: bench chaos chart-js demo export-check format gemma-tokenizer install reference test test-avx2 test-slow
 
 demo: $(VENV)/installed
 	$(BIN)/python preprocess.py --source sample --tokenizer train:2048 --chunk-size 256 \
@@ -39,7 +41,18 @@ test: $(VENV)/installed gemma-tokenizer
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow"
+
+# What takes long: the true 1B shape, several processes, the pages' commands. CI runs it.
+test-slow: $(VENV)/installed gemma-tokenizer
+	$(BIN)/python -m pytest -m slow
+
+# The tests of what computes, on a processor that has AVX2 alone or seems to. CI runs it.
+test-avx2: $(VENV)/installed gemma-tokenizer
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	    OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile \
+	    -m "not slow" tests/test_model.py tests/test_optimizer.py tests/test_compiling.py \
+	    tests/test_training.py tests/test_engine.py tests/test_quantize.py tests/test_inference.py
 
 # The seed is printed; with CHAOS_SEED=that the same things happen at the same places again.
 CHAOS_SEED ?= $(shell date +%s)
@@ -53,7 +66,6 @@ chaos: $(VENV)/installed gemma-tokenizer
 
 bench: $(VENV)/installed gemma-tokenizer
 	$(BIN)/python benchmarks/preprocessing.py --text $(TEXT) --tokenizer $(GEMMA_TOKENIZER)
-	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/training.py --text $(TEXT) --gemma-tokenizer $(GEMMA_TOKENIZER)
 
 # What docs/reference.md says comes from the dataclasses of the options.
