@@ -1,4 +1,4 @@
-"""A server in a process of its own, as people start it."""
+"""Servers to ask: in a process of their own, as people start them, and in this one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
@@ -17,31 +18,25 @@ from typing import Any
 
 from conftest import ROOT
 
+from kiem.config import InferenceOptions
+from kiem.inference.loading import LoadedModel
+from kiem.inference.sampling import Sampling
+from kiem.inference.server.serve import make_server, open_socket
+
 # So repetitive that the model never ends its text.
 ENDLESS = {"temperature": 0, "repetition_penalty": 0.5}
 
 
-class ServerProcess:
-    """A running `inference.py --serve`.
+class RunningServer:
+    """A server that listens.
 
     Attributes:
-        url: where it listens.
+        url: where.
         port: the same.
-        process: it.
     """
 
-    def __init__(self, process: subprocess.Popen[str]):
-        self.process = process
-        assert process.stdout is not None
-        line = ""
-        while " is at " not in line:
-            line = process.stdout.readline()
-            if not line:
-                _, errors = process.communicate()
-                raise AssertionError(f"the server did not start: {errors}")
-        found = re.search(r"at (http://\S+:(\d+))/", line)
-        assert found
-        self.url, self.port = found[1], int(found[2])
+    def __init__(self, port: int):
+        self.url, self.port = f"http://127.0.0.1:{port}", port
 
     def ask(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
@@ -65,6 +60,45 @@ class ServerProcess:
         _, _, text = self.ask("GET", "/metrics")
         values = re.findall(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
         return float(values[0]) if values else 0.0
+
+
+class ServerProcess(RunningServer):
+    """A running `inference.py --serve`.
+
+    Attributes:
+        process: it.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]):
+        self.process = process
+        assert process.stdout is not None
+        line = ""
+        while " is at " not in line:
+            line = process.stdout.readline()
+            if not line:
+                _, errors = process.communicate()
+                raise AssertionError(f"the server did not start: {errors}")
+        found = re.search(r"at http://\S+:(\d+)/", line)
+        assert found
+        super().__init__(int(found[1]))
+
+
+@contextlib.contextmanager
+def serving_here(loaded: LoadedModel, **options: Any) -> Iterator[RunningServer]:
+    """Runs a server in a thread: quick to start, and its model can be given faults."""
+    given = InferenceOptions("here", serve=True, **{"max_requests": 2, **options})
+    server, worker = make_server(loaded, Sampling(), given)
+    with open_socket("127.0.0.1", 0) as listening:
+        listening.listen()
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            yield RunningServer(listening.getsockname()[1])
+            assert thread.is_alive()
+        finally:
+            server.should_exit = True
+            thread.join()
+            worker.stop()
 
 
 @contextlib.contextmanager
@@ -91,7 +125,7 @@ def serving(model: Path, *options: str) -> Iterator[ServerProcess]:
         process.communicate()
 
 
-def open_stream(server: ServerProcess, max_tokens: int = 3000) -> tuple[HTTPConnection, Any]:
+def open_stream(server: RunningServer, max_tokens: int = 3000) -> tuple[HTTPConnection, Any]:
     """Begins a long stream and reads its first line."""
     connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
     body = {"prompt": "De", "max_tokens": max_tokens, "stream": True, "seed": 1, **ENDLESS}

@@ -160,7 +160,7 @@ def test_models_and_openais_errors(client: openai.OpenAI) -> None:
         ({"prompt": ["x", 1]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": [[99999]]}, "prompt"),
-        ({"prompt": "x", "logprobs": 1, "echo": True}, "logprobs"),
+        ({"prompt": "x", "logprobs": 21, "echo": True}, "logprobs"),
         ({"prompt": "x", "best_of": 3}, "best_of"),
         ({"prompt": "x", "presence_penalty": 0.5}, "presence_penalty"),
         ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import shutil
 import signal
 import socket
@@ -25,7 +26,7 @@ from kiem.errors import ExitCode, UserError
 from kiem.inference.write import write
 
 KEY = "een-sleutel-van-lengte"
-ROUTES = ("/", "/page.js", "/health", "/metrics", "/v1/models", "/v1/models/short", "/niets")
+ROUTES = ("/", "/page.js", "/metrics", "/v1/models", "/v1/models/short", "/niets")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,13 @@ def test_the_key_is_asked_for_on_every_route(model: Path) -> None:
             assert server.ask("GET", route, None, given)[0] == expected
         for secret, status in ((basic, 200), (wrong, 401), ("%%%", 401), ("\xe9", 401), ("", 401)):
             given = {"authorization": f"Basic {secret}"}
-            assert server.ask("GET", "/health", None, given)[0] == status
+            assert server.ask("GET", "/v1/models", None, given)[0] == status
+        for probe in ({}, {"host": "10.1.2.3:8000"}, {"authorization": "Bearer x"}):
+            status, _, body = server.ask("GET", "/health", None, probe)
+            assert (status, json.loads(body)) == (200, {"status": "ok"})
+            status, _, body = server.ask("HEAD", "/health", None, probe)
+            assert (status, body) == (200, "")
+            assert server.ask("POST", "/health", {}, probe)[0] == 405
         assert server.complete(prompt="x")[0] == 401
         url = f"http://127.0.0.1:{server.port}/v1"
         with openai.OpenAI(base_url=url, api_key=KEY) as client:

@@ -7,22 +7,26 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kiem.data.tokenizer import Tokenizer
-from kiem.inference.engine import Engine, NewToken, Request
+from kiem.inference.engine import Engine, Failure, NewToken, ReadPrompt, Request, Score
 from kiem.inference.sampling import Sampling, generator_seed
 from kiem.inference.text import TextStream
 from kiem.model.gemma3 import Gemma3
 
+FinishReason = Literal["eos", "length", "stop", "error"]
+
 
 @dataclass(frozen=True)
 class Piece:
-    """What one new token adds to a text.
+    """What one new token adds to a text, or what else happens to it.
 
     Attributes:
         number: the request's number.
         text: new text; may be empty, since a character can take several tokens.
-        token: the new token id; None for <eos>.
+        token: the new token id; None for <eos>, and where there is none.
         logprob, alternatives: as in NewToken.
         finish_reason: None, or why the text ends here: "stop" is a stop string.
+        prompt_scores: as in ReadPrompt, once, before the first new token.
+        error: what has ended the text, with "error".
     """
 
     number: int
@@ -30,7 +34,9 @@ class Piece:
     token: int | None
     logprob: float | None
     alternatives: list[tuple[int, float]]
-    finish_reason: Literal["eos", "length", "stop"] | None
+    finish_reason: FinishReason | None
+    prompt_scores: list[Score] | None = None
+    error: Exception | None = None
 
 
 class Writer:
@@ -86,9 +92,31 @@ class Writer:
             self._engine.cancel(number)
 
     def step(self) -> list[Piece]:
-        """Writes some tokens of every running text and returns them in the order they came."""
+        """Writes some tokens of every running text and returns them in the order they came.
+
+        Raises:
+            Exception: what a text has ended at; the others may go on.
+        """
+        pieces = self.advance()
+        for piece in pieces:
+            if piece.error is not None:
+                raise piece.error
+        return pieces
+
+    def advance(self) -> list[Piece]:
+        """Does what `step` does, but an error is a piece of the text that it has ended."""
         # A step may give two tokens of a request, of which the first can complete a stop string.
-        return [self._piece(new) for new in self._engine.step() if new.request in self._streams]
+        return [
+            self._piece(event) for event in self._engine.advance() if event.request in self._streams
+        ]
+
+    def check_model(self) -> None:
+        """Lets the model read <bos> alone.
+
+        Raises:
+            Exception: it cannot: the fault is not a request's.
+        """
+        self._engine.check_model(self._tokenizer.bos_id)
 
     def stream(
         self, requests: Sequence[Request], stop: Sequence[str] = ()
@@ -107,11 +135,27 @@ class Writer:
             for number in places:
                 self.cancel(number)
 
-    def _piece(self, new: NewToken) -> Piece:
+    def _piece(self, event: NewToken | ReadPrompt | Failure) -> Piece:
+        if isinstance(event, Failure):
+            return self._failed(event.request, event.error)
+        if isinstance(event, ReadPrompt):
+            if event.finish_reason is not None:
+                del self._streams[event.request]
+            return Piece(event.request, "", None, None, [], event.finish_reason, event.scores)
+        try:
+            return self._new_piece(event)
+        except Exception as error:  # noqa: BLE001 - whoever asked is told
+            return self._failed(event.request, error)
+
+    def _failed(self, number: int, error: Exception) -> Piece:
+        self.cancel(number)
+        return Piece(number, "", None, None, [], "error", error=error)
+
+    def _new_piece(self, new: NewToken) -> Piece:
         stream = self._streams[new.request]
         is_eos = new.finish_reason == "eos"
         text = "" if is_eos else stream.add(new.token)
-        reason: Literal["eos", "length", "stop"] | None = new.finish_reason
+        reason: FinishReason | None = new.finish_reason
         if reason is not None and not stream.is_stopped:
             text += stream.end()
         if stream.is_stopped:

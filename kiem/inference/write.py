@@ -35,7 +35,7 @@ def write(options: InferenceOptions, console: Console) -> None:
     """
     sampling = _check_options(options)
     is_filtered = options.top_p != 0.9 or options.top_k != 0 or options.min_p != 0
-    if options.temperature == 0 and is_filtered:
+    if sampling.is_greedy and is_filtered:
         warn(console, "--top-k, --top-p and --min-p have no effect with --temperature 0")
     reads_prompts = not (options.interactive or options.benchmark or options.serve)
     prompts = read_prompts(options.prompt, options.prompts_file) if reads_prompts else []

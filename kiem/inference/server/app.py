@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from importlib import resources
 from typing import Any
@@ -22,14 +23,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kiem.data.tokenizer import Tokenizer
 from kiem.inference.server.answer import Answer
-from kiem.inference.server.completions import ApiError, Limits, Plan, plan, read_body
+from kiem.inference.server.completions import Limits, Plan, plan, read_body
+from kiem.inference.server.errors import ApiError, shown
 from kiem.inference.server.guard import Guard
 from kiem.inference.server.metrics import Metrics, Timer
-from kiem.inference.server.worker import BusyError, Job, StoppedError, Worker
+from kiem.inference.server.worker import BusyError, FailedError, Job, StoppedError, Worker
 from kiem.inference.streaming import Piece
 
+_LOG = logging.getLogger(__name__)
 _MOST_BODY_BYTES = 1 << 20
 _BODY_SECONDS = 30
+_WHAT_THERE_IS = (
+    "There are POST /v1/completions, GET /v1/models, /health, /metrics and the page at /."
+)
 _PAGE_FILES = {
     "page.css": "text/css",
     "page.js": "text/javascript",
@@ -76,13 +82,17 @@ class Server:
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
             Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
         ]
-        handlers = {
+        handlers: Mapping[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
             ApiError: _send_error,
             HTTPException: _send_http_error,
             ClientDisconnect: _send_nothing,
+            Exception: _send_defect,
         }
         inner = Starlette(routes=routes, exception_handlers=handlers, lifespan=life)
+        # It would lead to the name under which a proxy asks.
+        inner.router.redirect_slashes = False
         known = {route.path for route in routes}
         return _Counted(Guard(inner, api_key), self._metrics, known)
 
@@ -108,8 +118,17 @@ class Server:
         """The one model by its name."""
         name = request.path_params["name"]
         if name != self._limits.model:
-            raise ApiError(404, f"The model {name!r} is not here.", code="model_not_found")
+            message = f"The model {shown(name)} is not here; the only one is {self._limits.model}."
+            raise ApiError(404, message, code="model_not_found")
         return JSONResponse(self._model())
+
+    async def chat(self, _: Request) -> Response:
+        """Says that there are no chats."""
+        message = (
+            f"{self._limits.model} is a base model: it continues texts and knows no chats. "
+            "Use /v1/completions with a prompt."
+        )
+        raise ApiError(404, message, param="model")
 
     async def completions(self, request: Request) -> Response:
         """Continues one or more prompts."""
@@ -143,7 +162,8 @@ class _Stream(StreamingResponse):
     """A stream of events that frees its slots however it ends."""
 
     def __init__(self, job: Job, timer: Timer, events: AsyncIterator[bytes]):
-        super().__init__(events, media_type="text/event-stream")
+        # nginx would hold the parts back.
+        super().__init__(events, 200, {"x-accel-buffering": "no"}, "text/event-stream")
         self._job = job
         self._timer = timer
 
@@ -176,14 +196,21 @@ class _Counted:
 
 async def _events(job: Job, timer: Timer, answer: Answer) -> AsyncIterator[bytes]:
     """Yields the answer's parts as server-sent events."""
-    for part in answer.opening():
-        yield _event(part)
     try:
+        for part in answer.opening():
+            yield _event(part)
         async for index, piece in job.pieces():
-            timer.token()
+            timer.see(piece)
             yield _event(answer.part(index, piece))
     except StoppedError:
         yield _event(_stopped().body())
+        return
+    except FailedError:
+        yield _event(_failed().body())
+        return
+    except Exception:  # noqa: BLE001 - it is logged and told
+        _LOG.exception("A stream has failed; the server goes on.")
+        yield _event(_failed().body())
         return
     for part in answer.closing():
         yield _event(part)
@@ -199,10 +226,12 @@ async def _collect(job: Job, timer: Timer, asked: Plan) -> list[list[Piece]]:
     pieces: list[list[Piece]] = [[] for _ in asked.requests]
     try:
         async for index, piece in job.pieces():
-            timer.token()
+            timer.see(piece)
             pieces[index].append(piece)
     except StoppedError:
         raise _stopped() from None
+    except FailedError:
+        raise _failed() from None
     return pieces
 
 
@@ -251,11 +280,17 @@ async def _send_error(_: Request, error: Exception) -> Response:
     return JSONResponse(error.body(), error.status, error.headers)
 
 
-async def _send_http_error(_: Request, error: Exception) -> Response:
+async def _send_http_error(request: Request, error: Exception) -> Response:
     """Answers what Starlette refuses: an unknown path, or another method."""
     assert isinstance(error, HTTPException)
-    body = ApiError(error.status_code, f"{error.detail}.").body()
+    asked = f"{request.method} {shown(request.url.path)}: {error.detail}."
+    body = ApiError(error.status_code, f"{asked} {_WHAT_THERE_IS}").body()
     return JSONResponse(body, error.status_code, error.headers)
+
+
+async def _send_defect(_: Request, __: Exception) -> Response:
+    """Answers a request at which the server has failed; Starlette then lets it be logged."""
+    return JSONResponse(_failed().body(), 500)
 
 
 async def _send_nothing(_: Request, error: Exception) -> Response:
@@ -266,6 +301,10 @@ async def _send_nothing(_: Request, error: Exception) -> Response:
 
 def _stopped() -> ApiError:
     return ApiError(503, "The server is stopping.")
+
+
+def _failed() -> ApiError:
+    return ApiError(500, "The server has failed at this request; its log says at what.")
 
 
 async def _send_file(_: Request, name: str) -> Response:

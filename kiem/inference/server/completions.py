@@ -1,7 +1,8 @@
 """What /v1/completions is asked, as OpenAI defines it, and what the engine shall do for it.
 
 https://platform.openai.com/docs/api-reference/completions. What a request may say beyond that
-(top_k, min_p, repetition_penalty) is called as vLLM calls it.
+(top_k, min_p, repetition_penalty) is called as vLLM calls it. Fields that others define and kiem
+has nothing for are in kiem/inference/server/foreign.py.
 """
 
 from __future__ import annotations
@@ -17,49 +18,14 @@ import msgspec
 from kiem.data.tokenizer import Tokenizer
 from kiem.inference.engine import Request
 from kiem.inference.sampling import Sampling, generator_seed, out_of_range
+from kiem.inference.server.errors import ApiError, shown
+from kiem.inference.server.foreign import without_foreign
 
 _MOST_STOPS = 16
 _MOST_STOP_CHARACTERS = 256
 _MOST_LOGPROBS = 20
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
-# OpenAI's clients may send these; kiem has nothing of the kind, so only "off" is taken.
-Off = Annotated[float, msgspec.Meta(ge=0, le=0)]
-
-
-class ApiError(Exception):
-    """An answer that is an error in OpenAI's form.
-
-    Args:
-        status: the HTTP status.
-        message: what is wrong.
-        param: the field of the request that it is about.
-        code: OpenAI's word for it, if there is one.
-        headers: of the answer.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ):
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.headers = headers
-
-    def body(self) -> dict[str, Any]:
-        """Returns the JSON that the client gets."""
-        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {"message": self.message, "type": kinds.get(self.status, kind)}
-        return {"error": {**error, "param": self.param, "code": self.code}}
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -76,19 +42,15 @@ class CompletionBody(msgspec.Struct, forbid_unknown_fields=True):
     model: str | None = None
     best_of: Count | None = None
     echo: bool | None = None
-    frequency_penalty: Off | None = None
-    logit_bias: Annotated[dict[str, float], msgspec.Meta(max_length=0)] | None = None
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=_MOST_LOGPROBS)] | None = None
-    max_tokens: Count | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     min_p: float | None = None
     n: Count | None = None
-    presence_penalty: Off | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    suffix: Annotated[str, msgspec.Meta(max_length=0)] | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -121,6 +83,7 @@ class Plan:
     Attributes:
         requests: what the engine shall do, the sequences of the first prompt first.
         prompts: the text of each prompt.
+        prompt_ids: the tokens of each: of texts with <bos>, else those given.
         num_prompt_tokens: of all prompts, each counted once.
         stop: texts that end a sequence.
         num_alternatives: how many tokens to tell of at each place; None: nothing of probabilities.
@@ -131,12 +94,18 @@ class Plan:
 
     requests: list[Request]
     prompts: list[str]
+    prompt_ids: list[list[int]]
     num_prompt_tokens: int
     stop: Sequence[str]
     num_alternatives: int | None
     echo: bool
     stream: bool
     include_usage: bool
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether the tokens of the prompts are told of, too."""
+        return self.echo and self.num_alternatives is not None
 
 
 def read_body(data: bytes) -> CompletionBody:
@@ -146,13 +115,20 @@ def read_body(data: bytes) -> CompletionBody:
         ApiError: it is not JSON, or a field is unknown or of another type or range.
     """
     try:
-        return msgspec.json.decode(data, type=CompletionBody)
+        given = msgspec.json.decode(data, type=dict[str, Any])
+        if given.get("logprobs") is False:  # as in OpenAI's API for chats
+            del given["logprobs"]
+        return msgspec.convert(without_foreign(given), CompletionBody)
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at `$")
+        unknown = re.search(r"unknown field `(.*)`", what, re.DOTALL)
+        if unknown:
+            known = ", ".join(CompletionBody.__struct_fields__)
+            message = f"There is no field {shown(unknown[1])} here; there are {known}."
+            raise ApiError(400, message, param=shown(unknown[1])) from error
         names = re.findall(r"\w+", path)
-        unknown = re.search(r"unknown field `(.*)`", what)
-        param = unknown[1] if unknown else names[0] if names else None
-        raise ApiError(400, str(error), param=param) from error
+        where = f"{path.strip('.`')}: " if names else ""
+        raise ApiError(400, f"{where}{what}.", param=names[0] if names else None) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(400, f"The body is not JSON: {error}") from error
 
@@ -164,21 +140,26 @@ def plan(body: CompletionBody, limits: Limits, tokenizer: Tokenizer) -> Plan:
         ApiError: it asks for what this server cannot do.
     """
     if body.model is not None and body.model != limits.model:
-        message = f"The model {body.model!r} is not here; the only one is {limits.model!r}."
+        message = f"The model {shown(body.model)} is not here; the only one is {limits.model}."
         raise ApiError(404, message, param="model", code="model_not_found")
     num_sequences = body.n or 1
     if body.best_of not in (None, num_sequences):
-        raise ApiError(400, "best_of must be equal to n.", param="best_of")
-    if body.echo and body.logprobs is not None:
-        raise ApiError(400, "logprobs are for new tokens only: not with echo.", param="logprobs")
-    if body.stream_options and not body.stream:
-        raise ApiError(400, "stream_options are for streams only.", param="stream_options")
+        message = (
+            f"best_of is {body.best_of}; only n, here {num_sequences}, works: nothing is left out."
+        )
+        raise ApiError(400, message, param="best_of")
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    if include_usage and not body.stream:
+        message = (
+            "stream_options.include_usage is for streams; other answers have the usage anyway."
+        )
+        raise ApiError(400, message, param="stream_options")
     prompts = _prompts(body.prompt)
     if len(prompts) * num_sequences > limits.max_sequences:
         message = f"More than {limits.max_sequences} sequences at once are never possible here."
         raise ApiError(400, message, param="n" if len(prompts) == 1 else "prompt")
     sampling = _sampling(body, limits.sampling)
-    max_new_tokens = body.max_tokens or limits.max_new_tokens
+    max_new_tokens = limits.max_new_tokens if body.max_tokens is None else body.max_tokens
     seed = secrets.randbits(63) if body.seed is None else body.seed
     ids = [_prompt_ids(prompt, tokenizer) for prompt in prompts]
     longest = max(map(len, ids))
@@ -189,6 +170,7 @@ def plan(body: CompletionBody, limits: Limits, tokenizer: Tokenizer) -> Plan:
         )
         raise ApiError(400, message, param="prompt", code="context_length_exceeded")
     num_alternatives = body.logprobs
+    scores_prompts = bool(body.echo) and num_alternatives is not None
     requests = [
         Request(
             prompt_ids=prompt_ids,
@@ -197,6 +179,7 @@ def plan(body: CompletionBody, limits: Limits, tokenizer: Tokenizer) -> Plan:
             generator_seed=generator_seed(seed, number, sequence),
             # The engine tells the chosen token's probability only beside some other's.
             num_logprobs=0 if num_alternatives is None else max(1, num_alternatives),
+            scores_prompt=scores_prompts,
         )
         for number, prompt_ids in enumerate(ids)
         for sequence in range(num_sequences)
@@ -204,12 +187,13 @@ def plan(body: CompletionBody, limits: Limits, tokenizer: Tokenizer) -> Plan:
     return Plan(
         requests,
         [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts],
+        [read if isinstance(p, str) else p for p, read in zip(prompts, ids, strict=True)],
         sum(map(len, ids)),
         _stop(body.stop) if body.stop is not None else limits.stop,
         num_alternatives,
         bool(body.echo),
         bool(body.stream),
-        body.stream_options is not None and body.stream_options.include_usage,
+        include_usage,
     )
 
 
@@ -237,10 +221,13 @@ def _prompt_ids(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
 def _sampling(body: CompletionBody, default: Sampling) -> Sampling:
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    if given.get("top_k") == -1:  # as vLLM and llama.cpp call all of them
+        given["top_k"] = 0
     sampling = replace(default, **given)
     if wrong := out_of_range(sampling):
         name, possible = wrong
-        raise ApiError(400, f"{name} must be {possible}.", param=name)
+        message = f"{name} is {getattr(sampling, name)}; possible are {possible}."
+        raise ApiError(400, message, param=name)
     return sampling
 
 
@@ -248,6 +235,6 @@ def _stop(given: str | list[str]) -> list[str]:
     stop = [given] if isinstance(given, str) else given
     fine = all(0 < len(text) <= _MOST_STOP_CHARACTERS for text in stop)
     if len(stop) > _MOST_STOPS or not fine:
-        message = f"At most {_MOST_STOPS} texts of 1 to {_MOST_STOP_CHARACTERS} characters."
+        message = f"stop: at most {_MOST_STOPS} texts of 1 to {_MOST_STOP_CHARACTERS} characters."
         raise ApiError(400, message, param="stop")
     return stop

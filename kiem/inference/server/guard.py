@@ -4,6 +4,10 @@ Without a key the server listens on loopback only. Even there a page of another 
 browser on this machine, could reach it: by asking directly, which a browser marks with the page's
 Origin, or by a name of its own that it lets point to this machine (DNS rebinding), which shows in
 the Host. Both are refused, and no header ever allows another origin to read an answer.
+
+With a key neither is looked at: behind a proxy the Host is whatever the proxy sends. A page of
+another site does not know the key; one whose browser would add it as a password is betrayed by
+Sec-Fetch-Site, which no page can forge, and could send no JSON (see app.py) in browsers without it.
 """
 
 from __future__ import annotations
@@ -18,8 +22,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kiem.inference.server.completions import ApiError
+from kiem.inference.server.errors import ApiError
 
+# For probes, which have no key and ask under any name; the answer says nothing that others may not
+# know.
+_OPEN_PATH = "/health"
+_OTHER_SITES = ("cross-site", "same-site")  # the latter is another host of the same domain
+_BEHIND_PROXY = "Behind a reverse proxy it needs --api-key."
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -65,7 +74,8 @@ class Guard:
             await send(message)
 
         try:
-            self._check(Headers(scope=scope))
+            if scope["path"] != _OPEN_PATH:
+                self._check(Headers(scope=scope))
         except ApiError as error:
             answer = JSONResponse(error.body(), error.status, error.headers)
             await answer(scope, receive, send_with_headers)
@@ -73,15 +83,19 @@ class Guard:
             await self._app(scope, receive, send_with_headers)
 
     def _check(self, headers: Headers) -> None:
-        host = headers.get("host", "")
+        host, origin = headers.get("host", ""), headers.get("origin")
         if self._key_hash is not None:
             self._check_key(headers.get("authorization", ""), self._key_hash)
-        elif not is_loopback(_without_port(host)):
-            # With a key there is no need: the other site does not know it.
-            raise ApiError(403, f"This server does not answer to the name {host!r}.")
-        origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != host:
-            raise ApiError(403, "Pages of other sites may not use this server.")
+            # Without an Origin it is a link that somebody follows.
+            is_foreign = origin is not None and headers.get("sec-fetch-site") in _OTHER_SITES
+        else:
+            if not is_loopback(_without_port(host)):
+                message = f"This server does not answer to the name {host!r}. {_BEHIND_PROXY}"
+                raise ApiError(403, message)
+            is_foreign = origin is not None and origin.partition("://")[2] != host
+        if is_foreign:
+            message = "Pages of other sites may not use this server."
+            raise ApiError(403, message if self._key_hash else f"{message} {_BEHIND_PROXY}")
 
     def _check_key(self, authorization: str, key_hash: bytes) -> None:
         """Takes the key as OpenAI's clients give it, or as the password that a browser asks for."""

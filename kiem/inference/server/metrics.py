@@ -83,9 +83,10 @@ class Timer:
         self._first_token: Histogram | None = first_token
         self._request = request
 
-    def token(self) -> None:
-        """Tells of a new token; only the first one counts."""
-        if self._first_token is not None:
+    def see(self, piece: Piece) -> None:
+        """Tells of a piece; only the first new token counts."""
+        is_token = piece.token is not None or piece.finish_reason == "eos"
+        if is_token and self._first_token is not None:
             self._first_token.observe(time.perf_counter() - self._started)
             self._first_token = None
 

@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -16,6 +17,11 @@ from kiem.errors import ExitCode, UserError, not_installed
 from kiem.inference.loading import LoadedModel
 from kiem.inference.sampling import Sampling
 from kiem.inference.streaming import Writer
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from kiem.inference.server.worker import Worker
 
 # Requests that run when the server is told to stop have so long to end.
 _STOP_SECONDS = 30
@@ -102,6 +108,31 @@ def serve(
         listening: from `open_socket`.
         console: where the address is shown.
     """
+    server, worker = make_server(loaded, sampling, options)
+    loaded.tokenizer.encode("")  # Gemma's loads for a second: not at the first request
+    listening.listen()
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    name = _model_name(options.model_path)
+    console.print(f"{name} is at http://{shown}:{port}/ (Ctrl-C ends it)", markup=False)
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    # uvicorn raises the signal that it stopped for once more: that is no mistake here.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    try:
+        server.run([listening])
+    finally:
+        worker.stop()
+    console.print("The server has ended.")
+
+
+def make_server(
+    loaded: LoadedModel, sampling: Sampling, options: InferenceOptions
+) -> tuple[uvicorn.Server, Worker]:
+    """Returns a server that is yet to run, and its engine's thread; arguments as of `serve`."""
     import uvicorn
 
     from kiem.inference.server.app import Server
@@ -126,7 +157,7 @@ def serve(
     metrics = Metrics(writer, limits.max_sequences)
     worker = Worker(writer, limits.max_sequences, metrics.watch)
 
-    def end(*_: object) -> None:
+    def end() -> None:
         server.should_exit = True
 
     app = Server(worker, limits, loaded.tokenizer, metrics).app(options.api_key, end)
@@ -144,19 +175,7 @@ def serve(
         timeout_graceful_shutdown=_STOP_SECONDS,
     )
     server = uvicorn.Server(config)
-    loaded.tokenizer.encode("")  # Gemma's loads for a second: not at the first request
-    listening.listen()
-    host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    console.print(f"{limits.model} is at http://{shown}:{port}/ (Ctrl-C ends it)", markup=False)
-    # uvicorn raises the signal that it stopped for once more: that is no mistake here.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
-    try:
-        server.run([listening])
-    finally:
-        worker.stop()
-    console.print("The server has ended.")
+    return server, worker
 
 
 def _model_name(given: str) -> str:

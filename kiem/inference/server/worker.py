@@ -6,12 +6,15 @@ Everything but `_run` and what it calls runs on the event loop's thread.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 
 from kiem.inference.engine import Request
 from kiem.inference.streaming import Piece, Writer
+
+_LOG = logging.getLogger(__name__)
 
 
 class BusyError(Exception):
@@ -20,6 +23,10 @@ class BusyError(Exception):
 
 class StoppedError(Exception):
     """The engine has stopped: the server is ending."""
+
+
+class FailedError(Exception):
+    """The request has ended at an error, which is in the log."""
 
 
 class Job:
@@ -36,12 +43,15 @@ class Job:
 
         Raises:
             StoppedError: there will be no more.
+            FailedError: a sequence cannot go on.
         """
         num_running = self._num_sequences  # some may have ended before anybody asks
         while num_running:
             event = await self._events.get()
             if event is None:
                 raise StoppedError
+            if (error := event[1].error) is not None:
+                raise FailedError from error
             num_running -= event[1].finish_reason is not None
             yield event
 
@@ -122,7 +132,7 @@ class Worker:
             BusyError: they are too many beside those that are there.
             StoppedError: the engine has stopped.
         """
-        if not self.is_running:
+        if not self.is_running or (loop := self._loop) is None:
             raise StoppedError
         if self.num_open + len(requests) > self._most_open:
             raise BusyError
@@ -131,7 +141,12 @@ class Worker:
 
         def add() -> None:
             for index, request in enumerate(requests):
-                self._sequences[self._writer.add(request, stop)] = job, index
+                try:
+                    self._sequences[self._writer.add(request, stop)] = job, index
+                except Exception as error:  # noqa: BLE001 - it is logged and told
+                    self._log_failures([error])
+                    failed = Piece(-1, "", None, None, [], "error", error=error)
+                    loop.call_soon_threadsafe(self._deliver, [(job, index, failed)])
 
         self._inbox.put(add)
         return job
@@ -149,21 +164,30 @@ class Worker:
 
     def _run(self) -> None:
         """Works until `stop`: the body of the thread."""
-        assert self._loop is not None
         while True:
             try:
                 command = self._inbox.get(block=not self._writer.is_busy)
             except Empty:
-                pieces = self._writer.step()
-                found = [(*self._sequences[piece.number], piece) for piece in pieces]
-                for piece in pieces:
-                    if piece.finish_reason is not None:
-                        del self._sequences[piece.number]
-                self._loop.call_soon_threadsafe(self._deliver, found)
-            else:
-                if command is None:
-                    return
-                command()
+                command = self._step
+            if command is None:
+                return
+            command()
+
+    def _step(self) -> None:
+        assert self._loop is not None
+        pieces = self._writer.advance()
+        self._log_failures([piece.error for piece in pieces if piece.error is not None])
+        found = [(*self._sequences[piece.number], piece) for piece in pieces]
+        for piece in pieces:
+            if piece.finish_reason is not None:
+                del self._sequences[piece.number]
+        self._loop.call_soon_threadsafe(self._deliver, found)
+
+    def _log_failures(self, errors: list[Exception]) -> None:
+        """Logs what requests have failed at; ends the thread if the model itself is the reason."""
+        for error in errors:
+            self._writer.check_model()
+            _LOG.error("A request has failed; the server goes on.", exc_info=error)
 
     def _deliver(self, found: list[tuple[Job, int, Piece]]) -> None:
         for job, index, piece in found:

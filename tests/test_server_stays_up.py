@@ -1,0 +1,377 @@
+"""Whatever is in a request, only that request can fail: every field at its extremes, and faults."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from serving import ENDLESS, RunningServer, open_stream, serving_here, wait_until
+from torch import Tensor
+
+from kiem.data.tokenizer import Tokenizer
+from kiem.inference.engine import Engine, Request
+from kiem.inference.loading import LoadedModel, load_for_inference
+from kiem.inference.sampling import Sampling, generator_seed
+from kiem.inference.server.completions import CompletionBody
+
+BASE = {"prompt": "Nederland is", "max_tokens": 2, "seed": 1}
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+MEGABYTE = 1_000_000
+# As JSON, since some of it no Python value can say.
+VALUES = (
+    *(
+        "null",
+        "true",
+        "false",
+        "0",
+        "-0.0",
+        "1",
+        "-1",
+        "2",
+        "0.5",
+        "16.0",
+        "20",
+        "21",
+        "100",
+        "101",
+    ),
+    *("5e-324", "1e-400", "1e-50", "1e-46", "1e-39", "1.17e-38", "1.18e-38", "1e-30"),
+    *("0.9999999999999999", "3.5e38", "1e308", "-1e308", "1e400", "NaN", "Infinity", "-Infinity"),
+    *map(str, (2**31, 2**53 + 1, 2**63, 2**64, -(2**63), -(2**63) - 1, 10**40)),
+    *('""', '"x"', '"0"', r'"\u0000"', r'"\uffff"', r'"\ud800"', r'"\udc00x"', '"<eos><bos><pad>"'),
+    *("[]", "[[]]", "[null]", '[""]', '["a"]', '["a", "b"]', "[1, 2]", "[[1], [2]]", "[0.5]"),
+    *("[1, 18446744073709551616]", "[-1]", '["a", 1]', "[" * 50 + "]" * 50, "{}", '{"a": 1}'),
+    '{"include_usage": true}',
+)
+IN_RANGE: dict[str, tuple[Any, ...]] = {
+    "temperature": (0, -0.0, 5e-324, 1e-50, 1e-46, 1e-39, 1.17e-38, 1.18e-38, 1e-30, 1e-3, 1, 100),
+    "top_k": (-1, 0, 1, 2, 1023, 1024, 1025, 2**63, 10**40),
+    "top_p": (5e-324, 1e-50, 1e-46, 1e-39, 1e-8, 0.5, 1 - 2**-53, 1),
+    "min_p": (0, 5e-324, 1e-50, 1e-39, 0.5, 1 - 2**-53, 1),
+    "repetition_penalty": (5e-324, 1e-50, 1e-39, 1e-30, 0.01, 1, 1 + 2**-52, 100),
+    "seed": (-(2**63), -1, 0, 2**64, 10**4000),
+    "max_tokens": (0, 1, 3),
+    "logprobs": (None, False, 0, 1, 20),
+    "echo": (None, False, True),
+    "prompt": ("", "\0\uffff", "<eos>", "é" * 50, [], [[]], [[5, 300], [2]], [1, 0, 3], ["", "x"]),
+    "stop": (None, [], "\0", ["a" * 256] * 16),
+    "n": (None, 1, 2),
+}
+# Of OpenAI's, vLLM's and llama.cpp's clients.
+MEANS_OFF: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_tokens", "mirostat"), (0, 0.0)),
+    **dict.fromkeys(("length_penalty", "repeat_penalty", "typical_p"), (1,)),
+    **dict.fromkeys(("use_beam_search", "ignore_eos", "early_stopping", "echo"), (False,)),
+    **dict.fromkeys(("add_special_tokens", "skip_special_tokens", "stream_options"), (None,)),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), (None,)),
+    **dict.fromkeys(
+        ("response_format", "max_completion_tokens", "truncate_prompt_tokens"), (None,)
+    ),
+    "top_k": (-1, 0, None),
+    "min_p": (0, None),
+    "stop": ([], None),
+    "stop_token_ids": ([], None),
+    "logit_bias": ({}, None),
+    "best_of": (1, None),
+    "suffix": ("", None),
+    "n": (1, None),
+    "logprobs": (None, False),
+    "stream": (False, None),
+    "user": ("", "iemand", None),
+}
+UNSUPPORTED = [
+    ({"frequency_penalty": 0.5}, "frequency_penalty is 0.5", "repetition_penalty"),
+    ({"presence_penalty": -1}, "presence_penalty is -1", "0 or null"),
+    ({"logit_bias": {"5": 100}}, 'logit_bias is {"5":100}', "{} or null"),
+    ({"suffix": "x" * 1000}, 'suffix is "xxx', '"" or null'),
+    ({"best_of": 3}, "best_of is 3", "n, here 1"),
+    ({"ignore_eos": True}, "ignore_eos is true", "max_tokens"),
+    ({"use_beam_search": True}, "use_beam_search is true", "false or null"),
+    ({"guided_json": {"a": 1}}, "guided_json", "null"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "null"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "messages", "prompt"),
+    ({"n_predict": 8}, "n_predict is 8", "max_tokens"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs is 1", "echo with logprobs"),
+    ({"temperature": 101}, "temperature is 101", "0 to 100"),
+    ({"top_p": 0}, "top_p is 0", "above 0, at most 1"),
+    ({"top_k": -2}, "top_k is -2", "0 or more"),
+    ({"max_tokens": -1}, "max_tokens: Expected `int` >= 0", "max_tokens"),
+    ({"logprobs": True}, "logprobs: Expected `int", "got `bool`"),
+    ({"temprature": 1}, "no field temprature", "temperature"),
+    ({"stream_options": {"include_usage": True}}, "include_usage", "streams"),
+    ({"model": "m" * 1000}, "model mmm", "here"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(trained_run: Path) -> str:
+    return str(trained_run / "final_model")
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def server(model: str, request: pytest.FixtureRequest) -> Iterator[RunningServer]:
+    with serving_here(load_for_inference(model, request.param, "none")) as running:
+        yield running
+
+
+def post(connection: HTTPConnection, body: bytes) -> tuple[int, Any]:
+    """Sends a body over a connection that stays, and returns status and JSON."""
+    connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read())
+
+
+@contextlib.contextmanager
+def unharmed(server: RunningServer) -> Iterator[HTTPConnection]:
+    """Gives a connection, and checks that afterwards the server is as it was before."""
+    asked: dict[str, Any] = {**BASE, "max_tokens": 8}
+    before = server.complete(**asked)[1]["choices"]
+    with contextlib.closing(HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+        yield connection
+    wait_until(lambda: server.metric("kiem_sequences_running") == 0)
+    assert server.metric("kiem_sequences_waiting") == 0
+    with ThreadPoolExecutor(3) as company:  # more than there are slots
+        after = list(company.map(lambda _: server.complete(**asked), range(3)))
+    assert [answer["choices"] for _, answer in after] == [before] * 3
+    assert server.ask("GET", "/health")[0] == 200
+
+
+def test_any_value_of_any_field(server: RunningServer) -> None:
+    with unharmed(server) as connection:
+        for name in (*CompletionBody.__struct_fields__, "guided_json", "unknown", ""):
+            for value in VALUES:
+                rest = json.dumps({key: BASE[key] for key in BASE if key != name})
+                body = f'{{"{name}": {value}, {rest[1:]}'
+                if name == "stream" and value == "true":
+                    continue
+                status, answer = post(connection, body.encode())
+                assert status in (200, 400, 404), (body, answer)
+                if status == 200:
+                    assert answer["choices"], body
+                else:
+                    assert answer["error"]["message"], body
+                    assert len(json.dumps(answer)) < 1000, body
+
+
+def test_what_is_in_range_works_at_every_extreme(server: RunningServer) -> None:
+    """Each by itself, then seeded mixtures of all."""
+    chance = random.Random(19)
+    asked: list[dict[str, Any]] = [{n: v} for n, values in IN_RANGE.items() for v in values]
+    for _ in range(300):
+        names = chance.sample(list(IN_RANGE), chance.randint(2, len(IN_RANGE)))
+        asked.append({name: chance.choice(IN_RANGE[name]) for name in names})
+    with unharmed(server) as connection:
+        for given in asked:
+            body = {**BASE, **given}
+            status, answer = post(connection, json.dumps(body).encode())
+            possible = 400 if body["prompt"] == [] else 200
+            assert status == possible, (given, answer)
+            for told in (
+                choice["logprobs"] for choice in answer.get("choices", []) if status == 200
+            ):
+                assert (told is not None) == (type(body.get("logprobs")) is int)
+                if told is not None:
+                    assert len({len(entries) for entries in told.values()}) == 1, told
+                    known = [p for p in told["token_logprobs"] if p is not None]
+                    assert all(-1000 < p <= 0 for p in known)
+                    assert len(told["tokens"]) - len(known) in (
+                        (0, 1) if body.get("echo") else (0,)
+                    )
+
+
+def test_a_temperature_too_small_to_divide_by_is_none(server: RunningServer) -> None:
+    def text(temperature: float) -> str:
+        _, answer = server.complete(**{**BASE, "max_tokens": 20, "temperature": temperature})
+        return str(answer["choices"][0]["text"])
+
+    assert text(0) == text(-0.0) == text(1e-50) == text(1.17e-38) == text(1.18e-38) == text(1e-9)
+
+
+def test_the_largest_strings(server: RunningServer) -> None:
+    with unharmed(server) as connection:
+        for name in ("prompt", "stop", "model", "user", "suffix", "unknown"):
+            for letter in ("a", "-", " ", "\0", "é"):
+                value = letter * (MEGABYTE // len(json.dumps(letter)[1:-1]))
+                status, answer = post(connection, json.dumps({**BASE, name: value}).encode())
+                assert status in ((200,) if name == "user" else (400, 404)), (name, letter)
+                assert len(json.dumps(answer)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"null", 400),
+        (b"[]", 400),
+        (b'"x"', 400),
+        (b'{"prompt": "x"', 400),
+        (b'{"prompt": "\xff"}', 400),
+        (b'{"\xff": "x"}', 400),
+        (b'\xef\xbb\xbf{"prompt": "x"}', 400),
+        ('{"prompt": "x"}'.encode("utf-16"), 400),
+        (b"[" * 500_000, 400),
+        (b'{"prompt":' * 100_000, 400),
+        (b'{"prompt": "x", "max_tokens": ' + b"9" * 900_000 + b"}", 400),
+        (b'{"prompt": "x", "prompt": "y", "max_tokens": 1}', 200),
+        (b'{"prompt": "x", "max_tokens": 1}' + b" " * 900_000, 200),
+        (b" " * (1 << 20) + b" ", 413),
+    ],
+)
+def test_bodies(server: RunningServer, body: bytes, status: int) -> None:
+    """As a whole, and in chunks; each also cut off by a client that leaves."""
+    with unharmed(server) as connection:
+        assert post(connection, body)[0] == status
+        connection.close()
+        kind = {"content-type": "application/json"}
+        parts = [body[: len(body) // 2], body[len(body) // 2 :]]
+        connection.request(
+            "POST", "/v1/completions", iter(filter(None, parts)), kind, encode_chunked=True
+        )
+        assert connection.getresponse().status == status
+        for head in (
+            b"Content-Length: %d\r\n\r\n" % (len(body) + 1),
+            b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % (len(body) + 1),
+        ):
+            with socket.create_connection(("127.0.0.1", server.port)) as leaves:
+                leaves.sendall(HEAD + head + body[: 1 << 19])
+
+
+@pytest.mark.parametrize("name", MEANS_OFF)
+def test_off_is_taken_as_off(server: RunningServer, name: str) -> None:
+    without = server.complete(**BASE)[1]["choices"]
+    for value in MEANS_OFF[name]:
+        status, answer = server.complete(**{**BASE, name: value})
+        assert (status, answer.get("choices")) == (200, without), (value, answer)
+
+
+@pytest.mark.parametrize(("given", "what", "works"), UNSUPPORTED)
+def test_what_is_not_supported_says_so(
+    server: RunningServer, given: dict[str, Any], what: str, works: str
+) -> None:
+    status, answer = server.complete(**{**BASE, **given})
+    error = answer["error"]
+    assert status in (400, 404)
+    assert error["param"] == next(iter(given))
+    assert what in error["message"]
+    assert works in error["message"]
+    assert len(error["message"]) < 300
+
+
+class FaultyModel:
+    """Puts a fault into a model: one that a request meets when it comes to a certain token.
+
+    Attributes:
+        kind: where the fault is; None: nowhere.
+        token: at which.
+    """
+
+    def __init__(self, loaded: LoadedModel):
+        self.kind: str | None = None
+        self.token = -1
+        self._ids = torch.empty(0)
+        loaded.model.model.embed_tokens.register_forward_pre_hook(self._read)
+        loaded.model.model.norm.register_forward_hook(self._spoil)
+
+    def meets(self, kind: str, ids: Any) -> bool:
+        return self.kind == kind and self.token in ids
+
+    def _read(self, _: torch.nn.Module, given: tuple[Tensor]) -> None:
+        self._ids = given[0]
+        ids = self._ids.flatten().tolist()
+        if self.meets("reading" if self._ids.shape[1] > 1 else "writing", ids):
+            raise torch.OutOfMemoryError("an example of a fault")
+
+    def _spoil(self, _: torch.nn.Module, __: object, out: Tensor) -> Tensor:
+        is_hit = (self._ids == self.token) & (self.kind == "not a number")
+        return torch.where(is_hit[..., None], torch.nan, out)
+
+
+class FaultyTokenizer(Tokenizer):
+    fault: FaultyModel
+
+    def decode(self, ids: Any) -> str:
+        if self.fault.meets("text", ids):
+            raise RuntimeError("an example of a fault")
+        return super().decode(ids)
+
+
+PROMPT = [2, 300, 301, 302]
+RANDOM = {"temperature": 5, "top_p": 1, "repetition_penalty": 1}
+
+
+@pytest.fixture(scope="module")
+def faulty(model: str) -> Iterator[tuple[RunningServer, FaultyModel, int]]:
+    """A server, its faults, and a token that it writes after PROMPT but not after "De"."""
+    loaded = load_for_inference(model, "fp32")
+    engine = Engine(loaded.model, -1, max_requests=2, max_tokens=200)
+    tokens: tuple[list[int], list[int]] = [], []
+    engine.add(Request(PROMPT, 3, Sampling(**RANDOM), generator_seed(1, 0, 0)))
+    engine.add(Request([2, *loaded.tokenizer.encode("De")], 120, Sampling(**ENDLESS), 0))
+    while engine.num_waiting or engine.num_running:
+        for new in engine.step():
+            tokens[new.request].append(new.token)
+    token = next(token for token in tokens[0] if token not in tokens[1])
+    fault = FaultyModel(loaded)
+    given = {each.name: getattr(loaded.tokenizer, each.name) for each in fields(Tokenizer)}
+    tokenizer = FaultyTokenizer(**given)
+    object.__setattr__(tokenizer, "fault", fault)
+    with serving_here(LoadedModel(loaded.model, tokenizer, 0.0)) as running:
+        yield running, fault, token
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        *(("reading", 0), ("not a number", 0), ("text", 0)),
+        *(("not a number", 1), ("text", 1), ("writing", 1)),
+    ],
+)
+def test_a_fault_ends_the_request_that_meets_it(
+    faulty: tuple[RunningServer, FaultyModel, int],
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    place: int,
+    stream: bool,
+) -> None:
+    """Again and again, in the prompt or after it, beside another that goes on."""
+    server, fault, token = faulty
+    asked = {"prompt": PROMPT, "max_tokens": 4, "seed": 1, "logprobs": 1, **RANDOM}
+    neighbour = {"prompt": "De", "max_tokens": 120, "seed": 1, **ENDLESS}
+    fault.kind = None
+    before, expected = server.complete(**asked)[1], server.complete(**neighbour)[1]
+    connection, answer = open_stream(server, max_tokens=120)
+    fault.kind, fault.token = kind, PROMPT[-1] if place == 0 else token
+    for n in (1, 2, 1, 2, 1):
+        status, _, text = server.ask("POST", "/v1/completions", {**asked, "n": n, "stream": stream})
+        is_refused = not stream or (kind, place) == ("text", 0)
+        assert status == (500 if is_refused else 200)
+        error = json.loads(text if is_refused else text.strip().split("data: ")[-1])["error"]
+        assert error["type"] == "server_error"
+        assert "example" not in text
+    fault.kind = None
+    rest = answer.read().decode()
+    connection.close()
+    if kind == "writing":  # they share that pass
+        assert rest.strip().endswith("}}")
+    else:
+        parts = [json.loads(line[6:]) for line in rest.split("\n\n") if line.startswith("data: {")]
+        text = "".join(part["choices"][0]["text"] for part in parts)
+        assert expected["choices"][0]["text"].endswith(text)
+        assert len(parts) > 100
+    wait_until(lambda: server.metric("kiem_sequences_running") == 0)
+    assert server.metric("kiem_sequences_waiting") == 0
+    assert server.complete(**asked)[1]["choices"] == before["choices"]
+    logged = [str(record.exc_info[1]) for record in caplog.records if record.exc_info]
+    assert len(logged) >= 5
+    assert all("not a number" in line or "example of a fault" in line for line in logged)
