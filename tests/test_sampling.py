@@ -16,7 +16,13 @@ from transformers import (
 )
 
 from kiem.errors import UserError
-from kiem.inference.sampling import Sampling, choose_token, filtered, penalize_repetition
+from kiem.inference.sampling import (
+    Sampling,
+    choose_token,
+    filtered,
+    out_of_range,
+    penalize_repetition,
+)
 
 
 def reference(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -122,3 +128,42 @@ def test_output_that_is_no_number_is_reported() -> None:
     no_ids = torch.empty(0, dtype=torch.int64)
     with pytest.raises(UserError, match="not a number"):
         choose_token(logits, no_ids, Sampling(), torch.Generator())
+
+
+TINY = (5e-324, 1e-50, 1e-46, 1e-39, 1.17e-38, 1.18e-38, 1e-30)
+EXTREMES = [
+    *(Sampling(temperature=temperature) for temperature in (-0.0, *TINY, 100)),
+    *(Sampling(1.0, top_p=top_p) for top_p in (*TINY, 1 - 2**-53)),
+    *(Sampling(1.0, min_p=min_p) for min_p in (*TINY, 1 - 2**-53, 1)),
+    *(Sampling(t, repetition_penalty=p) for p in (*TINY, 100) for t in (0, 1e-30, 1.0, 100)),
+    *(Sampling(1.0, top_k=top_k) for top_k in (1, 1023, 1024, 1025, 2**63)),
+    Sampling(1e-30, 10**40, 5e-324, 1.0, 5e-324),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("largest", [0.0, 1e-38, 30.0, 3e38])
+def test_every_value_in_range_chooses_a_token(dtype: torch.dtype, largest: float) -> None:
+    """Whatever the logits are, as long as they are numbers; seen are the best and the worst."""
+    generator = torch.Generator().manual_seed(3)
+    for num_rows in (7, 3000):
+        logits = (torch.rand(num_rows, generator=generator) * 2 - 1).mul(largest).to(dtype).float()
+        seen = torch.tensor([int(logits.argmax()), int(logits.argmin()), 1])
+        for sampling in EXTREMES:
+            assert out_of_range(sampling) is None
+            token = choose_token(logits, seen, sampling, generator)
+            assert 0 <= token < num_rows
+            if sampling.top_p < 1e-20 and sampling.temperature == 1:
+                penalized = penalize_repetition(logits, seen, sampling.repetition_penalty)
+                assert penalized[token] == penalized.max(), sampling
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-50, 0.8])
+@pytest.mark.parametrize("top_k", [0, 5])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_no_number_is_never_a_token(temperature: float, top_k: int, bad: float) -> None:
+    logits = torch.zeros(2000)
+    logits[700] = bad
+    ids, generator = torch.tensor([3, 5]), torch.Generator()
+    with pytest.raises(UserError, match="not a number"):
+        choose_token(logits, ids, Sampling(temperature, top_k), generator)

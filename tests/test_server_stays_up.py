@@ -1,4 +1,4 @@
-"""Whatever is in a request, only that request can fail: every field at its extremes, and faults."""
+"""Whatever is in a request, only that request can fail: every field at its extremes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,15 @@ import random
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
-import torch
-from serving import ENDLESS, RunningServer, open_stream, serving_here, wait_until
-from torch import Tensor
+from serving import ENDLESS, RunningServer, serving_here, wait_until
 
-from kiem.data.tokenizer import Tokenizer
-from kiem.inference.engine import Engine, Request
-from kiem.inference.loading import LoadedModel, load_for_inference
-from kiem.inference.sampling import Sampling, generator_seed
+from kiem.inference.loading import load_for_inference
 from kiem.inference.server.completions import CompletionBody
 
 BASE = {"prompt": "Nederland is", "max_tokens": 2, "seed": 1}
@@ -267,111 +262,56 @@ def test_what_is_not_supported_says_so(
     assert len(error["message"]) < 300
 
 
-class FaultyModel:
-    """Puts a fault into a model: one that a request meets when it comes to a certain token.
-
-    Attributes:
-        kind: where the fault is; None: nowhere.
-        token: at which.
-    """
-
-    def __init__(self, loaded: LoadedModel):
-        self.kind: str | None = None
-        self.token = -1
-        self._ids = torch.empty(0)
-        loaded.model.model.embed_tokens.register_forward_pre_hook(self._read)
-        loaded.model.model.norm.register_forward_hook(self._spoil)
-
-    def meets(self, kind: str, ids: Any) -> bool:
-        return self.kind == kind and self.token in ids
-
-    def _read(self, _: torch.nn.Module, given: tuple[Tensor]) -> None:
-        self._ids = given[0]
-        ids = self._ids.flatten().tolist()
-        if self.meets("reading" if self._ids.shape[1] > 1 else "writing", ids):
-            raise torch.OutOfMemoryError("an example of a fault")
-
-    def _spoil(self, _: torch.nn.Module, __: object, out: Tensor) -> Tensor:
-        is_hit = (self._ids == self.token) & (self.kind == "not a number")
-        return torch.where(is_hit[..., None], torch.nan, out)
+def test_the_openai_client_with_all_that_is_off(server: RunningServer) -> None:
+    off = {name: values[0] for name, values in MEANS_OFF.items()}
+    own = {"frequency_penalty", "presence_penalty", "stop", "logit_bias", "best_of", "suffix", "n"}
+    given: dict[str, Any] = {name: value for name, value in off.items() if name in own}
+    given["extra_body"] = {name: value for name, value in off.items() if name not in own}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
+        answer = client.completions.create(model="here", **BASE, **given)
+        assert answer.choices[0].text == server.complete(**BASE)[1]["choices"][0]["text"]
+        with pytest.raises(openai.NotFoundError, match=r"base model.*Use /v1/completions") as chat:
+            client.chat.completions.create(
+                model="here", messages=[{"role": "user", "content": "x"}]
+            )
+        assert chat.value.type == "invalid_request_error"
+        with pytest.raises(openai.NotFoundError, match="POST /v1/completions"):
+            client.embeddings.create(model="here", input="x")
 
 
-class FaultyTokenizer(Tokenizer):
-    fault: FaultyModel
-
-    def decode(self, ids: Any) -> str:
-        if self.fault.meets("text", ids):
-            raise RuntimeError("an example of a fault")
-        return super().decode(ids)
-
-
-PROMPT = [2, 300, 301, 302]
-RANDOM = {"temperature": 5, "top_p": 1, "repetition_penalty": 1}
-
-
-@pytest.fixture(scope="module")
-def faulty(model: str) -> Iterator[tuple[RunningServer, FaultyModel, int]]:
-    """A server, its faults, and a token that it writes after PROMPT but not after "De"."""
-    loaded = load_for_inference(model, "fp32")
-    engine = Engine(loaded.model, -1, max_requests=2, max_tokens=200)
-    tokens: tuple[list[int], list[int]] = [], []
-    engine.add(Request(PROMPT, 3, Sampling(**RANDOM), generator_seed(1, 0, 0)))
-    engine.add(Request([2, *loaded.tokenizer.encode("De")], 120, Sampling(**ENDLESS), 0))
-    while engine.num_waiting or engine.num_running:
-        for new in engine.step():
-            tokens[new.request].append(new.token)
-    token = next(token for token in tokens[0] if token not in tokens[1])
-    fault = FaultyModel(loaded)
-    given = {each.name: getattr(loaded.tokenizer, each.name) for each in fields(Tokenizer)}
-    tokenizer = FaultyTokenizer(**given)
-    object.__setattr__(tokenizer, "fault", fault)
-    with serving_here(LoadedModel(loaded.model, tokenizer, 0.0)) as running:
-        yield running, fault, token
-
-
-@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "place"),
+    ("method", "path", "status"),
     [
-        *(("reading", 0), ("not a number", 0), ("text", 0)),
-        *(("not a number", 1), ("text", 1), ("writing", 1)),
+        *(("POST", f"/v1/{path}", 404) for path in ("responses", "audio/speech", "edits", "")),
+        *(("GET", path, 404) for path in ("/v1", "/v1/completions/", "/%ff%00", "/x" * 2000, "//")),
+        *(("GET", path, 405) for path in ("/v1/completions", "/v1/chat/completions")),
+        *((method, "/health", 405) for method in ("POST", "PUT", "DELETE", "OPTIONS", "BREW")),
+        *(("HEAD", path, 200) for path in ("/", "/health", "/v1/models", "/metrics")),
+        ("GET", "/v1/models/" + "m" * 2000, 404),
     ],
+    ids=lambda value: str(value)[:30],
 )
-def test_a_fault_ends_the_request_that_meets_it(
-    faulty: tuple[RunningServer, FaultyModel, int],
-    caplog: pytest.LogCaptureFixture,
-    kind: str,
-    place: int,
-    stream: bool,
+def test_other_paths_and_methods(
+    server: RunningServer, method: str, path: str, status: int
 ) -> None:
-    """Again and again, in the prompt or after it, beside another that goes on."""
-    server, fault, token = faulty
-    asked = {"prompt": PROMPT, "max_tokens": 4, "seed": 1, "logprobs": 1, **RANDOM}
-    neighbour = {"prompt": "De", "max_tokens": 120, "seed": 1, **ENDLESS}
-    fault.kind = None
-    before, expected = server.complete(**asked)[1], server.complete(**neighbour)[1]
-    connection, answer = open_stream(server, max_tokens=120)
-    fault.kind, fault.token = kind, PROMPT[-1] if place == 0 else token
-    for n in (1, 2, 1, 2, 1):
-        status, _, text = server.ask("POST", "/v1/completions", {**asked, "n": n, "stream": stream})
-        is_refused = not stream or (kind, place) == ("text", 0)
-        assert status == (500 if is_refused else 200)
-        error = json.loads(text if is_refused else text.strip().split("data: ")[-1])["error"]
-        assert error["type"] == "server_error"
-        assert "example" not in text
-    fault.kind = None
-    rest = answer.read().decode()
-    connection.close()
-    if kind == "writing":  # they share that pass
-        assert rest.strip().endswith("}}")
+    found, _, text = server.ask(method, path, {} if method == "POST" else None)
+    assert found == status
+    if status == 200:
+        assert text == ""
     else:
-        parts = [json.loads(line[6:]) for line in rest.split("\n\n") if line.startswith("data: {")]
-        text = "".join(part["choices"][0]["text"] for part in parts)
-        assert expected["choices"][0]["text"].endswith(text)
-        assert len(parts) > 100
-    wait_until(lambda: server.metric("kiem_sequences_running") == 0)
-    assert server.metric("kiem_sequences_waiting") == 0
-    assert server.complete(**asked)[1]["choices"] == before["choices"]
-    logged = [str(record.exc_info[1]) for record in caplog.records if record.exc_info]
-    assert len(logged) >= 5
-    assert all("not a number" in line or "example of a fault" in line for line in logged)
+        error = json.loads(text)["error"]
+        assert error["type"] == "invalid_request_error"
+        assert len(error["message"]) < 300
+
+
+def test_a_client_that_does_not_read(server: RunningServer) -> None:
+    body = {**BASE, **ENDLESS, "max_tokens": 1000, "logprobs": 20, "stream": True}
+    data = json.dumps(body).encode()
+    with unharmed(server), socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", server.port))
+        slow.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        wait_until(lambda: server.metric("kiem_sequences_running") == 1)
+        assert server.complete(**BASE)[0] == 200
+        wait_until(lambda: server.metric("kiem_sequences_running") == 0)
+        assert server.complete(**BASE)[0] == 200
