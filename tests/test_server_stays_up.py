@@ -17,6 +17,7 @@ import pytest
 from serving import ENDLESS, RunningServer, serving_here, wait_until
 
 from kiem.inference.loading import load_for_inference
+from kiem.inference.server import connection
 from kiem.inference.server.completions import CompletionBody
 
 BASE = {"prompt": "Nederland is", "max_tokens": 2, "seed": 1}
@@ -142,14 +143,14 @@ def unharmed(server: RunningServer) -> Iterator[HTTPConnection]:
 
 
 def test_any_value_of_any_field(server: RunningServer) -> None:
-    with unharmed(server) as connection:
+    with unharmed(server) as client:
         for name in (*CompletionBody.__struct_fields__, "guided_json", "unknown", ""):
             for value in VALUES:
                 rest = json.dumps({key: BASE[key] for key in BASE if key != name})
                 body = f'{{"{name}": {value}, {rest[1:]}'
                 if name == "stream" and value == "true":
                     continue
-                status, answer = post(connection, body.encode())
+                status, answer = post(client, body.encode())
                 assert status in (200, 400, 404), (body, answer)
                 if status == 200:
                     assert answer["choices"], body
@@ -165,10 +166,10 @@ def test_what_is_in_range_works_at_every_extreme(server: RunningServer) -> None:
     for _ in range(300):
         names = chance.sample(list(IN_RANGE), chance.randint(2, len(IN_RANGE)))
         asked.append({name: chance.choice(IN_RANGE[name]) for name in names})
-    with unharmed(server) as connection:
+    with unharmed(server) as client:
         for given in asked:
             body = {**BASE, **given}
-            status, answer = post(connection, json.dumps(body).encode())
+            status, answer = post(client, json.dumps(body).encode())
             possible = 400 if body["prompt"] == [] else 200
             assert status == possible, (given, answer)
             for told in (
@@ -193,11 +194,11 @@ def test_a_temperature_too_small_to_divide_by_is_none(server: RunningServer) -> 
 
 
 def test_the_largest_strings(server: RunningServer) -> None:
-    with unharmed(server) as connection:
+    with unharmed(server) as client:
         for name in ("prompt", "stop", "model", "user", "suffix", "unknown"):
             for letter in ("a", "-", " ", "\0", "é"):
                 value = letter * (MEGABYTE // len(json.dumps(letter)[1:-1]))
-                status, answer = post(connection, json.dumps({**BASE, name: value}).encode())
+                status, answer = post(client, json.dumps({**BASE, name: value}).encode())
                 assert status in ((200,) if name == "user" else (400, 404)), (name, letter)
                 assert len(json.dumps(answer)) < 1000
 
@@ -224,15 +225,15 @@ def test_the_largest_strings(server: RunningServer) -> None:
 )
 def test_bodies(server: RunningServer, body: bytes, status: int) -> None:
     """As a whole, and in chunks; each also cut off by a client that leaves."""
-    with unharmed(server) as connection:
-        assert post(connection, body)[0] == status
-        connection.close()
+    with unharmed(server) as client:
+        assert post(client, body)[0] == status
+        client.close()
         kind = {"content-type": "application/json"}
         parts = [body[: len(body) // 2], body[len(body) // 2 :]]
-        connection.request(
+        client.request(
             "POST", "/v1/completions", iter(filter(None, parts)), kind, encode_chunked=True
         )
-        assert connection.getresponse().status == status
+        assert client.getresponse().status == status
         for head in (
             b"Content-Length: %d\r\n\r\n" % (len(body) + 1),
             b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % (len(body) + 1),
@@ -302,6 +303,19 @@ def test_other_paths_and_methods(
         error = json.loads(text)["error"]
         assert error["type"] == "invalid_request_error"
         assert len(error["message"]) < 300
+
+
+def test_a_client_that_says_nothing(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It, and one that stops in the middle of its first line, lose the connection."""
+    monkeypatch.setattr(connection, "FIRST_REQUEST_SECONDS", 0.5)
+    with contextlib.ExitStack() as stack:
+        address = "127.0.0.1", server.port
+        silent = [stack.enter_context(socket.create_connection(address, 30)) for _ in range(20)]
+        for each in silent[::2]:
+            each.sendall(b"POST /v1/comple")
+        connected = stack.enter_context(unharmed(server))
+        assert [each.recv(1) for each in silent] == [b""] * 20
+        assert post(connected, json.dumps(BASE).encode())[0] == 200
 
 
 def test_a_client_that_does_not_read(server: RunningServer) -> None:

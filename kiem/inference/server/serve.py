@@ -137,6 +137,7 @@ def make_server(
 
     from kiem.inference.server.app import Server
     from kiem.inference.server.completions import Limits
+    from kiem.inference.server.connection import Connection
     from kiem.inference.server.metrics import Metrics
     from kiem.inference.server.worker import Worker
 
@@ -163,7 +164,7 @@ def make_server(
     app = Server(worker, limits, loaded.tokenizer, metrics).app(options.api_key, end)
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="on",
         log_config=None,
