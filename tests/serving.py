@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import ROOT
 
 from kiem.config import InferenceOptions
@@ -25,6 +28,33 @@ from kiem.inference.server.serve import make_server, open_socket
 
 # So repetitive that the model never ends its text.
 ENDLESS = {"temperature": 0, "repetition_penalty": 0.5}
+# With the headers that nginx sends by itself, but in the last place.
+NGINX = """
+daemon off;
+master_process off;
+pid {folder}/pid;
+error_log {folder}/error.log;
+events {{ worker_connections 64; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    upstream kiem_backend {{ server 127.0.0.1:{server}; }}
+    server {{
+        listen 127.0.0.1:{port};
+        location / {{ proxy_pass http://127.0.0.1:{server}; }}
+        location /kiem/ {{ proxy_pass http://127.0.0.1:{server}/; }}
+        location /named/ {{ proxy_pass http://kiem_backend/; }}
+        location /as-asked/ {{
+            proxy_set_header Host $host;
+            proxy_pass http://kiem_backend/;
+        }}
+    }}
+}}
+"""
 
 
 class RunningServer:
@@ -123,6 +153,34 @@ def serving(model: Path, *options: str) -> Iterator[ServerProcess]:
     finally:
         process.kill()
         process.communicate()
+
+
+@contextlib.contextmanager
+def nginx_before(server: RunningServer, folder: Path) -> Iterator[RunningServer]:
+    """Puts an nginx before a server, with its files in `folder`; skips the test without nginx."""
+    program = shutil.which("nginx", path=os.environ["PATH"] + os.pathsep + "/usr/sbin")
+    if program is None:
+        message = "nginx is not there; install it with: apt-get install nginx-light"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    errors, configuration = folder / "error.log", folder / "nginx.conf"
+    configuration.write_text(NGINX.format(folder=folder, server=server.port, port=port))
+    process = subprocess.Popen([program, "-e", errors, "-c", configuration])
+
+    def listens() -> bool:
+        assert process.poll() is None, errors.read_text()
+        with socket.socket() as tried:
+            return tried.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        wait_until(listens)
+        yield RunningServer(port)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
 
 
 def open_stream(server: RunningServer, max_tokens: int = 3000) -> tuple[HTTPConnection, Any]:

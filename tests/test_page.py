@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from serving import ServerProcess, serving, wait_until
+from serving import RunningServer, ServerProcess, nginx_before, serving, serving_here, wait_until
+
+from kiem.inference.loading import load_for_inference
 
 WAIT_MS = 60_000
 KEY = "een-sleutel-van-lengte"
@@ -34,18 +36,20 @@ CONTRAST = """element => {
 }"""
 
 
+# Debian's, or what others call it: the driver's own browsers are not in any package registry.
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+if CHROMIUM is None:
+    MESSAGE = "Chromium is not there; install it with: apt-get install chromium"
+    if os.environ.get("CI"):
+        pytest.fail(MESSAGE, pytrace=False)
+    pytest.skip(MESSAGE, allow_module_level=True)  # one line, not one for each test
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium: the driver's own browsers are not in any package registry."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        message = "Chromium is not there; install it with: apt-get install chromium"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
     expect.set_options(timeout=WAIT_MS)
     with sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=chromium)
+        made = driver.chromium.launch(executable_path=CHROMIUM)
         yield made
         made.close()
 
@@ -62,7 +66,7 @@ def page(browser: Browser, server: ServerProcess) -> Iterator[Page]:
     yield from open_page(browser, server, locale="nl-NL")
 
 
-def open_page(browser: Browser, server: ServerProcess, **options: Any) -> Iterator[Page]:
+def open_page(browser: Browser, server: RunningServer, **options: Any) -> Iterator[Page]:
     context = browser.new_context(**options)
     context.set_default_timeout(WAIT_MS)
     opened = context.new_page()
@@ -223,3 +227,15 @@ def test_with_a_key_the_browser_asks_for_it(browser: Browser, trained_run: Path)
         for page in open_page(browser, server, http_credentials=given, locale="nl"):
             write(page, "De zee")
             assert json.dumps(page.locator("#result").inner_text()) != '"De zee"'
+
+
+@pytest.mark.parametrize("place", ["/", "/named/"])
+def test_behind_nginx(browser: Browser, trained_run: Path, tmp_path: Path, place: str) -> None:
+    """With the Host that nginx sends by itself, and below a path."""
+    loaded = load_for_inference(str(trained_run / "final_model"), "fp32")
+    given = {"username": "wie dan ook", "password": KEY}
+    with serving_here(loaded, api_key=KEY) as server, nginx_before(server, tmp_path) as nginx:
+        nginx.url += place
+        for page in open_page(browser, nginx, http_credentials=given, locale="nl"):
+            write(page, "De zee")
+            assert len(page.locator("#result").inner_text()) > len("De zee")

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
-import shutil
-import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from http.client import HTTPConnection
@@ -18,38 +14,12 @@ from typing import Any
 import openai
 import pytest
 import torch
-from serving import RunningServer, serving_here, wait_until
+from serving import RunningServer, nginx_before, serving_here
 
 from kiem.inference.loading import load_for_inference
 
 KEY = "een-sleutel-van-lengte"
 BASIC = "Basic " + base64.b64encode(f"wie:{KEY}".encode()).decode()
-CONFIGURATION = """
-daemon off;
-master_process off;
-pid {folder}/pid;
-error_log {folder}/error.log;
-events {{ worker_connections 64; }}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-    upstream kiem_backend {{ server 127.0.0.1:{server}; }}
-    server {{
-        listen 127.0.0.1:{port};
-        location / {{ proxy_pass http://127.0.0.1:{server}; }}
-        location /kiem/ {{ proxy_pass http://127.0.0.1:{server}/; }}
-        location /named/ {{ proxy_pass http://kiem_backend/; }}
-        location /as-asked/ {{
-            proxy_set_header Host $host;
-            proxy_pass http://kiem_backend/;
-        }}
-    }}
-}}
-"""
 PLACES = ("/", "/kiem/", "/named/", "/as-asked/")
 
 
@@ -88,30 +58,8 @@ def server(gate_and_server: tuple[Gate, RunningServer]) -> RunningServer:
 def nginx(
     server: RunningServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
-    program = shutil.which("nginx", path=os.environ["PATH"] + os.pathsep + "/usr/sbin")
-    if program is None:
-        message = "nginx is not there; install it with: apt-get install nginx-light"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    folder = tmp_path_factory.mktemp("nginx")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    text = CONFIGURATION.format(folder=folder, server=server.port, port=port)
-    (folder / "nginx.conf").write_text(text)
-    process = subprocess.Popen([program, "-e", folder / "error.log", "-c", folder / "nginx.conf"])
-
-    def listens() -> bool:
-        assert process.poll() is None, (folder / "error.log").read_text()
-        with socket.socket() as tried:
-            return tried.connect_ex(("127.0.0.1", port)) == 0
-
-    try:
-        wait_until(listens)
-        yield RunningServer(port)
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+    with nginx_before(server, tmp_path_factory.mktemp("nginx")) as running:
+        yield running
 
 
 def browser(nginx: RunningServer, site: str | None = "same-origin") -> dict[str, str]:
