@@ -44,6 +44,7 @@ VALUES = (
     *("5e-324", "1e-400", "1e-50", "1e-46", "1e-39", "1.17e-38", "1.18e-38", "1e-30"),
     *("0.9999999999999999", "3.5e38", "1e308", "-1e308", "1e400", "NaN", "Infinity", "-Infinity"),
     *map(str, (2**31, 2**53 + 1, 2**63, 2**64, -(2**63), -(2**63) - 1, 10**40)),
+    *("9" * 4299, "-" + "9" * 4299, "9" * 4301),
     *('""', '"x"', '"0"', r'"\u0000"', r'"\uffff"', r'"\ud800"', r'"\udc00x"', '"<eos><bos><pad>"'),
     *("[]", "[[]]", "[null]", '[""]', '["a"]', '["a", "b"]', "[1, 2]", "[[1], [2]]", "[0.5]"),
     *("[1, 18446744073709551616]", "[-1]", '["a", 1]', "[" * 50 + "]" * 50, "{}", '{"a": 1}'),
@@ -104,7 +105,9 @@ UNSUPPORTED = [
     ({"max_tokens": -1}, "max_tokens: Expected `int` >= 0", "max_tokens"),
     ({"logprobs": True}, "logprobs: Expected `int", "got `bool`"),
     ({"temprature": 1}, "no field temprature", "temperature"),
-    ({"stream_options": {"include_usage": True}}, "include_usage", "streams"),
+    ({"stream_options": {"include_usage": True}}, "include_usage is true", "stream: true"),
+    ({"stream_options": {"continuous_usage_stats": True}}, "is true", "include_usage"),
+    ({"stream_options": {"x": 1}}, "stream_options: ", "unknown field `x`"),
     ({"model": "m" * 1000}, "model mmm", "here"),
 ]
 
@@ -217,6 +220,7 @@ def test_the_largest_strings(server: RunningServer) -> None:
         ('{"prompt": "x"}'.encode("utf-16"), 400),
         (b"[" * 500_000, 400),
         (b'{"prompt":' * 100_000, 400),
+        *((b'{"guided_json": ' + b"[" * n + b"]" * n + b"}", 400) for n in range(50, 1100, 150)),
         (b'{"prompt": "x", "max_tokens": ' + b"9" * 900_000 + b"}", 400),
         (b'{"prompt": "x", "prompt": "y", "max_tokens": 1}', 200),
         (b'{"prompt": "x", "max_tokens": 1}' + b" " * 900_000, 200),

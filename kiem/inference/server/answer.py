@@ -33,6 +33,7 @@ class Answer:
             "model": model,
         }
         self._num_new_tokens = 0
+        self._texts: dict[int, str] = {}  # of tokens that were told of before
         self._num_sequences = len(plan.requests) // len(plan.prompts)
         self._num_characters = [len(text) for text in self._echoes()]
 
@@ -87,7 +88,7 @@ class Answer:
         told = [entry for piece in pieces for entry in self._told(index, piece)]
         num_alternatives = self._plan.num_alternatives
         return {
-            "tokens": [self.token_text(token) for token, _, _ in told],
+            "tokens": [self._token_text(token) for token, _, _ in told],
             "token_logprobs": [None if score is None else score.logprob for _, score, _ in told],
             "top_logprobs": [
                 None if score is None else self._by_text(score.alternatives[:num_alternatives])
@@ -126,11 +127,16 @@ class Answer:
         """Returns tokens' probabilities by their text; of tokens with the same one the first's."""
         texts: dict[str, float] = {}
         for token, logprob in likeliest:
-            texts.setdefault(self.token_text(token), logprob)
+            texts.setdefault(self._token_text(token), logprob)
         return texts
 
-    def token_text(self, token: int) -> str:
+    def _token_text(self, token: int) -> str:
         """Returns a token as text; one that is a byte as OpenAI writes it, such as bytes:\\xc3."""
+        if token not in self._texts:
+            self._texts[token] = self._decoded(token)
+        return self._texts[token]
+
+    def _decoded(self, token: int) -> str:
         entry = self._tokenizer.implementation.id_to_token(token)
         if entry in BYTE_TOKENS:
             return f"bytes:\\x{entry[3:5].lower()}"

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import jinja2
@@ -33,9 +33,11 @@ from kiem.inference.streaming import Piece
 _LOG = logging.getLogger(__name__)
 _MOST_BODY_BYTES = 1 << 20
 _BODY_SECONDS = 30
+_MOST_THREADS = 2
 _WHAT_THERE_IS = (
     "There are POST /v1/completions, GET /v1/models, /health, /metrics and the page at /."
 )
+_Result = TypeVar("_Result")
 _PAGE_FILES = {
     "page.css": "text/css",
     "page.js": "text/javascript",
@@ -60,6 +62,7 @@ class Server:
         self._metrics = metrics
         self._started = int(time.time())
         self._page = _render_page(limits)
+        self._threads = asyncio.Semaphore(_MOST_THREADS)
 
     def app(self, api_key: str | None, on_end: Callable[[], None]) -> ASGIApp:
         """Returns the application.
@@ -133,8 +136,7 @@ class Server:
     async def completions(self, request: Request) -> Response:
         """Continues one or more prompts."""
         body = read_body(await _read(request))
-        # Not on the event loop: a prompt of a megabyte takes a second to encode.
-        asked = await anyio.to_thread.run_sync(plan, body, self._limits, self._tokenizer)
+        asked = await self._in_thread(partial(plan, body, self._limits, self._tokenizer))
         try:
             job = self._worker.submit(asked.requests, asked.stop)
         except BusyError:
@@ -151,7 +153,17 @@ class Server:
         finally:
             job.cancel()
             timer.end()
-        return JSONResponse(answer.whole(pieces))
+        data = await self._in_thread(lambda: msgspec.json.encode(answer.whole(pieces)))
+        return Response(data, media_type="application/json")
+
+    async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
+        """Does what may take seconds beside the event loop, and few of it at a time.
+
+        A prompt of a megabyte takes one to encode, and 300 MB; the probabilities of a long one's
+        tokens are a million numbers to write.
+        """
+        async with self._threads:
+            return await anyio.to_thread.run_sync(work)
 
     def _model(self) -> dict[str, Any]:
         facts = {"object": "model", "created": self._started, "owned_by": "kiem"}

@@ -32,6 +32,7 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """The field stream_options."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's
     include_obfuscation: bool = False  # OpenAI pads its stream with noise; kiem never does
 
 
@@ -122,7 +123,7 @@ def read_body(data: bytes) -> CompletionBody:
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at `$")
         unknown = re.search(r"unknown field `(.*)`", what, re.DOTALL)
-        if unknown:
+        if unknown and not path:
             known = ", ".join(CompletionBody.__struct_fields__)
             message = f"There is no field {shown(unknown[1])} here; there are {known}."
             raise ApiError(400, message, param=shown(unknown[1])) from error
@@ -144,16 +145,9 @@ def plan(body: CompletionBody, limits: Limits, tokenizer: Tokenizer) -> Plan:
         raise ApiError(404, message, param="model", code="model_not_found")
     num_sequences = body.n or 1
     if body.best_of not in (None, num_sequences):
-        message = (
-            f"best_of is {body.best_of}; only n, here {num_sequences}, works: nothing is left out."
-        )
+        message = f"best_of is {shown(body.best_of)}; what works: n, here {shown(num_sequences)}."
         raise ApiError(400, message, param="best_of")
-    include_usage = body.stream_options is not None and body.stream_options.include_usage
-    if include_usage and not body.stream:
-        message = (
-            "stream_options.include_usage is for streams; other answers have the usage anyway."
-        )
-        raise ApiError(400, message, param="stream_options")
+    include_usage = _include_usage(body)
     prompts = _prompts(body.prompt)
     if len(prompts) * num_sequences > limits.max_sequences:
         message = f"More than {limits.max_sequences} sequences at once are never possible here."
@@ -165,8 +159,8 @@ def plan(body: CompletionBody, limits: Limits, tokenizer: Tokenizer) -> Plan:
     longest = max(map(len, ids))
     if longest + max_new_tokens > limits.max_context:
         message = (
-            f"{longest} tokens of the prompt and {max_new_tokens} new ones are more than the "
-            f"{limits.max_context} that fit."
+            f"{longest} tokens of the prompt and {shown(max_new_tokens)} new ones are more than "
+            f"the {limits.max_context} that fit."
         )
         raise ApiError(400, message, param="prompt", code="context_length_exceeded")
     num_alternatives = body.logprobs
@@ -195,6 +189,18 @@ def plan(body: CompletionBody, limits: Limits, tokenizer: Tokenizer) -> Plan:
         bool(body.stream),
         include_usage,
     )
+
+
+def _include_usage(body: CompletionBody) -> bool:
+    wanted = body.stream_options or StreamOptions()
+    wrong = None
+    if wanted.continuous_usage_stats:
+        wrong = "continuous_usage_stats is true; what works: include_usage"
+    elif wanted.include_usage and not body.stream:
+        wrong = "include_usage is true; what works: false, or stream: true"
+    if wrong is not None:
+        raise ApiError(400, f"stream_options.{wrong}.", param="stream_options")
+    return wanted.include_usage
 
 
 def _prompts(given: str | list[str | int | list[int]]) -> list[str | list[int]]:
@@ -226,7 +232,7 @@ def _sampling(body: CompletionBody, default: Sampling) -> Sampling:
     sampling = replace(default, **given)
     if wrong := out_of_range(sampling):
         name, possible = wrong
-        message = f"{name} is {getattr(sampling, name)}; possible are {possible}."
+        message = f"{name} is {shown(getattr(sampling, name))}; possible are {possible}."
         raise ApiError(400, message, param=name)
     return sampling
 
