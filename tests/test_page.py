@@ -36,8 +36,8 @@ CONTRAST = """element => {
 }"""
 
 
-# Debian's, or what others call it: the driver's own browsers are not in any package registry.
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+# Debian's: the driver's own browsers are not in any package registry.
+CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
     MESSAGE = "Chromium is not there; install it with: apt-get install chromium"
     if os.environ.get("CI"):

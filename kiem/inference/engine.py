@@ -244,7 +244,10 @@ class Engine:
         return [ReadPrompt(entry.number, scores, None), new] if request.scores_prompt else [new]
 
     def _scores(self, hidden: Tensor, following: Tensor, num_alternatives: int) -> list[Score]:
-        """Returns the scores of tokens `following` [T] the places that gave `hidden` [1, T+, D]."""
+        """Returns the scores of `following` [T]: what comes after the places of `hidden` [1, T, D].
+
+        Where the prompt ends, `hidden` has one place more, which nothing follows yet.
+        """
         scores = []
         for part in range(0, len(following), _SCORED_TOKENS):
             tokens = following[part : part + _SCORED_TOKENS]  # N

@@ -128,7 +128,7 @@ class Server:
     async def chat(self, _: Request) -> Response:
         """Says that there are no chats."""
         message = (
-            f"{self._limits.model} is a base model: it continues texts and knows no chats. "
+            f"{self._limits.model} is a base model: it continues texts and has no chats. "
             "Use /v1/completions with a prompt."
         )
         raise ApiError(404, message, param="model")
