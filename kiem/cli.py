@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TextIO, TypeVar
 
 import tyro
 from rich.console import Console
 from tyro.constructors import PrimitiveConstructorSpec
 
+from kiem.disk import DiskWarning
 from kiem.errors import ExitCode, UserError
 from kiem.values import OptionType, describe_limits, option_types
 from kiem.yaml_options import read_options
@@ -119,7 +122,8 @@ def run(
     console = Console(quiet=not is_first, highlight=False, soft_wrap=True)
     messages = Console(stderr=True, quiet=not is_first, highlight=False, soft_wrap=True)
     try:
-        main(parse(options_class, arguments, program), console)
+        with _disk_warnings(console):
+            main(parse(options_class, arguments, program), console)
     except UserError as error:
         messages.print(f"error: {error}", markup=False)
         return int(error.exit_code)
@@ -128,7 +132,37 @@ def run(
         return int(ExitCode.INTERRUPTED)
     except BrokenPipeError:  # the reader of our output, such as `head`, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a path that the system refuses even to look at
+        if not isinstance(error.filename, str):
+            raise
+        what = f"error: {error.filename}: {error.strerror}"
+        messages.print(f"{what}\n  Correct this path, or who may use its folders.", markup=False)
+        return int(ExitCode.NOT_FOUND)
     return 0
+
+
+@contextlib.contextmanager
+def _disk_warnings(console: Console) -> Iterator[None]:
+    """Shows what the disk cannot do as the program's other warnings; forked workers say nothing."""
+    process, show = os.getpid(), warnings.showwarning
+
+    def show_plainly(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not issubclass(category, DiskWarning):
+            show(message, category, filename, lineno, file, line)
+        elif os.getpid() == process:
+            warn(console, str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DiskWarning)
+        warnings.showwarning = show_plainly
+        yield
 
 
 def warn(console: Console, message: str) -> None:

@@ -1,7 +1,9 @@
 """The only place that writes files: all or nothing, and durable before it counts.
 
-A file or folder appears under its final name in one rename, after its content has reached the
-disk. A program killed at any moment leaves the old state or the new one, never half of either.
+A file or folder appears under its final name in one step, after its content has reached the disk.
+A program killed at any moment leaves the old state or the new one, never half of either; what it
+leaves beside them is for `kiem.leftovers`. What a disk refuses becomes a `UserError`, or a warning
+where the result does not need it: see `kiem.disk`.
 """
 
 from __future__ import annotations
@@ -9,23 +11,30 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from io import BufferedIOBase, BufferedRandom
+from concurrent.futures import ThreadPoolExecutor
+from io import BufferedIOBase, BufferedRandom, FileIO
 from pathlib import Path
 from typing import Any
 
+from kiem.disk import exchange, fsync, fsync_folder, warn_once, writing_errors
 from kiem.errors import ExitCode, UserError
+from kiem.leftovers import (
+    discard,
+    hidden,
+    recover_folder,
+    remove_entry,
+    take_away,
+    temporary_path,
+)
 
 _READ_BLOCK_BYTES = 1 << 18
 _SEAL_BYTES = hashlib.sha256().digest_size
-_REFUSALS = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
-)
 
 
 def sha256_file(path: Path) -> str:
@@ -45,17 +54,21 @@ def new_file(path: Path) -> Iterator[BufferedRandom]:
     Raises:
         UserError: the disk is full, or the folder cannot be written to.
     """
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with writing_errors(path):
+        if path.exists() and not path.is_file():  # a device would become a file
+            raise OSError(errno.EEXIST, "something else than a file has this name", str(path))
+        temporary = temporary_path(path)
         try:
             with temporary.open("w+b") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                fsync(file.fileno(), path)
             temporary.replace(path)
-            _fsync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -95,26 +108,50 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, to_json(value))
 
 
+def write_and_hash(file: BufferedRandom, blocks: Iterable[memoryview]) -> str:
+    """Writes large blocks of bytes and hashes each as it is in memory, beside the writing.
+
+    Args:
+        file: of `new_file`.
+        blocks: its bytes in order, in parts of any length.
+
+    Returns:
+        The SHA-256 of all of them as 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(1) as hasher:
+        for block in blocks:
+            hashed = hasher.submit(digest.update, block)
+            file.write(block)
+            hashed.result()
+    return digest.hexdigest()
+
+
 def append_json_lines(path: Path, values: Iterable[Any]) -> None:
     """Appends objects as lines to a JSON Lines file: all, or none when the disk refuses.
 
-    A kill can cut the last line; readers skip a cut line.
+    A kill can cut the last line. Readers skip a cut line; the next call removes it.
     """
-    lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    with writing_errors(path), path.open("ab") as file:
-        start = file.tell()
+    lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
+    with writing_errors(path):
+        end: int | None = None
         try:
-            file.write(lines.encode())
-            file.flush()
+            with path.open("a+b", buffering=0) as file:
+                end = _end_of_lines(file)
+                _truncate(path, end)
+                while lines:
+                    lines = lines[file.write(lines) :]
         except OSError:
-            os.ftruncate(file.fileno(), start)
+            if end is not None:
+                with contextlib.suppress(OSError):  # else the next call does it
+                    _truncate(path, end)
             raise
 
 
 def fsync_file(path: Path) -> None:
     """Returns when a file's content has reached the disk."""
     with writing_errors(path), path.open("rb") as file:
-        os.fsync(file.fileno())
+        fsync(file.fileno(), path)
 
 
 @contextlib.contextmanager
@@ -135,27 +172,26 @@ def new_folder(
     Raises:
         UserError: the disk is full, or the folder cannot be written to.
     """
-    assert overwrite or not path.exists(), f"{path} exists"
-    temporary = temporary or path.with_name(f".{path.name}.partial-{os.getpid()}")
+    assert overwrite or not os.path.lexists(path), f"{path} exists"
     with writing_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover_folder(path)
+        temporary = temporary or temporary_path(path)
+        remove_entry(temporary)
+        temporary.mkdir()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
             yield temporary
-            for folder, _, names in os.walk(temporary):
+            for folder, _, names in os.walk(temporary, onerror=_raise):
                 for name in names:
                     fsync_file(Path(folder, name))
-                _fsync_folder(Path(folder))
-            outgoing = _outgoing(path)
-            shutil.rmtree(outgoing, ignore_errors=True)
-            if path.exists():
-                path.rename(outgoing)
-            temporary.rename(path)
-            _fsync_folder(path.parent)
-            shutil.rmtree(outgoing, ignore_errors=True)
-        finally:
+                fsync_folder(Path(folder))
+            _put_in_place(temporary, path)
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        fsync_folder(path.parent)
+        discard(temporary)
+        discard(hidden(path, "old"), path)
 
 
 def remove_file(path: Path) -> None:
@@ -178,57 +214,45 @@ def remove_folder(path: Path) -> None:
     Raises:
         UserError: it cannot be removed.
     """
-    outgoing = _outgoing(path)
     with writing_errors(path):
-        shutil.rmtree(outgoing, ignore_errors=True)
-        if path.exists():
-            path.rename(outgoing)
-            shutil.rmtree(outgoing)
+        recover_folder(path)
+        for entry in (hidden(path, "old"), path):
+            remove_entry(hidden(path, "removed"))
+            if os.path.lexists(entry):
+                remove_entry(take_away(entry, path))
 
 
 def move_folder(path: Path, name: str) -> None:
-    """Gives a folder another name beside its old one; a folder of that name is replaced."""
-    target = path.with_name(name)
+    """Gives a folder another name beside its old one; if that is taken, with a number behind it."""
     with writing_errors(path):
-        remove_folder(target)
-        path.rename(target)
-        _fsync_folder(path.parent)
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        path.rename(next(p for p in map(path.with_name, names) if not os.path.lexists(p)))
+        fsync_folder(path.parent)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what killed programs left unfinished in a folder in which nobody else works."""
-    with writing_errors(folder):
-        for entry in [*folder.glob(".*.partial*"), *folder.glob(".*.old")]:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
-def is_removed(path: Path) -> bool:
-    """Says whether nothing is left of a folder, not even by a killed removal."""
-    return not path.exists() and not _outgoing(path).exists()
-
-
-def _outgoing(path: Path) -> Path:
-    """Where a folder waits for its end: one name, so that what a kill leaves is found again."""
-    return path.with_name(f".{path.name}.old")
-
-
-def empty_folder(path: Path) -> None:
-    """Removes everything in a folder; raises a UserError if that cannot be done."""
+def empty_folder(path: Path, keep: str) -> None:
+    """Removes everything in a folder but the file `keep`; raises a UserError if it cannot."""
     with writing_errors(path):
         for entry in path.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+            if entry.name != keep:
+                remove_entry(entry)
 
 
 def point_link(link: Path, target_name: str) -> None:
-    """Makes `link` a relative symbolic link to its sibling `target_name`, in one atomic step."""
-    temporary = link.with_name(f".{link.name}.partial-{os.getpid()}")
+    """Makes `link` a relative symbolic link to its sibling `target_name`, in one atomic step.
+
+    A link is a convenience that some disks do not have: if it cannot be made there is a warning.
+    """
     with writing_errors(link):
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target_name)
-        temporary.replace(link)
+        temporary = temporary_path(link)
+        try:
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(target_name)
+            temporary.replace(link)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            warn_once("this link cannot be made; nothing else depends on it", link, error)
 
 
 def require_free_space(
@@ -242,10 +266,11 @@ def require_free_space(
     Raises:
         UserError: fewer than `needed_bytes` bytes are free.
     """
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free_bytes = shutil.disk_usage(existing).free
+    with writing_errors(folder):
+        existing = folder.absolute()
+        while not existing.exists():
+            existing = existing.parent
+        free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed_bytes:
         raise UserError(
             f"too little disk space for {purpose}: about {format_bytes(needed_bytes)} needed, "
@@ -265,37 +290,6 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
-@contextlib.contextmanager
-def writing_errors(path: Path) -> Iterator[None]:
-    """Turns the operating system's refusals to write into `UserError`s that name `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                "the disk is full; nothing was written under this name",
-                where=str(path),
-                fix="Free some space, or choose a folder on another disk, and run it again.",
-                exit_code=ExitCode.DISK_SPACE,
-            ) from error
-        if error.errno in _REFUSALS:
-            is_whole = os.sep in str(error.filename)  # rmtree says only what it is called
-            raise UserError(
-                f"cannot write here ({error.strerror})",
-                where=str(error.filename if is_whole else path),
-                fix="Choose a place that exists and that you may write to.",
-                exit_code=ExitCode.NOT_WRITABLE,
-            ) from error
-        if error.errno == errno.EIO:
-            raise UserError(
-                f"the disk failed ({error.strerror}); nothing was written under this name",
-                where=str(path),
-                fix="Check the disk, or choose a folder on another one, and run it again.",
-                exit_code=ExitCode.NOT_WRITABLE,
-            ) from error
-        raise
-
-
 def _sha256(file: BufferedIOBase, num_bytes: int | None) -> hashlib._Hash:
     """Hashes the next `num_bytes` of an open file, by default all that are left."""
     digest = hashlib.sha256()
@@ -307,9 +301,38 @@ def _sha256(file: BufferedIOBase, num_bytes: int | None) -> hashlib._Hash:
     return digest
 
 
-def _fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _end_of_lines(file: FileIO) -> int:
+    """Returns where the last whole line of a file ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - _READ_BLOCK_BYTES)
+        file.seek(start)
+        line_end = file.read(end - start).rfind(b"\n")
+        if line_end >= 0:
+            return start + line_end + 1
+        end = start
+    return 0
+
+
+def _truncate(path: Path, num_bytes: int) -> None:
+    if path.stat().st_size > num_bytes:
+        os.truncate(path, num_bytes)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Gives a finished folder its name; what had it before is left in a hidden place."""
+    if not os.path.lexists(path):
+        temporary.rename(path)
+    elif not exchange(temporary, path):
+        old = hidden(path, "old")
+        discard(old, path)
+        path.rename(old)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+
+
+def _raise(error: OSError) -> None:
+    raise error

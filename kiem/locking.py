@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from kiem.errors import ExitCode, UserError
-from kiem.files import make_folder, writing_errors
+from filelock import lock_descriptor
 
+from kiem.disk import warn_once, writing_errors
+from kiem.errors import ExitCode, UserError
+from kiem.files import make_folder
+from kiem.leftovers import discard
+
+# A file, since network disks lock only what is open for writing; inside the folder, so that it
+# goes where the folder goes.
+LOCK_FILE = ".lock"
 # A killed parent's workers hold its lock for a second or two.
 _LOCK_TRIES = 50
 _LOCK_PAUSE_SECONDS = 0.1
@@ -21,33 +27,62 @@ _LOCK_PAUSE_SECONDS = 0.1
 def locked_folder(path: Path) -> Iterator[None]:
     """Makes a folder if need be and keeps other programs that lock it out.
 
-    The lock ends with the process and those it forked, however they end.
+    The lock ends with the process and those it forked, however they end. (`filelock.FileLock`
+    would end with the process alone, whose workers may still be writing.) On a disk that has no
+    locks there is a warning, and nobody is kept out.
 
     Raises:
         UserError: another process holds the lock, or the folder cannot be made.
     """
-    descriptor = -1
+    file = path / LOCK_FILE
+    descriptor = _lock(file)
     try:
-        with writing_errors(path):
-            for _ in range(_LOCK_TRIES):
-                make_folder(path)
-                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    # The one that had the lock may have removed the folder at its end.
-                    if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
-                        break
-                os.close(descriptor)
-                descriptor = -1
-                time.sleep(_LOCK_PAUSE_SECONDS)
-        if descriptor == -1:
-            raise UserError(
-                "another process is working here",
-                where=str(path),
-                fix="Wait until it is done, or choose another name.",
-                exit_code=ExitCode.ALREADY_EXISTS,
-            )
         yield
     finally:
-        if descriptor != -1:
+        try:
+            if _is_open_at(descriptor, file):
+                discard(file)
+        finally:
             os.close(descriptor)
+
+
+def _lock(file: Path) -> int:
+    """Returns the descriptor of a locked file."""
+    for _ in range(_LOCK_TRIES):
+        make_folder(file.parent)
+        # The one that had the lock removes the file, or the whole folder, at its end.
+        with writing_errors(file.parent), contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            is_ours = False
+            try:
+                is_ours = _is_free(descriptor, file) and _is_open_at(descriptor, file)
+            finally:
+                if not is_ours:
+                    os.close(descriptor)
+            if is_ours:
+                return descriptor
+        time.sleep(_LOCK_PAUSE_SECONDS)
+    raise UserError(
+        "another process is working here",
+        where=str(file.parent),
+        fix="Wait until it is done, or choose another name.",
+        exit_code=ExitCode.ALREADY_EXISTS,
+    )
+
+
+def _is_free(descriptor: int, file: Path) -> bool:
+    """Takes the lock, or says that another process has it; a disk without locks has all free."""
+    try:
+        return lock_descriptor(descriptor, blocking=False)
+    except OSError as error:
+        what = "this disk has no locks: do not start a second program on the same folder"
+        warn_once(what, file.parent, error)
+        return True
+
+
+def _is_open_at(descriptor: int, file: Path) -> bool:
+    """Says whether the file that is open is still the one of this name."""
+    try:
+        return os.path.samestat(file.stat(), os.fstat(descriptor))
+    except OSError:
+        return False

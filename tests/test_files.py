@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from conftest import Disk
+from kiem.direct import PIECE_BYTES, write_and_hash
 
 from kiem.cli import check_name
-from kiem.direct import PIECE_BYTES, write_and_hash
 from kiem.errors import ExitCode, UserError
 from kiem.files import (
     format_bytes,

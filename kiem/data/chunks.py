@@ -25,6 +25,7 @@ from kiem.data.arrow import from_numpy, to_numpy
 from kiem.data.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
 from kiem.errors import ExitCode, UserError
 from kiem.files import sha256_file, to_json, write_json
+from kiem.leftovers import recover_folder
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -140,7 +141,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         UserError: the folder is missing, is not a chunk directory of this version, or its manifest
             is damaged.
     """
-    if not path.is_dir():
+    if not recover_folder(path).is_dir():
         raise UserError(
             "no such chunk directory",
             where=str(path),

@@ -60,6 +60,7 @@ from kiem.files import (
     require_free_space,
     write_bytes,
 )
+from kiem.leftovers import recover_folder
 
 # Units and chunks are there at the same time; four bytes a token and at least three of text in it.
 # A rejected document that is kept is in no chunk, so it takes less.
@@ -104,7 +105,7 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
         texts = "1 evaluation text has" if num_ignored == 1 else f"{num_ignored} texts have"
         warn(console, f"--decontaminate: {texts} fewer than {MIN_WORDS} words, not looked for")
     identity = _identity(options, source, tokenizer, cleaning)
-    if folder.exists() and not options.overwrite:
+    if recover_folder(folder).exists() and not options.overwrite:
         refuse_other(folder, earlier_identity(folder), identity)
         verify_directory(folder)
         clear_after_kill(folder)

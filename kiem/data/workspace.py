@@ -14,8 +14,9 @@ from typing import Any
 
 from kiem.data.chunks import read_manifest
 from kiem.errors import ExitCode, UserError
-from kiem.files import empty_folder, is_removed, remove_folder, write_json
-from kiem.locking import locked_folder
+from kiem.files import empty_folder, remove_folder, write_json
+from kiem.leftovers import hidden, is_removed, recover_folder
+from kiem.locking import LOCK_FILE, locked_folder
 
 # Raised whenever units made by older versions would not be what this one makes.
 _UNIT_VERSION = 2
@@ -45,7 +46,7 @@ def working_folder(folder: Path, identity: dict[str, Any], overwrite: bool) -> I
     with locked_folder(work):
         earlier = _read_plan(work)
         if overwrite or earlier.get("unit_version") != _UNIT_VERSION:
-            empty_folder(work)
+            empty_folder(work, keep=LOCK_FILE)
             write_json(work / _PLAN_FILE, {"unit_version": _UNIT_VERSION, **identity})
         else:
             refuse_other(work, earlier, identity)
@@ -68,7 +69,8 @@ def clear_after_kill(folder: Path) -> None:
 
 def earlier_identity(folder: Path) -> dict[str, Any]:
     """Returns what a chunk directory or the unfinished work on it was made of, {} if not there."""
-    return read_manifest(folder) if folder.exists() else _read_plan(_unfinished(folder))
+    exists = recover_folder(folder).exists()
+    return read_manifest(folder) if exists else _read_plan(_unfinished(folder))
 
 
 def refuse_other(folder: Path, recorded: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -90,7 +92,7 @@ def refuse_other(folder: Path, recorded: dict[str, Any], identity: dict[str, Any
 
 
 def _unfinished(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.unfinished")
+    return hidden(folder, "unfinished")
 
 
 def _read_plan(work: Path) -> dict[str, Any]:

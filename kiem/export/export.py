@@ -13,6 +13,7 @@ from kiem.data.tokenizer import Tokenizer, write_tokenizer
 from kiem.errors import ExitCode, UserError, no_effect
 from kiem.export.gguf_file import write_gguf
 from kiem.files import format_bytes, new_folder, require_free_space, write_bytes
+from kiem.leftovers import recover_folder
 from kiem.manifest import write_manifest
 from kiem.model.files import (
     CONFIG_FILE,
@@ -99,7 +100,7 @@ def _check_options(options: ExportOptions) -> None:
     elif not looks_like_hub_id(options.push_to_hub):
         fix = "Write it as OWNER/NAME."
         raise bad(f"--push-to-hub {options.push_to_hub}", "this is not a Hub name", fix)
-    if not output.exists():
+    if not recover_folder(output).exists():
         return
     exists = ExitCode.ALREADY_EXISTS
     if not options.overwrite:

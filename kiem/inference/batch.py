@@ -32,11 +32,12 @@ from rich.progress import (
 
 from kiem.config import InferenceOptions
 from kiem.errors import ExitCode, UserError
-from kiem.files import append_json_lines, remove_file, write_bytes, write_text
+from kiem.files import append_json_lines, remove_file, write_text
 from kiem.inference.loading import LoadedModel
 from kiem.inference.sampling import Sampling
 from kiem.inference.streaming import Writer, request_for
 from kiem.inference.text import printable
+from kiem.leftovers import hidden
 from kiem.yaml_options import to_dict
 
 # Options that change no continuation.
@@ -266,12 +267,8 @@ class _Journals:
 
     def __init__(self, output: Path, run: str, rank: int):
         self._folder = output.parent
-        self._prefix = f".{output.name}.unfinished-{run}-"
+        self._prefix = hidden(output, f"unfinished-{run}-").name
         self._own = output.with_name(f"{self._prefix}{rank}")
-        if self._own.exists() and not self._own.read_bytes().endswith(b"\n"):
-            # The last line was cut when the process was killed; the next one must not join it.
-            whole, _, _ = self._own.read_bytes().rpartition(b"\n")
-            write_bytes(self._own, whole + b"\n" if whole else b"")
 
     def add(self, place: int, result: dict[str, Any]) -> None:
         """Writes down a finished continuation."""

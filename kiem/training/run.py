@@ -28,11 +28,11 @@ from kiem.data.verify import verify_shards
 from kiem.files import (
     new_folder,
     point_link,
-    remove_leftovers,
     sha256_file,
     write_json,
     write_text,
 )
+from kiem.leftovers import remove_leftovers
 from kiem.locking import locked_folder
 from kiem.manifest import write_manifest
 from kiem.memory import give_back_free_memory, held_to_the_end, keep_freed_memory
