@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,8 +56,9 @@ def new_file(path: Path) -> Iterator[BufferedRandom]:
         UserError: the disk is full, or the folder cannot be written to.
     """
     with writing_errors(path):
-        if path.exists() and not path.is_file():  # a device would become a file
-            raise OSError(errno.EEXIST, "something else than a file has this name", str(path))
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.stat().st_mode):  # a device would become a file
+                raise OSError(errno.EEXIST, "something else than a file has this name", str(path))
         temporary = temporary_path(path)
         try:
             with temporary.open("w+b") as file:
@@ -175,6 +177,8 @@ def new_folder(
     assert overwrite or not os.path.lexists(path), f"{path} exists"
     with writing_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # a name that is too long is refused before the work, not after it
         recover_folder(path)
         temporary = temporary or temporary_path(path)
         remove_entry(temporary)

@@ -43,7 +43,8 @@ def locked_folder(path: Path) -> Iterator[None]:
             if _is_open_at(descriptor, file):
                 discard(file)
         finally:
-            os.close(descriptor)
+            with contextlib.suppress(OSError):  # it is closed, whatever the disk says
+                os.close(descriptor)
 
 
 def _lock(file: Path) -> int:

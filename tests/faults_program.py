@@ -2,45 +2,35 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import shutil
 import sys
 from pathlib import Path
 
+from disk_shim import NEVER, OPERATIONS, SHORT, Shim
 from test_checkpoint import QUIET, devices, made, names, save
 
-from kiem import direct
 from kiem.errors import ExitCode, UserError
 from kiem.training.checkpoint import load_checkpoint, newest_valid, prune_checkpoints
 
-OPERATIONS = ("write", "fsync", "rename")
-SHORT = -1
-NEVER = 1 << 40
-
 
 def main(library: str, folder: Path) -> None:
-    direct.PIECE_BYTES = 4096  # so that the small files of a test have several pieces
-    shim = ctypes.CDLL(library)
-    shim.fault_calls.restype = ctypes.c_long
-
-    def arm(operation: int, call: int, kind: int) -> None:
-        shim.fault_arm(str(folder).encode(), operation, ctypes.c_long(call), kind)
-
-    for operation, name in enumerate(OPERATIONS):
+    shim = Shim(library, folder)
+    for name in ("write", "fsync", "rename"):
+        operation = OPERATIONS.index(name)
         kinds = [errno.ENOSPC, errno.EIO, *([SHORT] if name == "write" else [])]
         fresh(folder)
-        arm(operation, NEVER, errno.EIO)
+        shim.arm(operation, NEVER, errno.EIO)
         save(folder, 2)
         prune_checkpoints(folder, 1)
-        num_calls = shim.fault_calls()
+        num_calls = shim.num_calls
         assert num_calls > 1
         for call in range(num_calls):
             for kind in kinds:
                 fresh(folder)
-                arm(operation, call, kind)
+                shim.arm(operation, call, kind)
                 outcome = try_to_save(folder)
-                arm(operation, NEVER, errno.EIO)
+                shim.arm(operation, NEVER, errno.EIO)
                 check(folder, outcome, is_failure=kind != SHORT)
         print(f"{name}: {num_calls} calls x {len(kinds)} faults")
 

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from conftest import ROOT, Disk
+from disk_shim import compile_shim
 from lives import Lives, outcome
 
 from kiem.errors import ExitCode
@@ -31,14 +31,7 @@ guard.save_checkpoint = save
 
 
 def test_every_call_of_a_save_may_fail(tmp_path: Path) -> None:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        assert not os.environ.get("CI"), "there is no C compiler"
-        pytest.skip("there is no C compiler")
-    library = tmp_path / "fault_shim.so"
-    source = ROOT / "tests" / "fault_shim.c"
-    words = [compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, source, "-ldl"]
-    subprocess.run(words, check=True)
+    library = compile_shim(tmp_path)
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "faults_program.py", library, tmp_path / "checkpoints"],
         cwd=ROOT,
@@ -65,7 +58,7 @@ def test_a_disk_that_fills_up(lives: Lives, disk: Disk, tmp_path: Path) -> None:
     said = lives.log.read_text()
     assert f"{run}/checkpoints/.step-6.partial/" in said
     assert "checkpoint of step 6, some 18." in said
-    assert "the disk is full; nothing was written under this name; training goes on" in said
+    assert "the disk is full; training goes on" in said
     (checkpoint,) = list_checkpoints(run / "checkpoints")
     verify_checkpoint(checkpoint)
     found = outcome(run)
