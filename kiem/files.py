@@ -18,7 +18,6 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from io import BufferedIOBase, BufferedRandom, FileIO
 from pathlib import Path
 from typing import Any
@@ -108,25 +107,6 @@ def to_json(value: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, indented, in one atomic step; raises as `new_file`."""
     write_text(path, to_json(value))
-
-
-def write_and_hash(file: BufferedRandom, blocks: Iterable[memoryview]) -> str:
-    """Writes large blocks of bytes and hashes each as it is in memory, beside the writing.
-
-    Args:
-        file: of `new_file`.
-        blocks: its bytes in order, in parts of any length.
-
-    Returns:
-        The SHA-256 of all of them as 64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    with ThreadPoolExecutor(1) as hasher:
-        for block in blocks:
-            hashed = hasher.submit(digest.update, block)
-            file.write(block)
-            hashed.result()
-    return digest.hexdigest()
 
 
 def append_json_lines(path: Path, values: Iterable[Any]) -> None:

@@ -13,7 +13,7 @@ import pytest
 # As in fault_shim.c.
 OPERATIONS = (
     *("write", "fsync", "rename", "open", "renameat2", "symlink", "flock", "truncate"),
-    *("mkdir", "unlink", "close"),
+    *("mkdir", "unlink", "close", "direct write"),
 )
 ANY, SHORT, KILL, NEVER = -1, -1, -2, 1 << 40
 

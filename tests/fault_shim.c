@@ -12,7 +12,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { WRITE, FSYNC, RENAME, OPEN, RENAMEAT2, SYMLINK, FLOCK, TRUNCATE, MKDIR, UNLINK, CLOSE, COUNT };
+enum { WRITE, FSYNC, RENAME, OPEN, RENAMEAT2, SYMLINK, FLOCK, TRUNCATE, MKDIR, UNLINK, CLOSE, DIRECT, COUNT };
 enum { ANY = -1 };
 enum { SHORT = -1, KILL = -2 };
 enum { GO_ON = -3 };
@@ -88,7 +88,8 @@ ssize_t write(int descriptor, const void *data, size_t size) {
     ORIGINAL(ssize_t, write, int, const void *, size_t);
     char path[PATH_MAX];
     path_of(descriptor, path);
-    int fate = fate_of(WRITE, path);
+    int is_direct = fcntl(descriptor, F_GETFL) & O_DIRECT;
+    int fate = is_direct && refused[DIRECT] ? fate_of(DIRECT, path) : fate_of(WRITE, path);
     if (fate > 0) {
         errno = fate;
         return -1;

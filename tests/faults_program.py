@@ -10,11 +10,13 @@ from pathlib import Path
 from disk_shim import NEVER, OPERATIONS, SHORT, Shim
 from test_checkpoint import QUIET, devices, made, names, save
 
+from kiem import direct
 from kiem.errors import ExitCode, UserError
 from kiem.training.checkpoint import load_checkpoint, newest_valid, prune_checkpoints
 
 
 def main(library: str, folder: Path) -> None:
+    direct.PIECE_BYTES = 4096  # so that the small files of a test have several pieces
     shim = Shim(library, folder)
     for name in ("write", "fsync", "rename"):
         operation = OPERATIONS.index(name)

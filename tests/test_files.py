@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+from conftest import Disk
 
 from kiem.cli import check_name
+from kiem.direct import PIECE_BYTES, write_and_hash
 from kiem.disk import writing_errors
 from kiem.errors import ExitCode, UserError
 from kiem.files import (
@@ -17,7 +19,6 @@ from kiem.files import (
     new_folder,
     point_link,
     require_free_space,
-    write_and_hash,
     write_bytes,
 )
 
@@ -45,13 +46,24 @@ def test_file_is_replaced_whole(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("sizes", [[], [0, 1], [8 << 20], [5, 3 << 20, 0, 4096, (2 << 20) + 7]])
-def test_large_file_is_what_was_given(sizes: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["on a disk", "in memory"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *([], [0, 1], [PIECE_BYTES], [PIECE_BYTES - 1, 2]),
+        [5, 3 * PIECE_BYTES, 0, 4096, 2 * PIECE_BYTES + 7],
+    ],
+)
+def test_large_file_is_what_was_given(
+    place: str, sizes: list[int], tmp_path: Path, disk: Disk
+) -> None:
+    disk.remount("size=100M")
     blocks = [os.urandom(size) for size in sizes]
-    with new_file(tmp_path / "large") as file:
+    path = (tmp_path if place == "on a disk" else disk.path) / "large"
+    with new_file(path) as file:
         sha256 = write_and_hash(file, map(memoryview, blocks))
-    assert (tmp_path / "large").read_bytes() == b"".join(blocks)
-    assert sha256 == hashlib.sha256(b"".join(blocks)).hexdigest()
+    assert path.read_bytes() == b"".join(blocks)
+    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_full_disk_is_named() -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from kiem.data.hub import download_model, looks_like_hub_id
 from kiem.data.tokenizer import Tokenizer, load_tokenizer
+from kiem.direct import write_and_hash
 from kiem.errors import ExitCode, UserError
-from kiem.files import new_file, write_and_hash, write_json
+from kiem.files import new_file, write_json
 from kiem.leftovers import recover_folder
 from kiem.manifest import MANIFEST_FILE, verify_manifest
 from kiem.model.gemma3 import Gemma3
