@@ -15,7 +15,7 @@ OPERATIONS = (
     *("write", "fsync", "rename", "open", "renameat2", "symlink", "flock", "truncate"),
     *("mkdir", "unlink", "close", "direct write"),
 )
-ANY, SHORT, KILL, NEVER = -1, -1, -2, 1 << 40
+ANY, SHORT, KILL, FULL, NEVER = -1, -1, -2, -3, 1 << 40
 
 
 def compile_shim(folder: Path) -> Path:
@@ -49,7 +49,7 @@ class Shim:
         Args:
             operation: its place in OPERATIONS.
             call: which call.
-            kind: an errno, SHORT or KILL.
+            kind: an errno, SHORT, KILL or FULL.
             goes_on: whether all calls after it fail as well.
         """
         self._library.fault_arm(self._folder, operation, ctypes.c_long(call), kind, goes_on)

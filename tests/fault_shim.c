@@ -14,22 +14,24 @@
 
 enum { WRITE, FSYNC, RENAME, OPEN, RENAMEAT2, SYMLINK, FLOCK, TRUNCATE, MKDIR, UNLINK, CLOSE, DIRECT, COUNT };
 enum { ANY = -1 };
-enum { SHORT = -1, KILL = -2 };
-enum { GO_ON = -3 };
+// The last is a disk that becomes full: one write is short, and those after it fail.
+enum { SHORT = -1, KILL = -2, FULL = -3 };
+enum { GO_ON = 0 };
 
 static char folder[PATH_MAX];
-static int failing, kind, lasts, refused[COUNT];
+static int failing, kind, lasts, is_full, refused[COUNT];
 static long failing_call;
 static _Atomic long calls; // files are written side by side
 
 // From here on the given call of an operation (or of ANY) fails with the errno `how`, is SHORT if it
-// is a write, or is where the process is killed; with `on` all calls after it fail as well.
+// is a write, or is where the process is killed; with `on` so do all calls after it.
 void fault_arm(const char *where, int operation, long call, int how, int on) {
     strncpy(folder, where, sizeof folder - 1);
     failing = operation;
     failing_call = call;
     kind = how;
     lasts = on;
+    is_full = 0;
     calls = 0;
 }
 
@@ -38,7 +40,7 @@ void fault_refuse(int operation, int how) { refused[operation] = how; }
 
 long fault_calls(void) { return calls; }
 
-// Returns the errno to fail with, GO_ON, or SHORT or KILL for `write` to carry out.
+// Returns the errno to fail with, GO_ON, or what `write` carries out.
 static int fate_of(int operation, const char *path) {
     if (folder[0] == 0 || strncmp(path, folder, strlen(folder)) != 0) return GO_ON;
     int is_counted = failing == ANY || operation == failing;
@@ -90,11 +92,13 @@ ssize_t write(int descriptor, const void *data, size_t size) {
     path_of(descriptor, path);
     int is_direct = fcntl(descriptor, F_GETFL) & O_DIRECT;
     int fate = is_direct && refused[DIRECT] ? fate_of(DIRECT, path) : fate_of(WRITE, path);
+    if (fate == FULL && is_full) fate = ENOSPC;
     if (fate > 0) {
         errno = fate;
         return -1;
     }
-    if ((fate == SHORT || fate == KILL) && size > 1) size /= 2;
+    is_full = is_full || fate == FULL;
+    if (fate != GO_ON && size > 1) size /= 2;
     ssize_t written = original(descriptor, data, size);
     if (fate == KILL) kill(getpid(), SIGKILL);
     return written;

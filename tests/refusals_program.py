@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from disk_shim import ANY, KILL, NEVER, OPERATIONS, SHORT, Shim
+from disk_shim import ANY, FULL, KILL, NEVER, OPERATIONS, SHORT, Shim
 
 from kiem import direct, files
 from kiem.disk import DiskWarning
@@ -271,14 +271,14 @@ class Trials:
     def refuse_everything(self) -> Iterator[str]:
         """Refuses each call in every way; yields what is wrong."""
         for call in range(self.num_calls):
-            ways = [(number, False) for number in (SHORT, *REFUSALS)]
-            for number, goes_on in [*ways, *((number, True) for number in LASTING)]:
+            once = [(kind, False) for kind in (SHORT, *REFUSALS)]
+            for kind, goes_on in [*once, *((kind, True) for kind in (FULL, *LASTING))]:
                 folder = self.folder()
-                self._shim.arm(ANY, call, number, goes_on)
+                self._shim.arm(ANY, call, kind, goes_on)
                 end = self.act(folder)
                 self.disarm()
                 if problem := self.problem(folder, end):
-                    name = errno.errorcode.get(number, "short")
+                    name = errno.errorcode.get(kind, "full" if kind == FULL else "short")
                     yield f"{name} at call {call}{' and on' * goes_on}: {problem}"
                 shutil.rmtree(folder)
 
@@ -330,14 +330,10 @@ class Trials:
         said = [(warning.category, str(warning.message)) for warning in caught]
         if end != "done" or (self._case.is_needed and state != self._new):
             return f"{end}, and left {state}"
-        if (
-            num_calls
-            and operation != "direct write"
-            and (len(said) != 1 or said[0][0] is not DiskWarning)
-        ):
-            return f"warns {said}"
-        is_over = operation == "direct write" or num_calls == 0
-        return f"warns of nothing: {said}" if is_over and said else None
+        num_expected = 1 if num_calls and operation != "direct write" else 0
+        if [category for category, _ in said] != [DiskWarning] * num_expected:
+            return f"called {num_calls} times, and warned of {said}"
+        return None
 
 
 def main(library: str, base: Path, how: str) -> None:
