@@ -23,6 +23,7 @@ from kiem.values import OptionType, describe_limits, option_types
 from kiem.yaml_options import read_options
 
 Options = TypeVar("Options")
+_LONGEST_NAME_BYTES = 255  # of a file or folder, on most disks
 
 _METAVARS = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
 _CONFIG_HELP = (
@@ -174,13 +175,15 @@ def check_name(name: str, option: str) -> str:
     """Returns `name` when it is safe as the name of one folder.
 
     Raises:
-        UserError: it is empty, starts with a dot or dash, or has characters that paths dislike.
+        UserError: it is empty or too long, starts with a dot or dash, or has characters that paths
+            dislike.
     """
-    if not re.fullmatch(r"[\w][\w.+-]*", name):
+    if not re.fullmatch(r"[\w][\w.+-]*", name) or len(name.encode()) > _LONGEST_NAME_BYTES:
         raise UserError(
             f"{name!r} cannot be a folder name",
             where=option,
-            fix="Use letters, digits, '.', '_', '+' and '-', beginning with a letter or digit.",
+            fix="Use letters, digits, '.', '_', '+' and '-', beginning with a letter or digit, "
+            f"and no more than {_LONGEST_NAME_BYTES} bytes.",
             exit_code=ExitCode.BAD_OPTION,
         )
     return name

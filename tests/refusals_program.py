@@ -247,13 +247,19 @@ class Trials:
             return traceback.format_exc()
         return "done"
 
-    def problem(self, folder: Path, end: str) -> str | None:
-        """Returns what is wrong with how it ended and what it left; None if nothing is."""
+    def problem(self, folder: Path, end: str, goes_on: bool = False) -> str | None:
+        """Returns what is wrong with how it ended and what it left; None if nothing is.
+
+        Args:
+            folder: where.
+            end: what `act` returned, or "killed".
+            goes_on: whether the disk refused everything afterwards.
+        """
         if not end.startswith(("done", "killed", "UserError")):
             return end
         if end.startswith("UserError") and str(folder) not in end:
             return f"does not say where: {end}"
-        if not self._can_swap:
+        if not self._can_swap and (goes_on or end == "killed"):
             recover_folder(folder / "a")  # as a reader does
         state = state_of(folder)
         allowed = [self._new] if end == "done" and self._case.is_needed else [self._old, self._new]
@@ -279,7 +285,7 @@ class Trials:
                 self._shim.arm(ANY, call, kind, goes_on)
                 end = self.act(folder)
                 self.disarm()
-                if problem := self.problem(folder, end):
+                if problem := self.problem(folder, end, goes_on):
                     name = errno.errorcode.get(kind, "full" if kind == FULL else "short")
                     yield f"{name} at call {call}{' and on' * goes_on}: {problem}"
                 shutil.rmtree(folder)

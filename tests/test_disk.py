@@ -21,6 +21,23 @@ from kiem.data.verify import verify_directory
 from kiem.errors import ExitCode, UserError
 
 QUIET = Console(quiet=True)
+# preprocess.py on a disk of which the system says what it cannot do.
+POOR_DISK = """
+import errno, fcntl, os, sys
+from kiem.cli import run
+from kiem.config import PreprocessOptions
+from kiem.data import units
+from preprocess import main
+
+def refuse(number):
+    def call(*_):
+        raise OSError(number, os.strerror(number))
+    return call
+
+os.fsync, fcntl.flock = refuse(errno.EINVAL), refuse(errno.ENOLCK)
+units.UNIT_BYTES = 20_000
+sys.exit(run(PreprocessOptions, "preprocess.py", main))
+"""
 _STEP_BYTES = 64_000
 
 
@@ -131,6 +148,23 @@ def test_disk_that_becomes_read_only_midway(disk: Disk, made_of: dict[str, objec
         assert caught.value.exit_code == ExitCode.NOT_WRITABLE
         assert str(disk.path) in str(caught.value)
         assert contents(disk.path / ".made.unfinished") == finished
+
+
+def test_a_disk_without_fsync_and_locks(made_of: dict[str, object], tmp_path: Path) -> None:
+    """One warning for each, however many processes write, and the same chunks as elsewhere."""
+    expected = contents(preprocess(options(made_of, tmp_path / "elsewhere"), QUIET))
+    words = command(made_of, tmp_path / "out")
+    words[words.index("--num-proc") + 1] = "2"
+    done = run_script("-c", POOR_DISK, *words[1:])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    said = [line for line in done.stdout.splitlines() if line.startswith("warning:")]
+    assert len(said) == 2
+    assert "this disk has no locks" in said[0]
+    assert "(No locks available)" in said[0]
+    assert "this disk does not say when files are safe from a power failure" in said[1]
+    assert contents(tmp_path / "out" / "made") == expected
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["made"]
 
 
 def test_every_flipped_bit_is_found(made_of: dict[str, object], tmp_path: Path) -> None:

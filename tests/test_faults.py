@@ -30,6 +30,14 @@ guard.save_checkpoint = save
 """
 
 
+NO_LINKS = """
+import errno, os
+def refuse(*_, **__):
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+os.symlink = refuse
+"""
+
+
 def test_every_call_of_a_save_may_fail(tmp_path: Path) -> None:
     library = compile_shim(tmp_path)
     done = subprocess.run(
@@ -86,6 +94,10 @@ def test_a_disk_that_fills_up(lives: Lives, disk: Disk, tmp_path: Path) -> None:
     assert lives.run(disk.path, *adamw) == [ExitCode.DISK_SPACE]
     assert "too little disk space for the model and 4 checkpoints" in lives.log.read_text()
 
-    # Large enough for a run that makes fewer.
+    # Large enough for a run that makes fewer; without links, the run is whole all the same.
     few = ("--max-steps", "1", "--save-steps", "1")
-    assert lives.run(disk.path, *adamw, *few) == [0], lives.log.read_text()
+    assert lives.run(disk.path, *adamw, *few, patch=NO_LINKS) == [0], lives.log.read_text()
+    link = disk.path / "gemma3-micro-dutch-latest"
+    said = f"warning: {link}: this link cannot be made; nothing else depends on it"
+    assert lives.log.read_text().count(f"{said} (Operation not permitted)") == 1
+    assert (run / "final_model" / "manifest.json").exists()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,28 @@ from kiem.direct import PIECE_BYTES, write_and_hash
 from kiem.disk import writing_errors
 from kiem.errors import ExitCode, UserError
 from kiem.files import (
+    append_json_lines,
     format_bytes,
+    make_folder,
     new_file,
     new_folder,
     point_link,
     require_free_space,
     write_bytes,
 )
+
+
+def _make_folder(path: Path) -> None:
+    with new_folder(path) as unfinished:
+        (unfinished / "x").write_text("")
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "write_bytes": lambda path: write_bytes(path, b"x"),
+    "append_json_lines": lambda path: append_json_lines(path, [1]),
+    "new_folder": _make_folder,
+    "make_folder": make_folder,
+}
 
 
 def test_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -97,10 +114,44 @@ def test_link_is_relative_and_moves(tmp_path: Path) -> None:
         assert os.fspath((tmp_path / "latest").readlink()) == name
 
 
+LONGEST = "é" * 127 + "a"  # 255 bytes
+
+
+@pytest.mark.parametrize("act", WRITERS)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (LONGEST, None),
+        (f"{LONGEST}a", "File name too long"),
+        ("a" * 300, "File name too long"),
+        ("a\0b", "no file can have this name"),
+        ("a\ud800", "no file can have this name"),
+        (f"{'a' * 255}/" * 17, "File name too long"),  # each part of it would do
+        ("file/x", "Not a directory|File exists"),
+    ],
+)
+def test_names(name: str, message: str | None, act: str, tmp_path: Path) -> None:
+    """Names that fit are taken, however little is left for hidden names beside them."""
+    (tmp_path / "file").write_text("")
+    refused = pytest.raises(UserError, match=message) if message else contextlib.nullcontext()
+    with refused:
+        WRITERS[act](tmp_path / name)
+    left = {path.name for path in tmp_path.iterdir()} - {"file"}
+    assert left == (set() if message else {name})
+
+
+def test_special_files_stay_what_they_are(tmp_path: Path) -> None:
+    """As /dev/null would not if root wrote there as to a file."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="something else than a file"):
+        write_bytes(tmp_path / "pipe", b"x")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_names_of_folders() -> None:
     for name in ("gemma3-1b", "run_1.2", "één"):
         assert check_name(name, "--name") == name
-    for name in ("", ".", "..", "a/b", "-x", "a b", "a\n"):
+    for name in ("", ".", "..", "a/b", "-x", "a b", "a\n", "a" * 256, "é" * 128):
         with pytest.raises(UserError):
             check_name(name, "--name")
 
