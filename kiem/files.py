@@ -201,9 +201,7 @@ def remove_folder(path: Path) -> None:
     with writing_errors(path):
         recover_folder(path)
         for entry in (hidden(path, "old"), path):
-            remove_entry(hidden(path, "removed"))
-            if os.path.lexists(entry):
-                remove_entry(take_away(entry, path))
+            remove_entry(take_away(entry, path))
 
 
 def move_folder(path: Path, name: str) -> None:
@@ -214,12 +212,11 @@ def move_folder(path: Path, name: str) -> None:
         fsync_folder(path.parent)
 
 
-def empty_folder(path: Path, keep: str) -> None:
-    """Removes everything in a folder but the file `keep`; raises a UserError if it cannot."""
+def empty_folder(path: Path) -> None:
+    """Removes everything in a folder; raises a UserError if that cannot be done."""
     with writing_errors(path):
         for entry in path.iterdir():
-            if entry.name != keep:
-                remove_entry(entry)
+            remove_entry(entry)
 
 
 def point_link(link: Path, target_name: str) -> None:

@@ -2,6 +2,7 @@
 
 .NAME.partial-...   being filled; the next program that writes into the folder removes it
 .NAME.removed       being removed
+.NAME.lock          of `kiem.locking`
 .NAME.old           whole: what had the name, on a disk that cannot swap two names, for the moment
                     in which it is replaced
 """
@@ -67,14 +68,15 @@ def remove_leftovers(folder: Path) -> None:
 
 def is_removed(path: Path) -> bool:
     """Says whether nothing is left of a folder, not even by a killed removal."""
-    return not any(map(os.path.lexists, (path, hidden(path, "old"), hidden(path, "removed"))))
+    beside = (hidden(path, suffix) for suffix in ("old", "removed", "lock"))
+    return not any(map(os.path.lexists, (path, *beside)))
 
 
 def take_away(entry: Path, path: Path) -> Path:
     """Renames what is to be removed, so that no half of it is ever seen under its name.
 
     Args:
-        entry: a file or folder.
+        entry: a file or folder, which need not be there.
         path: the name that it has or had.
 
     Returns:
@@ -82,7 +84,9 @@ def take_away(entry: Path, path: Path) -> Path:
     """
     removed = hidden(path, "removed")
     remove_entry(removed)
-    return entry.rename(removed)
+    if os.path.lexists(entry):
+        entry.rename(removed)
+    return removed
 
 
 def remove_entry(path: Path) -> None:
@@ -98,11 +102,10 @@ def discard(entry: Path, path: Path | None = None) -> None:
 
     Args:
         entry: a file or folder.
-        path: the name from which it is taken away first, where half of it could be mistaken.
+        path: the name that it has or had, if half of it must not be seen under it.
     """
     try:
-        if os.path.lexists(entry):
-            remove_entry(take_away(entry, path) if path is not None else entry)
+        remove_entry(entry if path is None else take_away(entry, path))
     except OSError as error:
         warn_once("what is not needed any more cannot be removed", entry, error)
 

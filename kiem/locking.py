@@ -13,11 +13,8 @@ from filelock import lock_descriptor
 from kiem.disk import warn_once, writing_errors
 from kiem.errors import ExitCode, UserError
 from kiem.files import make_folder
-from kiem.leftovers import discard
+from kiem.leftovers import discard, hidden
 
-# A file, since network disks lock only what is open for writing; inside the folder, so that it
-# goes where the folder goes.
-LOCK_FILE = ".lock"
 # A killed parent's workers hold its lock for a second or two.
 _LOCK_TRIES = 50
 _LOCK_PAUSE_SECONDS = 0.1
@@ -34,50 +31,51 @@ def locked_folder(path: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds the lock, or the folder cannot be made.
     """
-    file = path / LOCK_FILE
-    descriptor = _lock(file)
+    # A file, since network disks lock only what is open for writing; beside the folder, since they
+    # do not remove a folder in which a file is open.
+    file = hidden(path, "lock")
+    make_folder(path.parent)
+    descriptor = _lock(file, path)
     try:
+        make_folder(path)
         yield
     finally:
-        try:
-            if _is_open_at(descriptor, file):
-                discard(file)
-        finally:
-            with contextlib.suppress(OSError):  # it is closed, whatever the disk says
-                os.close(descriptor)
+        if _is_open_at(descriptor, file):
+            discard(file)
+        with contextlib.suppress(OSError):  # it is closed, whatever the disk says
+            os.close(descriptor)
 
 
-def _lock(file: Path) -> int:
+def _lock(file: Path, folder: Path) -> int:
     """Returns the descriptor of a locked file."""
     for _ in range(_LOCK_TRIES):
-        make_folder(file.parent)
-        # The one that had the lock removes the file, or the whole folder, at its end.
-        with writing_errors(file.parent), contextlib.suppress(FileNotFoundError):
+        # The one that had the lock removes the file at its end.
+        with writing_errors(folder):
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
             is_ours = False
             try:
-                is_ours = _is_free(descriptor, file) and _is_open_at(descriptor, file)
+                is_ours = _is_free(descriptor, folder) and _is_open_at(descriptor, file)
             finally:
                 if not is_ours:
                     os.close(descriptor)
-            if is_ours:
-                return descriptor
+        if is_ours:
+            return descriptor
         time.sleep(_LOCK_PAUSE_SECONDS)
     raise UserError(
         "another process is working here",
-        where=str(file.parent),
+        where=str(folder),
         fix="Wait until it is done, or choose another name.",
         exit_code=ExitCode.ALREADY_EXISTS,
     )
 
 
-def _is_free(descriptor: int, file: Path) -> bool:
+def _is_free(descriptor: int, folder: Path) -> bool:
     """Takes the lock, or says that another process has it; a disk without locks has all free."""
     try:
         return lock_descriptor(descriptor, blocking=False)
     except OSError as error:
         what = "this disk has no locks: do not start a second program on the same folder"
-        warn_once(what, file.parent, error)
+        warn_once(what, folder, error)
         return True
 
 

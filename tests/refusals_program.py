@@ -167,8 +167,8 @@ CASES = {
         prepare_leftovers,
     ),
     "empty_folder": Case(
-        lambda folder: files.empty_folder(folder / "a", keep="0.txt"),
-        lambda folder: put(folder / "a", "kept", "old", "older"),
+        lambda folder: files.empty_folder(folder / "a"),
+        lambda folder: put(folder / "a", "old", "older"),
         is_between=lambda state, old, new, _: new.items() <= state.items() <= old.items(),
     ),
     "make_folder": Case(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from kiem.files import empty_folder, remove_folder
-from kiem.locking import LOCK_FILE, locked_folder
+from kiem.locking import locked_folder
+
+LOCK = ".a.lock"
 
 
 def test_the_lock_ends_with_the_last_worker(tmp_path: Path) -> None:
@@ -33,7 +34,7 @@ def test_the_lock_ends_with_the_last_worker(tmp_path: Path) -> None:
     os.waitpid(program, 0)
     with locked_folder(folder):
         assert (folder / "worked").exists()
-    assert [path.name for path in folder.iterdir()] == ["worked"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
     os.close(begun)
     os.close(begins)
 
@@ -46,19 +47,21 @@ def test_the_holder_may_do_anything_with_the_folder(end: str, tmp_path: Path) ->
         if end == "removes the folder":
             remove_folder(folder)
         elif end == "empties it":
-            empty_folder(folder, keep=LOCK_FILE)
+            empty_folder(folder)
         else:
-            shutil.move(folder, tmp_path / "b")
+            folder.rename(tmp_path / "b")
+    assert LOCK not in {path.name for path in tmp_path.iterdir()}
     with locked_folder(folder):
-        assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
-    assert not list(folder.iterdir())
+        assert not list(folder.iterdir())
+        assert (tmp_path / LOCK).exists()
+    assert not (tmp_path / LOCK).exists()
 
 
-def test_the_end_of_a_lock_leaves_that_of_others(tmp_path: Path) -> None:
-    """As when a folder was removed and made again, and the new one is locked by another."""
+def test_the_end_of_a_lock_leaves_that_of_another(tmp_path: Path) -> None:
+    """As when somebody has cleaned up by hand, and started again."""
     with contextlib.ExitStack() as new:
         with locked_folder(tmp_path / "a"):
-            remove_folder(tmp_path / "a")
+            (tmp_path / LOCK).unlink()
             new.enter_context(locked_folder(tmp_path / "a"))
-        assert (tmp_path / "a" / LOCK_FILE).exists()
-    assert not (tmp_path / "a" / LOCK_FILE).exists()
+        assert (tmp_path / LOCK).exists()
+    assert not (tmp_path / LOCK).exists()

@@ -14,9 +14,9 @@ from typing import Any
 
 from kiem.data.chunks import read_manifest
 from kiem.errors import ExitCode, UserError
-from kiem.files import empty_folder, remove_folder, write_json
-from kiem.leftovers import hidden, is_removed, recover_folder
-from kiem.locking import LOCK_FILE, locked_folder
+from kiem.files import empty_folder, write_json
+from kiem.leftovers import discard, hidden, is_removed, recover_folder
+from kiem.locking import locked_folder
 
 # Raised whenever units made by older versions would not be what this one makes.
 _UNIT_VERSION = 2
@@ -46,7 +46,7 @@ def working_folder(folder: Path, identity: dict[str, Any], overwrite: bool) -> I
     with locked_folder(work):
         earlier = _read_plan(work)
         if overwrite or earlier.get("unit_version") != _UNIT_VERSION:
-            empty_folder(work, keep=LOCK_FILE)
+            empty_folder(work)
             write_json(work / _PLAN_FILE, {"unit_version": _UNIT_VERSION, **identity})
         else:
             refuse_other(work, earlier, identity)
@@ -54,9 +54,9 @@ def working_folder(folder: Path, identity: dict[str, Any], overwrite: bool) -> I
             yield work
         except UserError as error:
             if error.exit_code not in _PASSING:
-                remove_folder(work)
+                discard(work, work)
             raise
-        remove_folder(work)
+        discard(work, work)
 
 
 def clear_after_kill(folder: Path) -> None:
@@ -64,7 +64,7 @@ def clear_after_kill(folder: Path) -> None:
     work = _unfinished(folder)
     if not is_removed(work):
         with locked_folder(work):
-            remove_folder(work)
+            discard(work, work)
 
 
 def earlier_identity(folder: Path) -> dict[str, Any]:
