@@ -49,6 +49,8 @@ def recover_folder(path: Path) -> Path:
     Raises:
         UserError: it cannot be put back.
     """
+    if not path.name:  # "." is always there
+        return path
     old = hidden(path, "old")
     if os.path.lexists(old) and not os.path.lexists(path):
         with writing_errors(path):

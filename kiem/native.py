@@ -45,12 +45,21 @@ def load_library(source: Path, signatures: Signatures) -> ctypes.CDLL | str:
         return f"there is no working C++ compiler {compiler!r}; install one or set CXX"
     sources = [path.read_bytes() for path in sorted(source.parent.iterdir()) if path.is_file()]
     recipe = b"\n".join([*sources, " ".join(_FLAGS).encode(), asked.stdout, _processor()])
+    name = f"{source.stem}-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
+    try:
+        return _kept_or_made(source, name, signatures)
+    except (OSError, RuntimeError) as error:  # the latter where nobody has a home
+        return f"there is no place to compile {source.name} in ({error})"
+
+
+def _kept_or_made(source: Path, name: str, signatures: Signatures) -> ctypes.CDLL | str:
+    """Returns what `load_library` does, from the cache folder if it is there."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kiem"
-    kept = cache / f"{source.stem}-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
+    kept = cache / name
     if kept.exists():
         return open_library(kept, signatures)
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / kept.name
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        made = Path(folder) / name
         error = compile_library(source, made)
         if error is not None:
             return error

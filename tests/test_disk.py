@@ -19,6 +19,7 @@ from kiem.data.preprocess import preprocess
 from kiem.data.tokenizer import Tokenizer
 from kiem.data.verify import verify_directory
 from kiem.errors import ExitCode, UserError
+from kiem.native import load_library
 
 QUIET = Console(quiet=True)
 # preprocess.py on a disk of which the system says what it cannot do.
@@ -165,6 +166,14 @@ def test_a_disk_without_fsync_and_locks(made_of: dict[str, object], tmp_path: Pa
     assert "this disk does not say when files are safe from a power failure" in said[1]
     assert contents(tmp_path / "out" / "made") == expected
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["made"]
+
+
+def test_no_place_to_compile_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faster kernels are not needed for any result."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
+    (tmp_path / "kernels.cpp").write_text("")
+    assert isinstance(load_library(tmp_path / "kernels.cpp", {}), str)
 
 
 def test_every_flipped_bit_is_found(made_of: dict[str, object], tmp_path: Path) -> None:

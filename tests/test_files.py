@@ -25,6 +25,7 @@ from kiem.files import (
     require_free_space,
     write_bytes,
 )
+from kiem.leftovers import recover_folder
 
 
 def _make_folder(path: Path) -> None:
@@ -138,6 +139,11 @@ def test_names(name: str, message: str | None, act: str, tmp_path: Path) -> None
         WRITERS[act](tmp_path / name)
     left = {path.name for path in tmp_path.iterdir()} - {"file"}
     assert left == (set() if message else {name})
+
+
+@pytest.mark.parametrize("name", [".", "..", "", "/", "not there", "a" * 300, "a\0b"])
+def test_any_path_may_be_looked_for(name: str) -> None:
+    assert recover_folder(Path(name)) == Path(name)
 
 
 def test_special_files_stay_what_they_are(tmp_path: Path) -> None:
