@@ -143,7 +143,7 @@ class TrainingOptions:
     when a new one is committed."""
     on_save_failure: Literal["continue", "stop"] = "continue"
     """When the disk refuses a checkpoint or a line of the log: continue with a warning and try
-    again at the next one, or stop."""
+    again at the next one, or stop. A run that has no checkpoint yet stops in any case."""
     resume: str = "auto"
     """auto: go on from the newest checkpoint in the run directory, if there is one. none: do not.
     Or the path of a checkpoint."""

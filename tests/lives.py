@@ -40,8 +40,10 @@ import torch
 import kiem.training.loop
 from kiem.cli import run
 from kiem.config import TrainingOptions
+from kiem.training import devices
 from training import main
 
+devices.measure_matrix_flops = lambda *_: 1e11  # it takes longer than the rest of a life
 print(0, flush=True)
 for line in sys.stdin:
     order = json.loads(line)

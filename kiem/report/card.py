@@ -56,11 +56,9 @@ def _metadata(summary: dict[str, Any], run_name: str, language: str) -> str:
         "dataset_name": f"held-out documents of {test_text}",
     }
     results = [
-        EvalResult(metric_type=name, metric_value=round(value, 4), **common)
-        for name, value in (
-            ("bits_per_byte", summary["test_bpb"]),
-            ("perplexity", summary["test_perplexity"]),
-        )
+        EvalResult(metric_type=name, metric_value=round(summary[key], 4), **common)
+        for name, key in (("bits_per_byte", "test_bpb"), ("perplexity", "test_perplexity"))
+        if key in summary  # an evaluation may have failed
     ]
     return ModelCardData(
         language=[language],
@@ -71,7 +69,7 @@ def _metadata(summary: dict[str, Any], run_name: str, language: str) -> str:
         datasets=[source["dataset"]] if source["kind"] == "hub" else None,
         base_model=start if is_hub_model else None,
         model_name=run_name,
-        eval_results=results,
+        eval_results=results or None,
     ).to_yaml()
 
 

@@ -132,6 +132,9 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Returns the lines of metrics.jsonl, and how many could not be read.
 
     What a run did again after it was resumed replaces what it did before.
+
+    Raises:
+        UserError: the file cannot be read.
     """
     kept: list[dict[str, Any]] = []
     return kept, _read_lines(path, kept, kept)
@@ -142,12 +145,21 @@ def _read_lines(
 ) -> int:
     """Adds the lines of metrics.jsonl to `updates` or `others`; returns how many are damaged."""
     num_damaged = last = 0
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+    try:
+        file = path.open(encoding="utf-8", errors="replace", newline="\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot be read ({error.strerror})",
+            where=str(path),
+            fix="Make the file readable, or take it out of the run directory.",
+            exit_code=ExitCode.BAD_INPUT,
+        ) from error
+    with file:
         for text in file:
             try:
                 line = json.loads(text)
                 step = line["step"] + 0
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 num_damaged += 1
                 continue
             if step < last:

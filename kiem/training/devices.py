@@ -7,7 +7,9 @@ environment (RANK, WORLD_SIZE, LOCAL_RANK); under plain `python` there is one pr
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -48,6 +50,7 @@ class Devices:
         device: where this process computes.
         precision: "bf16" for autocast over fp32 weights, else "fp32".
         matrix_flops: FLOP/s of matrix products in that precision, measured, of all devices.
+        local_rank: number of this process on its machine, from 0.
     """
 
     rank: int
@@ -55,6 +58,7 @@ class Devices:
     device: torch.device
     precision: Literal["fp32", "bf16"]
     matrix_flops: float
+    local_rank: int = 0
 
     @property
     def name(self) -> str:
@@ -72,6 +76,11 @@ class Devices:
     def matrix_dtype(self) -> torch.dtype:
         """What matrix products are done in."""
         return _DTYPES[self.precision]
+
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this is the first process of its machine, which checks what lies on its disk."""
+        return self.local_rank == 0
 
     def autocast(self) -> torch.autocast:
         """Returns the context in which forward passes run."""
@@ -97,27 +106,26 @@ class Devices:
     def together(self) -> Iterator[None]:
         """Makes a block fail in all processes when it fails in one, so that none waits in vain.
 
+        Whatever only some processes do, or may fail at, stands in such a block. Nothing in it may
+        wait for other processes.
+
         Raises:
-            UserError: that of the block, or one that says that another process has failed.
+            UserError: that of the block, or of the first process that has failed, with its name.
         """
-        failure = None
+        if self.world_size == 1:
+            yield
+            return
+        failure: Exception | None = None
         try:
             yield
-        except UserError as error:
+        except Exception as error:  # noqa: BLE001 - raised below, when the others know of it
             failure = error
-        failed = torch.zeros(self.world_size, dtype=torch.int32, device=self.device)
-        failed[self.rank] = 0 if failure is None else int(failure.exit_code)
-        codes = self.sum(failed).tolist()
-        if failure is not None:
-            raise failure
-        for rank, code in enumerate(codes):
-            if code:
-                raise UserError(
-                    "another process has failed",
-                    where=f"process {rank}",
-                    fix="Look at its message.",
-                    exit_code=ExitCode(code),
-                )
+        nobody = self.world_size
+        rank = int(self.lowest(self._number(nobody if failure is None else self.rank)))
+        if rank == nobody:
+            return
+        told = self._tell(_to_json(failure, self.rank), rank)
+        raise failure or _from_json(told)
 
     def first_says(self, value: float) -> float:
         """Returns the first process's value in every process."""
@@ -126,6 +134,24 @@ class Devices:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.broadcast(tensor, src=0)
         return float(tensor)
+
+    def first_tells(self, text: str) -> str:
+        """Returns the first process's text in every process."""
+        return self._tell(text, 0) if self.world_size > 1 else text
+
+    def _tell(self, text: str, source: int) -> str:
+        """Returns the text of process `source` in every process."""
+        data = list(text.encode(errors="replace")) if self.rank == source else []
+        length = self._number(len(data))
+        dist.broadcast(length, src=source)
+        content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        if self.rank == source:
+            content = torch.tensor(data, dtype=torch.uint8, device=self.device)
+        dist.broadcast(content, src=source)
+        return bytes(content.tolist()).decode()
+
+    def _number(self, value: int) -> Tensor:
+        return torch.tensor(value, dtype=torch.int64, device=self.device)
 
     def wait_for_all(self) -> None:
         """Returns when every process has come here."""
@@ -145,34 +171,31 @@ def open_devices(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Devices
         UserError: the precision is not one this device or kiem has, `accelerate config` asks for a
             plugin that kiem does without, or another process was waited for in vain.
     """
-    for variable, (plugin, option) in _ACCELERATE_PLUGINS.items():
-        if _is_true(variable):
-            raise UserError(
-                f"{plugin} is not used by kiem, which shares models out by itself",
-                where="accelerate config",
-                fix=f"Take it out of the accelerate file, and use {option}.",
-                exit_code=ExitCode.BAD_OPTION,
-            )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     use_gpu = torch.cuda.is_available() and not _is_true("ACCELERATE_USE_CPU")
     device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
-    chosen = _choose_precision(precision, use_gpu)
-    first = Devices(int(os.environ.get("RANK", "0")), world_size, device, "fp32", 0.0)
+    rank = int(os.environ.get("RANK", "0"))
+    first = Devices(rank, world_size, device, "fp32", 0.0, local_rank)
     try:
         if world_size > 1:
             store, rank, _ = next(rendezvous("env://"))
+            store = _store_of_this_start(store, rank, world_size)
+            _check_same_kind(store, device.type, rank, world_size)
             dist.init_process_group(
-                "nccl" if use_gpu else "gloo",
-                store=_store_of_this_start(store, rank, world_size),
-                rank=rank,
-                world_size=world_size,
+                "nccl" if use_gpu else "gloo", store=store, rank=rank, world_size=world_size
             )
+        with first.together():
+            _refuse_plugins()
+            chosen = _choose_precision(precision, use_gpu)
         # The first process speaks for all: its choice, and its speed times their number.
         if chosen == "auto":
-            chosen = "bf16" if first.first_says(prefers_bf16(device)) else "fp32"
+            chosen = "bf16" if prefers_bf16(device) else "fp32"
+        chosen = cast(Literal["fp32", "bf16"], first.first_tells(chosen))
+        with first.together():
+            _check_precision(chosen, use_gpu)
         flops = first.first_says(measure_matrix_flops(device, _DTYPES[chosen]))
         yield replace(first, precision=chosen, matrix_flops=flops * world_size)
     except RuntimeError as error:  # what a process says that waited for another in vain
@@ -187,6 +210,54 @@ def open_devices(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Devices
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _check_same_kind(store: Store, kind: str, rank: int, world_size: int) -> None:
+    """Checks that all processes compute on the same kind of device: others cannot be joined.
+
+    Raises:
+        UserError: they do not, as when one machine's driver does not work; in all processes.
+    """
+    store.set(f"kind/{rank}", kind)
+    kinds = [store.get(f"kind/{other}").decode() for other in range(world_size)]
+    store.set(f"kind-known/{rank}", "")
+    if rank == 0:  # the store may end with this process
+        store.wait([f"kind-known/{other}" for other in range(world_size)])
+    for other, found in enumerate(kinds):
+        if found != kinds[0]:
+            raise UserError(
+                f"computes on a {found}, process 0 on a {kinds[0]}",
+                where=f"process {other}",
+                fix="See whether torch.cuda.is_available() says the same on all machines, or use "
+                "ACCELERATE_USE_CPU=true on all.",
+                exit_code=ExitCode.BAD_OPTION,
+            )
+
+
+def _to_json(failure: Exception | None, rank: int) -> str:
+    """Returns what the other processes are told of a failure."""
+    place = f"process {rank} on {socket.gethostname()}"
+    told = {
+        "what": f"it has failed ({type(failure).__name__}: {failure})",
+        "where": place,
+        "fix": "Look at its message.",
+        "exit_code": int(ExitCode.PROCESS_LOST),
+    }
+    if isinstance(failure, UserError):
+        where = f"{place}: {failure.where}" if failure.where else place
+        code = int(failure.exit_code)
+        told = {"what": failure.what, "where": where, "fix": failure.fix, "exit_code": code}
+    return json.dumps(told)
+
+
+def _from_json(told: str) -> UserError:
+    values = json.loads(told)
+    return UserError(
+        values["what"],
+        where=values["where"],
+        fix=values["fix"],
+        exit_code=ExitCode(values["exit_code"]),
+    )
 
 
 def _store_of_this_start(store: Store, rank: int, world_size: int) -> Store:
@@ -214,9 +285,19 @@ def _store_of_this_start(store: Store, rank: int, world_size: int) -> Store:
     return PrefixStore(f"kiem/{start}", store)
 
 
+def _refuse_plugins() -> None:
+    for variable, (plugin, option) in _ACCELERATE_PLUGINS.items():
+        if _is_true(variable):
+            raise UserError(
+                f"{plugin} is not used by kiem, which shares models out by itself",
+                where="accelerate config",
+                fix=f"Take it out of the accelerate file, and use {option}.",
+                exit_code=ExitCode.BAD_OPTION,
+            )
+
+
 def _choose_precision(precision: str, use_gpu: bool) -> Literal["auto", "fp32", "bf16"]:
     """Returns the precision that is asked for or clear; "auto" if it takes a measurement."""
-    has_bf16 = not use_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
         asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
         if asked in ("fp16", "fp8"):
@@ -229,15 +310,22 @@ def _choose_precision(precision: str, use_gpu: bool) -> Literal["auto", "fp32", 
         if asked == "bf16":  # "no" is also what the launcher says of itself
             precision = "bf16"
         elif use_gpu:
-            precision = "bf16" if has_bf16 else "fp32"
-    if precision == "bf16" and not has_bf16:
+            precision = "bf16" if _has_bf16(use_gpu) else "fp32"
+    return cast(Literal["auto", "fp32", "bf16"], precision)
+
+
+def _check_precision(precision: str, use_gpu: bool) -> None:
+    if precision == "bf16" and not _has_bf16(use_gpu):
         raise UserError(
             "this GPU has no bf16",
             where="--precision",
             fix="Use --precision fp32.",
             exit_code=ExitCode.BAD_OPTION,
         )
-    return cast(Literal["auto", "fp32", "bf16"], precision)
+
+
+def _has_bf16(use_gpu: bool) -> bool:
+    return not use_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _is_true(variable: str) -> bool:

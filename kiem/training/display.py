@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -28,7 +27,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Display:
-    """Shows a run's progress; use it as a context manager around the loop."""
+    """Shows a run's progress, from `start` to `stop`."""
 
     def __init__(self, run: Run, console: Console):
         self._run = run
@@ -46,16 +45,12 @@ class Display:
         )
         self._task = self._progress.add_task("", total=1.0)
 
-    def __enter__(self) -> Display:
+    def start(self) -> None:
+        """Shows the live line, if this is a terminal."""
         self._progress.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def stop(self) -> None:
+        """Takes the live line away."""
         self._progress.stop()
 
     def show_step(self, figures: dict[str, Any]) -> None:
@@ -73,11 +68,12 @@ class Display:
             self._console.print(f"{self._run.progress:4.0%}  {line}")
 
     def show_evaluation(self, figures: dict[str, Any]) -> None:
-        """Shows an evaluation and its sample of text."""
-        self._console.print(
-            f"step {self._run.step:,}: test loss {figures['test_loss']:.3f}, perplexity "
-            f"{figures['test_perplexity']:.1f}, {figures['test_bpb']:.3f} bits per byte"
-        )
+        """Shows an evaluation and its sample of text, as far as there are any."""
+        if "test_loss" in figures:
+            self._console.print(
+                f"step {self._run.step:,}: test loss {figures['test_loss']:.3f}, perplexity "
+                f"{figures['test_perplexity']:.1f}, {figures['test_bpb']:.3f} bits per byte"
+            )
         _show_first_sample(figures, self._console)
 
 
@@ -117,9 +113,10 @@ def show_results(run: Run, figures: dict[str, Any], final_model: Path, console: 
     table.add_row("time", f"{run.seconds / 60:.1f} minutes")
     table.add_row("tokens per second", f"{run.tokens / max(run.seconds, 1e-9):,.0f}")
     table.add_row("peak memory", format_bytes(figures["memory_bytes"]))
-    table.add_row("test loss", f"{figures['test_loss']:.4f}")
-    table.add_row("test perplexity", f"{figures['test_perplexity']:.2f}")
-    table.add_row("test bits per byte", f"{figures['test_bpb']:.4f}")
+    if "test_loss" in figures:
+        table.add_row("test loss", f"{figures['test_loss']:.4f}")
+        table.add_row("test perplexity", f"{figures['test_perplexity']:.2f}")
+        table.add_row("test bits per byte", f"{figures['test_bpb']:.4f}")
     if "minimal_pairs" in figures:
         pairs = figures["minimal_pairs"]
         table.add_row("minimal pairs", f"{pairs['correct']} of {pairs['pairs']} correct")

@@ -8,24 +8,28 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from kiem.evaluation.language_model import own_language_model
-from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, summarize
+from kiem.evaluation.minimal_pairs import BUILT_IN, Pair, prefers_good, read_suite, summarize
 from kiem.inference.sampling import Sampling
 from kiem.inference.streaming import complete
 from kiem.memory import give_back_free_memory
 from kiem.model.loss import IGNORE, next_token_targets, token_cross_entropy
+from kiem.training.accessories import attempt, attempt_together
 from kiem.training.devices import Devices
+from kiem.training.options import SAMPLE_TOKENS
 from kiem.training.run import Run
 
-_SAMPLE_TOKENS = 40
 _MOST_SOURCES = 20
 _PER_SOURCE = ("tokens_per_source", "documents_per_source", "bytes_per_source")
 # With so many tokens trained for each of theirs, the minimal pairs take at most some 3 % of a run.
 _TRAINED_PER_PAIR_TOKEN = 10
 
 
-def evaluate(run: Run, devices: Devices, max_chunks: int | None) -> dict[str, Any]:
+def evaluate(
+    run: Run, devices: Devices, console: Console, max_chunks: int | None
+) -> dict[str, Any]:
     """Measures the model on the test split; takes no random numbers and changes nothing.
 
     Bits per byte take the mean loss of the predicted tokens for that of all tokens: the first token
@@ -34,22 +38,40 @@ def evaluate(run: Run, devices: Devices, max_chunks: int | None) -> dict[str, An
     Args:
         run: the run.
         devices: all processes share the chunks among them.
-        max_chunks: how many of the test chunks, spread evenly over the split; None for all.
+        console: where it is said that the evaluation failed; it is then left out.
+        max_chunks: how many of the test chunks, spread evenly over the split; None for all, at the
+            end of the run.
 
     Returns:
         `test_loss` (nats per token), `test_perplexity`, `test_bpb`, and `per_source` with the `bpb`
-        of the largest sources if there are several; the same in all processes.
+        of the largest sources if there are several; the same in all processes. {} if it failed.
     """
+    # What was too large for the memory in the middle may fit at the end, or with other chunks.
+    name = "the evaluation" if max_chunks is not None else "the evaluation at the end"
     give_back_free_memory()  # training's pieces are of other sizes
-    names = _largest_sources(run)
-    totals = torch.zeros(len(names) + 1, 2, dtype=torch.float64, device=devices.device)
     num_chunks = min(max_chunks or run.test.num_chunks, run.test.num_chunks)
     numbers = np.linspace(0, run.test.num_chunks - 1, num_chunks).round().astype(np.int64)
     own = numbers[devices.rank :: devices.world_size]
+    totals = attempt_together(run, devices, console, name, lambda: _totals(run, devices, own))
+    if totals is None:
+        return {}
+    sums = devices.sum(totals).tolist()
+    found = attempt(run, console, name, lambda: _figures(run, sums))
+    return {**found, "test_chunks": num_chunks} if found is not None else {}
+
+
+def _totals(run: Run, devices: Devices, numbers: np.ndarray) -> Tensor:
+    """Returns the nats and the number of the predicted tokens of test chunks.
+
+    Returns:
+        float64 [1 + sources, 2]: of all tokens, and of those of each of the largest sources.
+    """
+    names = _largest_sources(run)
+    totals = torch.zeros(len(names) + 1, 2, dtype=torch.float64, device=devices.device)
     special_ids = run.tokenizer.special_ids
     bos_id = special_ids["bos"] if run.options.document_mask else None
-    for start in range(0, len(own), run.recipe.batch_size):
-        rows = own[start : start + run.recipe.batch_size]
+    for start in range(0, len(numbers), run.recipe.batch_size):
+        rows = numbers[start : start + run.recipe.batch_size]
         ids = torch.from_numpy(run.test.read(rows)).long().to(devices.device)
         targets = next_token_targets(ids, special_ids["bos"], special_ids["pad"]).flatten()
         counted = targets != IGNORE
@@ -66,8 +88,13 @@ def evaluate(run: Run, devices: Devices, max_chunks: int | None) -> dict[str, An
             sources = sources.to(ids.device).flatten()[counted]
             for place, number in enumerate(names.values(), start=1):
                 totals[place] += figures[sources == number].sum(0)
+    return totals
+
+
+def _figures(run: Run, sums: list[list[float]]) -> dict[str, Any]:
+    """Returns what `evaluate` does, of the sums of `_totals` over all processes."""
     test = run.manifest["splits"]["test"]
-    (nats_sum, num_targets), *of_sources = devices.sum(totals).tolist()
+    (nats_sum, num_targets), *of_sources = sums
     loss = nats_sum / num_targets
 
     def bpb(loss: float, tokens: int, documents: int, num_bytes: int) -> float:
@@ -77,11 +104,10 @@ def evaluate(run: Run, devices: Devices, max_chunks: int | None) -> dict[str, An
         "test_loss": loss,
         "test_perplexity": math.exp(min(loss, 700.0)),
         "test_bpb": bpb(loss, test["tokens"], test["documents"], test["bytes"]),
-        "test_chunks": num_chunks,
     }
     per_source = {
         name: {"bpb": bpb(nats_sum / num_targets, *(test[key][name] for key in _PER_SOURCE))}
-        for name, (nats_sum, num_targets) in zip(names, of_sources, strict=True)
+        for name, (nats_sum, num_targets) in zip(_largest_sources(run), of_sources, strict=True)
         if num_targets
     }
     return {**found, "per_source": per_source} if per_source else found
@@ -110,36 +136,61 @@ def measure_minimal_pairs(run: Run, devices: Devices, console: Console) -> dict[
     """
     if run.options.minimal_pairs == "never":
         return {}
-    pairs = read_suite((BUILT_IN,))
-    sentences = [sentence for pair in pairs for sentence in (pair.good, pair.bad)]
-    num_tokens = sum(map(len, run.tokenizer.encode_batch(sentences)))
+    name = "measuring the minimal pairs"
+    suite = attempt_together(run, devices, console, name, lambda: _encoded_suite(run))
+    if suite is None:
+        return {}
+    pairs, num_tokens = suite
     if run.options.minimal_pairs == "auto" and run.tokens < _TRAINED_PER_PAIR_TOKEN * num_tokens:
-        console.print(
-            f"The minimal pairs ({num_tokens:,} tokens) are left out of a run of {run.tokens:,} "
-            "tokens; --minimal-pairs always measures them."
+        attempt(
+            run,
+            console,
+            name,
+            lambda: console.print(
+                f"The minimal pairs ({num_tokens:,} tokens) are left out of a run of "
+                f"{run.tokens:,} tokens; --minimal-pairs always measures them."
+            ),
         )
         return {}
-    model = own_language_model(run.model, run.tokenizer, run.train.chunk_size)
+
+    def measure() -> np.ndarray:
+        model = own_language_model(run.model, run.tokenizer, run.train.chunk_size)
+        with devices.autocast():
+            return prefers_good(model, pairs[devices.rank :: devices.world_size])
+
+    own = attempt_together(run, devices, console, name, measure)
+    if own is None:
+        return {}
     is_correct = torch.zeros(len(pairs), device=devices.device)
-    with devices.autocast():
-        own = prefers_good(model, pairs[devices.rank :: devices.world_size])
     is_correct[devices.rank :: devices.world_size] = torch.from_numpy(own).to(is_correct)
     return {"minimal_pairs": summarize(pairs, devices.sum(is_correct).bool().cpu().numpy())}
 
 
-def sample_texts(run: Run, devices: Devices) -> list[dict[str, str]]:
-    """Returns short continuations of `--sample-prompt`; none in all but the first process.
+def _encoded_suite(run: Run) -> tuple[list[Pair], int]:
+    """Returns the built-in pairs and how many tokens they are."""
+    pairs = read_suite((BUILT_IN,))
+    sentences = [sentence for pair in pairs for sentence in (pair.good, pair.bad)]
+    return pairs, sum(map(len, run.tokenizer.encode_batch(sentences)))
+
+
+def sample_texts(run: Run, devices: Devices, console: Console, name: str) -> dict[str, Any]:
+    """Lets the model continue every `--sample-prompt` a little, in the first process.
+
+    Args:
+        run, devices: the run and all processes.
+        console: where it is said that this failed; the samples are then left out.
+        name: what they are called there.
 
     Returns:
-        For each prompt, `prompt` and the `text` that the model continues it with.
+        `samples`, with `prompt` and `text` of each; none in other processes and after a failure.
     """
     if not devices.is_first:
-        return []
-    how: dict[str, Any] = {"max_new_tokens": _SAMPLE_TOKENS, "sampling": Sampling()}
-    return [
-        {
-            "prompt": prompt,
-            "text": complete(run.model, run.tokenizer, prompt, seed=run.options.seed, **how),
-        }
-        for prompt in run.options.sample_prompt
-    ]
+        return {"samples": []}
+    how: dict[str, Any] = {"max_new_tokens": SAMPLE_TOKENS, "sampling": Sampling()}
+
+    def write(prompt: str) -> dict[str, str]:
+        text = complete(run.model, run.tokenizer, prompt, seed=run.options.seed, **how)
+        return {"prompt": prompt, "text": text}
+
+    written = attempt(run, console, name, lambda: [*map(write, run.options.sample_prompt)])
+    return {"samples": written or []}

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from kiem.errors import ExitCode, UserError
 from kiem.files import format_bytes, write_json
 from kiem.model.loss import next_token_targets
+from kiem.training.accessories import attempt, attempt_together
 from kiem.training.checkpoint import (
     CHECKPOINTS,
     checkpoint_bytes,
@@ -47,8 +51,8 @@ _STEPS_BEFORE_WATCH = 3
 class Guard:
     """Watches over the updates of a run; use it as a context manager around them.
 
-    SIGTERM and SIGINT ask for a checkpoint and the end of the run after the update that is under
-    way; a second one ends the process at once.
+    SIGTERM, SIGINT and SIGHUP (the terminal is gone) ask for a checkpoint and the end of the run
+    after the update that is under way; a second one ends the process at once.
 
     Args:
         run: the run.
@@ -69,8 +73,9 @@ class Guard:
     def __enter__(self) -> Guard:
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and self._run.options.save_steps != 0:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._handlers[number] = signal.signal(number, self._note_signal)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                    self._handlers[number] = signal.signal(number, self._note_signal)
         return self
 
     def __exit__(
@@ -149,9 +154,8 @@ class Guard:
         what = f"loss {loss} and gradient norm {grad_norm} are not both finite"
         path = run.directory / f"not-finite-step-{step + 1}.json"
         evidence = self._evidence(loss, grad_norm, numbers)
-        with self._devices.together():
-            if self._devices.is_first:
-                write_json(path, evidence)
+        if self._devices.is_first:
+            attempt(run, self._console, str(path), lambda: write_json(path, evidence))
         self._bad_steps.add(step)
         num_bad = sum(bad >= (run.saved_step or 0) for bad in self._bad_steps)
         if run.options.on_nan == "stop" or num_bad > _MOST_BAD_STEPS:
@@ -168,7 +172,8 @@ class Guard:
         run.go_on_from(checkpoint, self._devices)
         run.sharing.forget_gradients()
         if run.metrics is not None:
-            run.metrics.rewind(run.step)
+            # Readers of the log know a step that comes again, so this only makes it shorter.
+            attempt(run, self._console, "shortening the log", partial(run.metrics.rewind, run.step))
         run.warn(
             self._console,
             f"step {step + 1}: {what}; back to step {run.step}, and then without step {step + 1} "
@@ -189,15 +194,12 @@ class Guard:
         """Returns what one needs to look at an update: its chunks, and which is to blame."""
         run, devices = self._run, self._devices
         chunks = run.train.read(numbers)
-        nats = torch.zeros(len(numbers), dtype=torch.float64, device=devices.device)
-        special_ids = run.tokenizer.special_ids
-        bos_id = special_ids["bos"] if run.options.document_mask else None
+        name = "looking at its chunks one by one"
         with run.whole_model(devices):
-            for index in range(devices.rank, len(numbers), devices.world_size):
-                ids = torch.from_numpy(chunks[index : index + 1]).long().to(devices.device)
-                targets = next_token_targets(ids, special_ids["bos"], special_ids["pad"])
-                with torch.no_grad(), devices.autocast():
-                    nats[index] = run.model(ids, targets, bos_id)[1].double()
+            measure = partial(self._nats_of_own, chunks)
+            nats = attempt_together(run, devices, self._console, name, measure)
+        if nats is None:
+            nats = torch.full((len(numbers),), math.nan, device=devices.device)
         parameters = run.model.named_parameters()
         gradients = ((name, gather(p.grad)) for name, p in parameters if p.grad is not None)
         bad = [name for name, gradient in gradients if not bool(gradient.isfinite().all())]
@@ -214,24 +216,44 @@ class Guard:
             ],
         }
 
+    def _nats_of_own(self, chunks: np.ndarray) -> Tensor:
+        """Returns the loss of each chunk that this process looks at, and 0 of others; [chunks]."""
+        run, devices = self._run, self._devices
+        nats = torch.zeros(len(chunks), dtype=torch.float64, device=devices.device)
+        special_ids = run.tokenizer.special_ids
+        bos_id = special_ids["bos"] if run.options.document_mask else None
+        for index in range(devices.rank, len(chunks), devices.world_size):
+            ids = torch.from_numpy(chunks[index : index + 1]).long().to(devices.device)
+            targets = next_token_targets(ids, special_ids["bos"], special_ids["pad"])
+            with torch.no_grad(), devices.autocast():
+                nats[index] = run.model(ids, targets, bos_id)[1].double()
+        return nats
+
     def _note_signal(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if self._signal is None:
             self._signal, self._signal_time = signal.Signals(number), now
             if self._devices.is_first:  # not by the console, which may be in the middle of a line
                 message = f"\n{self._signal.name}: stopping after this update with a checkpoint; "
-                os.write(2, f"{message}a second signal stops at once\n".encode())
+                _say(f"{message}a second signal stops at once\n")
         elif now - self._signal_time > _SAME_REQUEST_SECONDS:
             os._exit(128 + number)
 
 
-def save(run: Run, devices: Devices, console: Console) -> None:
+def save(run: Run, devices: Devices, console: Console, *, is_last: bool) -> None:
     """Commits a checkpoint and removes old ones, if this update has none yet.
 
-    All processes call it.
+    All processes call it. With `--on-save-failure continue` a refusal is a warning if a run has a
+    checkpoint that it can go on from; a run of days that never had one would be lost with anything
+    that ends it.
+
+    Args:
+        run, devices, console: of the training.
+        is_last: whether the training ends here anyway, with its model or after a signal.
 
     Raises:
-        UserError: the disk refuses and --on-save-failure is stop; names what and how much.
+        UserError: the disk refuses and --on-save-failure is stop, or it is the first checkpoint;
+            names what and how much.
     """
     if run.saved_step == run.step:
         return
@@ -250,7 +272,7 @@ def save(run: Run, devices: Devices, console: Console) -> None:
         if run.saved_step != run.step:
             size = format_bytes(checkpoint_bytes(run.model, run.optimizers))
             error.what = f"checkpoint of step {run.step}, some {size}: {error.what}"
-        if run.options.on_save_failure == "stop":
+        if run.options.on_save_failure == "stop" or (run.saved_step is None and not is_last):
             raise
         run.warn(console, f"{error.where}: {error.what}; training goes on")
 
@@ -269,6 +291,11 @@ def spike_limit(recent_losses: Sequence[float], sigmas: float) -> float:
         return math.inf
     mean = float(np.mean(recent_losses))
     return mean + sigmas * max(float(np.std(recent_losses)), _LEAST_DEVIATION * mean)
+
+
+def _say(message: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal can be gone
+        os.write(2, message.encode())
 
 
 class HangWatch:
@@ -304,5 +331,5 @@ class HangWatch:
             limit = max(HANG_SECONDS, _HANG_FACTOR * self._longest)
             if began is not None and time.monotonic() - began > limit:
                 message = f"\nerror: an update has stood still for {limit:.0f} seconds\n"
-                os.write(2, f"{message}  Another process may hang; start again.\n".encode())
+                _say(f"{message}  Another process may hang; start again.\n")
                 os._exit(ExitCode.HUNG)

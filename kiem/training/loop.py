@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,19 +15,24 @@ from kiem.config import TrainingOptions
 from kiem.errors import UserError
 from kiem.memory import peak_memory_bytes
 from kiem.model.loss import IGNORE, next_token_targets
+from kiem.training.accessories import attempt
 from kiem.training.batches import Order, micro_batches
 from kiem.training.devices import Devices, open_devices
 from kiem.training.display import Display, show_plan, show_results
 from kiem.training.doctor import warnings_after_update, warnings_before
 from kiem.training.energy import EnergyMeter
 from kiem.training.evaluate import evaluate, measure_minimal_pairs, sample_texts
+from kiem.training.finish import close_trackers, final_model, point_latest_link, write_final_model
 from kiem.training.fit import is_out_of_memory, out_of_memory
 from kiem.training.guard import Guard, save
 from kiem.training.optimizer import learning_rate_share
 from kiem.training.planning import print_plan
 from kiem.training.probe import flops_per_token
 from kiem.training.reporter import Reporter
-from kiem.training.run import Run, finish_run, prepare_run
+from kiem.training.run import Run, prepare_run
+
+_DISPLAY = "the display"
+_ENERGY = "the energy counter"
 
 
 def train(options: TrainingOptions, console: Console) -> None:
@@ -43,32 +49,41 @@ def train(options: TrainingOptions, console: Console) -> None:
         if options.plan:
             return print_plan(options, devices, console)
         run = prepare_run(options, devices, console, held)
-        reporter = Reporter(run.directory, console)
-        show_plan(run, devices, console)
+        reporter = Reporter(run.directory)
+        attempt(run, console, "the display of the plan", partial(show_plan, run, devices, console))
         if run.resumed_from is None:
-            _warn(run, console, warnings_before(run))
+            _warn(run, console, partial(warnings_before, run))
+        summary: dict[str, Any] | None = None
         try:
             train_to_the_end(run, devices, console, reporter)
             with run.whole_model(devices):
-                figures = evaluate(run, devices, max_chunks=None)
+                figures = evaluate(run, devices, console, max_chunks=None)
                 figures |= measure_minimal_pairs(run, devices, console)
-                figures["samples"] = sample_texts(run, devices)
+                figures |= sample_texts(run, devices, console, "the sample of text at the end")
                 figures["memory_bytes"] = peak_memory_bytes(devices.device)
-                if devices.is_first:
-                    _write(run, figures)
-                    final_model = finish_run(run, figures)
+                with devices.together():
+                    if run.metrics is not None:
+                        _write(run, console, figures)
+                        summary = write_final_model(run, console, figures)
+                        run.metrics.check()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise out_of_memory(run.recipe, f"step {run.step + 1}") from error
         except UserError as error:
-            _write(run, {"warning": f"stopped: {error.what}"})
+            _write(run, console, {"warning": f"stopped: {error.what}"})
             raise
         finally:  # a run that was stopped has something to tell as well
             if devices.is_first:
-                reporter.write()
+                if summary is not None:
+                    attempt(
+                        run, console, "the link to the newest run", partial(point_latest_link, run)
+                    )
+                attempt(run, console, "the report at the end", reporter.write)
+                close_trackers(run, console, summary)
         if devices.is_first:
-            show_results(run, figures, final_model, console)
+            results = partial(show_results, run, figures, final_model(run), console)
+            attempt(run, console, "the display of the results", results)
         devices.wait_for_all()
 
 
@@ -78,10 +93,15 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
     sharing = run.sharing
     order = Order(run.train.num_chunks, options.seed)
     attention_bos_id = special_ids["bos"] if options.document_mask else None
-    energy = EnergyMeter(devices.device)
+    energy = None
+    if devices.is_first:
+        energy = attempt(run, console, _ENERGY, partial(EnergyMeter, devices.device))
     flop = flops_per_token(run.model.config, run.train.chunk_size)
     guard = Guard(run, devices, console)
-    with Display(run, console) as display, guard:
+    display = Display(run, console)
+    with ExitStack() as shown, guard:
+        attempt(run, console, _DISPLAY, display.start)
+        shown.callback(attempt, run, console, "the end of the display", display.stop)
         while run.progress < 1:
             guard.step_begins()
             started = time.perf_counter()
@@ -142,38 +162,47 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
                 "memory_bytes": peak_memory_bytes(devices.device),
                 "seconds": run.seconds,
             }
-            if (joules := energy.read_joules()) is not None:
-                run.joules += joules
+            joules = attempt(run, console, _ENERGY, energy.read_joules) if energy else None
+            # A sum without a part of the run would pass for the whole of it.
+            run.joules = run.joules + joules if joules is not None else 0.0
+            if run.joules:
                 figures["joules"] = run.joules
-            if run.step % options.log_steps == 0:
-                _write(run, figures)
-            display.show_step(figures)
-            _warn(run, console, warnings_after_update(run, train_loss))
+            with devices.together():
+                if run.step % options.log_steps == 0:
+                    _write(run, console, figures)
+                attempt(run, console, _DISPLAY, partial(display.show_step, figures))
+                _warn(run, console, partial(warnings_after_update, run, train_loss))
+                if run.metrics is not None:
+                    run.metrics.check()
 
             # Evaluate, save, and stop after a signal.
             if run.evaluation_is_due(progress_before):
                 guard.step_ends()
                 with run.whole_model(devices):
-                    figures = evaluate(run, devices, max_chunks=options.eval_chunks)
-                    figures["samples"] = sample_texts(run, devices)
-                run.test_loss = figures["test_loss"]
-                _write(run, figures)
-                display.show_evaluation(figures)
+                    figures = evaluate(run, devices, console, max_chunks=options.eval_chunks)
+                    figures |= sample_texts(run, devices, console, "the sample of text")
+                run.test_loss = figures.get("test_loss")
+                _write(run, console, figures)
+                attempt(run, console, _DISPLAY, partial(display.show_evaluation, figures))
                 if devices.is_first:
-                    reporter.write_if_cheap()
+                    attempt(run, console, "the report", reporter.write_if_cheap)
             stop = guard.stop_is_asked()
             guard.step_ends()
             if stop or run.save_is_due(seconds_before):
-                save(run, devices, console)
+                save(run, devices, console, is_last=stop or run.progress >= 1)
             if stop:
                 raise guard.stopped()
 
 
-def _write(run: Run, figures: dict[str, Any]) -> None:
+def _write(run: Run, console: Console, figures: dict[str, Any]) -> None:
+    """Writes figures into the log, and sends them to the trackers."""
     if run.metrics is not None:
         run.metrics.write(run.step, figures)
+    for name, tracker in run.trackers.items():
+        attempt(run, console, name, partial(tracker.send, run.step, figures))
 
 
-def _warn(run: Run, console: Console, messages: Iterable[str]) -> None:
-    for message in messages:
+def _warn(run: Run, console: Console, look: Callable[[], Iterable[str]]) -> None:
+    """Says what the doctor finds."""
+    for message in attempt(run, console, "the doctor", lambda: [*look()]) or []:
         run.warn(console, message)

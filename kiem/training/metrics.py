@@ -1,10 +1,10 @@
-"""What a run writes down about itself: metrics.jsonl always, trackers when asked."""
+"""The log of a run: metrics.jsonl."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,59 +12,44 @@ from rich.console import Console
 
 from kiem.cli import warn
 from kiem.errors import UserError
-from kiem.files import append_json_lines, fsync_file, write_text
+from kiem.files import append_json_lines, fsync_file, write_bytes
 from kiem.report.record import METRICS_FILE, read_metrics
-from kiem.training.trackers import Tracker
 
 
 class Metrics:
     """Writes one line of figures at a time.
 
+    A line that the disk refuses is written with the next one.
+
     Args:
         run_directory: where metrics.jsonl is.
-        trackers: where the figures go as well.
-        console: where a warning goes when the disk refuses a line, which is then written with the
-            next one; None: that is an error.
+        console: where a warning goes when lines have to wait.
+        stops_run: whether a refusal is to end the run: `check` then says so.
     """
 
-    def __init__(
-        self, run_directory: Path, trackers: Sequence[Tracker], console: Console | None = None
-    ):
+    def __init__(self, run_directory: Path, console: Console, *, stops_run: bool):
         self._directory = run_directory
         self._path = run_directory / METRICS_FILE
         self._console = console
+        self._stops_run = stops_run
         self._waiting: list[dict[str, Any]] = []
-        self._trackers = trackers
-        self._samples: list[tuple[int, str, str]] = []
-        if trackers and self._path.exists():
-            for line in read_metrics(self._path)[0]:
-                self._remember_samples(line["step"], line)
+        self._failure: UserError | None = None
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
         """Writes figures of an update, counted from 1; JSON has no number for infinity or NaN."""
-        figures = {
-            name: value
-            for name, value in figures.items()
-            if not isinstance(value, float) or math.isfinite(value)
-        }
-        self._waiting.append({"step": step, **figures})
+        self._waiting.append({"step": step, **finite(figures)})
         try:
             append_json_lines(self._path, self._waiting)
-            self._waiting = []
+            self._waiting, self._failure = [], None
         except UserError as error:
-            if self._console is None:
-                raise
-            if len(self._waiting) == 1:
+            if self._failure is None and not self._stops_run:
                 warn(self._console, f"{error.where}: {error.what}; its lines wait in memory")
-        numbers = {name: value for name, value in figures.items() if isinstance(value, int | float)}
-        for name, entry in figures.get("per_source", {}).items():
-            numbers[f"test_bpb/{name}"] = entry["bpb"]
-        self._remember_samples(step, figures)
-        for tracker in self._trackers:
-            if numbers:
-                tracker.log(step, numbers)
-            if "samples" in figures:
-                tracker.log_samples(step, self._samples)
+            self._failure = error
+
+    def check(self) -> None:
+        """Raises the disk's refusal of a line if that is to end the run."""
+        if self._failure is not None and self._stops_run:
+            raise self._failure
 
     def rewind(self, step: int) -> None:
         """Drops all figures after an update, which will come again."""
@@ -76,15 +61,14 @@ class Metrics:
         if self._path.exists():
             fsync_file(self._path)
 
-    def close(self, summary: Mapping[str, Any]) -> None:
-        """Gives the trackers the run's results and ends them."""
-        for tracker in self._trackers:
-            tracker.finish(summary)
 
-    def _remember_samples(self, step: int, figures: Mapping[str, Any]) -> None:
-        if self._trackers:
-            for sample in figures.get("samples", ()):
-                self._samples.append((step, sample["prompt"], sample["text"]))
+def finite(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns figures without those that are infinite or no number."""
+    return {
+        name: value
+        for name, value in figures.items()
+        if not isinstance(value, float) or math.isfinite(value)
+    }
 
 
 def keep_metrics_until(run_directory: Path, step: int, is_last: bool = False) -> None:
@@ -105,4 +89,5 @@ def keep_metrics_until(run_directory: Path, step: int, is_last: bool = False) ->
             and line["step"] <= step
             and not (is_last and line["step"] == step and "test_loss" in line)
         ]
-        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+        write_bytes(path, text.encode(errors="replace"))

@@ -1,11 +1,19 @@
-"""Checks of training's options that need nothing but the options."""
+"""Checks of training's options that need little more than the options."""
 
 from __future__ import annotations
 
+from functools import partial
+
 from kiem.config import TrainingOptions
+from kiem.data.tokenizer import Tokenizer
 from kiem.errors import ExitCode, UserError, no_effect
+from kiem.model.presets import Gemma3Config
+from kiem.training.accessories import try_before
 from kiem.training.devices import Devices
 from kiem.training.trackers import tracker_names
+
+# Tokens that the model adds to a `--sample-prompt`.
+SAMPLE_TOKENS = 40
 
 
 def check_options(options: TrainingOptions) -> None:
@@ -51,3 +59,24 @@ def check_devices(options: TrainingOptions, devices: Devices) -> None:
     """
     if options.shard != "none" and devices.world_size == 1:
         raise no_effect("--shard", "with one device")
+
+
+def check_sample_prompts(
+    options: TrainingOptions, tokenizer: Tokenizer, config: Gemma3Config
+) -> None:
+    """Checks that the model can continue every `--sample-prompt`.
+
+    Raises:
+        UserError: a prompt is no text, too long, or has tokens that the model does not know.
+    """
+    most = config.max_position_embeddings - SAMPLE_TOKENS - 1  # <bos> stands before it
+    for number, prompt in enumerate(options.sample_prompt, start=1):
+        where = f"--sample-prompt, text {number}"
+        ids = try_before(where, partial(tokenizer.encode, prompt))
+        if len(ids) > most:
+            what = f"{len(ids):,} tokens; the model reads at most {most:,} before its own"
+        elif max(ids, default=0) >= config.vocab_size:
+            what = f"token {max(ids)} is not among the model's {config.vocab_size:,}"
+        else:
+            continue
+        raise UserError(what, where=where, fix="Give another text.", exit_code=ExitCode.BAD_OPTION)

@@ -1,13 +1,10 @@
-"""Draws the report beside the training, and never at its expense."""
+"""Draws the report beside the training, for little of its time."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 
-from rich.console import Console
-
-from kiem.cli import warn
 from kiem.report.page import REPORT_FILE, write_report
 
 # A report may take this share of the time, so that a long log and frequent evaluations cost little.
@@ -19,12 +16,10 @@ class Reporter:
 
     Args:
         directory: the run directory.
-        console: where a warning goes if the report cannot be written.
     """
 
-    def __init__(self, directory: Path, console: Console):
+    def __init__(self, directory: Path):
         self._directory = directory
-        self._console = console
         self._next = time.monotonic()
 
     def write_if_cheap(self) -> None:
@@ -33,11 +28,8 @@ class Reporter:
             self.write()
 
     def write(self) -> None:
-        """Writes the report; a failure is a warning."""
+        """Writes the report."""
         started = time.monotonic()
-        try:
-            write_report([self._directory], self._directory / REPORT_FILE)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the run is worth more
-            warn(self._console, f"no report was written: {error}")
+        write_report([self._directory], self._directory / REPORT_FILE)
         now = time.monotonic()
         self._next = now + (now - started) / _SHARE_OF_TIME

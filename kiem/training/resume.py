@@ -15,7 +15,10 @@ from rich.console import Console
 from kiem.cli import check_name, warn
 from kiem.config import TrainingOptions
 from kiem.errors import ExitCode, UserError
-from kiem.files import require_free_space
+from kiem.files import require_free_space, sha256_file
+from kiem.manifest import MANIFEST_FILE
+from kiem.model.files import read_config
+from kiem.training.agreement import check_same
 from kiem.training.checkpoint import CHECKPOINTS, list_checkpoints, newest_valid, verify_checkpoint
 from kiem.training.devices import Devices
 from kiem.training.recipe import SECONDS_BETWEEN_SAVES, Recipe
@@ -30,7 +33,10 @@ _NONE = -1
 
 
 def run_name(options: TrainingOptions, model_name: str) -> str:
-    """Returns the name of the run directory: as asked, or with the time at which all started."""
+    """Returns the name of the run directory: as asked, or with the time at which all started.
+
+    The first process decides: every launcher has its own clock.
+    """
     if options.run_name is not None:
         return check_name(options.run_name, "--run-name")
     started = datetime.now(timezone.utc)
@@ -64,11 +70,30 @@ def choose_checkpoint(
     with devices.together():
         if devices.is_first:
             chosen = _choose(options, directory, folder, console)
-    if options.resume not in ("auto", "none"):
-        return Path(options.resume)
-    step = int(chosen.name.removeprefix("step-")) if chosen is not None else _NONE
-    step = int(devices.first_says(step))
-    return folder / f"step-{step}" if step != _NONE else None
+    if options.resume in ("auto", "none"):
+        step = int(chosen.name.removeprefix("step-")) if chosen is not None else _NONE
+        step = int(devices.first_says(step))
+        chosen = folder / f"step-{step}" if step != _NONE else None
+    else:
+        chosen = Path(options.resume)
+    if chosen is not None:
+        _check_seen_by_all(chosen, devices)
+    return chosen
+
+
+def _check_seen_by_all(checkpoint: Path, devices: Devices) -> None:
+    with devices.together():
+        manifest = checkpoint / MANIFEST_FILE
+        if not manifest.is_file():
+            raise UserError(
+                "the checkpoint is not here, but process 0 has it",
+                where=str(checkpoint),
+                fix="Put it on a disk that all machines share.",
+                exit_code=ExitCode.NOT_FOUND,
+            )
+        sha256 = sha256_file(manifest)
+    fix = "Give all machines the same checkpoint."
+    check_same({f"sha256 of {checkpoint.name}/{MANIFEST_FILE}": sha256}, fix, devices)
 
 
 def _choose(
@@ -141,14 +166,16 @@ def check_same_run(
     Args:
         path: the checkpoint.
         state: what it was saved with.
-        fingerprint: what the run is now; must equal what it was.
+        fingerprint: what the run is now, its model's shape included; must equal what it was.
         changeable: what may be different from what it was.
         console: where warnings go.
 
     Raises:
         UserError: it belongs to another run.
     """
-    different = _differences(state["fingerprint"], fingerprint)
+    # Checkpoints of older versions say their model's shape only in the model's own config.json.
+    was = {**vars(read_config(path)), **state["fingerprint"]}
+    different = _differences(was, fingerprint)
     if different:
         raise UserError(
             f"this checkpoint belongs to another run: {'; '.join(different)}",

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +22,34 @@ from kiem.data.chunks import (
     read_manifest,
     read_tokenizer,
 )
-from kiem.data.tokenizer import Tokenizer, write_tokenizer
+from kiem.data.tokenizer import Tokenizer
 from kiem.data.verify import verify_shards
-from kiem.files import (
-    new_folder,
-    point_link,
-    sha256_file,
-    write_json,
-    write_text,
-)
+from kiem.files import sha256_file
 from kiem.leftovers import remove_leftovers
 from kiem.locking import locked_folder
-from kiem.manifest import write_manifest
 from kiem.memory import give_back_free_memory, held_to_the_end, keep_freed_memory
-from kiem.model.files import write_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.presets import name_of
 from kiem.randomness import derive_seed
-from kiem.report.card import model_card
-from kiem.report.record import CONFIG_FILE, FACTS_FILE, SUMMARY_FILE
 from kiem.speed import prefers_bf16
+from kiem.training.accessories import error_of
+from kiem.training.agreement import (
+    check_same,
+    check_same_command,
+    check_same_weights,
+    check_writable,
+)
+from kiem.training.background import BackgroundTracker
 from kiem.training.checkpoint import CHECKPOINTS, load_checkpoint, read_state, set_aside_after
 from kiem.training.compiling import compile_if_worthwhile
 from kiem.training.devices import Devices
 from kiem.training.facts import facts_of
 from kiem.training.first_weights import make_model
 from kiem.training.fit import fit_recipe
-from kiem.training.metrics import Metrics, keep_metrics_until
+from kiem.training.log import open_log
+from kiem.training.metrics import Metrics
 from kiem.training.optimizer import make_optimizers
-from kiem.training.options import check_devices, check_options
+from kiem.training.options import check_devices, check_options, check_sample_prompts
 from kiem.training.planning import hardware_here, largest_batch, setting_of
 from kiem.training.recipe import SECONDS_BETWEEN_SAVES, Recipe, settle, usual_for
 from kiem.training.resume import (
@@ -62,8 +60,6 @@ from kiem.training.resume import (
     run_name,
 )
 from kiem.training.sharding import Sharing, share_parameters, whole_model
-from kiem.training.trackers import open_trackers
-from kiem.yaml_options import to_dict, to_yaml
 
 _EVALUATIONS_PER_RUN = 5
 # What a checkpoint remembers of a run.
@@ -84,6 +80,8 @@ class Run:
         model, model_name, optimizers: what is trained.
         sharing: how the processes share the model.
         metrics: the run's log; only the first process has one.
+        trackers: where the figures go as well, by name; only the first process has them.
+        left_out: accessories that have failed, by name; see `accessories.attempt`.
         fingerprint: what must not change when the run is resumed.
         changeable: what may change then, but gives another result.
         facts: what the run is made of, for the report and the model card.
@@ -113,6 +111,8 @@ class Run:
     changeable: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
     metrics: Metrics | None = None
+    trackers: dict[str, BackgroundTracker] = field(default_factory=dict)
+    left_out: set[str] = field(default_factory=set)
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -182,9 +182,9 @@ class Run:
 
     def warn(self, console: Console, message: str) -> None:
         """Says something that a person should know, on the screen and in the log."""
-        warn(console, message)
         if self.metrics is not None:
             self.metrics.write(self.step, {"warning": message})
+        error_of(lambda: warn(console, message))  # the screen may be what failed
 
     def _share(self, step: float, seconds: float) -> float:
         of_steps = step / self.recipe.max_steps if self.recipe.max_steps else 0.0
@@ -206,21 +206,31 @@ def prepare_run(
     Raises:
         UserError: anything about options, data, model or disk that a person can mend.
     """
-    check_options(options)
-    check_devices(options, devices)
-    if devices.is_first and devices.precision == "bf16" and not prefers_bf16(devices.device):
-        warn(console, "bf16 gains little or nothing on this processor; try --precision fp32")
-    manifest = read_manifest(options.dataset_path)
-    tokenizer = read_tokenizer(options.dataset_path, manifest)
-    if devices.is_first:
-        verify_shards(options.dataset_path, manifest)
-    devices.wait_for_all()
-    train = open_split(options.dataset_path, manifest, "train")
-    model = make_model(options, tokenizer, devices.world_size)
+    check_same_command(options, devices)
+    with devices.together():
+        check_options(options)
+        check_devices(options, devices)
+        if devices.is_first and devices.precision == "bf16" and not prefers_bf16(devices.device):
+            warn(console, "bf16 gains little or nothing on this processor; try --precision fp32")
+        manifest = read_manifest(options.dataset_path)
+        tokenizer = read_tokenizer(options.dataset_path, manifest)
+        data = manifest.get("sha256", sha256_file(options.dataset_path / MANIFEST_FILE))
+    fix = "Give all machines the same chunk directory."
+    check_same({"sha256 of the chunk directory's manifest": data}, fix, devices)
+    with devices.together():
+        if devices.is_first_here:
+            verify_shards(options.dataset_path, manifest)
+        train, test = (open_split(options.dataset_path, manifest, s) for s in ("train", "test"))
+        test_sources = open_test_sources(options.dataset_path, manifest)
+        model = make_model(options, tokenizer, devices.world_size)
+        check_sample_prompts(options, tokenizer, model.config)
+    check_same_weights(model, devices)
     if options.shard != "parameters":  # which puts only its shares on the device
         model.to(devices.device)
     model_name = name_of(model.config)
-    directory = options.output_dir / run_name(options, model_name)
+    with devices.together():
+        name = run_name(options, model_name) if devices.is_first else ""
+    directory = options.output_dir / devices.first_tells(name)
     usual = usual_for(model.config, devices.device.type == "cuda")
     hardware = hardware_here(devices)
     setting = setting_of(model.config, options, devices, train.chunk_size)
@@ -237,8 +247,11 @@ def prepare_run(
             held.enter_context(locked_folder(directory))
             remove_leftovers(directory)
             remove_leftovers(directory / CHECKPOINTS)
+    if options.save_steps != 0:  # else only the first process writes
+        check_writable(directory / CHECKPOINTS, devices)
     checkpoint = choose_checkpoint(options, directory, devices, console)
-    check_space(options, recipe, directory, model.config.num_parameters())
+    with devices.together():
+        check_space(options, recipe, directory, model.config.num_parameters())
     keep_freed_memory()
     if options.shard == "parameters":
         share_parameters(model, devices)
@@ -259,15 +272,16 @@ def prepare_run(
         manifest=manifest,
         tokenizer=tokenizer,
         train=train,
-        test=open_split(options.dataset_path, manifest, "test"),
-        test_sources=open_test_sources(options.dataset_path, manifest),
+        test=test,
+        test_sources=test_sources,
         model=model,
         model_name=model_name,
         optimizers=optimizers,
         sharing=sharing,
         fingerprint={
             "model": model_name,
-            "data": manifest.get("sha256", sha256_file(options.dataset_path / MANIFEST_FILE)),
+            **vars(model.config),
+            "data": data,
             "seed": options.seed,
             "optimizer": options.optimizer,
             "chunks_per_step": recipe.chunks_per_step,
@@ -285,48 +299,13 @@ def prepare_run(
     # What was drawn so far depends on how fast the machine is; from here on nothing does.
     torch.manual_seed(derive_seed(options.seed, "training", devices.rank))
     if checkpoint is not None:
-        state = read_state(checkpoint)
-        check_same_run(checkpoint, state, run.fingerprint, run.changeable, console)
+        with devices.together():
+            state = read_state(checkpoint)
+            check_same_run(checkpoint, state, run.fingerprint, run.changeable, console)
         run.go_on_from(checkpoint, devices)
-        if devices.is_first:
-            set_aside_after(directory / CHECKPOINTS, run.step)
     run.facts = facts_of(run, devices)
-    if devices.is_first:
-        write_text(directory / CONFIG_FILE, to_yaml(options))
-        write_json(directory / FACTS_FILE, run.facts)
-        keep_metrics_until(directory, run.step, is_last=run.progress >= 1)
-        config = {**to_dict(options), **run.facts}
-        trackers = open_trackers(options, directory, config, run.step)
-        goes_on = options.on_save_failure == "continue"
-        run.metrics = Metrics(directory, trackers, console if goes_on else None)
+    with devices.together():
+        if devices.is_first:
+            open_log(run, console)
+            set_aside_after(directory / CHECKPOINTS, run.step)
     return run
-
-
-def finish_run(run: Run, figures: dict[str, Any]) -> Path:
-    """Writes final_model/ and points the latest link at the run; returns the model directory.
-
-    Args:
-        run: the trained run.
-        figures: the last evaluation.
-    """
-    assert run.metrics is not None
-    summary = {
-        **run.facts,
-        "steps": run.step,
-        "tokens": run.tokens,
-        "seconds": run.seconds,
-        **({"joules": run.joules} if run.joules else {}),
-        **figures,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    folder = run.directory / "final_model"
-    with new_folder(folder, overwrite=folder.exists()) as unfinished:
-        known = write_model(run.model, unfinished, run.tokenizer.special_ids)
-        write_tokenizer(run.tokenizer, unfinished)
-        write_json(unfinished / SUMMARY_FILE, summary)
-        card = model_card(summary, run.directory.name, run.options.language)
-        write_text(unfinished / "README.md", card)
-        write_manifest(unfinished, known, without=("README.md",))
-    point_link(run.directory.parent / f"{run.model_name}-dutch-latest", run.directory.name)
-    run.metrics.close(summary)
-    return folder

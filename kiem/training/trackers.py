@@ -27,34 +27,32 @@ class Tracker(Protocol):
     def log_samples(self, step: int, samples: Sequence[tuple[int, str, str]]) -> None:
         """Takes the (step, prompt, text) of all samples so far; those of `step` are new."""
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Takes the results of the run and sends what is left."""
+    def finish(self, summary: Mapping[str, Any] | None) -> None:
+        """Takes the results of the run, None if it was stopped, and sends what is left."""
 
 
-def open_trackers(
-    options: TrainingOptions, run_directory: Path, config: Mapping[str, Any], step: int
-) -> list[Tracker]:
-    """Starts the trackers that the options name, or goes on with them.
+def open_tracker(
+    name: str, options: TrainingOptions, run_directory: Path, config: Mapping[str, Any], step: int
+) -> Tracker:
+    """Starts a tracker, or goes on with it.
 
     Args:
+        name: one of `tracker_names`.
         options: all options of training.py.
         run_directory: its name becomes the run's name; some keep their files in it.
         config: what the run is made of.
         step: the update that the run goes on after, 0 at its start.
 
     Raises:
-        UserError: a tracker is not installed or refuses.
+        UserError: the tracker is not installed or refuses.
+        Exception: it fails in another way.
     """
     project = options.wandb_project or DEFAULT_PROJECT
-    opened: list[Tracker] = []
-    for name in tracker_names(options):
-        if name == "wandb":
-            opened.append(WandbTracker(project, run_directory, config))
-        elif name == "trackio":
-            opened.append(TrackioTracker(project, run_directory, config))
-        else:
-            opened.append(TensorBoardTracker(run_directory, config, step))
-    return opened
+    if name == "wandb":
+        return WandbTracker(project, run_directory, config)
+    if name == "trackio":
+        return TrackioTracker(project, run_directory, config)
+    return TensorBoardTracker(run_directory, config, step)
 
 
 def tracker_names(options: TrainingOptions) -> list[str]:
@@ -105,10 +103,11 @@ class WandbTracker:
         rows = [list(sample) for sample in samples]
         self._run.log({"samples": self._wandb.Table(_SAMPLE_COLUMNS, rows)}, step=step)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Takes the results of the run and sends what is left."""
-        self._run.summary.update(dict(summary))
-        self._run.finish()
+    def finish(self, summary: Mapping[str, Any] | None) -> None:
+        """Takes the results of the run, None if it was stopped, and sends what is left."""
+        if summary is not None:
+            self._run.summary.update(dict(summary))
+        self._run.finish(exit_code=0 if summary is not None else 1)
 
 
 class TrackioTracker:
@@ -134,10 +133,11 @@ class TrackioTracker:
         table = self._trackio.Table(columns=_SAMPLE_COLUMNS, data=rows)
         self._run.log({"samples": table}, step=step)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def finish(self, summary: Mapping[str, Any] | None) -> None:
         """Takes the results of the run, as figures of its last update, and writes what is left."""
-        results = {f"summary/{name}": value for name, value in summary.items()}
-        self._run.log(results, step=summary["steps"])
+        if summary is not None:
+            results = {f"summary/{name}": value for name, value in summary.items()}
+            self._run.log(results, step=summary["steps"])
         self._run.finish()
 
 
@@ -171,9 +171,10 @@ class TensorBoardTracker:
             if sample_step == step:
                 self._write_text(f"samples/{prompt}", prompt + text, step)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Takes the results of the run and writes what is left."""
-        self._write_text("summary", _pretty(summary), summary["steps"])
+    def finish(self, summary: Mapping[str, Any] | None) -> None:
+        """Takes the results of the run, None if it was stopped, and writes what is left."""
+        if summary is not None:
+            self._write_text("summary", _pretty(summary), summary["steps"])
         self._writer.close()
 
     def _write_text(self, name: str, text: str, step: int) -> None:

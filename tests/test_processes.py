@@ -1,0 +1,288 @@
+"""Several processes agree on what they do, or all end with the message of the one that cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from lives import OPTIONS, Lives
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from kiem.config import PreprocessOptions
+from kiem.data.preprocess import preprocess
+from kiem.errors import ExitCode, UserError
+from kiem.model.files import read_config
+from kiem.training.checkpoint import list_checkpoints, verify_checkpoint
+from kiem.training.resume import check_same_run
+
+QUIET = Console(quiet=True)
+# Each process with a clock of its own; the name of the run is left to them.
+CLOCKS = """
+import datetime, time
+from kiem.training import resume
+class Clock(datetime.datetime):
+    @classmethod
+    def now(cls, zone=None):
+        return datetime.datetime(2026, 1, 1 + int(os.environ["RANK"]), tzinfo=zone)
+resume.datetime = Clock
+place = order["arguments"].index("--run-name")
+del order["arguments"][place:place + 2]
+"""
+# Two machines; the arguments on the second one are others than those on the first.
+OTHER = """
+os.environ["LOCAL_RANK"] = "0"
+if os.environ["RANK"] == "1":
+    order["arguments"] += {arguments!r}
+from kiem.training import agreement
+agreement._MOST_SECONDS_UNTIL_SEEN = 0.2
+"""
+# Something fails in one process alone.
+FAIL = """
+import importlib
+from kiem.errors import ExitCode, UserError
+def fail(*arguments, **named):
+    raise {error}
+if os.environ["RANK"] == "{rank}":
+    module = importlib.import_module("kiem.training.{module}")
+    setattr(module, "{name}", fail)
+"""
+# The disk refuses checkpoints by their number.
+REFUSE = """
+from kiem.errors import ExitCode, UserError
+from kiem.training import guard
+save, calls = guard.save_checkpoint, []
+def refuse(*arguments):
+    calls.append(1)
+    if str(len(calls)) in "{refused}":
+        raise {error}
+    return save(*arguments)
+guard.save_checkpoint = refuse
+"""
+REFUSAL = (
+    "UserError('the disk is full', where='/mnt', fix='Free some.', exit_code=ExitCode.DISK_SPACE)"
+)
+DEFECT = "KeyError('nee')"
+
+
+def said(lives: Lives, start: int = 0) -> str:
+    return lives.log.read_text()[start:] if lives.log.exists() else ""
+
+
+def runs(output: Path) -> list[Path]:
+    return [path for path in output.iterdir() if path.is_dir() and not path.is_symlink()]
+
+
+def test_each_process_has_its_own_clock(lives: Lives, tmp_path: Path) -> None:
+    codes = lives.run(tmp_path, processes=2, patch=CLOCKS)
+    assert codes == [0, 0], said(lives)
+    (run,) = runs(tmp_path)
+    assert run.name == "gemma3-micro-dutch-20260101T000000Z"
+    for checkpoint in list_checkpoints(run / "checkpoints"):
+        verify_checkpoint(checkpoint)
+        assert len(list(checkpoint.glob("optimizer-*-of-00002.safetensors"))) == 2
+    assert list_checkpoints(run / "checkpoints")[-1].name == "step-12"
+    assert (run / "final_model" / "model.safetensors").exists()
+
+
+def test_two_launchers_that_start_apart(sample_chunks: Path, tmp_path: Path) -> None:
+    """As on two machines: a launcher each, the second one two seconds later."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launchers = []
+    for rank in (0, 1):
+        words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}"]
+        words += ["--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        words += ["training.py", "--dataset-path", str(sample_chunks)]
+        launchers.append(
+            subprocess.Popen(
+                [*words, "--output-dir", str(tmp_path), *OPTIONS],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+        time.sleep(2)
+    texts = [launcher.communicate(timeout=600)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], texts
+    (run,) = runs(tmp_path)
+    assert [path.name for path in list_checkpoints(run / "checkpoints")][-2:] == [
+        "step-9",
+        "step-12",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rank", "module", "name"),
+    [
+        (0, "run", "verify_shards"),
+        (1, "run", "read_manifest"),
+        (0, "run", "run_name"),
+        (0, "run", "locked_folder"),
+        (1, "run", "check_space"),
+        (0, "resume", "newest_valid"),
+        (0, "log", "write_json"),
+        (0, "log", "tracker_names"),
+        (1, "run", "make_model"),
+        (1, "checkpoint", "write_weights"),
+        (0, "checkpoint", "write_manifest"),
+        (0, "loop", "write_final_model"),
+        (0, "metrics", "append_json_lines"),
+    ],
+)
+def test_one_that_fails_ends_all_with_its_message(
+    rank: int, module: str, name: str, lives: Lives, tmp_path: Path
+) -> None:
+    start = len(said(lives))
+    patch = FAIL.format(error=REFUSAL, rank=rank, module=module, name=name)
+    options = ("--on-save-failure", "stop", "--max-steps", "3")
+    codes = lives.run(tmp_path, *options, processes=2, patch=patch)
+    assert codes == [ExitCode.DISK_SPACE] * 2, said(lives, start)
+    text = said(lives, start)
+    assert "the disk is full" in text
+    assert "Free some." in text
+    assert "Traceback" not in text
+    assert "another process has died" not in text
+    if rank == 1:  # the first one tells whose it is
+        assert f"process 1 on {socket.gethostname()}: /mnt" in text
+
+
+def test_a_defect_in_one_ends_all(lives: Lives, tmp_path: Path) -> None:
+    start = len(said(lives))
+    patch = FAIL.format(error=DEFECT, rank=1, module="run", name="make_model")
+    assert lives.run(tmp_path, processes=2, patch=patch) == [ExitCode.PROCESS_LOST, 1]
+    assert f"process 1 on {socket.gethostname()}: it has failed (KeyError: 'nee')" in said(
+        lives, start
+    )
+
+
+@pytest.fixture(scope="module")
+def other_chunks(tmp_path_factory: pytest.TempPathFactory, sample_chunks: Path) -> Path:
+    """A chunk directory with the same tokenizer and other chunks."""
+    tokenizer = str(sample_chunks / "tokenizer.json")
+    output = tmp_path_factory.mktemp("other")
+    given = PreprocessOptions(
+        source=("sample",), tokenizer=tokenizer, chunk_size=32, output_dir=output, num_proc=1
+    )
+    return preprocess(given, QUIET)
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory: pytest.TempPathFactory, trained_run: Path) -> Path:
+    """A model of the same shape and other weights."""
+    folder = tmp_path_factory.mktemp("other") / "final_model"
+    shutil.copytree(trained_run / "final_model", folder)
+    (folder / "manifest.json").unlink()
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] += 1e-6
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+DIFFERENCES = {
+    "an option": (["--learning-rate", "1e-4"], ExitCode.BAD_OPTION, "--learning-rate: is 0.0001"),
+    "an option more": (["--max-minutes", "3"], ExitCode.BAD_OPTION, "--max-minutes: is 3.0 here"),
+    "no chunks": (["--dataset-path", "/nergens"], ExitCode.NOT_FOUND, "no such chunk directory"),
+    "other chunks": (["--dataset-path", "CHUNKS"], ExitCode.BAD_OPTION, "sha256 of the chunk"),
+    "damaged chunks": (["--dataset-path", "DAMAGED"], ExitCode.DAMAGED, "arrow: is damaged"),
+    "no shared disk": (["--output-dir", "FOLDER"], ExitCode.NOT_FOUND, "not the folder that proc"),
+    "other weights": (["--init-from", "MODEL"], ExitCode.BAD_OPTION, "sum over the weights"),
+    "another prompt": (["--sample-prompt", "x"], ExitCode.BAD_OPTION, "--sample-prompt: is ['x']"),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENCES)
+def test_what_differs_between_machines_is_said(
+    what: str,
+    lives: Lives,
+    sample_chunks: Path,
+    other_chunks: Path,
+    other_model: Path,
+    trained_run: Path,
+    tmp_path: Path,
+) -> None:
+    arguments, code, message = DIFFERENCES[what]
+    damaged = Path(shutil.copytree(sample_chunks, tmp_path / "damaged"))
+    (shard,) = (damaged / "train").glob("*.arrow")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    places = {
+        "CHUNKS": other_chunks,
+        "DAMAGED": damaged,
+        "FOLDER": tmp_path / "own",
+        "MODEL": other_model,
+    }
+    given = [str(places.get(word, word)) for word in arguments]
+    common: tuple[str, ...] = ()
+    patch = OTHER.format(arguments=given)
+    if what == "other weights":
+        common = ("--init-from", str(trained_run / "final_model"))
+        patch += 'p = order["arguments"].index("--model"); del order["arguments"][p:p + 2]\n'
+    start = len(said(lives))
+    codes = lives.run(tmp_path / "shared", *common, processes=2, patch=patch)
+    text = said(lives, start)
+    assert codes == [code] * 2, text
+    assert f"process 1 on {socket.gethostname()}" in text
+    assert message in text
+    assert "Traceback" not in text
+    assert not list(tmp_path.rglob("step-*"))
+
+
+def test_machines_of_different_kinds_are_told(lives: Lives, tmp_path: Path) -> None:
+    """As when the driver of one does not work; its processes would wait for ever."""
+    patch = 'torch.cuda.is_available = lambda: os.environ["RANK"] == "1"\n'
+    patch += "torch.cuda.set_device = lambda device: None\n"
+    start = len(said(lives))
+    assert lives.run(tmp_path, processes=2, patch=patch) == [ExitCode.BAD_OPTION] * 2
+    assert "process 1: computes on a cuda, process 0 on a cpu" in said(lives, start)
+
+
+def test_without_checkpoints_no_disk_needs_to_be_shared(lives: Lives, tmp_path: Path) -> None:
+    patch = OTHER.format(arguments=["--output-dir", str(tmp_path / "own")])
+    options = ("--save-steps", "0", "--max-steps", "2")
+    codes = lives.run(tmp_path / "shared", *options, processes=2, patch=patch)
+    assert codes == [0, 0], said(lives)
+    assert (tmp_path / "shared" / "run" / "final_model").is_dir()
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize(
+    ("save_steps", "refused", "code"),
+    [(3, "1234", ExitCode.DISK_SPACE), (3, "234", 0), (12, "1", 0)],
+)
+def test_the_first_checkpoint_must_succeed(
+    save_steps: int, refused: str, code: int, lives: Lives, tmp_path: Path
+) -> None:
+    """A run that could not be resumed stops, unless it is at its end and has its model."""
+    patch = REFUSE.format(refused=refused, error=REFUSAL)
+    codes = lives.run(tmp_path, "--save-steps", str(save_steps), patch=patch)
+    assert codes == [code], said(lives)
+    assert (tmp_path / "run" / "final_model").exists() == (code == 0)
+    assert "step 3" in said(lives)
+
+
+def test_another_shape_is_another_run(trained_run: Path) -> None:
+    checkpoint = trained_run / "checkpoints" / "step-12"
+    config = read_config(checkpoint)
+    now = {"model": "gemma3-custom", **asdict(config)}
+    of_before = {"fingerprint": {"model": "gemma3-custom"}, "changeable": {}}
+    state = {"fingerprint": now, "changeable": {}}
+    for known in (of_before, state):  # an older kiem left the shape to the model's own config.json
+        check_same_run(checkpoint, json.loads(json.dumps(known)), now, {}, QUIET)
+        other = {**now, **asdict(replace(config, num_hidden_layers=2, rope_theta=5e5))}
+        with pytest.raises(
+            UserError, match="num_hidden_layers was 6, is 2; rope_theta was"
+        ) as caught:
+            check_same_run(checkpoint, json.loads(json.dumps(known)), other, {}, QUIET)
+        assert caught.value.exit_code == ExitCode.ALREADY_EXISTS
