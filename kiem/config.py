@@ -53,9 +53,13 @@ class PreprocessOptions:
     """Seed of the split."""
     source: Annotated[tuple[str, ...], Meta(min_length=1)] = ("hub",)
     """hub (BramVanroy/wikipedia_culturax_dutch), sample (the built-in text), or files, folders and
-    globs of .txt (one document each), .jsonl, .jsonl.gz and .parquet."""
+    globs of .txt, .jsonl, .json, .csv, .parquet and others, see docs/formats.md; - is standard
+    input."""
     text_column: str = "text"
-    """Column (Parquet) or key (JSON Lines) that holds a document's text."""
+    """Column or key that holds a document's text; a.b is b in the column or object a."""
+    document_separator: str | None = None
+    """Cut text files into documents at lines with this text, such as <|endoftext|>. blank-lines: at
+    blank lines. every-line: each line is a document. Default: each file is one."""
     tokenizer: str = HUB_TOKENIZER
     """A Hub id, a folder with a tokenizer.json, a tokenizer.json, or train:N to train a vocabulary
     of N entries in Gemma's style on the training documents."""
@@ -203,7 +207,8 @@ class InferenceOptions:
     prompt: str | None = None
     """Text to continue."""
     prompts_file: Path | None = None
-    """File with a prompt a line (.txt), or JSON Lines with a key "prompt" (.jsonl)."""
+    """File with a prompt a line (.txt), or with a column or key "prompt" (.jsonl, .csv and others,
+    see docs/formats.md)."""
     interactive: bool = False
     """Type prompts at the keyboard."""
     serve: bool = False
@@ -263,15 +268,17 @@ class EvaluationOptions:
     """Model directory (final_model/ of a run), or a Hub id. Any causal model that transformers can
     load is measured alike, if transformers is installed."""
     data: tuple[str, ...] = ()
-    """Text to measure bits per byte on: files, folders and globs of .txt, .jsonl, .jsonl.gz and
-    .parquet, sample (the built-in text), or a chunk directory, whose test split is taken."""
+    """Text to measure bits per byte on: files, folders and globs as for preprocess.py, sample (the
+    built-in text), or a chunk directory, whose test split is taken."""
     suite: tuple[str, ...] = ()
-    """minimal-pairs (the built-in Dutch ones), or files in BLiMP's shape (.jsonl, .parquet)."""
+    """minimal-pairs (the built-in Dutch ones), or files in BLiMP's shape, see docs/formats.md."""
     context: Annotated[int, Meta(ge=8, le=_MOST_TOKENS)] | None = None
     """Most tokens the model reads at once; longer documents are read in overlapping windows.
     Default: the chunk size that a kiem model was trained with, the longest of other models."""
     text_column: str = "text"
-    """Column (Parquet) or key (JSON Lines) of --data that holds a document's text."""
+    """Column or key of --data that holds a document's text."""
+    document_separator: str | None = None
+    """Cut text files of --data into documents, as preprocess.py does with this option."""
     max_documents: Count | None = None
     """Take only so many documents of --data, the first ones."""
     json: Path | None = None

@@ -137,8 +137,8 @@ TXT = {
     "surrogate in UTF-8": bad("in.txt", b"een\xed\xa0\x80", "1" + UTF8, "not UTF-8"),
     "beyond Unicode": bad("in.txt", b"\xf4\x90\x80\x80", "1" + UTF8, "not UTF-8"),
     "cut at the end": bad("in.txt", "a\nb\n€".encode()[:-1], "3" + UTF8, "not UTF-8"),
-    "UTF-16 with BOM": bad("in.txt", "een".encode("utf-16"), "1" + UTF8, "not UTF-8"),
-    "UTF-32 with BOM": bad("in.txt", "een".encode("utf-32"), "1" + UTF8, "not UTF-8"),
+    "UTF-16 with BOM": bad("in.txt", "een".encode("utf-16"), "1: UTF-16, not UTF-8", "not UTF-8"),
+    "UTF-32 with BOM": bad("in.txt", "een".encode("utf-32"), "1: UTF-32, not UTF-8", "not UTF-8"),
     "latin-1": bad("in.txt", "café\n".encode("latin-1"), "1" + UTF8, "not UTF-8"),
     **{f"{name} (.txt)": good("in.txt", text.encode(), text) for name, text in ODD_TEXTS.items()},
 }
@@ -173,7 +173,7 @@ JSONL = {
         "in.jsonl", b'{"text": NaN}', "1: the text is float, not a string", "not a string"
     ),
     "text is a huge number": bad(
-        "in.jsonl", b'{"text": %s}' % (b"9" * 5000), "1: the text is int, not a string",
+        "in.jsonl", b'{"text": %s}' % (b"9" * 5000), "1: the text is float, not a string",
         "not a string",
     ),
     "same key twice, the last counts": good("in.jsonl", b'{"text": 1, "text": "a"}', "a"),
@@ -227,10 +227,10 @@ JSONL = {
         "in.jsonl", AB + b'{"text": "\xff"}\n' + AB, "3" + UTF8, "not UTF-8", "a", "b", "a", "b"
     ),
     "invalid UTF-8 elsewhere": good("in.jsonl", b'{"text": "a", "url": "\xff"}', "a"),
-    "JSON Lines in UTF-16": bad(
-        "in.jsonl", '{"text": "a"}'.encode("utf-16"), "1" + UTF8, "not UTF-8"
+    "JSON Lines in UTF-16": damaged(
+        "in.jsonl", '{"text": "a"}'.encode("utf-16"), ": UTF-16, not UTF-8"
     ),
-    "compressed without .gz": bad("in.jsonl", zipped(b"a" * 99), "1" + UTF8, "not UTF-8"),
+    "compressed without .gz": damaged("in.jsonl", zipped(b"a" * 99), ": gzip, not UTF-8"),
     "odd texts": good("in.jsonl", b"".join(map(line, ODD_TEXTS.values())), *ODD_TEXTS.values()),
 }  # fmt: skip
 GZ = {
@@ -259,7 +259,7 @@ GZ = {
 }  # fmt: skip
 NOT_STRINGS = {
     "int64": [1, 2], "double": [1.5], "bool": [True], "list<element: string>": [["a"]],
-    "struct<a: string>": [{"a": "b"}], "binary": [b"a"],
+    "struct<a: string>": [{"a": "b"}],
     "timestamp[us]": pa.array([2**60], pa.timestamp("us")),
 }  # fmt: skip
 NULL = "1: the text is NoneType, not a string"
@@ -307,7 +307,7 @@ PQ = {
 PQ["nulls"].rejected["empty"] = 1
 NAME = "{path!a}: the file's name has a line break, a control character or bytes that are not UTF-8"
 FILES = {
-    "folder": damaged("in.parquet", Path.mkdir, ": is not a regular file"),
+    "folder with nothing in it": good("in.parquet", Path.mkdir),
     "FIFO": damaged("in.txt", os.mkfifo, ": is not a regular file"),
     "device": damaged(
         "in.txt", lambda path: path.symlink_to("/dev/zero"), ": is not a regular file"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
+import io
 import json
+import lzma
 import os
 import random
 import shutil
@@ -16,6 +20,7 @@ import numpy as np
 import pytest
 from bad_input_cases import AB, CASES, COLUMN, MANY, ODD_TEXTS, Case, line, parquet
 from conftest import ROOT
+from format_cases import feather, stream, zstd
 from rich.console import Console
 
 from kiem.config import PreprocessOptions
@@ -200,15 +205,16 @@ def test_unreadable_file_and_folder(tmp_path: Path) -> None:
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == os.getuid() and folder != Path("/"):
             folder.chmod(folder.stat().st_mode | 0o011)
-    names = [tmp_path / "in.txt", tmp_path / "closed", tmp_path / "closed" / "in.txt"]
+    closed = tmp_path / "closed"
+    names = [tmp_path, tmp_path / "in.txt", closed, closed / "in.txt"]
     command = [sys.executable, "-c", code, *map(str, names), "x" * 300]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True)
     denied = "7 cannot be read (Permission denied)"
-    assert done.stdout.splitlines() == [denied] * 3 + ["7 cannot be read (File name too long)"]
+    assert done.stdout.splitlines() == [denied] * 4 + ["7 cannot be read (File name too long)"]
 
 
 def test_names_that_are_no_file(tmp_path: Path) -> None:
-    for pattern in ("", str(tmp_path), str(tmp_path / "*.txt"), str(tmp_path / "a.txt")):
+    for pattern in ("", str(tmp_path / "*.txt"), str(tmp_path / "a.txt")):
         with pytest.raises(UserError, match="no such file"):
             resolve_source((pattern,), None)
     (tmp_path / "a.txt").write_text("x")
@@ -218,7 +224,7 @@ def test_names_that_are_no_file(tmp_path: Path) -> None:
 
 
 def test_longer_than_a_document_may_be(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("rows", "readers", "json_lines"):
+    for module in ("rows", "lines", "json_lines", "text_files"):
         monkeypatch.setattr(f"kiem.data.{module}.MAX_DOCUMENT_BYTES", 200)
     long = line("x" * 300)
     for suffix, content, kept, too_long in (
@@ -266,25 +272,52 @@ def test_a_line_of_100_mb_in_bounded_memory(tmp_path: Path, gemma_tokenizer_file
     assert usage.ru_maxrss * 1024 < 2_000_000_000
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz", ".parquet"])
+def fuzzed_contents(suffix: str, texts: list[str]) -> list[bytes]:
+    """Returns sound files with some texts, to be damaged."""
+    lines = b"".join(map(line, texts))
+    columns = {"text": texts, "source": texts}
+    rows = [{"text": text} for text in texts]
+    if suffix == ".parquet":
+        return [
+            parquet(columns, row_group_size=size, **more)
+            for size in (3, 100)
+            for more in ({}, {"compression": "none"}, {"compression": "zstd"})
+        ]
+    if suffix in (".arrow", ".feather"):
+        return [feather(columns), stream(columns)]
+    if suffix == ".csv":
+        table = io.StringIO()
+        csv.writer(table).writerows(
+            zip(*([name, *column] for name, column in columns.items()), strict=True)
+        )
+        return [table.getvalue().encode()]
+    return {
+        ".txt": [text.encode() for text in texts],
+        ".jsonl": [lines],
+        ".jsonl.gz": [gzip.compress(lines), gzip.compress(lines[:50]) + gzip.compress(lines[50:])],
+        ".jsonl.zst": [zstd(lines), zstd(lines[:50]) + zstd(lines[50:])],
+        ".jsonl.bz2": [bz2.compress(lines)],
+        ".jsonl.xz": [lzma.compress(lines)],
+        ".json": [lines, *(json.dumps(rows, indent=n).encode() for n in (None, 1))],
+        "wiki_00": [b"".join(f"<doc id='1'>\n{text}\n</doc>\n".encode() for text in texts)],
+    }[suffix]
+
+
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        *(".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz", ".json", ".csv"),
+        *(".parquet", ".arrow", ".feather", "wiki_00"),
+    ],
+)
 def test_files_with_random_damage_are_read_or_refused(suffix: str, tmp_path: Path) -> None:
     """Bits flipped, parts cut out, doubled or mixed: rows or a UserError, nothing else."""
     seed = int(os.environ.get("KIEM_CHAOS_SEED", "0"))
     print(f"KIEM_CHAOS_SEED={seed}")
     chance = random.Random(f"{seed}{suffix}")
     texts = [*(text for text in ODD_TEXTS.values() if len(text) < 100), *GOOD]
-    lines = b"".join(map(line, texts))
-    contents = {
-        ".txt": [text.encode() for text in texts],
-        ".jsonl": [lines],
-        ".jsonl.gz": [gzip.compress(lines), gzip.compress(lines[:50]) + gzip.compress(lines[50:])],
-        ".parquet": [
-            parquet({"text": texts, "source": texts}, row_group_size=size, **more)
-            for size in (3, 100)
-            for more in ({}, {"compression": "none"}, {"compression": "zstd"})
-        ],
-    }[suffix]
-    path = tmp_path / f"in{suffix}"
+    contents = fuzzed_contents(suffix, texts)
+    path = tmp_path / (suffix if suffix[0] != "." else f"in{suffix}")
     for _ in range(int(os.environ.get("KIEM_FUZZ_FILES", "250"))):
         path.write_bytes(_damage(chance.choice(contents), chance))
         outcomes = {_outcome(path, unit_bytes) for unit_bytes in (1 << 20, 301, 64)}

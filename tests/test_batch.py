@@ -171,9 +171,9 @@ def test_processes_without_a_common_file_are_refused(trained_run: Path) -> None:
     ("line", "message"),
     [
         ('{"prompt": 5}', "not a string"),
-        ('{"text": "x"}', "not like"),
-        ("[" * 100_000, "not like"),
-        (r'{"prompt": "\ud83d"}', "half a character"),
+        ('{"text": "x"}', "no column 'prompt'; there is 'text'"),
+        ("[" * 100_000, "nested too deeply"),
+        (r'{"prompt": "\ud83d"}', "half a surrogate pair"),
     ],
 )
 def test_bad_prompts_are_named(tmp_path: Path, line: str, message: str) -> None:

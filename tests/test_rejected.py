@@ -229,9 +229,7 @@ def test_lines_are_counted_once(
             pq.write_table(pa.table({"text": ["x"] * 200}), path, row_group_size=7)
     source = resolve_source((str(tmp_path),), None)
     pieces = cut_source(source, 100)[::3]
-    expected = [
-        place(source.paths[p.file], source.names[p.file], p, n) for p in pieces for n in (1, 5)
-    ]
+    expected = [place(source, p, n) for p in pieces for n in (1, 5)]
     counted: list[tuple[str, int, int]] = []
     count_rows = rejected.count_rows
 

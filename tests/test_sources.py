@@ -55,7 +55,7 @@ def test_pieces_of_any_size_give_every_row_once_and_know_its_place(
         rows = list(read_rows(source, pieces, "text", "stop"))
         assert [row.text for _, row in rows] == texts
         numbers = [n + 1 if suffix == ".parquet" else n + 1 + n // 4 for n in range(60)]
-        places = [place(path, str(path), piece, row.number) for piece, row in rows]
+        places = [place(source, piece, row.number) for piece, row in rows]
         assert places == [f"{path}:{number}" for number in numbers]
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rich.console import Console
+
 from kiem.config import PreprocessOptions
 from kiem.data.clean import mend, reject
 from kiem.data.contamination import EvaluationText, read_evaluation
@@ -62,8 +64,12 @@ class Cleaning:
         return list(zip(texts, reasons, strict=True))
 
 
-def make_cleaning(options: PreprocessOptions) -> Cleaning:
+def make_cleaning(options: PreprocessOptions, console: Console) -> Cleaning:
     """Returns what the options ask for, with the evaluation files read.
+
+    Args:
+        options: all options of preprocess.py.
+        console: where it is said what is not read.
 
     Raises:
         UserError: rensa is missing, or an evaluation file cannot be read.
@@ -72,5 +78,5 @@ def make_cleaning(options: PreprocessOptions) -> Cleaning:
         require_rensa()
     evaluation = None
     if options.decontaminate:
-        evaluation = read_evaluation(options.decontaminate, options.text_column)
+        evaluation = read_evaluation(options.decontaminate, options.text_column, console)
     return Cleaning(options.clean, options.near_duplicates, evaluation)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 
-from kiem.data.readers import cut_source, place, read_rows
-from kiem.data.rows import bad_input
-from kiem.data.sources import SUFFIXES, local_source
+from kiem.data.readers import read_documents
+from kiem.data.sources import local_source
 from kiem.data.words import WordHashes, hash_ngrams, plain_words
 from kiem.errors import ExitCode, UserError
 
@@ -50,33 +50,20 @@ class EvaluationText:
         return False
 
 
-def read_evaluation(paths: Sequence[Path], text_column: str) -> EvaluationText:
-    """Reads evaluation files: .txt, .jsonl, .jsonl.gz or .parquet, as text to train on is read.
+def read_evaluation(
+    paths: Sequence[Path], text_column: str, console: Console | None = None
+) -> EvaluationText:
+    """Reads evaluation files, as text to train on is read.
 
     Raises:
         UserError: a file is missing, damaged or of another type, or has no text to look for.
     """
-    for path in paths:
-        if not path.is_file() or not path.name.endswith(SUFFIXES):
-            what = "not of a type that can be read" if path.is_file() else "there is no such file"
-            raise UserError(
-                what,
-                where=f"--decontaminate {path}",
-                fix="Name .txt, .jsonl, .jsonl.gz or .parquet files.",
-                exit_code=ExitCode.NOT_FOUND,
-            )
-    source = local_source("evaluation", "files", list(paths), list(map(str, paths)))
+    source = local_source(list(map(str, paths)), "--decontaminate", console)
     hashes = WordHashes()
     parts: dict[int, list[np.ndarray]] = {}
     num_ignored = 0
-    for piece, row in read_rows(source, cut_source(source, 1 << 62), text_column, "skip"):
-        if row.problem is not None:
-            name = source.names[piece.file]
-            raise bad_input(
-                place(source.paths[piece.file], name, piece, row.number),
-                row.problem.what,
-                "Mend or remove it, or leave the file out of --decontaminate.",
-            )
+    fix = "Mend or remove it, or leave the file out of --decontaminate."
+    for row in read_documents(source, text_column, fix):
         assert row.text is not None
         words = hashes.of(plain_words(row.text))
         n = min(NGRAM_WORDS, len(words))

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from kiem.data.cleaning import Cleaning, make_cleaning
 from kiem.data.contamination import MIN_WORDS
 from kiem.data.encoding import fast_path, load_encoders
 from kiem.data.ray_workers import run_units_on_ray
+from kiem.data.readers import check_effects
 from kiem.data.rejected import write_rejected
 from kiem.data.sources import (
     DEFAULT_HUB_SIZE,
@@ -92,15 +94,22 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     # Local files first, since that is quick; but the tokenizer before the Hub's gigabytes of text,
     # which are useless without it.
     is_local = options.source != ("hub",)
-    source = resolve_source(options.source, options.dataset_size) if is_local else None
+    resolve = partial(
+        resolve_source,
+        options.source,
+        options.dataset_size,
+        console=console,
+        document_separator=options.document_separator,
+    )
+    source = resolve() if is_local else None
+    if source is not None:
+        check_effects(source, options.text_column)
     tokenizer = None if vocabulary_size else load_tokenizer(options.tokenizer)
     if source is None:  # go on with the same text, although the dataset may have changed
         revision = None if options.overwrite else _pinned_revision(options)
-        source = resolve_source(
-            options.source, options.dataset_size, revision=revision, console=console
-        )
+        source = resolve(revision=revision)
     folder = options.output_dir / directory_name(options, source.name)
-    cleaning = make_cleaning(options)
+    cleaning = make_cleaning(options, console)
     if cleaning.evaluation is not None and (num_ignored := cleaning.evaluation.num_ignored):
         texts = "1 evaluation text has" if num_ignored == 1 else f"{num_ignored} texts have"
         warn(console, f"--decontaminate: {texts} fewer than {MIN_WORDS} words, not looked for")
@@ -120,7 +129,8 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
         seconds = _finish_units(units, job, tokenizer, options, console)
         packing_started = time.perf_counter()
         with new_folder(folder, overwrite=options.overwrite, temporary=work / "result") as result:
-            manifest = {**identity, **_assemble(units, job, tokenizer, options, result)}
+            not_read = {"not_read": dict(sorted(source.not_read.items()))}
+            manifest = {**identity, **not_read, **_assemble(units, job, tokenizer, options, result)}
             finish_directory(result, manifest)
         seconds["packing"] = time.perf_counter() - packing_started
     print_summary(manifest, time.perf_counter() - started, seconds, folder, console)
@@ -268,15 +278,8 @@ def _check_options(options: PreprocessOptions) -> None:
             "--on-bad-document skip as well.",
             exit_code=ExitCode.NO_EFFECT,
         )
-    if options.text_column != "text" and (
-        options.source == ("sample",) or all(name.endswith(".txt") for name in options.source)
-    ):
-        raise UserError(
-            "has no effect: this source has no columns",
-            where="--text-column",
-            fix="Leave it out, or give .jsonl, .jsonl.gz or .parquet files with --source.",
-            exit_code=ExitCode.NO_EFFECT,
-        )
+    if options.text_column != "text" and options.source == ("sample",):
+        raise no_effect("--text-column", "with --source sample")
 
 
 def _identity(
@@ -290,6 +293,7 @@ def _identity(
             "test_split": options.test_split,
             "seed": options.seed,
             "text_column": options.text_column,
+            "document_separator": options.document_separator,
             "packing": options.packing,
             "on_bad_document": options.on_bad_document,
             **cleaning.identity,

@@ -14,6 +14,7 @@ from typing import Any
 
 from kiem.data.encoding import Encoder, fast_path
 from kiem.data.sources import Source
+from kiem.data.standard_input import STANDARD_INPUT
 from kiem.data.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
 from kiem.data.units import Unit, UnitJob, UnitSummary, finish_unit
 from kiem.errors import ExitCode, UserError, not_installed
@@ -43,8 +44,16 @@ def run_units_on_ray(
         address: of a running cluster; by default one is started on this machine.
 
     Raises:
-        UserError: Ray is not installed or not reachable, or what `finish_unit` raises.
+        UserError: Ray is not installed or not reachable, the text is this machine's standard input,
+            or what `finish_unit` raises.
     """
+    if STANDARD_INPUT in job.reading.source.names:
+        raise UserError(
+            "other machines cannot read this one's standard input",
+            where="--source -",
+            fix="Give a file on a disk that all of them share, or leave --executor ray out.",
+            exit_code=ExitCode.BAD_OPTION,
+        )
     try:
         import ray
         from ray.util import ActorPool

@@ -92,9 +92,8 @@ class _Places:
 
     def of(self, piece: Piece, number: int) -> str:
         """Returns `file:line` of a row of a piece."""
-        path, name = self._source.paths[piece.file], self._source.names[piece.file]
         if piece.file != self._file:
             self._file, self._start, self._num_before = piece.file, 0, 0
-        self._num_before += count_rows(path, name, self._start, piece.start)
+        self._num_before += count_rows(self._source, piece.file, self._start, piece.start)
         self._start = piece.start
-        return f"{name}:{self._num_before + number}"
+        return f"{self._source.names[piece.file]}:{self._num_before + number}"

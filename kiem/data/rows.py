@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import codecs
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 from kiem.errors import ExitCode, UserError
@@ -12,6 +15,23 @@ from kiem.errors import ExitCode, UserError
 # A longer one is hardly one document, and there would be copies of it in memory.
 MAX_DOCUMENT_BYTES = 256_000_000
 BOM = b"\xef\xbb\xbf"
+MISSING = object()
+HEAD_BYTES = 1 << 12  # which say what a file is
+_MOST_COLUMNS_SHOWN = 20
+_LONGEST_NAME = 60
+_UNDECODED = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of other bytes
+_BEGINNINGS = {
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\3\4": "zip",
+    b"%PDF": "PDF",
+}
 
 
 class Row(NamedTuple):
@@ -57,6 +77,41 @@ NOT_UTF8 = Problem(
 TOO_LONG = Problem("too long", f"longer than {MAX_DOCUMENT_BYTES // 10**6} MB")
 
 
+def foreign_content(data: bytes) -> Problem | None:
+    """Returns the problem of data that is not UTF-8 text, if its first bytes say what it is."""
+    head = data[:HEAD_BYTES]
+    # Every second byte of Latin letters in UTF-16 is NUL, and none of the others.
+    num_nul = sorted((head[::2].count(0), head[1::2].count(0)))
+    if len(head) >= 16 and num_nul[0] == 0 and num_nul[1] > len(head) / 4:
+        kind = "UTF-16"
+    elif _is_utf8(head):
+        return None
+    else:
+        kind = next((kind for start, kind in _BEGINNINGS.items() if head.startswith(start)), "")
+    if not kind:
+        return None
+    if kind in ("zip", "PDF"):
+        fix = "Give the text that is in it."
+    elif kind.startswith("UTF"):
+        fix = f"Convert the file: iconv -f {kind} -t utf-8 FILE > NEW-FILE"
+    else:
+        fix = "Let its name end as those of compressed files do, see docs/formats.md."
+    return Problem("not UTF-8", f"{kind}, not UTF-8", fix)
+
+
+def _is_utf8(head: bytes) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def not_utf8(data: bytes) -> Problem:
+    """Returns the problem of a text that is not UTF-8, with what it is instead if that is known."""
+    return foreign_content(data) or NOT_UTF8
+
+
 def checked_row(text: Any, source: str, number: int) -> Row:
     """Returns a row with `text` if that can be a document, or with what is wrong with it."""
     if not isinstance(text, str):
@@ -75,11 +130,61 @@ def checked_row(text: Any, source: str, number: int) -> Row:
     return Row(text, source, number)
 
 
-def no_column(text_column: str, columns: list[str]) -> Problem:
+def checked_undecoded_row(text: Any, source: str, number: int) -> Row:
+    """As `checked_row`, of text that was decoded with "surrogateescape"."""
+    row = checked_row(text, source, number)
+    if row.problem is not None and isinstance(text, str) and _UNDECODED.search(text):
+        return Row(None, source, number, NOT_UTF8)
+    return row
+
+
+def label(value: Any, default_source: str) -> str:
+    """Returns what a row's `source` is called: its own name if that is text, else the file's."""
+    try:
+        return value if isinstance(value, str) and value.encode() else default_source
+    except UnicodeEncodeError:  # half a surrogate pair
+        return default_source
+
+
+def find_value(record: Mapping[str, Any], column: str) -> Any:
+    """Returns the value of a column; `a.b` is key b of the object a, unless a column is called so.
+
+    Returns:
+        The value, or MISSING.
+    """
+    if column in record:
+        return record[column]
+    for dot in re.finditer(r"\.", column):
+        inner = record.get(column[: dot.start()])
+        if isinstance(inner, Mapping):
+            found = find_value(inner, column[dot.end() :])
+            if found is not MISSING:
+                return found
+    return MISSING
+
+
+def record_row(record: Mapping[str, Any], number: int, column: str, default_source: str) -> Row:
+    """Returns the row of an object, or of the fields of a table by column."""
+    text = find_value(record, column)
+    if text is MISSING:
+        names = (
+            name
+            for key, value in record.items()
+            for name in ([f"{key}.{k}" for k in value] if isinstance(value, Mapping) else [key])
+        )
+        return Row(None, default_source, number, no_column(column, names))
+    given = record.get("source") if column != "source" else None
+    return checked_undecoded_row(text, label(given, default_source), number)
+
+
+def no_column(text_column: str, columns: Iterable[str]) -> Problem:
     """Returns the problem of a row or file without the text column."""
+    names = [repr(name) for name in islice(columns, _MOST_COLUMNS_SHOWN + 1)]
+    names = [name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..." for name in names]
+    there = ", ".join([*names[:_MOST_COLUMNS_SHOWN], *["..."] * (len(names) > _MOST_COLUMNS_SHOWN)])
     return Problem(
         "no such column",
-        f"no column {text_column!r}; there is {', '.join(map(repr, columns)) or 'nothing'}",
+        f"no column {text_column!r}; there is {there or 'nothing'}",
         "Name the column that holds the text with --text-column.",
     )
 
@@ -95,6 +200,19 @@ def damaged(where: str, kind: str, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     fix = "Fetch or make the file again, or leave it out of --source. It is not skipped, since "
     return bad_input(where, f"damaged {kind} ({reason})", f"{fix}nobody can tell what was lost.")
+
+
+@contextmanager
+def arrow_damage(name: str, kind: str) -> Iterator[None]:
+    """Turns what pyarrow raises at damaged files into a UserError that names the file."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(name, kind, error) from error
 
 
 @contextmanager

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import reprlib
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -15,13 +13,17 @@ from typing import Any
 
 from rich.console import Console
 
+from kiem.cli import warn
 from kiem.config import DATASET_SIZES, HUB_DATASET
+from kiem.data.find_files import FoundFiles, find_files, show_counts
+from kiem.data.formats import Format, format_of, look_inside
 from kiem.data.hub import download_dataset_files
-from kiem.data.rows import bad_input, reading_errors
-from kiem.errors import ExitCode, UserError
+from kiem.data.rows import reading_errors
+from kiem.data.standard_input import STANDARD_INPUT
+from kiem.data.text_files import BLANK_LINES, EVERY_LINE
+from kiem.errors import ExitCode, UserError, no_effect
 from kiem.files import sha256_file
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 DEFAULT_HUB_SIZE = "10k"
 _WORD_BLOCK = 1 << 20
 
@@ -34,15 +36,21 @@ class Source:
         name: short name, used for the chunk directory.
         paths: the files.
         names: what each file is called in messages and in the manifest.
+        formats: how each file is read.
         description: what the manifest records: kind, revision or the sha256 of every file.
         stamps: size and time of each file, by which a later change is noticed.
+        document_separator: what cuts text files into documents; None: each is one.
+        not_read: how many files in folders are not read, by suffix.
     """
 
     name: str
     paths: list[Path]
     names: list[str]
+    formats: list[Format]
     description: dict[str, Any]
     stamps: list[tuple[int, int]]
+    document_separator: str | None = None
+    not_read: Counter[str] = field(default_factory=Counter)
 
 
 def file_stamp(path: Path) -> tuple[int, int]:
@@ -58,6 +66,7 @@ def resolve_source(
     revision: str | None = None,
     console: Console | None = None,
     option: str = "--source",
+    document_separator: str | None = None,
 ) -> Source:
     """Finds (and for the Hub, downloads) the files that an option names.
 
@@ -65,17 +74,23 @@ def resolve_source(
         source: ("hub",), ("sample",), or files, folders and globs.
         dataset_size: the Hub dataset's config; not looked at for other sources.
         revision: the Hub dataset's commit, by default the newest.
-        console: where the progress of a download is shown.
+        console: where the progress of a download is shown, and what is not read.
         option: the option's name, for messages.
+        document_separator: what cuts text files into documents; None: each is one.
 
     Raises:
         UserError: unknown size, no such file, a file that cannot be read, or trouble with the Hub.
     """
+    if document_separator is not None:
+        _check_separator(document_separator)
+    if source == ("hub",) and document_separator is not None:
+        raise no_effect("--document-separator", "on the Hub dataset, whose documents are rows")
     if source == ("hub",):
         return _resolve_hub(dataset_size or DEFAULT_HUB_SIZE, revision, console)
     if source == ("sample",):
         path = Path(str(resources.files("kiem.data") / "sample" / "dutch.jsonl"))
-        return local_source("sample", "sample", [path], ["sample"])
+        files = FoundFiles([path], ["sample"])
+        return _files_source("sample", "sample", files, document_separator)
     if "hub" in source or "sample" in source:
         raise UserError(
             "'hub' and 'sample' stand alone",
@@ -83,29 +98,66 @@ def resolve_source(
             fix="Give either one of them, or files.",
             exit_code=ExitCode.BAD_OPTION,
         )
-    paths = [path for pattern in source for path in _expand(pattern, option)]
-    counts = Counter(path.resolve() for path in paths)
-    repeated = sorted(str(path) for path, count in counts.items() if count > 1)
-    if repeated:
+    return local_source(source, option, console, document_separator)
+
+
+def _check_separator(separator: str) -> None:
+    if not separator.strip() or len(separator.splitlines()) > 1:
         raise UserError(
-            f"named twice: {', '.join(repeated)}",
-            where=option,
-            fix="Name each file once, so that its text does not count double.",
+            f"{separator!r} is not the text of one line",
+            where="--document-separator",
+            fix=f"Give such a text, or {BLANK_LINES} or {EVERY_LINE}.",
             exit_code=ExitCode.BAD_OPTION,
         )
-    first = Path(source[0])
-    name = first.resolve().name if first.is_dir() else paths[0].name.split(".")[0]
-    return local_source(name, "files", paths, [str(path) for path in paths])
 
 
-def local_source(name: str, kind: str, paths: list[Path], names: list[str]) -> Source:
+def local_source(
+    patterns: Sequence[str],
+    option: str,
+    console: Console | None = None,
+    document_separator: str | None = None,
+) -> Source:
+    """Returns the source that files, folders, globs and standard input ("-") are.
+
+    Args:
+        patterns: one or more of these.
+        option: the option's name, for messages.
+        console: where it is said what is not read.
+        document_separator: what cuts text files into documents; None: each is one.
+
+    Raises:
+        UserError: there is no such file, or one cannot be read.
+    """
+    found = find_files(patterns, option)
+    if found.not_read and console is not None:
+        warn(console, f"{option}: not read: {show_counts(found.not_read)}")
+    first = Path(patterns[0])
+    if patterns[0] == STANDARD_INPUT:
+        name = "stdin"
+    else:
+        name = first.resolve().name if first.is_dir() else found.paths[0].name.split(".")[0]
+    return _files_source(name, "files", found, document_separator)
+
+
+def _files_source(name: str, kind: str, files: FoundFiles, separator: str | None) -> Source:
     """Returns files of this machine as a source; raises a UserError if one cannot be read."""
-    hashes, stamps = {}, []
-    for path, file_name in zip(paths, names, strict=True):
+    hashes, stamps, formats = {}, [], []
+    for path, file_name in zip(files.paths, files.names, strict=True):
         with reading_errors(file_name):
             stamps.append(file_stamp(path))  # before the hash, so that no change goes unseen
             hashes[file_name] = sha256_file(path)
-    return Source(name, paths, names, {"kind": kind, "sha256": hashes}, stamps)
+            named = format_of(path.name)
+            formats.append(look_inside(path, file_name, named, is_cut=separator is not None))
+    return Source(
+        name,
+        files.paths,
+        files.names,
+        formats,
+        {"kind": kind, "sha256": hashes},
+        stamps,
+        separator,
+        files.not_read,
+    )
 
 
 def word_limit(dataset_size: str | None) -> int | None:
@@ -170,43 +222,5 @@ def _resolve_hub(dataset_size: str, revision: str | None, console: Console | Non
         "files": files.names,
     }
     stamps = [file_stamp(path) for path in files.paths]
-    return Source(dataset_size, files.paths, files.names, description, stamps)
-
-
-def _expand(pattern: str, option: str) -> list[Path]:
-    """Returns the files that a path, folder or glob stands for; leaves none out unsaid."""
-    with reading_errors(f"{option} {pattern}"):
-        path = Path(pattern)
-        if not pattern:  # Path("") would be the current folder
-            found = []
-        elif path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
-        elif path.exists() or path.is_symlink():
-            found = [path]
-        else:
-            found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-            found = [p for p in found if p.name.endswith(SUFFIXES) or not p.is_dir()]
-        for path in found:
-            _check_file(path)
-    if not found:
-        raise UserError(
-            "no such file",
-            where=f"{option} {pattern}",
-            fix=f"Name existing files, or a folder with files that end in {', '.join(SUFFIXES)}.",
-            exit_code=ExitCode.NOT_FOUND,
-        )
-    return found
-
-
-def _check_file(path: Path) -> None:
-    """Raises a UserError if the path is not one of a file that can be read."""
-    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in str(path)):
-        what = "the file's name has a line break, a control character or bytes that are not UTF-8"
-        raise bad_input(ascii(str(path)), what, "Rename it.")
-    if not path.name.endswith(SUFFIXES):
-        fix = f"Files must end in {', '.join(SUFFIXES)}."
-        raise bad_input(str(path), "unknown type of file", fix)
-    if not path.is_file():
-        is_dangling = path.is_symlink() and not path.exists()
-        what = "is a link to a file that is not there" if is_dangling else "is not a regular file"
-        raise bad_input(str(path), what, "Remove it, or name only files.")
+    formats = [Format("parquet")] * len(files.paths)
+    return Source(dataset_size, files.paths, files.names, formats, description, stamps)

@@ -275,8 +275,7 @@ def _batches(rows: Iterator[tuple[Piece, Row]]) -> Iterator[list[tuple[Piece, Ro
 
 def _place(job: UnitJob, found: tuple[Piece, Row]) -> str:
     piece, row = found
-    source = job.reading.source
-    return place(source.paths[piece.file], source.names[piece.file], piece, row.number)
+    return place(job.reading.source, piece, row.number)
 
 
 def _spread(values: np.ndarray, is_kept: np.ndarray) -> np.ndarray:

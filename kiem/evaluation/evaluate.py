@@ -24,7 +24,7 @@ from kiem.data.chunks import (
     read_manifest,
     read_tokenizer,
 )
-from kiem.data.readers import cut_source, place, read_rows
+from kiem.data.readers import check_effects, read_documents
 from kiem.data.sources import resolve_source
 from kiem.data.verify import verify_shards
 from kiem.errors import ExitCode, UserError, no_effect
@@ -34,7 +34,6 @@ from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, su
 from kiem.evaluation.open_model import open_language_model
 from kiem.files import format_bytes, write_json
 
-_PIECE_BYTES = 1 << 26
 _MOST_SOURCES_SHOWN = 50
 
 
@@ -53,8 +52,8 @@ def evaluate(options: EvaluationOptions, console: Console) -> dict[str, Any]:
     """
     _check_options(options)
     names = options.suite or (() if options.data else (BUILT_IN,))
-    pairs = read_suite(names) if names else []
-    documents = read_documents(options) if options.data else iter(())
+    pairs = read_suite(names, console) if names else []
+    documents = evaluation_documents(options, console) if options.data else iter(())
     model = open_language_model(options.model_path, options.precision, options.context)
     results: dict[str, Any] = {"model": options.model_path, "context": model.context}
     started = time.perf_counter()
@@ -72,7 +71,7 @@ def evaluate(options: EvaluationOptions, console: Console) -> dict[str, Any]:
     return results
 
 
-def read_documents(options: EvaluationOptions) -> Iterator[Document]:
+def evaluation_documents(options: EvaluationOptions, console: Console) -> Iterator[Document]:
     """Yields the documents of `--data`; what can be checked without reading is checked at once.
 
     Raises:
@@ -82,6 +81,8 @@ def read_documents(options: EvaluationOptions) -> Iterator[Document]:
     if len(options.data) == 1 and (first / MANIFEST_FILE).is_file():
         if options.text_column != "text":
             raise no_effect("--text-column", "with a chunk directory")
+        if options.document_separator is not None:
+            raise no_effect("--document-separator", "with a chunk directory")
         documents = _test_split(first)
     elif "hub" in options.data:
         raise UserError(
@@ -91,28 +92,25 @@ def read_documents(options: EvaluationOptions) -> Iterator[Document]:
             exit_code=ExitCode.BAD_OPTION,
         )
     else:
-        documents = _file_documents(options)
+        documents = _file_documents(options, console)
     return islice(documents, options.max_documents)
 
 
-def _file_documents(options: EvaluationOptions) -> Iterator[Document]:
-    source = resolve_source(options.data, None, option="--data")
-    pieces = cut_source(source, _PIECE_BYTES)
-
-    def documents() -> Iterator[Document]:
-        for piece, row in read_rows(source, pieces, options.text_column, "skip"):
-            if row.text is None:
-                path, name = source.paths[piece.file], source.names[piece.file]
-                assert row.problem is not None
-                raise UserError(
-                    row.problem.what,
-                    where=place(path, name, piece, row.number),
-                    fix="Mend or remove it, or name the text's column with --text-column.",
-                    exit_code=ExitCode.BAD_INPUT,
-                )
-            yield Document(row.text, row.source)
-
-    return documents()
+def _file_documents(options: EvaluationOptions, console: Console) -> Iterator[Document]:
+    source = resolve_source(
+        options.data,
+        None,
+        console=console,
+        option="--data",
+        document_separator=options.document_separator,
+    )
+    check_effects(source, options.text_column)
+    fix = "Mend or remove it, or name the text's column with --text-column."
+    return (
+        Document(row.text, row.source)
+        for row in read_documents(source, options.text_column, fix)
+        if row.text is not None
+    )
 
 
 def _test_split(folder: Path) -> Iterator[Document]:
@@ -195,6 +193,7 @@ def _check_options(options: EvaluationOptions) -> None:
     for name, is_given in (
         ("--max-documents", options.max_documents is not None),
         ("--text-column", options.text_column != "text"),
+        ("--document-separator", options.document_separator is not None),
     ):
         if is_given and not options.data:
             raise no_effect(name, "without --data")

@@ -5,23 +5,26 @@ The files have BLiMP's shape (arXiv:1912.00582), so that the published suites ca
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
-from kiem.data.sources import resolve_source
-from kiem.errors import ExitCode, UserError
+from kiem.data.formats import WITH_COLUMNS
+from kiem.data.records import read_records
+from kiem.data.rows import bad_input
+from kiem.data.sources import local_source
 from kiem.evaluation.language_model import LanguageModel, text_nats
 
 BUILT_IN = "minimal-pairs"
 # What BLiMP, BLiMP-NL and others call the phenomenon that a pair is about.
 _PHENOMENON_KEYS = ("linguistics_term", "linguistic_phenomenon", "phenomenon", "UID")
+_FIX = f"Give files with sentence_good and sentence_bad, as BLiMP has them ({WITH_COLUMNS})."
 _Z_95 = 1.959964  # two-sided 95 % of the normal distribution
 
 
@@ -45,21 +48,22 @@ class Accuracy:
     pairs: int
 
 
-def read_suite(names: tuple[str, ...]) -> list[Pair]:
+def read_suite(names: tuple[str, ...], console: Console | None = None) -> list[Pair]:
     """Returns the pairs of a suite.
 
     Args:
-        names: BUILT_IN, or files, folders and globs of .jsonl and .parquet.
+        names: BUILT_IN, or files, folders and globs of files with columns.
+        console: where it is said what is not read.
 
     Raises:
         UserError: a file is missing, or a line has no pair; names it.
     """
-    if BUILT_IN in names:
-        file = Path(str(resources.files("kiem.evaluation") / "suite" / "minimal_pairs.jsonl"))
-        others = tuple(name for name in names if name != BUILT_IN)
-        return [*_read_file(file), *(read_suite(others) if others else [])]
-    paths = resolve_source(names, None, option="--suite").paths
-    return [pair for path in paths for pair in _read_file(path)]
+    others = tuple(name for name in names if name != BUILT_IN)
+    pairs = []
+    if len(others) < len(names):
+        file = resources.files("kiem.evaluation") / "suite" / "minimal_pairs.jsonl"
+        pairs += _read((str(file),), console)
+    return [*pairs, *(_read(others, console) if others else [])]
 
 
 def prefers_good(model: LanguageModel, pairs: Sequence[Pair]) -> np.ndarray:
@@ -95,50 +99,15 @@ def accuracy(correct: int, pairs: int) -> Accuracy:
     return Accuracy(share, max(0.0, center - half), min(1.0, center + half), correct, pairs)
 
 
-def _read_file(path: Path) -> list[Pair]:
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise _bad_suite(str(path), "unknown type of file")
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+def _read(names: Sequence[str], console: Console | None) -> list[Pair]:
     pairs = []
-    for number, row in enumerate(rows, start=1):
+    for name, place, row in read_records(local_source(names, "--suite", console), _FIX):
         texts = [row.get("sentence_good"), row.get("sentence_bad")]
         good, bad = (text.strip() if isinstance(text, str) else "" for text in texts)
         if not good or not bad or good == bad:
-            raise _bad_suite(f"{path}:{number}", "no two sentences that differ")
-        names = (row[key] for key in _PHENOMENON_KEYS if isinstance(row.get(key), str))
-        pairs.append(Pair(good, bad, next(names, path.stem)))
+            raise bad_input(place, "no two sentences that differ", _FIX)
+        phenomena = (row[key] for key in _PHENOMENON_KEYS if isinstance(row.get(key), str))
+        pairs.append(Pair(good, bad, next(phenomena, PurePath(name).name.split(".")[0])))
     if not pairs:
-        raise _bad_suite(str(path), "the file is empty")
+        raise bad_input(f"--suite {' '.join(names)}", "there are no pairs", _FIX)
     return pairs
-
-
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise _bad_suite(f"{path}:{number}", f"not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise _bad_suite(f"{path}:{number}", "not a JSON object")
-            yield row
-
-
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return list(pq.ParquetFile(path).read().to_pylist())
-    except (pa.ArrowException, OSError) as error:
-        what = f"damaged Parquet ({str(error).splitlines()[0]})"
-        raise _bad_suite(str(path), what) from error
-
-
-def _bad_suite(where: str, what: str) -> UserError:
-    return UserError(
-        what,
-        where=where,
-        fix="Give .jsonl or .parquet with sentence_good and sentence_bad, as BLiMP has them.",
-        exit_code=ExitCode.BAD_INPUT,
-    )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from rich.console import Console
+
+from kiem.data.formats import READABLE
+from kiem.data.readers import read_documents
+from kiem.data.sources import local_source
+from kiem.data.text_files import EVERY_LINE
 from kiem.errors import ExitCode, UserError
 
 DEFAULT_PROMPTS = (
@@ -14,14 +19,18 @@ DEFAULT_PROMPTS = (
     "Het belangrijkste verschil tussen een fiets en een auto is",
     "Er was eens een klein meisje dat",
 )
+_FIX = f'Give one prompt a line (.txt), or a column or key "prompt" ({READABLE}).'
 
 
-def read_prompts(prompt: str | None, path: Path | None) -> list[str]:
+def read_prompts(
+    prompt: str | None, path: Path | None, console: Console | None = None
+) -> list[str]:
     """Returns the prompts that the options name, or the five default ones.
 
     Args:
         prompt: the one prompt, if it is given.
         path: a file with prompts, if it is given.
+        console: where it is said what is not read.
 
     Raises:
         UserError: the file is missing, empty or malformed; names the line.
@@ -31,43 +40,15 @@ def read_prompts(prompt: str | None, path: Path | None) -> list[str]:
     if path is None:
         return list(DEFAULT_PROMPTS)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _bad_prompts(str(path), "not UTF-8") from error
-    except OSError as error:
+        source = local_source([str(path)], "--prompts-file", console, EVERY_LINE)
+        prompts = [row.text for row in read_documents(source, "prompt", _FIX) if row.text]
+    except UserError as error:
+        if error.exit_code != ExitCode.BAD_INPUT:
+            raise
+        where, what = error.where, error.what  # its advice is about documents
+        raise UserError(what, where=where, fix=_FIX, exit_code=ExitCode.BAD_INPUT) from error
+    if not prompts:
         raise UserError(
-            f"cannot be read ({error.strerror})",
-            where=str(path),
-            fix="Correct --prompts-file.",
-            exit_code=ExitCode.NOT_FOUND,
-        ) from error
-    # Not splitlines(): it cuts at U+2028 too, which may stand inside a prompt.
-    numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not numbered:
-        raise _bad_prompts(str(path), "the file has no prompts")
-    if path.suffix == ".jsonl":
-        return [_json_prompt(line, f"{path}:{number}") for number, line in numbered]
-    return [line for _, line in numbered]
-
-
-def _json_prompt(line: str, place: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _bad_prompts(place, 'not like {"prompt": "..."}') from error
-    if not isinstance(prompt, str):
-        raise _bad_prompts(place, "the prompt is not a string")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # JSON can write half of a pair of surrogates
-        raise _bad_prompts(place, "the prompt has half a character") from error
-    return prompt
-
-
-def _bad_prompts(where: str, what: str) -> UserError:
-    return UserError(
-        what,
-        where=where,
-        fix="Give one prompt a line (.txt), or JSON Lines with a key prompt (.jsonl).",
-        exit_code=ExitCode.BAD_INPUT,
-    )
+            "the file has no prompts", where=str(path), fix=_FIX, exit_code=ExitCode.BAD_INPUT
+        )
+    return prompts

@@ -38,7 +38,7 @@ def write(options: InferenceOptions, console: Console) -> None:
     if sampling.is_greedy and is_filtered:
         warn(console, "--top-k, --top-p and --min-p have no effect with --temperature 0")
     reads_prompts = not (options.interactive or options.benchmark or options.serve)
-    prompts = read_prompts(options.prompt, options.prompts_file) if reads_prompts else []
+    prompts = read_prompts(options.prompt, options.prompts_file, console) if reads_prompts else []
     with contextlib.ExitStack() as stack, _memory_errors():
         processes = stack.enter_context(open_processes(options.output_file))
         if options.serve:
