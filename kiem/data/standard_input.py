@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kiem.files import writing_errors
+from kiem.disk import writing_errors
 
 STANDARD_INPUT = "-"
 
