@@ -15,8 +15,10 @@ from typing import Annotated, Any, TextIO, TypeVar
 
 import tyro
 from rich.console import Console
+from rich.text import Text
 from tyro.constructors import PrimitiveConstructorSpec
 
+from kiem.console import PlainConsole, open_output, printable
 from kiem.disk import DiskWarning
 from kiem.errors import ExitCode, UserError
 from kiem.values import OptionType, describe_limits, option_types
@@ -119,25 +121,26 @@ def run(
         arguments: the command line without the program's name. Default: this process's.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    open_output()
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    console = Console(quiet=not is_first, highlight=False, soft_wrap=True)
-    messages = Console(stderr=True, quiet=not is_first, highlight=False, soft_wrap=True)
+    console = PlainConsole(quiet=not is_first)
+    messages = PlainConsole(stderr=True, quiet=not is_first)
     try:
         with _disk_warnings(console):
             main(parse(options_class, arguments, program), console)
     except UserError as error:
-        messages.print(f"error: {error}", markup=False)
+        messages.print(f"error: {error}")
         return int(error.exit_code)
     except KeyboardInterrupt:
         messages.print("stopped")
         return int(ExitCode.INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        pass  # the reader of our text, such as `head`, has what it wanted
     except OSError as error:  # a path that the system refuses even to look at
         if not isinstance(error.filename, str):
             raise
         what = f"error: {error.filename}: {error.strerror}"
-        messages.print(f"{what}\n  Correct this path, or who may use its folders.", markup=False)
+        messages.print(f"{what}\n  Correct this path, or who may use its folders.")
         return int(ExitCode.NOT_FOUND)
     return 0
 
@@ -168,7 +171,7 @@ def _disk_warnings(console: Console) -> Iterator[None]:
 
 def warn(console: Console, message: str) -> None:
     """Prints a warning: something a person should know but that stops nothing."""
-    console.print(f"[yellow]warning:[/] {message}")
+    console.print(Text.assemble(("warning:", "yellow"), f" {printable(message)}"))
 
 
 def check_name(name: str, option: str) -> str:

@@ -23,6 +23,7 @@ from kiem.config import (
     ReportOptions,
     TrainingOptions,
 )
+from kiem.console import open_output
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ COMMANDS = {
 
 def main() -> int:
     """Runs the command that the command line names and returns its exit code."""
+    open_output()
     arguments = sys.argv[1:]
     if arguments and arguments[0] in COMMANDS:
         command = COMMANDS[arguments[0]]

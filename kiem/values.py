@@ -47,7 +47,15 @@ class OptionType:
             UserError: it stands for no possible value.
         """
         try:
-            text.encode()  # not so for halves of surrogate pairs
+            text.encode()
+        except UnicodeEncodeError as error:  # Python keeps other bytes as half surrogate pairs
+            raise UserError(
+                f"not UTF-8 at character {error.start + 1}",
+                where=where,
+                fix="Write it in UTF-8; a file with such a name has to be renamed.",
+                exit_code=ExitCode.BAD_OPTION,
+            ) from error
+        try:
             value = _BOOLEANS[text.lower()] if self.base is bool else self.base(text)
             is_possible = "\0" not in text and self._has(value)
         except (ValueError, KeyError):

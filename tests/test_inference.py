@@ -13,12 +13,13 @@ from rich.console import Console
 from transformers import Gemma3ForCausalLM
 
 from kiem.config import InferenceOptions
+from kiem.console import printable
 from kiem.errors import ExitCode, UserError
 from kiem.inference.engine import Engine, Request
 from kiem.inference.loading import LoadedModel, load_for_inference
 from kiem.inference.sampling import Sampling
 from kiem.inference.streaming import Writer, request_for
-from kiem.inference.text import TextStream, printable
+from kiem.inference.text import TextStream
 from kiem.inference.write import write
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1)

@@ -27,7 +27,7 @@ class DownloadProgress:
     """
 
     def __init__(self, num_files: int, total_bytes: int, console: Console):
-        text = TextColumn("{task.description}")
+        text = TextColumn("{task.description}", markup=False)
         columns = (
             text,
             BarColumn(),

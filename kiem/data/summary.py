@@ -25,8 +25,9 @@ class UnitProgress:
     """
 
     def __init__(self, total_bytes: int, console: Console):
-        text = TextColumn("{task.description}")
-        columns = (text, BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
+        text = TextColumn("{task.description}", markup=False)
+        share = TextColumn("{task.percentage:.0f} %", markup=False)
+        columns = (text, BarColumn(), share, TimeRemainingColumn())
         self._bar = Progress(*columns, console=console, transient=True)
         self._task = self._bar.add_task("starting", total=total_bytes)
         self._counts: Counter[str] = Counter()

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from kiem.cli import warn
@@ -176,7 +175,7 @@ def _show(results: dict[str, Any], console: Console) -> None:
         for name, line in [*lines[:_MOST_SOURCES_SHOWN], ("all", results)]:
             interval = f"{line['bpb_low']:.3f} to {line['bpb_high']:.3f}"
             counts = f"{line['documents']:,}", format_bytes(line["bytes"]), f"{line['tokens']:,}"
-            table.add_row(escape(name), f"{line['bpb']:.4f}", interval, *counts)
+            table.add_row(name, f"{line['bpb']:.4f}", interval, *counts)
         console.print(table)
         if len(lines) > _MOST_SOURCES_SHOWN:
             console.print(f"{len(lines) - _MOST_SOURCES_SHOWN} more sources are in --json FILE")
@@ -185,7 +184,7 @@ def _show(results: dict[str, Any], console: Console) -> None:
         table = Table("phenomenon", "correct", "95 %", "pairs", title="minimal pairs")
         for name, line in [*found["phenomena"].items(), ("all", found)]:
             interval = f"{line['accuracy_low']:.0%} to {line['accuracy_high']:.0%}"
-            table.add_row(escape(name), f"{line['accuracy']:.1%}", interval, f"{line['pairs']:,}")
+            table.add_row(name, f"{line['accuracy']:.1%}", interval, f"{line['pairs']:,}")
         console.print(table)
 
 

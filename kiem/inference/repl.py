@@ -16,12 +16,12 @@ from typing import Any
 from rich.console import Console
 
 from kiem.config import InferenceOptions
+from kiem.console import show
 from kiem.errors import UserError
 from kiem.files import write_text
 from kiem.inference.loading import LoadedModel
 from kiem.inference.sampling import Sampling, out_of_range
 from kiem.inference.streaming import Writer, request_for
-from kiem.inference.text import show
 
 _HELP = """This is a base model: it does not answer, it continues the text you type.
 What you type next goes on where that text ended.
@@ -74,7 +74,7 @@ def talk(
         sys.stdin.reconfigure(errors="replace")
     state = _State(sampling, options.max_new_tokens, options.seed)
     writer = Writer(loaded.model, loaded.tokenizer, max_requests=1, max_tokens=options.max_context)
-    console.print(_HELP, markup=False)
+    console.print(_HELP)
     while True:
         try:
             line = input("> ")
@@ -100,7 +100,7 @@ def talk(
 def _obey(command: str, argument: str, state: _State, console: Console) -> None:
     """Does what a command other than /quit and /vraag says."""
     if command == "/help":
-        console.print(_HELP, markup=False)
+        console.print(_HELP)
     elif command == "/new":
         state.text = ""
         console.print("A new text.")
@@ -118,7 +118,7 @@ def _obey(command: str, argument: str, state: _State, console: Console) -> None:
     elif command == "/vraag":
         console.print("Give a question: /vraag Wat is de hoofdstad van Nederland?")
     else:
-        console.print(f"unknown command {command}; /help lists them", markup=False)
+        console.print(f"unknown command {command}; /help lists them")
 
 
 def _set(argument: str, state: _State, console: Console) -> None:
@@ -134,14 +134,14 @@ def _set(argument: str, state: _State, console: Console) -> None:
     given, _, text = argument.partition(" ")
     name = given.lstrip("-").replace("-", "_")
     if name not in values:
-        console.print(f"There is {', '.join(values)}, but no {given}.", markup=False)
+        console.print(f"There is {', '.join(values)}, but no {given}.")
         return
     kind = type(values[name])
     try:
         value = kind(text)
     except ValueError:
         what = "a whole number" if kind is int else "a number"
-        console.print(f"{name} is {what}: /set {name} {values[name]}", markup=False)
+        console.print(f"{name} is {what}: /set {name} {values[name]}")
         return
     if name == "max_new_tokens":
         if value < 1:
@@ -161,16 +161,17 @@ def _save(argument: str, state: _State, console: Console) -> None:
     if not argument:
         console.print("Give a file: /save verhaal.txt")
         return
-    path = Path(argument).expanduser()
-    if path.exists():
-        console.print(f"{path} exists; choose another name.", markup=False)
-        return
     try:
+        path = Path(argument).expanduser()
+        if path.exists():
+            console.print(f"{path} exists; choose another name.")
+            return
         write_text(path, state.text + "\n")
-    except UserError as error:
-        console.print(f"error: {error}", markup=False)
+    except (UserError, OSError, ValueError, RuntimeError) as error:
+        # No home of that user, a name that is too long or has a NUL: the text is still here.
+        console.print(f"error: {error}")
     else:
-        console.print(f"The text is in {path}.", markup=False)
+        console.print(f"The text is in {path}.")
 
 
 def _answer(
@@ -214,7 +215,7 @@ def _answer(
     rate = num_tokens / (time.perf_counter() - started)
     if state.is_ended:
         note = "; the model ended its text, the next one is new"
-    console.print(f"\n[dim]{num_tokens} tokens, {rate:.1f} tokens/s{note}[/]")
+    console.print(f"\n{num_tokens} tokens, {rate:.1f} tokens/s{note}", style="dim")
 
 
 @contextlib.contextmanager

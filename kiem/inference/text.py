@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
-
-from rich.console import Console
 
 from kiem.data.tokenizer import Tokenizer
 
@@ -73,15 +70,3 @@ class TextStream:
             if any(stop.startswith(text[-length:]) for stop in self._stop):
                 return length
         return 0
-
-
-def printable(text: str) -> str:
-    """Returns text without the control characters that could steer a terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-
-
-def show(console: Console, text: str) -> None:
-    """Writes text as it is, at once: no markup, no wrapping, no control sequences."""
-    if not console.quiet:
-        console.file.write(printable(text))
-        console.file.flush()

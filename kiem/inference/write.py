@@ -10,6 +10,7 @@ from rich.console import Console
 
 from kiem.cli import warn
 from kiem.config import InferenceOptions
+from kiem.console import show
 from kiem.errors import ExitCode, UserError, no_effect
 from kiem.inference.batch import open_processes, write_file
 from kiem.inference.benchmark import run_benchmark
@@ -19,7 +20,6 @@ from kiem.inference.repl import talk
 from kiem.inference.sampling import Sampling
 from kiem.inference.server.serve import check_key, check_packages, open_socket, serve
 from kiem.inference.streaming import Writer, request_for
-from kiem.inference.text import show
 from kiem.memory import is_out_of_memory
 
 
@@ -94,7 +94,7 @@ def _write_to_screen(
         started = time.perf_counter()
         texts = [""] * num_sequences
         num_tokens = 0
-        console.print(f"[bold]{'' if number == 0 else chr(10)}>[/] ", end="")
+        console.print("> " if number == 0 else "\n> ", style="bold", end="")
         show(console, prompt)
         requests = [
             request_for(
@@ -115,10 +115,10 @@ def _write_to_screen(
                 show(console, piece.text)
         show(console, "\n")
         for sequence, text in enumerate(texts[1:], start=2):
-            console.print(f"[dim]({sequence})[/] ", end="")
+            console.print(f"({sequence}) ", style="dim", end="")
             show(console, f"{prompt}{text}\n")
         rate = num_tokens / (time.perf_counter() - started)
-        console.print(f"[dim]{num_tokens} tokens, {rate:.1f} tokens/s[/]")
+        console.print(f"{num_tokens} tokens, {rate:.1f} tokens/s", style="dim")
 
 
 def _check_options(options: InferenceOptions) -> Sampling:

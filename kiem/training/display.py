@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -34,7 +33,7 @@ class Display:
         self._console = console
         self._last_line = 0.0
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -128,4 +127,4 @@ def show_results(run: Run, figures: dict[str, Any], final_model: Path, console: 
 
 def _show_first_sample(figures: dict[str, Any], console: Console) -> None:
     for sample in figures["samples"][:1]:
-        console.print(f"  [dim]{escape(sample['prompt'] + sample['text'])}[/]")
+        console.print(f"  {sample['prompt']}{sample['text']}", style="dim")

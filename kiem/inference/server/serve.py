@@ -114,7 +114,7 @@ def serve(
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     name = _model_name(options.model_path)
-    console.print(f"{name} is at http://{shown}:{port}/ (Ctrl-C ends it)", markup=False)
+    console.print(f"{name} is at http://{shown}:{port}/ (Ctrl-C ends it)")
 
     def end(*_: object) -> None:
         server.should_exit = True
