@@ -80,6 +80,8 @@ def test_gguf_reads_back(final_model: Path, dtype: str, tmp_path: Path) -> None:
     for key, value in {
         "general.architecture": "gemma3",
         "general.name": "short",
+        "general.languages": ["nl"],
+        "general.license": "unknown",
         "gemma3.block_count": config["num_hidden_layers"],
         "gemma3.context_length": config["max_position_embeddings"],
         "gemma3.embedding_length": config["hidden_size"],

@@ -65,8 +65,12 @@ def test_card_decides_which_files(hub: HubServer, client: Client, data_files: st
     assert files["names"] == ["data/a.parquet", "data/b.parquet"]
 
 
-def test_unreadable_card_is_ignored(hub: HubServer, client: Client) -> None:
-    broken = b"---\nconfigs: [\n---\n"
+@pytest.mark.parametrize(
+    "configs",
+    ["[", "x", "[x]", "[{data_files: x}]", "[{config_name: a, data_files: [{split: 1}]}]"],
+)
+def test_unreadable_card_is_ignored(hub: HubServer, client: Client, configs: str) -> None:
+    broken = f"---\nconfigs: {configs}\n---\n".encode()
     hub.commit("datasets/someone/plain", {"README.md": broken, "a/train-00.parquet": b"a"})
     files = client.get("download_dataset_files", "someone/plain", "a")
     assert files["names"] == ["a/train-00.parquet"]
@@ -90,7 +94,7 @@ def test_tokenizer_of_an_older_commit(hub: HubServer, client: Client) -> None:
 
 def test_model_folder_holds_the_model_alone(hub: HubServer, client: Client) -> None:
     folder = Path(client.get("download_model", MODEL, token=ACCEPTED))
-    unwanted = {"README.md", "optimizer.bin", "onnx/model.safetensors"}
+    unwanted = {"optimizer.bin", "onnx/model.safetensors"}
     assert {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")

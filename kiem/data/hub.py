@@ -14,16 +14,19 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
+import msgspec
 from rich.console import Console
 
+from kiem.console import PlainConsole
 from kiem.data.download_progress import DownloadProgress
 from kiem.data.hub_errors import explain, pause_seconds
 from kiem.errors import ExitCode, UserError
 from kiem.files import format_bytes, require_free_space
+from kiem.front_matter import read_front_matter
 
 _MODEL_FILES = (
-    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("README.md", "config.json", "generation_config.json"),
+    *("*.safetensors", "*.safetensors.index.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
 )
 _ONLINE = "Run it once without HF_HUB_OFFLINE, or name local files or a local folder instead."
@@ -88,7 +91,7 @@ def download_dataset_files(
     if not chosen:
         raise repo.lacks(f"parquet file {' or '.join(patterns)}", names)
     repo.require_all_parts(chosen)
-    shown = console or Console(quiet=True)
+    shown = console or PlainConsole(quiet=True)
     return HubFiles(commit, repo.download_all(commit, {n: files[n] for n in chosen}, shown), chosen)
 
 
@@ -113,7 +116,7 @@ def download_tokenizer(repo: str, revision: str | None = None) -> HubTokenizer:
 
 
 def download_model(repo: str) -> Path:
-    """Downloads a model's configuration, safetensors weights and tokenizer; returns their folder.
+    """Downloads a model's card, configuration, weights and tokenizer; returns their folder.
 
     Args:
         repo: the Hub id of a model.
@@ -267,22 +270,31 @@ def _describe(file: Any) -> _File:
     return _File(file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or "")
 
 
+class _Files(msgspec.Struct):
+    split: str
+    path: str | list[str]
+
+
+class _Config(msgspec.Struct):
+    config_name: str
+    data_files: str | list[str | _Files] = []
+
+
 def _configs_by_card(card: Path | None) -> dict[str, dict[str, list[str]]]:
     """Returns configuration -> split -> patterns, as the `configs` in a dataset card say."""
-    from huggingface_hub import metadata_load
-
     configs: dict[str, dict[str, list[str]]] = {}
     try:
-        metadata = metadata_load(card) if card else None
-    except (ValueError, yaml.YAMLError):  # a card without readable metadata names no files
+        metadata = read_front_matter(card) if card else {}
+        entries = msgspec.convert(metadata.get("configs", []), list[_Config])
+    except (ValueError, OSError):  # a card without readable metadata names no files
         return configs
-    for entry in (metadata or {}).get("configs", []):
-        splits = configs.setdefault(str(entry["config_name"]), {})
-        files = entry.get("data_files", [])
+    for entry in entries:
+        splits = configs.setdefault(entry.config_name, {})
+        files = entry.data_files
         for file in files if isinstance(files, list) else [files]:
-            one = file if isinstance(file, dict) else {"split": "train", "path": file}
-            paths = one["path"] if isinstance(one["path"], list) else [one["path"]]
-            splits.setdefault(one["split"], []).extend(paths)
+            one = _Files("train", file) if isinstance(file, str) else file
+            paths = one.path if isinstance(one.path, list) else [one.path]
+            splits.setdefault(one.split, []).extend(paths)
     return configs
 
 

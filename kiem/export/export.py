@@ -7,16 +7,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from kiem.cli import warn
 from kiem.config import ExportOptions
 from kiem.data.hub import looks_like_hub_id, upload
 from kiem.data.tokenizer import Tokenizer, write_tokenizer
 from kiem.errors import ExitCode, UserError, no_effect
 from kiem.export.gguf_file import write_gguf
+from kiem.export.origin import CARD_FILE, read_origin
 from kiem.files import format_bytes, new_folder, require_free_space, write_bytes
 from kiem.leftovers import recover_folder
 from kiem.manifest import write_manifest
+from kiem.model.config_json import CONFIG_FILE
 from kiem.model.files import (
-    CONFIG_FILE,
     find_model,
     read_model,
     read_model_tokenizer,
@@ -27,7 +29,7 @@ from kiem.model.gemma3 import Gemma3
 _BYTES_PER_VALUE = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}
 _TORCH_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # Files of a model directory that say what it is and are the same in every precision.
-_KEPT_FILES = ("README.md", "training_summary.json")
+_KEPT_FILES = (CARD_FILE, "training_summary.json")
 
 
 def export(options: ExportOptions, console: Console) -> None:
@@ -42,13 +44,16 @@ def export(options: ExportOptions, console: Console) -> None:
     """
     _check_options(options)
     folder = find_model(options.model_path)
+    origin = read_origin(folder, options.model_path)
     model = read_model(folder)
     tokenizer = read_model_tokenizer(folder, model.config)
     needed = int(model.config.num_parameters() * _BYTES_PER_VALUE[options.dtype])
     require_free_space(options.output.parent, needed, "the exported model")
     if options.format == "gguf":
-        name = options.model_path.rstrip("/").removesuffix("/final_model").rsplit("/", 1)[-1]
-        write_gguf(model, tokenizer, name, options.dtype, options.output)
+        if missing := [name for name in ("name", "languages", "license") if not vars(origin)[name]]:
+            what = f"the GGUF file says nothing of the model's {', '.join(missing)}"
+            warn(console, f"{what}: {folder / CARD_FILE} does not either")
+        write_gguf(model, tokenizer, origin, options.dtype, options.output)
     else:
         _write_folder(model, tokenizer, folder, options)
     files = _files(options.output)
@@ -59,10 +64,10 @@ def export(options: ExportOptions, console: Console) -> None:
     if options.dry_run:
         console.print(f"would be uploaded to {options.push_to_hub}, but for --dry-run:")
         for path in files:
-            console.print(f"  {path.name}  {format_bytes(path.stat().st_size)}", markup=False)
+            console.print(f"  {path.name}  {format_bytes(path.stat().st_size)}")
     else:
         url = upload(options.push_to_hub, options.output, private=options.private)
-        console.print(f"uploaded: {url}", markup=False)
+        console.print(f"uploaded: {url}")
 
 
 def _write_folder(
@@ -75,7 +80,7 @@ def _write_folder(
         for name in _KEPT_FILES:
             if (source / name).is_file():
                 write_bytes(unfinished / name, (source / name).read_bytes())
-        write_manifest(unfinished, known, without=("README.md",))
+        write_manifest(unfinished, known, without=(CARD_FILE,))
 
 
 def _files(output: Path) -> list[Path]:

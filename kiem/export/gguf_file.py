@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kiem.data.tokenizer import Tokenizer
 from kiem.errors import ExitCode, UserError, not_installed
+from kiem.export.origin import Origin
 from kiem.export.vocabulary import make_vocabulary
 from kiem.files import new_file
 from kiem.model.gemma3 import Gemma3
@@ -38,13 +39,13 @@ _NAMES = {
 }
 
 
-def write_gguf(model: Gemma3, tokenizer: Tokenizer, name: str, dtype: str, path: Path) -> None:
+def write_gguf(model: Gemma3, tokenizer: Tokenizer, origin: Origin, dtype: str, path: Path) -> None:
     """Writes a GGUF file; matrices in `dtype`, norms in fp32.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        name: what the file says the model is called.
+        origin: what the file says of the model's name, languages and licence.
         dtype: "f32", "f16", "bf16" or "q8_0" (blocks of 32 values with a common scale).
         path: the file.
 
@@ -63,7 +64,8 @@ def write_gguf(model: Gemma3, tokenizer: Tokenizer, name: str, dtype: str, path:
     with new_file(path) as file:
         # The writer opens the file by its name; the name goes, the content stays.
         writer = gguf.GGUFWriter(Path(file.name), "gemma3")
-        _describe(writer, model.config, name, int(gguf.LlamaFileType[_FILE_TYPES[dtype]]))
+        _describe(writer, model.config, int(gguf.LlamaFileType[_FILE_TYPES[dtype]]))
+        _describe_origin(writer, origin)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_list(vocabulary.tokens)
@@ -117,10 +119,21 @@ _FILE_TYPES = {
 }
 
 
-def _describe(writer: Any, config: Gemma3Config, name: str, file_type: int) -> None:
+def _describe_origin(writer: Any, origin: Origin) -> None:
+    """Writes what is known; an empty text would be a statement."""
+    for value, add in (
+        (origin.name, writer.add_name),
+        (origin.languages, writer.add_languages),
+        (origin.license, writer.add_license),
+        (origin.license_name, writer.add_license_name),
+        (origin.license_link, writer.add_license_link),
+    ):
+        if value:
+            add(value)
+
+
+def _describe(writer: Any, config: Gemma3Config, file_type: int) -> None:
     writer.add_type("model")
-    writer.add_name(name)
-    writer.add_languages(["nl"])
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
     writer.add_vocab_size(config.vocab_size)

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import msgspec
 
 from kiem.data.tokenizer import BYTE_TOKENS, WORD_PIECES, Tokenizer
-from kiem.data.tokenizer_json import TokenizerJson
+from kiem.data.tokenizer_json import AddedToken, TokenizerJson
 from kiem.errors import ExitCode, UserError
 
 
@@ -60,7 +59,7 @@ def make_vocabulary(tokenizer: Tokenizer, num_rows: int) -> Vocabulary:
     lowest = -float(len(ranks))
     tokens = [f"[PAD{number}]" for number in range(num_rows)]
     scores, types = [lowest] * num_rows, [TokenType.UNUSED] * num_rows
-    ids = {**content.vocabulary, **{text: token["id"] for text, token in added.items()}}
+    ids = {**content.vocabulary, **{text: token.id for text, token in added.items()}}
     for text, number in ids.items():
         if number < num_rows:
             tokens[number] = text
@@ -69,7 +68,7 @@ def make_vocabulary(tokenizer: Tokenizer, num_rows: int) -> Vocabulary:
     return Vocabulary(tokens, scores, types)
 
 
-def _type_of(text: str, added: dict[str, Any] | None) -> TokenType:
+def _type_of(text: str, added: AddedToken | None) -> TokenType:
     if text == "<unk>":
         return TokenType.UNKNOWN
     if text in BYTE_TOKENS:
@@ -78,7 +77,7 @@ def _type_of(text: str, added: dict[str, Any] | None) -> TokenType:
         # Runs of spaces are added tokens in Gemma's file, but are reached by merging: an added
         # token is looked for before spaces become "▁", and would be written as "▁" too.
         return TokenType.NORMAL
-    return TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    return TokenType.CONTROL if added.special else TokenType.USER_DEFINED
 
 
 def _ranks(content: TokenizerJson) -> dict[str, int]:
@@ -86,17 +85,21 @@ def _ranks(content: TokenizerJson) -> dict[str, int]:
     pre_tokenizer = content.description.pre_tokenizer
     never_cuts = pre_tokenizer is None or (
         # Gemma's, which finds no space any more, or kiem's, across which no entry goes.
-        pre_tokenizer["type"] == "Split"
-        and pre_tokenizer["pattern"] in ({"String": " "}, {"Regex": WORD_PIECES})
+        pre_tokenizer.get("type") == "Split"
+        and pre_tokenizer.get("pattern") in ({"String": " "}, {"Regex": WORD_PIECES})
     )
     if not never_cuts:
         raise _not_expressible("it is not a byte-fallback BPE over text with its spaces replaced")
     entries, reserved = content.vocabulary, {*BYTE_TOKENS, *content.added_tokens}
-    merges = msgspec.json.decode(content.description.model.merges)
+    try:
+        kind = list[tuple[str, str] | str]
+        merges = msgspec.json.decode(content.description.model.merges, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise _not_expressible("its merges are not pairs of entries") from error
     ranks: dict[str, int] = {}
     previous = ""
     for merge in merges:
-        left, right = merge if isinstance(merge, list) else merge.split(" ")
+        left, right = merge if isinstance(merge, tuple) else merge.partition(" ")[::2]
         made = left + right
         # Gemma's runs of spaces are listed by their left part. Merging goes from left to right and
         # keeps the longer runs left, so the longest left part also makes the longest run.
