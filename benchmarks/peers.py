@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from kiem.model.files import describe
+from kiem.model.config_json import describe
 from kiem.model.presets import preset
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -186,11 +186,17 @@ def _explain(message: str, value: Any) -> str:
     found = _PLACE.fullmatch(message)
     key, what = ("", message) if found is None else (found["key"], found["what"])
     what = what.replace("`", "").replace("Object missing required field", "it lacks")
+    what = what.replace("Object contains unknown field", "unknown key")
+    if what.startswith("it lacks"):
+        return f"{key}: {what}" if key else what
+    if what.startswith("Invalid enum value"):
+        what = "this value is not supported"
+    if not key:
+        return what[0].lower() + what[1:]
+    what = what.split(", got ")[0].replace(" | null", "").replace("Expected", "expected")
+    if "[...]" in key:  # in one of the entries of an object; msgspec does not say which
+        return f"{key}: {what}"
     place = value
     for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", key):
         place = place[int(index) if index else name]
-    if what.startswith("it lacks"):
-        return f"{key}: {what}" if key else what
-    if not key:
-        return what[0].lower() + what[1:]
-    return f"{key} = {shown(place)}: {what.split(', got ')[0].replace('Expected', 'expected')}"
+    return f"{key} = {shown(place)}: {what}"

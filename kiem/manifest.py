@@ -8,10 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from kiem.errors import ExitCode, UserError
 from kiem.files import sha256_file, to_json, write_json
+from kiem.json_input import parse_json
 
 MANIFEST_FILE = "manifest.json"
+
+
+class _Entry(msgspec.Struct):
+    bytes: int
+    sha256: str
+
+
+class _Manifest(msgspec.Struct):
+    files: dict[str, _Entry]
+    sha256: str
 
 
 def write_manifest(
@@ -53,21 +66,20 @@ def verify_manifest(folder: Path, fix: str) -> None:
 
     try:
         written = (folder / MANIFEST_FILE).read_bytes()
-        manifest = json.loads(written)
-        files = manifest["files"]
-        is_whole = to_json(manifest).encode() == written and manifest["sha256"] == _sha256_of(files)
+        content = parse_json(written)
+        manifest = msgspec.convert(content, _Manifest)
     except OSError as error:
         raise damaged(MANIFEST_FILE, f"it cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise damaged(MANIFEST_FILE, f"it is no manifest ({error})") from error
-    if not is_whole:
+    if to_json(content).encode() != written or manifest.sha256 != _sha256_of(content["files"]):
         raise damaged(MANIFEST_FILE, "its content has another sha256 than it says")
-    for name, entry in files.items():
+    for name, entry in manifest.files.items():
         try:
             num_bytes = (folder / name).stat().st_size
-            if num_bytes != entry["bytes"]:
-                raise damaged(name, f"{num_bytes} bytes, not {entry['bytes']}")
-            if sha256_file(folder / name) != entry["sha256"]:
+            if num_bytes != entry.bytes:
+                raise damaged(name, f"{num_bytes} bytes, not {entry.bytes}")
+            if sha256_file(folder / name) != entry.sha256:
                 raise damaged(name, f"its sha256 differs from the one in {MANIFEST_FILE}")
         except OSError as error:
             raise damaged(name, f"it cannot be read ({error.strerror})") from error

@@ -18,13 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 
 from kiem.data.arrow import from_numpy, to_numpy
+from kiem.data.manifest_shape import Manifest, Version
 from kiem.data.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
 from kiem.errors import ExitCode, UserError
 from kiem.files import sha256_file, to_json, write_json
+from kiem.json_input import convert, parse_json
 from kiem.leftovers import recover_folder
 
 SCHEMA_VERSION = 1
@@ -34,6 +37,7 @@ TEST_SOURCES = "test_sources"
 NO_SOURCE = -1  # of padding
 _SHARD_TOKENS = 1 << 26
 _BATCH_ROWS = 1000
+_FIX = "Make the chunk directory again with preprocess.py --overwrite."
 
 
 class SplitWriter:
@@ -149,10 +153,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
             exit_code=ExitCode.NOT_FOUND,
         )
     try:
-        written = (path / MANIFEST_FILE).read_text(encoding="utf-8")
-        manifest = json.loads(written)
-        version = manifest["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        written = (path / MANIFEST_FILE).read_bytes()
+        manifest = parse_json(written)
+        version = msgspec.convert(manifest, Version).schema_version
+    except (OSError, ValueError) as error:
         raise UserError(
             f"not a chunk directory: no readable {MANIFEST_FILE}",
             where=str(path),
@@ -166,9 +170,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
             fix="Make it again with preprocess.py --overwrite.",
             exit_code=ExitCode.BAD_INPUT,
         )
-    is_whole = manifest.get("sha256") == _sha256_of(manifest) and written == to_json(manifest)
+    is_whole = (
+        manifest.get("sha256") == _sha256_of(manifest) and written == to_json(manifest).encode()
+    )
     if "sha256" in manifest and not is_whole:
         raise damaged(path / MANIFEST_FILE, "is damaged (its content has another sha256)")
+    where = str(path / MANIFEST_FILE)
+    convert(manifest, Manifest, where=where, fix=_FIX, exit_code=ExitCode.DAMAGED)
     return dict(manifest)
 
 
@@ -256,8 +264,14 @@ def _open(path: Path, manifest: dict[str, Any], shards: list[dict[str, Any]]) ->
     for shard, mapping in zip(shards, mappings, strict=True):
         try:
             table = pa.ipc.open_stream(pa.py_buffer(mapping)).read_all()
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise damaged(path / shard["file"], f"cannot be read ({error})") from error
+        if table.schema.types != [pa.list_(pa.int32(), chunk_size)]:
+            what = f"has {table.schema.types}, not chunks of {chunk_size} tokens"
+            raise damaged(path / shard["file"], what)
+        if len(table) != shard["chunks"]:
+            what = f"has {len(table)} chunks, not {shard['chunks']}"
+            raise damaged(path / shard["file"], what)
         for batch in table.column(0).chunks:
             blocks.append(to_numpy(batch.flatten()).reshape(-1, chunk_size))
     rows = np.array([len(block) for block in blocks], dtype=np.int64)
@@ -296,6 +310,6 @@ def damaged(file: Path, what: str) -> UserError:
     return UserError(
         what,
         where=str(file),
-        fix="Make the chunk directory again with preprocess.py --overwrite.",
+        fix=_FIX,
         exit_code=ExitCode.DAMAGED,
     )

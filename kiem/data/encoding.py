@@ -79,6 +79,7 @@ class Encoder:
         self._fast = fast if isinstance(fast, FastPath) else None
         self._reference = reference or tokenizer.encode_batch
         self.reason = fast if isinstance(fast, str) else None
+        self._origin = tokenizer.origin
         self._load()
 
     def asking(self, reference: Reference) -> Encoder:
@@ -110,7 +111,16 @@ class Encoder:
         if self._fast is not None:
             import gigatoken
 
-            self._encode_one: Any = gigatoken.Tokenizer.from_json(self._fast.json_bytes).encode
+            try:
+                fast = gigatoken.Tokenizer.from_json(self._fast.json_bytes)
+            except (RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"gigatoken cannot read it ({str(error).splitlines()[0]})",
+                    where=self._origin,
+                    fix="Use --encoder reference, or another --tokenizer.",
+                    exit_code=ExitCode.TOKENIZER_MISMATCH,
+                ) from error
+            self._encode_one: Any = fast.encode
         self._loaded_bytes = _used_bytes()
 
     def _check(
@@ -227,10 +237,10 @@ def prepare_fast_path(content: TokenizerJson | None) -> FastPath | str:
     model = description.model
     if not content.is_gemma_style or model.dropout:
         return "the tokenizer is not a byte-fallback BPE over text with its spaces replaced"
-    added = [token for token in content.added_tokens.values() if not token["special"]]
+    added = [token for token in content.added_tokens.values() if not token.special]
     if not _never_cuts(description.pre_tokenizer, content):
         return "the pre-tokenizer may cut where an entry of the vocabulary would go across"
-    entries = [*vocabulary, *(token["content"].replace(" ", "▁") for token in added)]
+    entries = [*vocabulary, *(token.content.replace(" ", "▁") for token in added)]
     inner = [entry for entry in entries if "▁" in entry[1:]]
     crossing = sorted({entry for entry in inner if re.search("[^▁]▁", entry)})
     # Documents with a "<" are compared with the reference, so a crossing entry must have one.
@@ -251,11 +261,11 @@ def _never_cuts(pre_tokenizer: dict[str, Any] | None, content: TokenizerJson) ->
     """Says whether the pre-tokenizer cuts nowhere that an entry of the vocabulary goes across."""
     if pre_tokenizer is None:
         return True
-    if pre_tokenizer["type"] != "Split" or pre_tokenizer["invert"]:
+    if pre_tokenizer.get("type") != "Split" or pre_tokenizer.get("invert"):
         return False
-    if pre_tokenizer["pattern"] == {"String": " "}:
+    if pre_tokenizer.get("pattern") == {"String": " "}:
         return True  # Gemma's: there are no spaces left when it runs
-    if pre_tokenizer["pattern"] != {"Regex": WORD_PIECES}:
+    if pre_tokenizer.get("pattern") != {"Regex": WORD_PIECES}:
         return False
     cut = pre_tokenizers.Split(Regex(WORD_PIECES), "isolated").pre_tokenize_str
     reserved = {*content.added_tokens, *BYTE_TOKENS}

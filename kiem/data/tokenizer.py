@@ -21,7 +21,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as TokenizersTokenizer
 
 from kiem.data.hub import download_tokenizer, looks_like_hub_id
-from kiem.data.tokenizer_json import TokenizerJson, read_tokenizer_json, shorten_merges
+from kiem.data.tokenizer_json import MAX_ROWS, TokenizerJson, read_tokenizer_json, shorten_merges
 from kiem.errors import ExitCode, UserError
 from kiem.files import write_bytes, write_json
 
@@ -66,7 +66,9 @@ class Tokenizer:
             given = shorten_merges(self.content, self.json_bytes)
         try:
             implementation = TokenizersTokenizer.from_buffer(given)
-        except Exception as error:
+        except BaseException as error:  # a panic of its Rust code is no Exception
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise _bad_tokenizer(self.origin, f"not a tokenizer.json ({error})") from error
         implementation.encode_special_tokens = True
         implementation.no_padding()
@@ -79,7 +81,7 @@ class Tokenizer:
         # never becomes it, and the 1B model has no row for it.
         if self.content is not None:
             vocabulary, added = self.content.vocabulary, self.content.added_tokens
-            text_ids = [token["id"] for token in added.values() if not token["special"]]
+            text_ids = [token.id for token in added.values() if not token.special]
         else:
             vocabulary = self.implementation.get_vocab(with_added_tokens=False)
             decoder = self.implementation.get_added_tokens_decoder()
@@ -156,13 +158,16 @@ def parse_tokenizer(json_bytes: bytes, origin: str) -> Tokenizer:
     """Makes a Tokenizer of the content of a tokenizer.json.
 
     Raises:
-        UserError: the content is not a tokenizer, or it lacks <pad>, <eos> or <bos>.
+        UserError: the content is not a tokenizer, lacks <pad>, <eos> or <bos>, or has huge ids.
     """
     content, sha256 = read_tokenizer_json(json_bytes), hashlib.sha256(json_bytes).hexdigest()
     tokenizer = Tokenizer(json_bytes, content, sha256, origin)
     for name in _SPECIAL_NAMES:
         if name not in tokenizer.special_ids:
             raise _bad_tokenizer(origin, f"it has no <{name}>")
+    if tokenizer.num_rows > MAX_ROWS:
+        what = f"its ids go up to {tokenizer.num_rows - 1}; supported are {MAX_ROWS} rows"
+        raise _bad_tokenizer(origin, what)
     return tokenizer
 
 

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from msgspec.structs import replace
+
+MAX_ROWS = 1 << 24  # of an embedding; far beyond any vocabulary
+_Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+
+
+class AddedToken(msgspec.Struct):
+    """An entry that is looked for in the text before anything else."""
+
+    id: _Id
+    content: str
+    single_word: bool
+    lstrip: bool
+    rstrip: bool
+    normalized: bool
+    special: bool
 
 
 class BpeModel(msgspec.Struct, omit_defaults=True):
@@ -28,9 +43,9 @@ class Description(msgspec.Struct):
     """A tokenizer.json."""
 
     model: BpeModel
-    added_tokens: list[dict[str, Any]] = []
+    added_tokens: list[AddedToken] = []
     normalizer: Any = None
-    pre_tokenizer: Any = None
+    pre_tokenizer: dict[str, Any] | None = None
     post_processor: Any = None
     decoder: Any = None
     version: str = "1.0"
@@ -48,7 +63,7 @@ class TokenizerJson:
 
     description: Description
     vocabulary: dict[str, int]
-    added_tokens: dict[str, dict[str, Any]]
+    added_tokens: dict[str, AddedToken]
 
     @property
     def is_gemma_style(self) -> bool:
@@ -61,19 +76,22 @@ class TokenizerJson:
     def token_id(self, token: str) -> int | None:
         """Returns the id of an added token or an entry of the vocabulary, if there is one."""
         added = self.added_tokens.get(token)
-        return self.vocabulary.get(token) if added is None else int(added["id"])
+        return self.vocabulary.get(token) if added is None else added.id
 
 
 def read_tokenizer_json(json_bytes: bytes) -> TokenizerJson | None:
-    """Returns what a tokenizer.json says, or None if it is not that of a BPE."""
+    """Returns what a tokenizer.json says, or None if it is not that of a BPE.
+
+    Whether anything else is one, the tokenizers library says.
+    """
     try:
         description = msgspec.json.decode(json_bytes, type=Description)
         if description.model.type != "BPE":
             return None
-        vocabulary = msgspec.json.decode(description.model.vocab, type=dict[str, int])
-        added = {token["content"]: token for token in description.added_tokens}
-    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError):
+        vocabulary = msgspec.json.decode(description.model.vocab, type=dict[str, _Id])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
+    added = {token.content: token for token in description.added_tokens}
     return TokenizerJson(description, vocabulary, added)
 
 

@@ -6,7 +6,6 @@ on. Work on other text or with other options is never taken up.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from kiem.data.chunks import read_manifest
 from kiem.errors import ExitCode, UserError
 from kiem.files import empty_folder, write_json
+from kiem.json_input import read_json
 from kiem.leftovers import discard, hidden, is_removed, recover_folder
 from kiem.locking import locked_folder
 
@@ -44,7 +44,7 @@ def working_folder(folder: Path, identity: dict[str, Any], overwrite: bool) -> I
     """
     work = _unfinished(folder)
     with locked_folder(work):
-        earlier = _read_plan(work)
+        earlier = {} if overwrite else _read_plan(work)
         if overwrite or earlier.get("unit_version") != _UNIT_VERSION:
             empty_folder(work)
             write_json(work / _PLAN_FILE, {"unit_version": _UNIT_VERSION, **identity})
@@ -97,4 +97,6 @@ def _unfinished(folder: Path) -> Path:
 
 def _read_plan(work: Path) -> dict[str, Any]:
     plan = work / _PLAN_FILE
-    return json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else {}
+    fix = "Begin again with --overwrite."
+    kind = dict[str, Any]
+    return read_json(plan, kind, fix=fix, exit_code=ExitCode.DAMAGED) if plan.exists() else {}

@@ -48,9 +48,10 @@ def open_foreign_model(
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # whatever it is that transformers does not expect in these files
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"transformers cannot load it ({str(error).strip().splitlines()[0]})",
+            f"transformers cannot load it ({reason})",
             where=str(folder),
             fix="Name a folder or Hub id with config.json, *.safetensors and a tokenizer.",
             exit_code=ExitCode.NOT_A_MODEL,
@@ -78,10 +79,21 @@ def open_foreign_model(
             exit_code=ExitCode.NOT_A_MODEL,
         )
 
+    num_rows = model.get_input_embeddings().weight.shape[0]
+
     def encode(texts: Sequence[str]) -> list[list[int]]:
         # Literal "<eos>" in a text is text, as in kiem's own tokenizers.
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        return [list(ids) for ids in tokenizer(list(texts), **options)["input_ids"]]
+        encoded = [list(ids) for ids in tokenizer(list(texts), **options)["input_ids"]]
+        highest = max((max(ids) for ids in encoded if ids), default=0)
+        if highest >= num_rows:
+            raise UserError(
+                f"its tokenizer has the id {highest}, its embedding only {num_rows} rows",
+                where=str(folder),
+                fix="Put the tokenizer that the model was trained with into the folder.",
+                exit_code=ExitCode.TOKENIZER_MISMATCH,
+            )
+        return encoded
 
     def nats(ids: Tensor, scored: Tensor) -> Tensor:
         with torch.inference_mode():

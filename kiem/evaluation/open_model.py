@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
+import msgspec
+
+from kiem.errors import ExitCode
 from kiem.evaluation.foreign import open_foreign_model
 from kiem.evaluation.language_model import LanguageModel, own_language_model
 from kiem.inference.loading import load_for_inference
-from kiem.model.files import CONFIG_FILE, find_model
+from kiem.json_input import JsonError, parse_json, read_json
+from kiem.model.config_json import CONFIG_FILE
+from kiem.model.files import find_model
 from kiem.model.gemma3 import Gemma3
+
+
+class _Options(msgspec.Struct):
+    chunk_size: Annotated[int, msgspec.Meta(ge=2, lt=1 << 31)]
+
+
+class _Data(msgspec.Struct):
+    options: _Options
+
+
+class _Summary(msgspec.Struct):
+    """What is read of training_summary.json."""
+
+    data: _Data
 
 
 def open_language_model(
@@ -27,8 +45,7 @@ def open_language_model(
         UserError: there is no such model, or transformers is needed and not installed.
     """
     folder = find_model(name)
-    description = _read_json(folder / CONFIG_FILE)
-    if description.get("model_type", "gemma3_text") != "gemma3_text":
+    if _is_foreign(folder / CONFIG_FILE):
         return open_foreign_model(folder, precision, context)
     loaded = load_for_inference(str(folder), precision)
     return own_language_model(
@@ -38,15 +55,19 @@ def open_language_model(
 
 def _trained_context(folder: Path, model: Gemma3) -> int:
     """Returns how many tokens a kiem model saw at once in training, others' longest context."""
-    summary = _read_json(folder / "training_summary.json")
-    chunk_size = summary.get("data", {}).get("options", {}).get("chunk_size")
-    return int(chunk_size or model.config.max_position_embeddings)
+    path = folder / "training_summary.json"
+    if not path.is_file():
+        return model.config.max_position_embeddings
+    fix = "Remove the file and give --context."
+    summary = read_json(path, _Summary, fix=fix, exit_code=ExitCode.DAMAGED)
+    return summary.data.options.chunk_size
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Returns a JSON object, empty if there is none: whoever loads the model explains that."""
+def _is_foreign(path: Path) -> bool:
+    """Says whether a config.json is that of another kind of model."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        description = parse_json(path.read_bytes())
+    except (OSError, JsonError):  # whoever loads the model explains it
+        return False
+    is_object = isinstance(description, dict)
+    return is_object and description.get("model_type", "gemma3_text") != "gemma3_text"

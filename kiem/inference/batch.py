@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -36,7 +37,7 @@ from kiem.files import append_json_lines, remove_file, write_text
 from kiem.inference.loading import LoadedModel
 from kiem.inference.sampling import Sampling
 from kiem.inference.streaming import Writer, request_for
-from kiem.inference.text import printable
+from kiem.json_input import parse_json
 from kiem.leftovers import hidden
 from kiem.yaml_options import to_dict
 
@@ -135,7 +136,7 @@ def write_file(
         lines = [json.dumps(finished[place], ensure_ascii=False) + "\n" for place in places]
         write_text(output, "".join(lines))
         journals.remove()
-        console.print(f"{len(lines)} continuations in {output}", markup=False)
+        console.print(f"{len(lines)} continuations in {output}")
 
 
 def _continue(
@@ -214,7 +215,7 @@ class _Display:
         columns = (
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeRemainingColumn(),
         )
         self._console = console
@@ -231,15 +232,14 @@ class _Display:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
         if self._num_tokens:
-            self._console.print(f"[dim]{self._num_tokens} tokens, {self._rate()}[/]")
+            self._console.print(f"{self._num_tokens} tokens, {self._rate()}", style="dim")
 
     def add(self, sequence: int, result: dict[str, Any]) -> None:
         """Shows a finished continuation."""
         self._num_tokens += result["tokens"]
         self._bar.update(self._task, advance=1, description=self._rate())
         name = f"({sequence + 1})" if sequence else ">"
-        text = printable(f"{name} {result['prompt']}{result['text']}")
-        self._console.print(text, markup=False, emoji=False)
+        self._console.print(f"{name} {result['prompt']}{result['text']}")
 
     def _rate(self) -> str:
         seconds = time.perf_counter() - self._started
@@ -279,10 +279,18 @@ class _Journals:
         finished = {}
         for path in self._paths():
             # A line that is not whole is being written by another process, about its own share.
-            for line in path.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"\n"):
-                    entry = json.loads(line)
+            lines = path.read_bytes().split(b"\n")[:-1]
+            for number, line in enumerate(lines, start=1):
+                try:
+                    entry = msgspec.convert(parse_json(line), dict[str, Any])
                     finished[entry.pop("place")] = entry
+                except (ValueError, KeyError, TypeError) as error:
+                    raise UserError(
+                        f"damaged ({error})",
+                        where=f"{path}:{number}",
+                        fix="Remove the file; its continuations are written again.",
+                        exit_code=ExitCode.DAMAGED,
+                    ) from error
         return finished
 
     def remove(self) -> None:

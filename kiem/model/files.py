@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -16,12 +20,20 @@ from kiem.data.tokenizer import Tokenizer, load_tokenizer
 from kiem.direct import write_and_hash
 from kiem.errors import ExitCode, UserError
 from kiem.files import new_file, write_json
+from kiem.json_input import read_json, shown
 from kiem.leftovers import recover_folder
 from kiem.manifest import MANIFEST_FILE, verify_manifest
+from kiem.model.config_json import (
+    CONFIG_FILE,
+    FIX,
+    check_folder,
+    describe,
+    not_a_model,
+    read_config,
+)
 from kiem.model.gemma3 import Gemma3
 from kiem.model.presets import Gemma3Config
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _SAFETENSORS_DTYPES = {
@@ -34,29 +46,23 @@ _SAFETENSORS_DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
+_FLOATS = ("F32", "BF16", "F16", "F64")
+_OUTPUT_LAYER = "lm_head.weight"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
-# Written as they are, and required when read: another value means another architecture.
-_FIXED = {
-    "model_type": "gemma3_text",
-    "hidden_activation": "gelu_pytorch_tanh",
-    "attention_bias": False,
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-    "tie_word_embeddings": True,
-}
-_SHAPE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "sliding_window",
-    "query_pre_attn_scalar",
-    "max_position_embeddings",
-    "rms_norm_eps",
-)
+
+class _Entry(NamedTuple):
+    """Where a tensor is, and what."""
+
+    path: Path
+    dtype: str
+    shape: list[int]
+
+
+class _Index(msgspec.Struct):
+    """model.safetensors.index.json."""
+
+    weight_map: dict[str, Any]
 
 
 def write_model(model: Gemma3, folder: Path, special_ids: dict[str, int]) -> dict[str, str]:
@@ -78,25 +84,6 @@ def write_model(model: Gemma3, folder: Path, special_ids: dict[str, int]) -> dic
         {"do_sample": True, "cache_implementation": "hybrid", **ids},
     )
     return {WEIGHTS_FILE: write_weights(dict(model.state_dict()), folder / WEIGHTS_FILE)}
-
-
-def describe(config: Gemma3Config, dtype: torch.dtype) -> dict[str, Any]:
-    """Returns what config.json says of a model, but for the tokenizer's ids."""
-    return {
-        "architectures": ["Gemma3ForCausalLM"],
-        **_FIXED,
-        **{name: getattr(config, name) for name in _SHAPE},
-        # Both spellings of the same facts: transformers changed them between 4.50 and 5.
-        "sliding_window_pattern": config.sliding_window_pattern,
-        "layer_types": _layer_types(config),
-        "rope_theta": config.rope_theta,
-        "rope_local_base_freq": config.rope_local_base_freq,
-        "rope_scaling": None,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
 
 
 def write_weights(tensors: dict[str, Tensor], path: Path) -> str:
@@ -136,73 +123,6 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def read_config(folder: Path) -> Gemma3Config:
-    """Returns the shape that a model directory's config.json describes.
-
-    Raises:
-        UserError: there is no config.json, or it is not that of a Gemma 3 text model.
-    """
-    path = folder / CONFIG_FILE
-    if not folder.is_dir():
-        raise UserError(
-            "no such model directory",
-            where=str(folder),
-            fix="Name the final_model/ folder of a run, or a Hub id.",
-            exit_code=ExitCode.NOT_FOUND,
-        )
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise not_a_model(folder, f"no readable {CONFIG_FILE} ({error.strerror})") from error
-    except ValueError as error:
-        raise not_a_model(path, f"not JSON ({error})") from error
-    return _parse_config(description, path)
-
-
-def _parse_config(description: Any, path: Path) -> Gemma3Config:
-    if not isinstance(description, dict) or description.get("model_type") != "gemma3_text":
-        kind = description.get("model_type") if isinstance(description, dict) else None
-        raise not_a_model(path, f"not a Gemma 3 text model (model_type is {kind!r})")
-    for name, value in _FIXED.items():
-        if description.get(name, value) != value:
-            raise not_a_model(path, f"{name} = {description[name]!r} is not supported")
-    missing = [name for name in _SHAPE if name not in description]
-    if missing:
-        raise not_a_model(path, f"it lacks {', '.join(missing)}")
-    values = {name: description[name] for name in _SHAPE}
-    wrong = [name for name, value in values.items() if not isinstance(value, int | float)]
-    if wrong:
-        raise not_a_model(path, f"{wrong[0]} = {values[wrong[0]]!r} is not a number")
-    layers = description["num_hidden_layers"]
-    kinds = description.get("layer_types")
-    pattern = description.get("sliding_window_pattern")
-    if pattern is None:
-        pattern = (
-            kinds.index("full_attention") + 1 if kinds and "full_attention" in kinds else layers + 1
-        )
-    rope = description.get("rope_parameters") or {}
-    full, sliding = rope.get("full_attention", {}), rope.get("sliding_attention", {})
-    config = Gemma3Config(
-        **values,
-        sliding_window_pattern=pattern,
-        rope_theta=full.get("rope_theta", description.get("rope_theta", 1_000_000.0)),
-        rope_local_base_freq=sliding.get(
-            "rope_theta", description.get("rope_local_base_freq", 10_000.0)
-        ),
-    )
-    scalings = [description.get("rope_scaling"), full, sliding]
-    if any(s and s.get("rope_type", "default") != "default" for s in scalings):
-        raise not_a_model(path, "scaled rotary angles are not supported")
-    if kinds and kinds != _layer_types(config):
-        raise not_a_model(path, "this order of layer_types is not supported")
-    return config
-
-
-def _layer_types(config: Gemma3Config) -> list[str]:
-    layers = range(config.num_hidden_layers)
-    return ["sliding_attention" if config.is_sliding(n) else "full_attention" for n in layers]
-
-
 def find_model(name: str) -> Path:
     """Returns the folder of a model: `name` itself, or a download when it is a Hub id and no path.
 
@@ -210,7 +130,7 @@ def find_model(name: str) -> Path:
         UserError: the Hub does not give it; a folder is looked at only when it is read.
     """
     folder = recover_folder(Path(name))
-    return download_model(name) if not folder.exists() and looks_like_hub_id(name) else folder
+    return download_model(name) if looks_like_hub_id(name) and not folder.exists() else folder
 
 
 def read_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Gemma3:
@@ -227,38 +147,41 @@ def read_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = 
     Raises:
         UserError: it is not a Gemma 3 text model, or its weights are missing, damaged or misshapen.
     """
+    check_folder(folder)
     if (folder / MANIFEST_FILE).exists():
         verify_manifest(folder, fix="Copy or download it again, or train it again.")
     config = read_config(folder)
+    entries = _weight_entries(folder)
+    num_layers = len({match[1] for name in entries if (match := _LAYER.match(name))})
+    if num_layers != config.num_hidden_layers:
+        what = f"num_hidden_layers = {config.num_hidden_layers}, but there are weights of "
+        raise not_a_model(folder / CONFIG_FILE, f"{what}{num_layers} layers")
     with torch.device("meta"):
         model = Gemma3(config)
-    expected = model.state_dict()
-    weights = {}
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt", device=device) as file:
-                for name in file.keys():  # noqa: SIM118 - it is not a dict
-                    if name != "lm_head.weight":  # tied: the embedding again
-                        weights[name] = file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"the weights cannot be read ({error})",
-                where=str(path),
-                fix="The file is damaged or cut short: copy or download it again.",
-                exit_code=ExitCode.DAMAGED,
-            ) from error
-    for name, parameter in expected.items():
-        found = weights[name].shape if name in weights else None
-        if found != parameter.shape:
-            shape = f"shape {list(found)}" if found else "missing"
-            raise not_a_model(folder, f"{name} is {shape}, not {list(parameter.shape)}")
-    if len(weights) > len(expected):
-        extra = sorted(weights.keys() - expected.keys())
-        raise not_a_model(folder, f"unknown weights: {', '.join(extra[:5])}")
-    if dtype is not None:
-        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    _check_entries(entries, shapes, folder)
+    dtypes = {entry.dtype for entry in entries.values()}
+    if dtype is None and (len(dtypes) > 1 or "F64" in dtypes):
+        dtype = torch.float32  # a model computes in one precision
+    weights: dict[str, Tensor] = {}
+    for path in sorted({entry.path for entry in entries.values()}):
+        with _opened(path, device) as file:
+            for name in (name for name, entry in entries.items() if entry.path == path):
+                weights[name] = file.get_tensor(name).to(dtype)
     model.load_state_dict(weights, assign=True)
     return model
+
+
+def _check_entries(entries: dict[str, _Entry], shapes: dict[str, list[int]], folder: Path) -> None:
+    """Checks that a folder's weights are those of a model whose parameters have these shapes."""
+    for name, shape in shapes.items():
+        if name not in entries:
+            raise not_a_model(folder, f"{name} is missing; it should be {shape}")
+        if entries[name].shape != shape:
+            what = f"{name} is {entries[name].shape}; by {CONFIG_FILE} it should be {shape}"
+            raise not_a_model(entries[name].path, what)
+    if extra := sorted(entries.keys() - shapes.keys()):
+        raise not_a_model(entries[extra[0]].path, f"unknown weights: {', '.join(extra[:5])}")
 
 
 def read_model_tokenizer(folder: Path, config: Gemma3Config) -> Tokenizer:
@@ -279,23 +202,54 @@ def read_model_tokenizer(folder: Path, config: Gemma3Config) -> Tokenizer:
     return tokenizer
 
 
-def not_a_model(where: Path, what: str) -> UserError:
-    """Returns the error for a folder that does not hold a Gemma 3 text model."""
-    return UserError(
-        what,
-        where=str(where),
-        fix="Name a folder with config.json and model.safetensors of a Gemma 3 text model, such "
-        "as the final_model/ of a run.",
-        exit_code=ExitCode.NOT_A_MODEL,
-    )
+def _weight_entries(folder: Path) -> dict[str, _Entry]:
+    """Returns where each of the weights is; the output layer, which is the embedding, is left out.
+
+    Raises:
+        UserError: a file is missing or damaged, or holds what cannot be a weight; names it.
+    """
+    entries: dict[str, _Entry] = {}
+    for path in _weight_files(folder):
+        with _opened(path, "cpu") as file:
+            for name in file.keys():  # noqa: SIM118 - it is not a dict
+                if name == _OUTPUT_LAYER:
+                    continue
+                if name in entries:
+                    raise not_a_model(path, f"{name} is in {entries[name].path.name} as well")
+                entry = file.get_slice(name)
+                dtype = entry.get_dtype()
+                if dtype not in _FLOATS:
+                    raise not_a_model(path, f"{name} is {dtype}, not one of {', '.join(_FLOATS)}")
+                entries[name] = _Entry(path, dtype, entry.get_shape())
+    return entries
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX_FILE
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
+    index = folder / _INDEX_FILE
+    if not index.is_file():
+        raise not_a_model(folder, f"there is no {WEIGHTS_FILE}")
+    places = read_json(index, _Index, fix=FIX, exit_code=ExitCode.NOT_A_MODEL).weight_map
+    for name, file in places.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
+            what = f"weight_map[{shown(name)}] = {shown(file)}: expected a file of this folder"
+            raise not_a_model(index, what)
+    return [folder / file for file in sorted(set(places.values()))]
+
+
+@contextmanager
+def _opened(path: Path, device: str) -> Iterator[Any]:
+    """Opens a safetensors file, and names it if it is missing or damaged."""
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError) as error:
-        raise not_a_model(folder, f"there is no {WEIGHTS_FILE}") from error
-    return [folder / name for name in sorted(names)]
+        if not path.is_file():
+            raise FileNotFoundError("no such file")
+        with safe_open(path, framework="pt", device=device) as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the weights cannot be read ({error})",
+            where=str(path),
+            fix="The file is damaged or cut short: copy or download it again.",
+            exit_code=ExitCode.DAMAGED,
+        ) from error

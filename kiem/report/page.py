@@ -11,8 +11,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from kiem.console import printable
 from kiem.files import format_bytes, write_text
-from kiem.inference.text import printable
 from kiem.report.charts import curves, minimal_pair_bars, per_source_bars, text_bars
 from kiem.report.record import Record, read_record
 
@@ -159,7 +159,7 @@ def _side_by_side(columns: list[dict[str, str]]) -> list[tuple[str, list[str], b
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from collections.abc import Sequence
@@ -10,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
 from kiem.errors import ExitCode, UserError
+from kiem.json_input import parse_json
+from kiem.report.shapes import Line, check
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
@@ -146,7 +148,7 @@ def _read_lines(
     """Adds the lines of metrics.jsonl to `updates` or `others`; returns how many are damaged."""
     num_damaged = last = 0
     try:
-        file = path.open(encoding="utf-8", errors="replace", newline="\n")
+        file = path.open("rb")
     except OSError as error:
         raise UserError(
             f"cannot be read ({error.strerror})",
@@ -157,9 +159,9 @@ def _read_lines(
     with file:
         for text in file:
             try:
-                line = json.loads(text)
-                step = line["step"] + 0
-            except (ValueError, TypeError, KeyError, RecursionError):
+                line = parse_json(text)
+                step = msgspec.convert(line, Line).step
+            except ValueError:
                 num_damaged += 1
                 continue
             if step < last:
@@ -192,15 +194,13 @@ def _mapping(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is damaged.
     """
+    fix = "Remove the file: the report then does without it."
     try:
-        text = path.read_text(encoding="utf-8")
-        return dict((json.loads if path.suffix == ".json" else yaml.safe_load)(text) or {})
+        data = path.read_bytes()
+        values = parse_json(data) if path.suffix == ".json" else yaml.safe_load(data) or {}
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
-        raise UserError(
-            f"cannot be read ({error})",
-            where=str(path),
-            fix="Remove the file: the report then does without it.",
-            exit_code=ExitCode.DAMAGED,
-        ) from error
+    except (ValueError, OSError, RecursionError, yaml.YAMLError) as error:
+        what = f"cannot be read ({error})"
+        raise UserError(what, where=str(path), fix=fix, exit_code=ExitCode.DAMAGED) from error
+    return check(values, path, fix)

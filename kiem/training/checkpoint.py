@@ -13,7 +13,6 @@ All processes write into one folder, so those of several machines need a shared 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from torch import Tensor
 from kiem.cli import warn
 from kiem.errors import ExitCode, UserError
 from kiem.files import move_folder, new_folder, remove_folder, write_json
+from kiem.json_input import read_json
 from kiem.manifest import verify_manifest, write_manifest
 from kiem.model.files import WEIGHTS_FILE, write_model, write_weights
 from kiem.model.gemma3 import Gemma3
@@ -139,7 +139,8 @@ def load_checkpoint(
 
 def read_state(path: Path) -> dict[str, Any]:
     """Returns the state that a verified checkpoint was saved with."""
-    return dict(json.loads((path / _STATE_FILE).read_text(encoding="utf-8")))
+    fix = "Resume from another checkpoint with --resume PATH."
+    return read_json(path / _STATE_FILE, dict[str, Any], fix=fix, exit_code=ExitCode.DAMAGED)
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -217,7 +218,7 @@ def _test_loss(path: Path) -> float | None:
     """Returns the latest test loss that a checkpoint knows; damaged ones know none."""
     try:
         return read_state(path)["run"]["test_loss"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return None
 
 

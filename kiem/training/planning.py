@@ -15,7 +15,8 @@ from rich.table import Table
 from kiem.config import TrainingOptions
 from kiem.data.chunks import open_split, read_manifest, read_tokenizer
 from kiem.files import format_bytes
-from kiem.model.files import find_model, read_config
+from kiem.model.config_json import read_config
+from kiem.model.files import find_model
 from kiem.model.gemma3 import Recompute
 from kiem.model.presets import Gemma3Config, name_of, preset
 from kiem.training.devices import Devices

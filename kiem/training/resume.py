@@ -17,7 +17,7 @@ from kiem.config import TrainingOptions
 from kiem.errors import ExitCode, UserError
 from kiem.files import require_free_space, sha256_file
 from kiem.manifest import MANIFEST_FILE
-from kiem.model.files import read_config
+from kiem.model.config_json import read_config
 from kiem.training.agreement import check_same
 from kiem.training.checkpoint import CHECKPOINTS, list_checkpoints, newest_valid, verify_checkpoint
 from kiem.training.devices import Devices
