@@ -88,6 +88,11 @@ def check_seal(path: Path) -> bool:
         return content_bytes >= 0 and _sha256(file, content_bytes).digest() == file.read()
 
 
+def read_sealed(path: Path) -> bytes | None:
+    """Returns what was written to a file of `sealed_file`; None if it is missing or damaged."""
+    return path.read_bytes()[:-_SEAL_BYTES] if path.is_file() and check_seal(path) else None
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a whole file in one atomic step; raises as `new_file`."""
     with new_file(path) as file:

@@ -1,8 +1,4 @@
-"""From finished units to the two splits: what is kept, where it goes, chunks on the disk.
-
-This runs in one process and in the order of the plan, so it decides the same whatever worker made
-which unit.
-"""
+"""From finished units to the two splits: chunks on the disk, and counts of all that is in them."""
 
 from __future__ import annotations
 
@@ -17,18 +13,12 @@ import pyarrow as pa
 
 from kiem.data.arrow import to_numpy
 from kiem.data.chunks import NO_SOURCE, TEST_SOURCES, SplitWriter
-from kiem.data.near_duplicates import band_names
+from kiem.data.fates import TEST, TRAIN
 from kiem.data.packing import make_packer
-from kiem.data.split import split_limit
 from kiem.data.tokenizer import Tokenizer
-from kiem.data.units import Unit, UnitJob, UnitSummary, read_unit
-from kiem.data.words import came_before
-from kiem.errors import ExitCode, UserError
-from kiem.files import check_seal
+from kiem.data.units import read_unit
 
-SPLITS = ("train", "test")
-_TRAIN, _TEST, _REJECTED, _BEYOND, _DUPLICATE, _NEAR_DUPLICATE = range(6)
-_LIKENESS = {_DUPLICATE: "duplicate", _NEAR_DUPLICATE: "near duplicate"}
+SPLITS = {"train": TRAIN, "test": TEST}
 
 
 @dataclass
@@ -46,120 +36,8 @@ class SplitCounts:
     bytes_per_source: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(frozen=True)
-class Fates:
-    """What becomes of every row.
-
-    Attributes:
-        per_unit: int8 [rows] for each unit: train, test, rejected, beyond the word limit, or like
-            an earlier document.
-        rejected: rows rejected, by reason.
-        num_rows: rows up to the word limit.
-    """
-
-    per_unit: list[np.ndarray]
-    rejected: Counter[str]
-    num_rows: int
-
-
-def decide(units: Sequence[Unit], job: UnitJob, test_share: float, word_limit: int | None) -> Fates:
-    """Decides what becomes of every row of the units.
-
-    Args:
-        units: the plan.
-        job: where the finished units are.
-        test_share: share of the documents for testing.
-        word_limit: documents are taken as long as they have no more words together.
-
-    Raises:
-        UserError: a unit file is damaged.
-    """
-    fates: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    rejected: Counter[str] = Counter()
-    num_rows = num_words = 0
-    for unit in units:
-        path = job.path(unit)
-        if not path.exists():
-            break  # beyond the word limit
-        if not check_seal(path):
-            raise UserError(
-                "is damaged (its sha256 differs)",
-                where=str(path),
-                fix="Run the same command again: this part is made anew.",
-                exit_code=ExitCode.DAMAGED,
-            )
-        columns, summary = _read_columns(path, ("position", "words", "reason"))
-        words, reasons = columns["words"], columns["reason"]
-        fate = np.where(reasons >= 0, _REJECTED, _TRAIN).astype(np.int8)
-        if word_limit is not None:
-            too_far = num_words + np.cumsum(words) > word_limit
-            fate[np.logical_or.accumulate(too_far)] = _BEYOND
-        counted = fate != _BEYOND
-        num_words += int(words[counted].sum())
-        num_rows += int(counted.sum())
-        for reason in reasons[fate == _REJECTED]:
-            rejected[summary.reasons[reason]] += 1
-        fates.append(fate)
-        positions.append(columns["position"])
-        if not counted.all():
-            break
-    # Equal texts have equal positions. That two different ones have, too, is to be expected once
-    # in some 6 billion documents, since positions are hashes of 64 bits.
-    if job.cleaning.filters != "none":
-        _reject_repeated(fates, positions, _DUPLICATE)
-    if job.cleaning.near_duplicates:
-        for name in band_names():
-            paths = [job.path(unit) for unit in units[: len(fates)]]
-            keys = [_read_columns(path, (name,))[0][name] for path in paths]
-            _reject_repeated(fates, keys, _NEAR_DUPLICATE)
-    for code, reason in _LIKENESS.items():
-        if number := sum(int((fate == code).sum()) for fate in fates):
-            rejected[reason] += number
-    lowest = min(
-        int(position[fate == _TRAIN].min(initial=2**64 - 1))
-        for fate, position in zip(fates, positions, strict=True)
-    )
-    limit = np.uint64(min(split_limit(test_share, lowest), 2**64 - 1))
-    for fate, position in zip(fates, positions, strict=True):
-        fate[(fate == _TRAIN) & (position < limit)] = _TEST
-    return Fates(fates, rejected, num_rows)
-
-
-def _reject_repeated(fates: list[np.ndarray], keys: list[np.ndarray], code: int) -> None:
-    """Marks the documents whose key an earlier one has, itself left out for likeness or not."""
-    is_document = [(fate == _TRAIN) | (fate == _NEAR_DUPLICATE) for fate in fates]
-    chosen = [key[here].astype(np.uint64) for key, here in zip(keys, is_document, strict=True)]
-    is_again = came_before(np.concatenate(chosen))
-    start = 0
-    for fate, here in zip(fates, is_document, strict=True):
-        places = np.flatnonzero(here)
-        fate[places[is_again[start : start + len(places)]]] = code
-        start += len(places)
-
-
-def rejection_reasons(path: Path, fate: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Returns why the rows of a unit are rejected.
-
-    Args:
-        path: the unit file.
-        fate: int8 [rows], what becomes of them.
-
-    Returns:
-        For each row which of the reasons it is, int32 [rows], -1 if it is not rejected; and the
-        reasons.
-    """
-    columns, summary = _read_columns(path, ("reason",))
-    which = np.where(fate == _REJECTED, columns["reason"], np.int32(-1))
-    for number, code in enumerate(_LIKENESS, start=len(summary.reasons)):
-        which[fate == code] = number
-    return which, [*summary.reasons, *_LIKENESS.values()]
-
-
 def write_splits(
-    units: Sequence[Unit],
-    job: UnitJob,
-    fates: Fates,
+    parts: Sequence[tuple[Path, np.ndarray]],
     tokenizer: Tokenizer,
     chunk_size: int,
     packing: Literal["concat", "best-fit"],
@@ -168,9 +46,8 @@ def write_splits(
     """Packs the documents into chunks and writes both splits.
 
     Args:
-        units: the plan.
-        job: where the finished units are.
-        fates: what becomes of every row.
+        parts: unit files, each with what becomes of its rows, int8 [rows]: those that are TRAIN or
+            TEST are written.
         tokenizer: whose padding fills the ends.
         chunk_size: tokens in a chunk.
         packing: how documents become chunks.
@@ -187,15 +64,14 @@ def write_splits(
     source_packer = make_packer(packing, chunk_size, NO_SOURCE)
     source_numbers: dict[str, int] = {}
     used = np.zeros(tokenizer.num_rows, dtype=bool)
-    for unit, fate in zip(units, fates.per_unit, strict=False):
-        path = job.path(unit)
+    for path, fate in parts:
         batches, summary = read_unit(path)
         start = 0
         for batch in batches:
             here = fate[start : start + batch.num_rows]
             start += batch.num_rows
-            for number, split in enumerate(SPLITS):
-                is_here = here == number
+            for split, code in SPLITS.items():
+                is_here = here == code
                 if not is_here.any():
                     continue
                 ids, lengths = _documents(batch, is_here)
@@ -266,12 +142,3 @@ def _count(
         counts.documents_per_source[name] += int(is_from.sum())
         counts.tokens_per_source[name] += int(num_tokens[is_from].sum())
         counts.bytes_per_source[name] += int(num_bytes[is_from].sum())
-
-
-def _read_columns(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], UnitSummary]:
-    """Returns whole columns of a unit file, as copies, and its summary."""
-    batches, summary = read_unit(path)
-    columns = {
-        name: np.concatenate([to_numpy(batch.column(name)) for batch in batches]) for name in names
-    }
-    return columns, summary

@@ -16,7 +16,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import count
+from itertools import count, groupby
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,7 @@ _OTHER_LANGUAGES = (
 )
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
+_MANY_MARKS = re.compile(r"(?<![^\w\s\x00-\u02ff])[^\w\s\x00-\u02ff]{100,}")
 _TOKENS = re.compile(r"'n\b|\w+(?:['’.-]\w+)*|[^\w\s]+")
 _LINE_ENDS = tuple(".!?…:;\"'”’»)")
 
@@ -70,7 +71,16 @@ def mend(text: str) -> str:
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = _CONTROL.sub("", text)
+    # Python puts the marks of a letter in order one by one, by the square of their number.
+    text = _MANY_MARKS.sub(_order_marks, text)
     return unicodedata.normalize("NFC", text)
+
+
+def _order_marks(found: re.Match[str]) -> str:
+    """Returns characters with the marks among them in canonical order, which NFC keeps."""
+    runs = groupby(found[0], key=lambda character: unicodedata.combining(character) > 0)
+    ordered = (sorted(run, key=unicodedata.combining) if marks else run for marks, run in runs)
+    return "".join(map("".join, ordered))
 
 
 def reject(texts: Sequence[str]) -> list[str | None]:
@@ -117,7 +127,7 @@ class _Tokens:
 
     def count(self, of_vocabulary: list[Any]) -> np.ndarray:
         """Returns sums over each document's tokens of a value [V] that tokens have: int64 [D]."""
-        return self.total(np.array(of_vocabulary, np.int16)[self.ids])
+        return self.total(np.array(of_vocabulary, np.int32)[self.ids])
 
     def total(self, values: np.ndarray) -> np.ndarray:
         """Returns sums over each document's tokens: values [T] -> int64 [D]."""

@@ -39,6 +39,10 @@ class Cleaning:
             "decontaminate": list(self.evaluation.sha256) if self.evaluation else [],
         }
 
+    def mend(self, text: str) -> str:
+        """Returns the text of a document as `clean` does."""
+        return mend(text) if self.filters == "dutch" else text
+
     def clean(self, rows: Sequence[Row], hashes: WordHashes) -> list[tuple[str | None, str | None]]:
         """Returns the text of every row, mended, and why it is left out; None: it is not.
 
@@ -46,10 +50,9 @@ class Cleaning:
             rows: what was read; a row that is no document stays one, for the reason it has.
             hashes: keeps the hashes of words that it saw before.
         """
-        texts = [row.text for row in rows]
+        texts = [None if row.text is None else self.mend(row.text) for row in rows]
         reasons = [row.problem.reason if row.problem else None for row in rows]
         if self.filters == "dutch":
-            texts = [text if text is None else mend(text) for text in texts]
             reasons = [
                 "empty" if reason is None and text is not None and not text.strip() else reason
                 for text, reason in zip(texts, reasons, strict=True)

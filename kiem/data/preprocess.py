@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,13 @@ from rich.console import Console
 import kiem
 from kiem.cli import check_name, warn
 from kiem.config import PreprocessOptions
-from kiem.data.assemble import decide, write_splits
+from kiem.data.assemble import write_splits
 from kiem.data.chunks import finish_directory
 from kiem.data.cleaning import Cleaning, make_cleaning
 from kiem.data.contamination import MIN_WORDS
-from kiem.data.encoding import fast_path, load_encoders
+from kiem.data.cut import cut_documents
+from kiem.data.encoding import Encoder, fast_path, load_encoders
+from kiem.data.fates import decide
 from kiem.data.ray_workers import run_units_on_ray
 from kiem.data.readers import check_effects
 from kiem.data.rejected import write_rejected
@@ -33,13 +34,10 @@ from kiem.data.sources import (
     Source,
     check_hub_size,
     resolve_source,
-    take_words,
     word_limit,
 )
-from kiem.data.split import training_texts
 from kiem.data.summary import UnitProgress, print_summary
 from kiem.data.tokenizer import (
-    TOKENIZER_FILE,
     Tokenizer,
     load_tokenizer,
     parse_tokenizer,
@@ -47,26 +45,31 @@ from kiem.data.tokenizer import (
     vocabulary_size_to_train,
     write_tokenizer,
 )
-from kiem.data.units import Reading, Unit, UnitJob, UnitSummary, plan_units, read_clean_texts
+from kiem.data.training_texts import TrainingTexts
+from kiem.data.units import Reading, Unit, UnitJob, plan_units
 from kiem.data.verify import verify_directory
 from kiem.data.workers import run_units
 from kiem.data.workspace import (
     clear_after_kill,
     earlier_identity,
+    identity_digest,
     refuse_other,
     working_folder,
 )
 from kiem.errors import ExitCode, UserError, no_effect
 from kiem.files import (
     new_folder,
+    read_sealed,
     require_free_space,
-    write_bytes,
+    sealed_file,
 )
 from kiem.leftovers import recover_folder
 
 # Units and chunks are there at the same time; four bytes a token and at least three of text in it.
 # A rejected document that is kept is in no chunk, so it takes less.
 _OUTPUT_BYTES_PER_TEXT_BYTE = 3
+_MIN_CHUNK_SIZE = 16
+_VOCABULARY_FILE = "vocabulary.sealed"
 
 
 def preprocess(options: PreprocessOptions, console: Console) -> Path:
@@ -125,7 +128,15 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     with working_folder(folder, identity, options.overwrite) as work:
         if tokenizer is None:
             tokenizer = _trained_tokenizer(reading, cleaning, units, options, work, console)
-        job = UnitJob(work, reading, options.seed, tokenizer.bos_id, tokenizer.eos_id, cleaning)
+        job = UnitJob(
+            folder=work,
+            identity=identity_digest(identity, tokenizer.sha256),
+            reading=reading,
+            seed=options.seed,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            cleaning=cleaning,
+        )
         seconds = _finish_units(units, job, tokenizer, options, console)
         packing_started = time.perf_counter()
         with new_folder(folder, overwrite=options.overwrite, temporary=work / "result") as result:
@@ -156,18 +167,15 @@ def _trained_tokenizer(
     """Trains a vocabulary on the training documents, or takes the one of an interrupted run."""
     vocabulary_size = vocabulary_size_to_train(options.tokenizer)
     assert vocabulary_size is not None
-    file = work / TOKENIZER_FILE
-    if file.exists():
-        return parse_tokenizer(file.read_bytes(), options.tokenizer)
-
-    class TrainingTexts:
-        def __iter__(self) -> Iterator[str]:
-            texts = take_words(read_clean_texts(units, reading, cleaning), _word_limit(options))
-            return training_texts(texts, options.test_split, options.seed)
-
+    file = work / _VOCABULARY_FILE
+    if (json_bytes := read_sealed(file)) is not None:
+        return parse_tokenizer(json_bytes, options.tokenizer)
     with console.status(f"Training a vocabulary of {vocabulary_size} entries"):
-        tokenizer = train_tokenizer(TrainingTexts(), vocabulary_size)
-    write_bytes(file, tokenizer.json_bytes)
+        share = (options.test_split, options.seed, options.chunk_size)
+        texts = TrainingTexts(units, reading, cleaning, _word_limit(options), *share)
+        tokenizer = train_tokenizer(texts, vocabulary_size)
+    with sealed_file(file) as opened:
+        opened.write(tokenizer.json_bytes)
     return tokenizer
 
 
@@ -188,7 +196,8 @@ def _finish_units(
     if options.encoder == "auto" and isinstance(fast, str):
         warn(console, f"encoding slowly with the tokenizers library: {fast}")
     limit = _word_limit(options)
-    finished: dict[int, UnitSummary] = {}
+    words: dict[int, int] = {}  # of finished units that wait for one before them
+    num_words = num_units = 0  # of the units that are finished with all before them
     with ExitStack() as stack:
         if options.executor == "ray":
             places = (options.num_proc, options.ray_address)
@@ -201,19 +210,16 @@ def _finish_units(
         stack.enter_context(closing(running))
         progress = stack.enter_context(UnitProgress(num_bytes, console))
         for unit, summary in running:
-            finished[unit.number] = summary
+            words[unit.number] = summary.words
             for stage, took in summary.seconds.items():
                 seconds[stage] = seconds.get(stage, 0.0) + took
             progress.advance(unit, summary)
-            if limit is not None and _words_from_start(finished) > limit:
+            while num_units in words:
+                num_words += words.pop(num_units)
+                num_units += 1
+            if limit is not None and num_words > limit:
                 break
     return seconds
-
-
-def _words_from_start(finished: dict[int, UnitSummary]) -> int:
-    """Returns the words of the units that are finished with all before them."""
-    first_missing = next(n for n in count() if n not in finished)
-    return sum(finished[number].words for number in range(first_missing))
 
 
 def _assemble(
@@ -224,13 +230,23 @@ def _assemble(
     result: Path,
 ) -> dict[str, Any]:
     """Writes the chunk directory but for its manifest; returns what that says of the text."""
-    fates = decide(units, job, options.test_split, _word_limit(options))
-    splits, num_unused_rows = write_splits(
-        units, job, fates, tokenizer, options.chunk_size, options.packing, result
-    )
+    limit, share = _word_limit(options), options.test_split
+    fates = decide(units, job, share, options.chunk_size, limit)
+    paths = [job.path(unit) for unit in units[: len(fates.per_unit)]]
+    parts = list(zip(paths, fates.per_unit, strict=True))
+    cut: dict[str, Any] = {}
+    if fates.num_cut:
+        encoder = Encoder(tokenizer, fast_path(tokenizer, options.encoder))
+        documents = cut_documents(units, job, fates, encoder)
+        parts.append((documents.path, documents.fate))
+        cut["cut_for_test"] = documents.entry
+    chunks = (options.chunk_size, options.packing)
+    splits, num_unused_rows = write_splits(parts, tokenizer, *chunks, result)
     num_kept = sum(split["documents"] for split in splits.values())
-    assert num_kept + fates.rejected.total() == fates.num_rows, "documents were lost"
-    _check_enough(splits, options)
+    assert num_kept - fates.num_cut + fates.rejected.total() == fates.num_rows, (
+        "documents were lost"
+    )
+    _check_enough(splits, fates.num_rows, options.chunk_size)
     write_tokenizer(tokenizer, result)
     kept = {}
     if options.keep_rejected:
@@ -242,7 +258,11 @@ def _assemble(
         "tokenizer": {**pinned, **rows},
         "special_ids": tokenizer.special_ids,
         "documents_read": fates.num_rows,
+        "documents_per_file": fates.rows_per_file,
+        "word_limit": {"words": limit, "reached_in": fates.limit_file} if limit else None,
+        **cut,
         "rejected": dict(sorted(fates.rejected.items())),
+        "rejected_per_file": fates.rejected_per_file,
         **kept,
         "splits": splits,
     }
@@ -304,14 +324,15 @@ def _identity(
     }
 
 
-def _check_enough(splits: dict[str, dict[str, Any]], options: PreprocessOptions) -> None:
-    train = splits["train"]
-    if train["tokens"] < options.chunk_size:
-        num_documents = train["documents"] + splits["test"]["documents"]
+def _check_enough(splits: dict[str, dict[str, Any]], num_read: int, chunk_size: int) -> None:
+    train, test = (splits[split]["tokens"] for split in ("train", "test"))
+    if train < chunk_size:
+        documents = "1 document has" if num_read == 1 else f"these {num_read} documents have"
+        smaller = f", or --chunk-size {train} or less" if train >= _MIN_CHUNK_SIZE else ""
         raise UserError(
-            f"the training split of these {num_documents} documents has {train['tokens']} tokens, "
-            f"too few for one chunk of {options.chunk_size}",
+            f"{documents} {train + test} tokens; without {test} for testing that is {train}, less "
+            f"than one chunk of {chunk_size}",
             where="--source",
-            fix="Use more text, a larger --dataset-size or a smaller --chunk-size.",
+            fix=f"Use more text{smaller}.",
             exit_code=ExitCode.DATASET_TOO_SMALL,
         )

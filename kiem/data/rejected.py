@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from kiem.data.assemble import Fates, rejection_reasons
 from kiem.data.chunks import REJECTED_FILE
+from kiem.data.fates import Fates, rejection_reasons
 from kiem.data.readers import Piece, count_rows
 from kiem.data.sources import Source
 from kiem.data.units import Unit, UnitJob, read_unit_rows

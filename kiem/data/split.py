@@ -1,9 +1,54 @@
-"""Which documents are for training and which for testing."""
+"""Which documents are for training and which for testing.
+
+Documents go to the test split by a hash of their text. Where they are so few and large that this
+would take far more text than asked for, or leave too little to train on, the end of one of them is
+cut off for testing instead. This depends on the documents alone, not on who read them.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+# More than a token of text takes, so that so many bytes per token make whole chunks.
+_BYTES_PER_TOKEN = 6
+# How much of the text that is not asked for testing may be taken for it, to keep documents whole.
+_MAX_EXCESS = 0.1
+# Where a document may be cut, the best first. White space stays before the cut.
+_BORDERS = {
+    "paragraph": re.compile(r"\n[^\S\n]*\n\s*"),
+    "line": re.compile(r"\n\s*"),
+    "sentence": re.compile(r"[.!?…][\"'’”»)\]]*\s+"),
+    "word": re.compile(r"\s+"),
+}
+
+
+class Split(NamedTuple):
+    """Where the test split ends.
+
+    Attributes:
+        limit: documents whose position is below are for testing.
+        cut_bytes: of a document with just this position, about so many bytes at its end are for
+            testing as well; None: no document is cut.
+    """
+
+    limit: int
+    cut_bytes: int | None = None
+
+
+class Border(NamedTuple):
+    """Where a document is cut.
+
+    Attributes:
+        place: the first character that is for testing.
+        kind: what ends there, "paragraph", "line", "sentence", "word" or "character".
+    """
+
+    place: int
+    kind: str
 
 
 def split_position(text: str, seed: int) -> int:
@@ -31,23 +76,67 @@ def split_limit(test_share: float, lowest_position: int) -> int:
     return max(int(test_share * 2**64), lowest_position + 1)
 
 
-def training_texts(texts: Iterable[str], test_share: float, seed: int) -> Iterator[str]:
-    """Yields the texts of the training split, before all of them have been seen.
+def decide_split(
+    positions: np.ndarray, num_bytes: np.ndarray, test_share: float, chunk_size: int
+) -> Split:
+    """Decides which documents are for testing, and whether one of them is cut.
 
-    Until the first text of the test share appears, the one with the lowest position so far is held
-    back: it may be all there is to test on.
+    None is cut if whole documents leave a chunk to train on, and take hardly more text for testing
+    than was asked for, or not more than a chunk. Otherwise documents are taken in the order of
+    their positions until the test split has what was asked for, but at least a chunk (or half of
+    the text, if that is less): the one that is too much is cut.
+
+    Args:
+        positions: of the documents, uint64 [documents].
+        num_bytes: of their text, int64 [documents].
+        test_share: share of the documents for testing, in (0, 1).
+        chunk_size: tokens in a chunk.
     """
-    share = split_limit(test_share, -1)
-    held: list[str] = []
-    lowest = 2**64
-    for text in texts:
-        position = split_position(text, seed)
-        if position < share or position < lowest:
-            if lowest >= share:
-                yield from held
-            held = [text]
-            lowest = min(lowest, position)
-        elif position == lowest:
-            held.append(text)
-        else:
-            yield text
+    if len(positions) == 0:
+        return Split(0)
+    by_documents = Split(min(split_limit(test_share, int(positions.min())), 2**64 - 1))
+    is_test = positions < np.uint64(by_documents.limit)
+    total, num_test = int(num_bytes.sum()), int(num_bytes[is_test].sum())
+    enough = _BYTES_PER_TOKEN * chunk_size
+    most = max(enough, int((test_share + _MAX_EXCESS * (1 - test_share)) * total))
+    if num_test <= most and total - num_test >= enough:
+        return by_documents
+    wanted = max(int(test_share * total), min(enough, total // 2))
+    # Equal documents have equal positions. Each of them is cut at the same place.
+    different, which = np.unique(positions[is_test], return_inverse=True)
+    sizes = np.zeros(len(different), np.int64)
+    np.add.at(sizes, which, num_bytes[is_test])
+    ends = np.cumsum(sizes)
+    too_much = int(np.searchsorted(ends, wanted, side="right"))
+    if too_much == len(different):
+        return by_documents
+    num_before = int(ends[too_much] - sizes[too_much])
+    limit = int(different[too_much])
+    if 2 * num_before >= wanted:
+        return Split(limit)
+    num_copies = int(np.count_nonzero(which == too_much))
+    return Split(limit, max(1, (wanted - num_before) // num_copies))
+
+
+def find_border(text: str, num_bytes: int) -> Border | None:
+    """Returns where to cut a document so that about `num_bytes` bytes of UTF-8 are behind the cut.
+
+    That is the end of a paragraph, if there is one within half of that; otherwise of a line, a
+    sentence or a word, and where there is no space at all, a place between two characters. There is
+    text on both sides: None if the document has no two characters but white space.
+    """
+    first, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    if end - first < 2:
+        return None
+    # From so many characters at the end those are taken that make `num_bytes` bytes.
+    tail = text[max(first, end - num_bytes) : end].encode()
+    wanted = end - len(tail[-num_bytes:].decode(errors="ignore"))
+    wanted = min(max(wanted, first + 1), end - 1)
+    slack = (end - wanted) // 2
+    low, high = max(first + 1, wanted - slack), min(end - 1, wanted + slack)
+    window = text[low - 1 : high]
+    for kind, border in _BORDERS.items():
+        ends = [low - 1 + found.end() for found in border.finditer(window)]
+        if places := [place for place in ends if not text[place].isspace()]:
+            return Border(min(places, key=lambda place: abs(place - wanted)), kind)
+    return Border(wanted, "character")

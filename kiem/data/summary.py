@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,8 @@ def print_summary(
         "bytes per token", *(f"{split['bytes'] / max(1, split['tokens']):.2f}" for split in splits)
     )
     console.print(table)
+    for line in _account(manifest):
+        console.print(line, markup=False)
     if rejected := manifest["rejected"]:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
         total = sum(rejected.values())
@@ -97,3 +100,31 @@ def print_summary(
     slowest = max(stage_seconds, key=lambda stage: stage_seconds[stage])
     shares = ", ".join(f"{stage} {took:.1f} s" for stage, took in stage_seconds.items())
     console.print(f"slowest stage: {slowest} ({shares}; summed over the worker processes)")
+
+
+def _account(manifest: dict[str, Any]) -> Iterator[str]:
+    """Yields lines that say what became of every document."""
+    train, test = (manifest["splits"][name]["documents"] for name in ("train", "test"))
+    rejected = sum(manifest["rejected"].values())
+    num_read, per_file = manifest["documents_read"], manifest["documents_per_file"]
+    files = "1 file" if len(per_file) == 1 else f"{len(per_file):,} files"
+    cut = manifest.get("cut_for_test")
+    again = f", {cut['documents']:,} of them cut in two" if cut else ""
+    yield (
+        f"documents: {num_read:,} read from {files}{again} = {train:,} for training + {test:,} for "
+        f"testing + {rejected:,} rejected"
+    )
+    if cut:
+        kind = {"paragraph": "a paragraph", "line": "a line", "sentence": "a sentence"}
+        yield (
+            f"the documents are few and large, so the test split is the end of {cut['at']}: "
+            f"{format_bytes(cut['test_bytes'])} after {kind.get(cut['border'], cut['border'])}"
+        )
+    if (limit := manifest["word_limit"]) and limit["reached_in"] is not None:
+        yield (
+            f"the limit of {limit['words']:,} words was reached in {limit['reached_in']}: "
+            "no document after that was taken"
+        )
+    if empty := [name for name, number in per_file.items() if number == 0]:
+        more = f" and {len(empty) - 3:,} more" if len(empty) > 3 else ""
+        yield f"without any document: {', '.join(empty[:3])}{more}"

@@ -5,14 +5,18 @@ one file with a row for every row of the source, and its checksum at the end:
 
     ids       large_list<int32>   <bos> text <eos>; empty for a rejected row
     position  uint64              place in the split
-    words, bytes, source, piece, row, reason (-1: kept)
+    words, bytes, source, reason (-1: kept)
     band_0 ... uint64             keys of near duplicates, when asked for
+
+It says which unit of which work it is, so that no other file is taken for it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,13 +25,13 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from kiem.data.arrow import from_numpy
+from kiem.data.arrow import from_numpy, to_numpy
 from kiem.data.cleaning import Cleaning
 from kiem.data.encoding import Encoder
 from kiem.data.near_duplicates import band_keys, band_names
 from kiem.data.packing import frame
 from kiem.data.readers import Piece, cut_source, place, read_rows
-from kiem.data.rows import Row
+from kiem.data.rows import Row, reading_errors
 from kiem.data.sources import Source, count_words
 from kiem.data.split import split_position
 from kiem.data.words import WordHashes
@@ -36,7 +40,7 @@ from kiem.files import check_seal, sealed_file
 UNIT_BYTES = 4_000_000
 _BATCH_CHARACTERS = 8_000_000
 _ROW_CHARACTERS = 100
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [
         ("ids", pa.large_list(pa.int32())),
         ("position", pa.uint64()),
@@ -44,8 +48,6 @@ _SCHEMA = pa.schema(
         ("bytes", pa.int64()),
         ("source", pa.int32()),
         ("reason", pa.int32()),
-        ("piece", pa.int32()),
-        ("row", pa.int64()),
     ]
 )
 
@@ -85,6 +87,7 @@ class UnitJob:
 
     Attributes:
         folder: where unit files go.
+        identity: of all that their content depends on.
         reading: how the source is read.
         seed: of the split.
         bos_id: put before every document.
@@ -93,6 +96,7 @@ class UnitJob:
     """
 
     folder: Path
+    identity: str
     reading: Reading
     seed: int
     bos_id: int
@@ -103,11 +107,17 @@ class UnitJob:
         """Returns the file that a finished unit becomes."""
         return self.folder / f"{unit.number:06d}.unit"
 
+    def key(self, unit: Unit) -> str:
+        """Returns what is in the file of a unit and in no other, as 64 hexadecimal digits."""
+        return hashlib.sha256(msgspec.json.encode((self.identity, unit))).hexdigest()
+
 
 class UnitSummary(msgspec.Struct):
     """What a unit file says of itself.
 
     Attributes:
+        key: which unit it is, and of what.
+        rows: of each piece of the unit, kept or not.
         sources: the names that the `source` column counts.
         reasons: the reasons that the `reason` column counts.
         documents: rows that were kept.
@@ -117,6 +127,8 @@ class UnitSummary(msgspec.Struct):
         seconds: processor time per stage.
     """
 
+    key: str
+    rows: list[int]
     sources: list[str]
     reasons: list[str]
     documents: int
@@ -130,12 +142,14 @@ def plan_units(source: Source) -> list[Unit]:
     """Returns the units of a source; raises a UserError at a file that cannot be read."""
     units: list[Unit] = []
     pieces: list[Piece] = []
+    num_bytes = 0
     for piece in cut_source(source, UNIT_BYTES):
-        if pieces and sum(p.num_bytes for p in pieces) + piece.num_bytes > UNIT_BYTES:
-            units.append(_unit(len(units), pieces))
-            pieces = []
+        if pieces and num_bytes + piece.num_bytes > UNIT_BYTES:
+            units.append(Unit(len(units), tuple(pieces), num_bytes))
+            pieces, num_bytes = [], 0
         pieces.append(piece)
-    return [*units, _unit(len(units), pieces)]
+        num_bytes += piece.num_bytes
+    return [*units, Unit(len(units), tuple(pieces), num_bytes)]
 
 
 def finish_unit(unit: Unit, job: UnitJob, encoder: Encoder) -> UnitSummary:
@@ -145,17 +159,41 @@ def finish_unit(unit: Unit, job: UnitJob, encoder: Encoder) -> UnitSummary:
         UserError: bad input, an encoding that is not exact, or a disk that cannot be written.
     """
     path = job.path(unit)
-    if path.exists() and check_seal(path):
+    if find_fault(unit, job) is None:
         return read_unit(path)[1]
     maker = _UnitMaker(unit, job, encoder)
-    schema = _schema(job)
+    write_unit(path, maker.batches(), maker.summary, _schema(job))
+    return maker.summary
+
+
+def find_fault(unit: Unit, job: UnitJob) -> str | None:
+    """Returns why the file of a unit cannot be used; None if it is there, sound and the right one.
+
+    The reason goes on behind the file's name.
+    """
+    path = job.path(unit)
+    with reading_errors(str(path)):
+        if not path.is_file():
+            return "is missing"
+        if not check_seal(path):
+            return "is damaged (its sha256 differs)"
+        try:
+            key = read_unit(path)[1].key
+        except (pa.ArrowException, msgspec.MsgspecError, KeyError, TypeError):
+            return "is no file of this program"
+        return None if key == job.key(unit) else "belongs to other work"
+
+
+def write_unit(
+    path: Path, batches: Iterable[pa.RecordBatch], summary: UnitSummary, schema: pa.Schema = SCHEMA
+) -> None:
+    """Writes a unit file; `summary` is looked at after the last batch."""
     with sealed_file(path) as file, pa.ipc.new_stream(file, schema) as writer:
-        for batch in maker.batches():
+        for batch in batches:
             writer.write_batch(batch)
-        metadata = {"summary": msgspec.json.encode(maker.summary)}
+        metadata = {"summary": msgspec.json.encode(summary)}
         last = pa.RecordBatch.from_pylist([], schema=schema)
         writer.write_batch(last, custom_metadata=metadata)
-    return maker.summary
 
 
 def read_unit(path: Path) -> tuple[list[pa.RecordBatch], UnitSummary]:
@@ -163,6 +201,15 @@ def read_unit(path: Path) -> tuple[list[pa.RecordBatch], UnitSummary]:
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
         batches, metadata = zip(*reader.iter_batches_with_custom_metadata(), strict=True)
     return list(batches), msgspec.json.decode(metadata[-1][b"summary"], type=UnitSummary)
+
+
+def read_columns(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], UnitSummary]:
+    """Returns whole columns of a unit file, as copies, and its summary."""
+    batches, summary = read_unit(path)
+    columns = {
+        name: np.concatenate([to_numpy(batch.column(name)) for batch in batches]) for name in names
+    }
+    return columns, summary
 
 
 class _UnitMaker:
@@ -175,15 +222,18 @@ class _UnitMaker:
         self._hashes = WordHashes()
         self._sources: dict[str, int] = {}
         self._reasons: dict[str, int] = {}
-        self.summary = UnitSummary([], [], 0, 0, 0, 0, {})
+        self._rows: Counter[Piece] = Counter()
+        self.summary = UnitSummary(job.key(unit), [], [], [], 0, 0, 0, 0, {})
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yields the batches; the summary is complete after the last one."""
         started = time.perf_counter()
-        for rows in _batches(read_unit_rows(self._unit, self._job.reading)):
+        for rows in row_batches(read_unit_rows(self._unit, self._job.reading)):
             started = self._took("reading", started)
+            self._rows.update(piece for piece, _ in rows)
             yield self._encode(rows)
             started = time.perf_counter()
+        self.summary.rows = [self._rows[piece] for piece in self._unit.pieces]
         self.summary.sources = list(self._sources)
         self.summary.reasons = list(self._reasons)
 
@@ -215,7 +265,6 @@ class _UnitMaker:
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         reasons = [-1 if r is None else self._number(self._reasons, r) for _, r in cleaned]
         sources = [self._number(self._sources, row.source) for _, row in rows]
-        first_piece = self._unit.pieces.index
         columns = [
             pa.LargeListArray.from_arrays(from_numpy(offsets), from_numpy(framed.ids)),
             from_numpy(_spread(positions, is_kept)),
@@ -223,8 +272,6 @@ class _UnitMaker:
             from_numpy(_spread(num_bytes, is_kept)),
             from_numpy(np.array(sources, np.int32)),
             from_numpy(np.array(reasons, np.int32)),
-            from_numpy(np.array([first_piece(piece) for piece, _ in rows], np.int32)),
-            from_numpy(np.array([row.number for _, row in rows], np.int64)),
             *bands,
         ]
         return pa.record_batch(columns, schema=_schema(self._job))
@@ -246,20 +293,11 @@ def read_unit_rows(unit: Unit, reading: Reading) -> Iterator[tuple[Piece, Row]]:
 
 def _schema(job: UnitJob) -> pa.Schema:
     names = band_names() if job.cleaning.near_duplicates else []
-    return pa.schema([*_SCHEMA, *((name, pa.uint64()) for name in names)])
+    return pa.schema([*SCHEMA, *((name, pa.uint64()) for name in names)])
 
 
-def read_clean_texts(units: Sequence[Unit], reading: Reading, cleaning: Cleaning) -> Iterator[str]:
-    """Yields the documents that are not left out, mended, but equal ones each time they come."""
-    hashes = WordHashes()
-    for unit in units:
-        for rows in _batches(read_unit_rows(unit, reading)):
-            for text, reason in cleaning.clean([row for _, row in rows], hashes):
-                if text is not None and reason is None:
-                    yield text
-
-
-def _batches(rows: Iterator[tuple[Piece, Row]]) -> Iterator[list[tuple[Piece, Row]]]:
+def row_batches(rows: Iterator[tuple[Piece, Row]]) -> Iterator[list[tuple[Piece, Row]]]:
+    """Yields rows in groups of bounded size."""
     batch: list[tuple[Piece, Row]] = []
     num_characters = 0
     for piece, row in rows:
@@ -283,7 +321,3 @@ def _spread(values: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
     spread = np.zeros((len(is_kept), *values.shape[1:]), values.dtype)
     spread[is_kept] = values
     return spread
-
-
-def _unit(number: int, pieces: list[Piece]) -> Unit:
-    return Unit(number, tuple(pieces), sum(piece.num_bytes for piece in pieces))

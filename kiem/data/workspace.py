@@ -6,6 +6,8 @@ on. Work on other text or with other options is never taken up.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,7 @@ from kiem.leftovers import discard, hidden, is_removed, recover_folder
 from kiem.locking import locked_folder
 
 # Raised whenever units made by older versions would not be what this one makes.
-_UNIT_VERSION = 2
+_UNIT_VERSION = 3
 _PLAN_FILE = "plan.json"
 # After these, the same command can go on; after others it needs other input or options.
 _PASSING = (
@@ -91,12 +93,20 @@ def refuse_other(folder: Path, recorded: dict[str, Any], identity: dict[str, Any
         )
 
 
+def identity_digest(identity: dict[str, Any], tokenizer_sha256: str) -> str:
+    """Returns what unit files are known by, as 64 hexadecimal digits."""
+    content = json.dumps([_UNIT_VERSION, identity, tokenizer_sha256])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
 def _unfinished(folder: Path) -> Path:
     return hidden(folder, "unfinished")
 
 
 def _read_plan(work: Path) -> dict[str, Any]:
-    plan = work / _PLAN_FILE
+    """Returns what work is about; {} if it does not say, so that it cannot be taken up."""
+    file = work / _PLAN_FILE
     fix = "Begin again with --overwrite."
     kind = dict[str, Any]
-    return read_json(plan, kind, fix=fix, exit_code=ExitCode.DAMAGED) if plan.exists() else {}
+    plan = read_json(file, kind, fix=fix, exit_code=ExitCode.DAMAGED) if file.exists() else {}
+    return plan if {"unit_version", "options", "source"} <= plan.keys() else {}

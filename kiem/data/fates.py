@@ -1,0 +1,186 @@
+"""What becomes of every row: which document is for training, for testing, or left out.
+
+This is decided in one process and in the order of the plan, so it is the same whatever worker made
+which unit. Every unit that is planned must be there, up to the one in which the word limit is
+reached: text is left out because it was counted, never because its file is not there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kiem.data.near_duplicates import band_names
+from kiem.data.split import Split, decide_split
+from kiem.data.units import Unit, UnitJob, find_fault, read_columns, read_unit
+from kiem.data.words import came_before
+from kiem.errors import ExitCode, UserError
+
+TRAIN, TEST, CUT, _REJECTED, _BEYOND, _DUPLICATE, _NEAR_DUPLICATE = range(7)
+_LIKENESS = {_DUPLICATE: "duplicate", _NEAR_DUPLICATE: "near duplicate"}
+_LEFT_OUT = (_REJECTED, _DUPLICATE, _NEAR_DUPLICATE)
+
+
+@dataclass(frozen=True)
+class Fates:
+    """What becomes of every row.
+
+    Attributes:
+        per_unit: int8 [rows] for each unit up to the word limit: TRAIN, TEST, CUT (the end for
+            testing, the rest for training), or left out.
+        split: where the test split ends.
+        rejected: rows rejected, by reason.
+        num_rows: rows up to the word limit.
+        num_cut: documents that are cut.
+        rows_per_file: rows up to the word limit of every file, up to the one that it is reached in.
+        rejected_per_file: those of them that are rejected, of files that have such.
+        limit_file: the file in which the word limit is reached; None if it is not.
+    """
+
+    per_unit: list[np.ndarray]
+    split: Split
+    rejected: Counter[str]
+    num_rows: int
+    num_cut: int
+    rows_per_file: dict[str, int]
+    rejected_per_file: dict[str, int]
+    limit_file: str | None
+
+
+def decide(
+    units: Sequence[Unit], job: UnitJob, test_share: float, chunk_size: int, word_limit: int | None
+) -> Fates:
+    """Decides what becomes of every row of the units.
+
+    Args:
+        units: the plan.
+        job: where the finished units are.
+        test_share: share of the documents for testing.
+        chunk_size: tokens in a chunk.
+        word_limit: documents are taken as long as they have no more words together.
+
+    Raises:
+        UserError: a unit file is missing, damaged or that of other work.
+    """
+    fates: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    sizes: list[np.ndarray] = []
+    rejected: Counter[str] = Counter()
+    num_words = 0
+    for unit in units:
+        _require(unit, job)
+        names = ("position", "words", "bytes", "reason")
+        columns, summary = read_columns(job.path(unit), names)
+        words, reasons = columns["words"], columns["reason"]
+        fate = np.where(reasons >= 0, _REJECTED, TRAIN).astype(np.int8)
+        if word_limit is not None:
+            too_far = num_words + np.cumsum(words) > word_limit
+            fate[np.logical_or.accumulate(too_far)] = _BEYOND
+        num_words += int(words[fate != _BEYOND].sum())
+        for reason, number in enumerate(np.bincount(reasons[fate == _REJECTED]).tolist()):
+            rejected[summary.reasons[reason]] += number
+        fates.append(fate)
+        positions.append(columns["position"])
+        sizes.append(columns["bytes"])
+        if (fate == _BEYOND).any():
+            break
+    # Equal texts have equal positions. That two different ones have, too, is to be expected once
+    # in some 6 billion documents, since positions are hashes of 64 bits.
+    if job.cleaning.filters != "none":
+        _reject_repeated(fates, positions, _DUPLICATE)
+    if job.cleaning.near_duplicates:
+        for name in band_names():
+            paths = [job.path(unit) for unit in units[: len(fates)]]
+            keys = [read_columns(path, (name,))[0][name] for path in paths]
+            _reject_repeated(fates, keys, _NEAR_DUPLICATE)
+    for code, likeness in _LIKENESS.items():
+        rejected[likeness] += sum(int((fate == code).sum()) for fate in fates)
+    is_kept = [fate == TRAIN for fate in fates]
+    split = decide_split(
+        np.concatenate([p[here] for p, here in zip(positions, is_kept, strict=True)]),
+        np.concatenate([size[here] for size, here in zip(sizes, is_kept, strict=True)]),
+        test_share,
+        chunk_size,
+    )
+    limit = np.uint64(split.limit)
+    for fate, position in zip(fates, positions, strict=True):
+        if split.cut_bytes is not None:
+            fate[(fate == TRAIN) & (position == limit)] = CUT
+        fate[(fate == TRAIN) & (position < limit)] = TEST
+    return Fates(
+        fates,
+        split,
+        +rejected,
+        num_rows=sum(int((fate != _BEYOND).sum()) for fate in fates),
+        num_cut=sum(int((fate == CUT).sum()) for fate in fates),
+        **_per_file(units, job, fates),
+    )
+
+
+def _require(unit: Unit, job: UnitJob) -> None:
+    """Raises a UserError if a unit's file is not there, sound and the right one."""
+    if (fault := find_fault(unit, job)) is not None:
+        raise UserError(
+            fault,
+            where=str(job.path(unit)),
+            fix="Run the same command again: this part is made anew.",
+            exit_code=ExitCode.DAMAGED,
+        )
+
+
+def _per_file(units: Sequence[Unit], job: UnitJob, fates: list[np.ndarray]) -> dict[str, Any]:
+    """Returns the attributes of Fates that say what was read of every file."""
+    source = job.reading.source
+    rows, rejected = np.zeros((2, len(source.paths)), np.int64)
+    limit_file: int | None = None
+    for unit, fate in zip(units, fates, strict=False):
+        summary = read_unit(job.path(unit))[1]
+        files = np.array([piece.file for piece in unit.pieces], np.int64).repeat(summary.rows)
+        assert len(files) == len(fate), f"{len(fate)} rows in a unit of {len(files)}"
+        np.add.at(rows, files[fate != _BEYOND], 1)
+        np.add.at(rejected, files[np.isin(fate, _LEFT_OUT)], 1)
+        if (fate == _BEYOND).any():
+            limit_file = int(files[np.argmax(fate == _BEYOND)])
+    read = source.names if limit_file is None else source.names[: limit_file + 1]
+    return {
+        "rows_per_file": dict(zip(read, rows.tolist(), strict=False)),
+        "rejected_per_file": {
+            name: number for name, number in zip(read, rejected.tolist(), strict=False) if number
+        },
+        "limit_file": None if limit_file is None else source.names[limit_file],
+    }
+
+
+def _reject_repeated(fates: list[np.ndarray], keys: list[np.ndarray], code: int) -> None:
+    """Marks the documents whose key an earlier one has, itself left out for likeness or not."""
+    is_document = [(fate == TRAIN) | (fate == _NEAR_DUPLICATE) for fate in fates]
+    chosen = [key[here].astype(np.uint64) for key, here in zip(keys, is_document, strict=True)]
+    is_again = came_before(np.concatenate(chosen))
+    start = 0
+    for fate, here in zip(fates, is_document, strict=True):
+        places = np.flatnonzero(here)
+        fate[places[is_again[start : start + len(places)]]] = code
+        start += len(places)
+
+
+def rejection_reasons(path: Path, fate: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Returns why the rows of a unit are rejected.
+
+    Args:
+        path: the unit file.
+        fate: int8 [rows], what becomes of them.
+
+    Returns:
+        For each row which of the reasons it is, int32 [rows], -1 if it is not rejected; and the
+        reasons.
+    """
+    columns, summary = read_columns(path, ("reason",))
+    which = np.where(fate == _REJECTED, columns["reason"], np.int32(-1))
+    for number, code in enumerate(_LIKENESS, start=len(summary.reasons)):
+        which[fate == code] = number
+    return which, [*summary.reasons, *_LIKENESS.values()]
