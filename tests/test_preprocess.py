@@ -13,27 +13,16 @@ import pytest
 from conftest import run_script
 from datasets import load_from_disk
 from hub_server import HubServer
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
 from kiem.config import HUB_DATASET, HUB_TOKENIZER, PreprocessOptions
 from kiem.data.chunks import open_split, read_manifest, read_tokenizer
 from kiem.data.preprocess import preprocess
-from kiem.data.split import split_limit, split_position, training_texts
+from kiem.data.split import split_limit, split_position
 from kiem.data.verify import verify_shards
 from kiem.errors import ExitCode, UserError
 
 QUIET = Console(quiet=True)
-
-
-@given(st.lists(st.text(min_size=1, max_size=3), min_size=1, max_size=60), st.integers(0, 5))
-def test_training_texts_are_those_beyond_the_limit(texts: list[str], seed: int) -> None:
-    positions = [split_position(text, seed) for text in texts]
-    limit = split_limit(0.1, min(positions))
-    expected = [text for text, position in zip(texts, positions, strict=True) if position >= limit]
-    assert sorted(training_texts(texts, 0.1, seed)) == sorted(expected)
-    assert len(expected) < len(texts)
 
 
 def test_split_has_the_asked_share_and_follows_the_seed() -> None:

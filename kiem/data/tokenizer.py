@@ -37,7 +37,7 @@ _MAX_TRAINED_VOCABULARY = 2**20
 # and spaces only begin a piece: no entry can span two pieces, so cutting here is exact, and merging
 # over the whole text gives the same ids.
 WORD_PIECES = r"▁*[\p{L}\p{M}]+|▁*\p{N}|▁*[^\s▁\p{L}\p{M}\p{N}]+|▁+|\n+|\t+"
-# Training takes time by the square of a piece's length, so there no run in it is longer than this. In
+# Training takes time by the square of the length of a piece: its runs are no longer than this. Of
 # 52 MB of Dutch text the longest is a line of 1994 "─".
 _MAX_PIECE_CHARACTERS = 2048
 # The same with bounded runs, of white space that is in none of the others as well.
