@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,20 +26,37 @@ _LIKENESS = {_DUPLICATE: "duplicate", _NEAR_DUPLICATE: "near duplicate"}
 _LEFT_OUT = (_REJECTED, _DUPLICATE, _NEAR_DUPLICATE)
 
 
-@dataclass(frozen=True)
-class Fates:
-    """What becomes of every row.
+class ReachedLimit(NamedTuple):
+    """Where the word limit is.
 
     Attributes:
-        per_unit: int8 [rows] for each unit up to the word limit: TRAIN, TEST, CUT (the end for
-            testing, the rest for training), or left out.
+        file: the one that has the first document that is too much.
+        words_taken: of all documents before that.
+        words_next: of that document.
+        files_not_read: files after the last one that was read from.
+    """
+
+    file: str
+    words_taken: int
+    words_next: int
+    files_not_read: int
+
+
+@dataclass(frozen=True)
+class Fates:
+    """What becomes of every row of the units up to the one in which the word limit is reached.
+
+    Attributes:
+        per_unit: int8 [rows] for each of those units: TRAIN, TEST, CUT (the end for testing, the
+            rest for training), or left out.
         split: where the test split ends.
         rejected: rows rejected, by reason.
-        num_rows: rows up to the word limit.
+        num_rows: all rows of those units.
         num_cut: documents that are cut.
-        rows_per_file: rows up to the word limit of every file, up to the one that it is reached in.
+        num_beyond: rows beyond the word limit.
+        rows_per_file: rows of every file that is in those units, in the order of the source.
         rejected_per_file: those of them that are rejected, of files that have such.
-        limit_file: the file in which the word limit is reached; None if it is not.
+        limit: how the word limit left documents out; None if it did not.
     """
 
     per_unit: list[np.ndarray]
@@ -47,9 +64,10 @@ class Fates:
     rejected: Counter[str]
     num_rows: int
     num_cut: int
+    num_beyond: int
     rows_per_file: dict[str, int]
     rejected_per_file: dict[str, int]
-    limit_file: str | None
+    limit: ReachedLimit | None
 
 
 def decide(
@@ -71,7 +89,7 @@ def decide(
     positions: list[np.ndarray] = []
     sizes: list[np.ndarray] = []
     rejected: Counter[str] = Counter()
-    num_words = 0
+    num_words = words_next = 0
     for unit in units:
         _require(unit, job)
         names = ("position", "words", "bytes", "reason")
@@ -81,6 +99,7 @@ def decide(
         if word_limit is not None:
             too_far = num_words + np.cumsum(words) > word_limit
             fate[np.logical_or.accumulate(too_far)] = _BEYOND
+            words_next = int(words[too_far][0]) if too_far.any() else 0
         num_words += int(words[fate != _BEYOND].sum())
         for reason, number in enumerate(np.bincount(reasons[fate == _REJECTED]).tolist()):
             rejected[summary.reasons[reason]] += number
@@ -99,7 +118,44 @@ def decide(
             keys = [read_columns(path, (name,))[0][name] for path in paths]
             _reject_repeated(fates, keys, _NEAR_DUPLICATE)
     for code, likeness in _LIKENESS.items():
-        rejected[likeness] += sum(int((fate == code).sum()) for fate in fates)
+        rejected[likeness] += _count(fates, code)
+    split = _decide_split(fates, positions, sizes, test_share, chunk_size)
+    files, all_fates = _files_of_rows(units, job, fates), np.concatenate(fates)
+    file_names = job.reading.source.names
+    last = max(piece.file for unit in units[: len(fates)] for piece in unit.pieces)
+    rows_per_file, rejected_per_file = (
+        dict(zip(file_names[: last + 1], np.bincount(of, minlength=last + 1).tolist(), strict=True))
+        for of in (files, files[np.isin(all_fates, _LEFT_OUT)])
+    )
+    limit_reached = None
+    if (is_beyond := all_fates == _BEYOND).any():
+        file = file_names[files[np.argmax(is_beyond)]]
+        limit_reached = ReachedLimit(file, num_words, words_next, len(file_names) - last - 1)
+    return Fates(
+        fates,
+        split,
+        +rejected,
+        num_rows=sum(map(len, fates)),
+        num_cut=_count(fates, CUT),
+        num_beyond=_count(fates, _BEYOND),
+        rows_per_file=rows_per_file,
+        rejected_per_file={name: number for name, number in rejected_per_file.items() if number},
+        limit=limit_reached,
+    )
+
+
+def _count(fates: list[np.ndarray], code: int) -> int:
+    return sum(int(np.count_nonzero(fate == code)) for fate in fates)
+
+
+def _decide_split(
+    fates: list[np.ndarray],
+    positions: list[np.ndarray],
+    sizes: list[np.ndarray],
+    test_share: float,
+    chunk_size: int,
+) -> Split:
+    """Marks the kept documents that are for testing, or cut for it."""
     is_kept = [fate == TRAIN for fate in fates]
     split = decide_split(
         np.concatenate([p[here] for p, here in zip(positions, is_kept, strict=True)]),
@@ -112,14 +168,7 @@ def decide(
         if split.cut_bytes is not None:
             fate[(fate == TRAIN) & (position == limit)] = CUT
         fate[(fate == TRAIN) & (position < limit)] = TEST
-    return Fates(
-        fates,
-        split,
-        +rejected,
-        num_rows=sum(int((fate != _BEYOND).sum()) for fate in fates),
-        num_cut=sum(int((fate == CUT).sum()) for fate in fates),
-        **_per_file(units, job, fates),
-    )
+    return split
 
 
 def _require(unit: Unit, job: UnitJob) -> None:
@@ -133,27 +182,14 @@ def _require(unit: Unit, job: UnitJob) -> None:
         )
 
 
-def _per_file(units: Sequence[Unit], job: UnitJob, fates: list[np.ndarray]) -> dict[str, Any]:
-    """Returns the attributes of Fates that say what was read of every file."""
-    source = job.reading.source
-    rows, rejected = np.zeros((2, len(source.paths)), np.int64)
-    limit_file: int | None = None
+def _files_of_rows(units: Sequence[Unit], job: UnitJob, fates: list[np.ndarray]) -> np.ndarray:
+    """Returns which file of the source every row is from, int64 [rows]."""
+    files = []
     for unit, fate in zip(units, fates, strict=False):
         summary = read_unit(job.path(unit))[1]
-        files = np.array([piece.file for piece in unit.pieces], np.int64).repeat(summary.rows)
-        assert len(files) == len(fate), f"{len(fate)} rows in a unit of {len(files)}"
-        np.add.at(rows, files[fate != _BEYOND], 1)
-        np.add.at(rejected, files[np.isin(fate, _LEFT_OUT)], 1)
-        if (fate == _BEYOND).any():
-            limit_file = int(files[np.argmax(fate == _BEYOND)])
-    read = source.names if limit_file is None else source.names[: limit_file + 1]
-    return {
-        "rows_per_file": dict(zip(read, rows.tolist(), strict=False)),
-        "rejected_per_file": {
-            name: number for name, number in zip(read, rejected.tolist(), strict=False) if number
-        },
-        "limit_file": None if limit_file is None else source.names[limit_file],
-    }
+        files.append(np.repeat([piece.file for piece in unit.pieces], summary.rows))
+        assert len(files[-1]) == len(fate), f"{len(fate)} rows in a unit of {len(files[-1])}"
+    return np.concatenate(files)
 
 
 def _reject_repeated(fates: list[np.ndarray], keys: list[np.ndarray], code: int) -> None:

@@ -107,12 +107,14 @@ def _account(manifest: dict[str, Any]) -> Iterator[str]:
     train, test = (manifest["splits"][name]["documents"] for name in ("train", "test"))
     rejected = sum(manifest["rejected"].values())
     num_read, per_file = manifest["documents_read"], manifest["documents_per_file"]
+    num_beyond, limit = manifest["documents_beyond_limit"], manifest["word_limit"]
     files = "1 file" if len(per_file) == 1 else f"{len(per_file):,} files"
     cut = manifest.get("cut_for_test")
     again = f", {cut['documents']:,} of them cut in two" if cut else ""
     yield (
         f"documents: {num_read:,} read from {files}{again} = {train:,} for training + {test:,} for "
         f"testing + {rejected:,} rejected"
+        + (f" + {num_beyond:,} beyond the word limit" if num_beyond else "")
     )
     if cut:
         kind = {"paragraph": "a paragraph", "line": "a line", "sentence": "a sentence"}
@@ -120,10 +122,12 @@ def _account(manifest: dict[str, Any]) -> Iterator[str]:
             f"the documents are few and large, so the test split is the end of {cut['at']}: "
             f"{format_bytes(cut['test_bytes'])} after {kind.get(cut['border'], cut['border'])}"
         )
-    if (limit := manifest["word_limit"]) and limit["reached_in"] is not None:
+    if num_beyond:
+        num_files = limit["files_not_read"]
+        after = f"; {num_files:,} more files were not read" if num_files else ""
         yield (
-            f"the limit of {limit['words']:,} words was reached in {limit['reached_in']}: "
-            "no document after that was taken"
+            f"the limit of {limit['words']:,} words was reached in {limit['reached_in']}, after "
+            f"{limit['words_taken']:,} words: no document from there on was taken{after}"
         )
     if empty := [name for name, number in per_file.items() if number == 0]:
         more = f" and {len(empty) - 3:,} more" if len(empty) > 3 else ""

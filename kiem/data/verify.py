@@ -75,8 +75,12 @@ def _find_faults(manifest: dict[str, Any]) -> Iterator[str]:
     # A document that is cut is one that was read, and one in each split.
     num_cut = manifest.get("cut_for_test", {}).get("documents", 0)
     num_kept = sum(counts["documents"] for counts in splits.values())
-    if num_read + num_cut != num_kept + rejected:
-        yield f"{num_read} documents read, {num_kept} kept, {rejected} rejected, {num_cut} cut"
+    num_beyond = manifest.get("documents_beyond_limit", 0)
+    if num_read + num_cut != num_kept + rejected + num_beyond:
+        yield (
+            f"{num_read} documents read, {num_kept} kept, {num_cut} cut, {rejected} rejected, "
+            f"{num_beyond} beyond the word limit"
+        )
     for split, counts in splits.items():
         for name in ("documents", "tokens", "bytes"):
             if (number := sum(counts[f"{name}_per_source"].values())) != counts[name]:
@@ -88,13 +92,20 @@ def _find_faults(manifest: dict[str, Any]) -> Iterator[str]:
         yield f"{num_read} documents read, {sum(per_file.values())} in all files"
     if sum(rejected_per_file.values()) != rejected:
         yield f"{rejected} documents rejected, {sum(rejected_per_file.values())} in all files"
-    source, limit = manifest["source"], manifest["word_limit"] or {"reached_in": None}
+    source, limit = manifest["source"], manifest["word_limit"] or {}
     planned = list(source.get("files") or source["sha256"])
-    if limit["reached_in"] is not None:
-        planned = planned[: planned.index(limit["reached_in"]) + 1]
+    planned = planned[: len(planned) - limit.get("files_not_read", 0)]
     if list(per_file) != planned:
         missing = [name for name in planned if name not in per_file]
         yield f"not read: {', '.join(missing) or 'nothing, but other files were'}"
+    is_reached = "reached_in" in limit
+    if is_reached != (num_beyond > 0):
+        yield f"{num_beyond} documents beyond a word limit, reached in {limit.get('reached_in')}"
+    if is_reached and not 0 <= limit["words"] - limit["words_taken"] < limit["words_next"]:
+        yield (
+            f"{limit['words_next']} more words than {limit['words_taken']} were too many, "
+            f"{limit['words']} allowed"
+        )
 
 
 def _verify_sources(path: Path, manifest: dict[str, Any]) -> None:
