@@ -16,7 +16,7 @@ from kiem.data.chunks import NO_SOURCE, TEST_SOURCES, SplitWriter
 from kiem.data.fates import TEST, TRAIN
 from kiem.data.packing import make_packer
 from kiem.data.tokenizer import Tokenizer
-from kiem.data.units import read_unit
+from kiem.data.unit_files import open_unit
 
 SPLITS = {"train": TRAIN, "test": TEST}
 
@@ -65,7 +65,7 @@ def write_splits(
     source_numbers: dict[str, int] = {}
     used = np.zeros(tokenizer.num_rows, dtype=bool)
     for path, fate in parts:
-        batches, summary = read_unit(path)
+        batches, summary = open_unit(path)
         start = 0
         for batch in batches:
             here = fate[start : start + batch.num_rows]

@@ -21,15 +21,8 @@ from kiem.data.readers import place
 from kiem.data.rows import bad_input
 from kiem.data.sources import count_words
 from kiem.data.split import find_border, split_position
-from kiem.data.units import (
-    SCHEMA,
-    Unit,
-    UnitJob,
-    UnitSummary,
-    read_columns,
-    read_unit_rows,
-    write_unit,
-)
+from kiem.data.unit_files import SCHEMA, UnitSummary, read_columns, write_unit
+from kiem.data.units import Unit, UnitJob, read_unit_rows
 from kiem.errors import ExitCode, UserError
 
 _FILE = "cut.unit"

@@ -17,9 +17,9 @@ import numpy as np
 
 from kiem.data.near_duplicates import band_names
 from kiem.data.split import Split, decide_split
-from kiem.data.units import Unit, UnitJob, find_fault, read_columns, read_unit
+from kiem.data.unit_files import bad_unit, read_columns, read_unit
+from kiem.data.units import Unit, UnitJob, find_fault
 from kiem.data.words import came_before
-from kiem.errors import ExitCode, UserError
 
 TRAIN, TEST, CUT, _REJECTED, _BEYOND, _DUPLICATE, _NEAR_DUPLICATE = range(7)
 _LIKENESS = {_DUPLICATE: "duplicate", _NEAR_DUPLICATE: "near duplicate"}
@@ -91,7 +91,8 @@ def decide(
     rejected: Counter[str] = Counter()
     num_words = words_next = 0
     for unit in units:
-        _require(unit, job)
+        if (fault := find_fault(unit, job)) is not None:
+            raise bad_unit(job.path(unit), fault)
         names = ("position", "words", "bytes", "reason")
         columns, summary = read_columns(job.path(unit), names)
         words, reasons = columns["words"], columns["reason"]
@@ -169,17 +170,6 @@ def _decide_split(
             fate[(fate == TRAIN) & (position == limit)] = CUT
         fate[(fate == TRAIN) & (position < limit)] = TEST
     return split
-
-
-def _require(unit: Unit, job: UnitJob) -> None:
-    """Raises a UserError if a unit's file is not there, sound and the right one."""
-    if (fault := find_fault(unit, job)) is not None:
-        raise UserError(
-            fault,
-            where=str(job.path(unit)),
-            fix="Run the same command again: this part is made anew.",
-            exit_code=ExitCode.DAMAGED,
-        )
 
 
 def _files_of_rows(units: Sequence[Unit], job: UnitJob, fates: list[np.ndarray]) -> np.ndarray:

@@ -16,7 +16,8 @@ from kiem.data.encoding import Encoder, fast_path
 from kiem.data.sources import Source
 from kiem.data.standard_input import STANDARD_INPUT
 from kiem.data.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
-from kiem.data.units import Unit, UnitJob, UnitSummary, finish_unit
+from kiem.data.unit_files import UnitSummary
+from kiem.data.units import Unit, UnitJob, finish_unit
 from kiem.errors import ExitCode, UserError, not_installed
 from kiem.files import write_bytes
 

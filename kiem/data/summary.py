@@ -13,7 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from kiem.data.chunks import REJECTED_FILE
-from kiem.data.units import Unit, UnitSummary
+from kiem.data.unit_files import UnitSummary
+from kiem.data.units import Unit
 from kiem.files import format_bytes
 
 

@@ -1,14 +1,7 @@
 """Units of work: parts of the source that are read, cleaned and encoded by themselves.
 
 The plan of units depends on the source alone, never on the number of workers. A finished unit is
-one file with a row for every row of the source, and its checksum at the end:
-
-    ids       large_list<int32>   <bos> text <eos>; empty for a rejected row
-    position  uint64              place in the split
-    words, bytes, source, reason (-1: kept)
-    band_0 ... uint64             keys of near duplicates, when asked for
-
-It says which unit of which work it is, so that no other file is taken for it.
+one file, which says which unit of which work it is, so that no other is taken for it.
 """
 
 from __future__ import annotations
@@ -16,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -25,7 +18,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from kiem.data.arrow import from_numpy, to_numpy
+from kiem.data.arrow import from_numpy
 from kiem.data.cleaning import Cleaning
 from kiem.data.encoding import Encoder
 from kiem.data.near_duplicates import band_keys, band_names
@@ -34,22 +27,12 @@ from kiem.data.readers import Piece, cut_source, place, read_rows
 from kiem.data.rows import Row, reading_errors
 from kiem.data.sources import Source, count_words
 from kiem.data.split import split_position
+from kiem.data.unit_files import SCHEMA, UnitSummary, find_damage, read_unit, write_unit
 from kiem.data.words import WordHashes
-from kiem.files import check_seal, sealed_file
 
 UNIT_BYTES = 4_000_000
 _BATCH_CHARACTERS = 8_000_000
 _ROW_CHARACTERS = 100
-SCHEMA = pa.schema(
-    [
-        ("ids", pa.large_list(pa.int32())),
-        ("position", pa.uint64()),
-        ("words", pa.int64()),
-        ("bytes", pa.int64()),
-        ("source", pa.int32()),
-        ("reason", pa.int32()),
-    ]
-)
 
 
 class Unit(NamedTuple):
@@ -112,32 +95,6 @@ class UnitJob:
         return hashlib.sha256(msgspec.json.encode((self.identity, unit))).hexdigest()
 
 
-class UnitSummary(msgspec.Struct):
-    """What a unit file says of itself.
-
-    Attributes:
-        key: which unit it is, and of what.
-        rows: of each piece of the unit, kept or not.
-        sources: the names that the `source` column counts.
-        reasons: the reasons that the `reason` column counts.
-        documents: rows that were kept.
-        words: white-space words of those.
-        bytes: UTF-8 bytes of those.
-        tokens: their tokens, control tokens included.
-        seconds: processor time per stage.
-    """
-
-    key: str
-    rows: list[int]
-    sources: list[str]
-    reasons: list[str]
-    documents: int
-    words: int
-    bytes: int
-    tokens: int
-    seconds: dict[str, float]
-
-
 def plan_units(source: Source) -> list[Unit]:
     """Returns the units of a source; raises a UserError at a file that cannot be read."""
     units: list[Unit] = []
@@ -172,44 +129,14 @@ def find_fault(unit: Unit, job: UnitJob) -> str | None:
     The reason goes on behind the file's name.
     """
     path = job.path(unit)
+    if (fault := find_damage(path)) is not None:
+        return fault
     with reading_errors(str(path)):
-        if not path.is_file():
-            return "is missing"
-        if not check_seal(path):
-            return "is damaged (its sha256 differs)"
         try:
             key = read_unit(path)[1].key
         except (pa.ArrowException, msgspec.MsgspecError, KeyError, TypeError):
             return "is no file of this program"
         return None if key == job.key(unit) else "belongs to other work"
-
-
-def write_unit(
-    path: Path, batches: Iterable[pa.RecordBatch], summary: UnitSummary, schema: pa.Schema = SCHEMA
-) -> None:
-    """Writes a unit file; `summary` is looked at after the last batch."""
-    with sealed_file(path) as file, pa.ipc.new_stream(file, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-        metadata = {"summary": msgspec.json.encode(summary)}
-        last = pa.RecordBatch.from_pylist([], schema=schema)
-        writer.write_batch(last, custom_metadata=metadata)
-
-
-def read_unit(path: Path) -> tuple[list[pa.RecordBatch], UnitSummary]:
-    """Returns the batches of a unit file, memory-mapped, the last one empty, and its summary."""
-    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
-        batches, metadata = zip(*reader.iter_batches_with_custom_metadata(), strict=True)
-    return list(batches), msgspec.json.decode(metadata[-1][b"summary"], type=UnitSummary)
-
-
-def read_columns(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], UnitSummary]:
-    """Returns whole columns of a unit file, as copies, and its summary."""
-    batches, summary = read_unit(path)
-    columns = {
-        name: np.concatenate([to_numpy(batch.column(name)) for batch in batches]) for name in names
-    }
-    return columns, summary
 
 
 class _UnitMaker:

@@ -16,7 +16,8 @@ from multiprocessing.connection import Connection, wait
 
 from kiem.data.encoding import Encoder
 from kiem.data.reference import ended_from_outside
-from kiem.data.units import Unit, UnitJob, UnitSummary, finish_unit
+from kiem.data.unit_files import UnitSummary
+from kiem.data.units import Unit, UnitJob, finish_unit
 from kiem.errors import UserError
 
 _PARENT_CHECK_SECONDS = 1.0
