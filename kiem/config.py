@@ -26,6 +26,7 @@ DATASET_SIZES = (
 # keeps the arithmetic that follows from overflow.
 _MOST = 10**9
 _MOST_TOKENS = 2**20
+MIN_CHUNK_SIZE = 16
 Count = Annotated[int, Meta(ge=1, le=_MOST)]
 CountOrZero = Annotated[int, Meta(ge=0, le=_MOST)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -39,10 +40,11 @@ class PreprocessOptions:
     dataset_size: str | None = None
     """Hub: config of the dataset (10k, 100k, 1M, 10M, 100M, 1B, 5B, 10B, 15B ... 55B), default 10k.
     Other sources: at most this many white-space words (50000, 10k, 1M), default all."""
-    chunk_size: Annotated[int, Meta(ge=16, le=_MOST_TOKENS)] = 1024
+    chunk_size: Annotated[int, Meta(ge=MIN_CHUNK_SIZE, le=_MOST_TOKENS)] = 1024
     """Tokens in a chunk, the unit of training."""
     test_split: Annotated[float, Meta(gt=0, lt=1)] = 0.002
-    """Share of the documents kept apart for testing, chosen by a hash of their text."""
+    """Share of the documents kept apart for testing, chosen by a hash of their text; of few large
+    ones, the end of one."""
     output_dir: Path = Path("processed_data")
     """Folder that the chunk directory is made in."""
     name: str | None = None

@@ -18,7 +18,7 @@ from rich.console import Console
 
 import kiem
 from kiem.cli import check_name, warn
-from kiem.config import PreprocessOptions
+from kiem.config import MIN_CHUNK_SIZE, PreprocessOptions
 from kiem.data.assemble import write_splits
 from kiem.data.chunks import finish_directory
 from kiem.data.cleaning import Cleaning, make_cleaning
@@ -68,7 +68,6 @@ from kiem.leftovers import recover_folder
 # Units and chunks are there at the same time; four bytes a token and at least three of text in it.
 # A rejected document that is kept is in no chunk, so it takes less.
 _OUTPUT_BYTES_PER_TEXT_BYTE = 3
-_MIN_CHUNK_SIZE = 16
 _VOCABULARY_FILE = "vocabulary.sealed"
 
 
@@ -337,7 +336,7 @@ def _check_enough(splits: dict[str, dict[str, Any]], num_read: int, chunk_size: 
     train, test = (splits[split]["tokens"] for split in ("train", "test"))
     if train < chunk_size:
         documents = "1 document has" if num_read == 1 else f"these {num_read} documents have"
-        smaller = f", or --chunk-size {train} or less" if train >= _MIN_CHUNK_SIZE else ""
+        smaller = f", or --chunk-size {train} or less" if train >= MIN_CHUNK_SIZE else ""
         raise UserError(
             f"{documents} {train + test} tokens; without {test} for testing that is {train}, less "
             f"than one chunk of {chunk_size}",
