@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,6 @@ def options(tmp_path: Path, tokenizer_file: Path) -> PreprocessOptions:
         name="made",
         num_proc=1,
     )
-
-
-def changed(options: PreprocessOptions, **changes: Any) -> PreprocessOptions:
-    return PreprocessOptions(**{**vars(options), **changes})
 
 
 def write_files(folder: Path, files: dict[str, list[str]]) -> None:
@@ -164,7 +160,7 @@ def work(
     with monkeypatch.context() as patch:
         stop_after(patch, NUM_UNITS - 1)
         with pytest.raises(Interrupted):
-            preprocess(changed(options, seed=7), QUIET)
+            preprocess(replace(options, seed=7), QUIET)
     (options.output_dir / ".made.unfinished").rename(tmp_path / "other")
     return Work(options, tmp_path / "other", undisturbed)
 
@@ -251,7 +247,7 @@ def test_few_documents_are_cut_for_the_test_split(
     case: Cut, options: PreprocessOptions, tmp_path: Path
 ) -> None:
     write_files(tmp_path / "in", case.files)
-    options = changed(options, **case.changes)
+    options = replace(options, **case.changes)
     shown = told(options)
     folder = options.output_dir / "made"
     manifest = read_manifest(folder)
@@ -277,7 +273,7 @@ def test_few_documents_are_cut_for_the_test_split(
     share = sum(len(text.strip().encode()) for text in test) / sum(num_bytes.values())
     wanted = max(options.test_split, 6 * options.chunk_size / sum(num_bytes.values()))
     assert wanted / 2 <= share <= 1.5 * wanted + 0.01
-    other = changed(options, name="other", num_proc=2)
+    other = replace(options, name="other", num_proc=2)
     assert contents(preprocess(other, QUIET)) == contents(folder)
 
 
@@ -298,14 +294,21 @@ def test_too_little_text_is_said_in_numbers(
     assert list(options.output_dir.iterdir()) == []
 
 
-@pytest.mark.parametrize("filters", ["none", "dutch"])
+@pytest.mark.parametrize("cleaning", [{}, {"clean": "dutch"}, {"near_duplicates": True}])
 def test_no_vocabulary_of_test_text_or_beyond_the_limit(
-    options: PreprocessOptions, tmp_path: Path, sample_texts: list[str], filters: Any
+    options: PreprocessOptions, tmp_path: Path, sample_texts: list[str], cleaning: dict[str, Any]
 ) -> None:
-    text = "\n\n".join(["я" * 60, *sample_texts, "ж" * 60])
-    write_files(tmp_path / "in", {"a.txt": [text], "b.txt": ["日" * 60]})
-    size = str(len(text.split()))
-    told(changed(options, tokenizer="train:600", clean=filters, dataset_size=size))
+    files = {"a.txt": ["\n\n".join(["я" * 60, *sample_texts, "ж" * 60])], "b.txt": ["日" * 60]}
+    size = len(files["a.txt"][0].split())
+    if "near_duplicates" in cleaning:  # the second is like the first, and would be the one to cut
+        like = [f"{PARAGRAPHS} {n}" for n in range(99)]
+        like.sort(key=lambda text: split_position(text, options.seed), reverse=True)
+        files, size = (
+            {"0.txt": like[:1], "1.txt": like[-1:], **files},
+            size + 2 * len(like[0].split()),
+        )
+    write_files(tmp_path / "in", files)
+    told(replace(options, tokenizer="train:600", dataset_size=str(size), **cleaning))
     folder = options.output_dir / "made"
     assert documents(folder, "test")[0].endswith("ж")
     tokenizer = read_tokenizer(folder, read_manifest(folder))
@@ -358,7 +361,7 @@ def test_what_is_beyond_the_word_limit_is_counted(
     words: str, num_taken: int, where: str, options: PreprocessOptions, tmp_path: Path
 ) -> None:
     write_files(tmp_path / "in", LIMITED)
-    options = changed(options, dataset_size=words, chunk_size=16, test_split=0.5)
+    options = replace(options, dataset_size=words, chunk_size=16, test_split=0.5)
     if num_taken < 3:
         with pytest.raises(UserError, match=f"{num_taken} document.* tokens"):
             preprocess(options, QUIET)
@@ -405,7 +408,7 @@ def test_a_sum_that_is_wrong_is_found(
     change: Callable[[dict[str, Any]], object], options: PreprocessOptions, tmp_path: Path
 ) -> None:
     write_files(tmp_path / "in", LIMITED)
-    folder = preprocess(changed(options, dataset_size="100", chunk_size=16), QUIET)
+    folder = preprocess(replace(options, dataset_size="100", chunk_size=16), QUIET)
     manifest = verify_directory(folder)
     change(manifest)
     finish_directory(folder, manifest)

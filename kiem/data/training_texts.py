@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from kiem.data.cleaning import Cleaning
+from kiem.data.near_duplicates import NUM_BANDS, band_keys
 from kiem.data.sources import count_words
 from kiem.data.split import decide_split, find_border, split_position
 from kiem.data.units import Reading, Unit, read_unit_rows, row_batches
-from kiem.data.words import WordHashes
+from kiem.data.words import WordHashes, came_before
 
 
 class TrainingTexts:
@@ -42,12 +43,23 @@ class TrainingTexts:
         self._units = units
         self._reading = reading
         self._cleaning = cleaning
-        self._positions, self._is_kept, num_bytes = self._read_first(word_limit, seed)
-        firsts = np.arange(len(self._positions))
+        self._is_kept = bytearray()  # of every row
+        positions, num_bytes, keys = array("Q"), array("q"), [np.empty((0, NUM_BANDS), np.uint64)]
+        for texts, hashes in self._read_first(word_limit):
+            positions.extend(split_position(text, seed) for text in texts)
+            num_bytes.extend(len(text.encode()) for text in texts)
+            if cleaning.near_duplicates:
+                keys.append(band_keys(texts, hashes))
+        self._positions = np.array(positions)
+        # The split is that of the documents that are like no earlier one, as for the chunks.
+        places = np.arange(len(positions))
         if cleaning.filters != "none":
-            firsts = np.unique(self._positions, return_index=True)[1]
+            places = places[~came_before(self._positions)]
+        if cleaning.near_duplicates:
+            bands = np.concatenate(keys)[places].T
+            places = places[~np.any([came_before(band) for band in bands], axis=0)]
         self._split = decide_split(
-            self._positions[firsts], num_bytes[firsts], test_share, chunk_size
+            self._positions[places], np.array(num_bytes)[places], test_share, chunk_size
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -63,24 +75,20 @@ class TrainingTexts:
             elif (border := find_border(text, cut_bytes)) is not None:
                 yield text[: border.place]
 
-    def _read_first(
-        self, word_limit: int | None, seed: int
-    ) -> tuple[np.ndarray, bytearray, np.ndarray]:
-        """Returns the documents' positions, which rows they are, and their bytes."""
-        positions, num_bytes, is_kept = array("Q"), array("q"), bytearray()
+    def _read_first(self, word_limit: int | None) -> Iterator[tuple[list[str], WordHashes]]:
+        """Yields batches of the documents, and says of every row whether it is one."""
         num_words = 0
         for unit in self._units:
             hashes = WordHashes()
             for rows in row_batches(read_unit_rows(unit, self._reading)):
+                taken: list[str] = []
                 for text, reason in self._cleaning.clean([row for _, row in rows], hashes):
-                    if text is None or reason is not None:
-                        is_kept.append(False)
-                        continue
-                    if word_limit is not None:
+                    is_kept = text is not None and reason is None
+                    if text is not None and is_kept:
                         num_words += count_words(text)
-                        if num_words > word_limit:
-                            return np.array(positions), is_kept, np.array(num_bytes)
-                    is_kept.append(True)
-                    positions.append(split_position(text, seed))
-                    num_bytes.append(len(text.encode()))
-        return np.array(positions), is_kept, np.array(num_bytes)
+                        if word_limit is not None and num_words > word_limit:
+                            yield taken, hashes
+                            return
+                        taken.append(text)
+                    self._is_kept.append(is_kept)
+                yield taken, hashes
