@@ -83,7 +83,8 @@ def _find_faults(manifest: dict[str, Any]) -> Iterator[str]:
         )
     for split, counts in splits.items():
         for name in ("documents", "tokens", "bytes"):
-            if (number := sum(counts[f"{name}_per_source"].values())) != counts[name]:
+            per_source = counts.get(f"{name}_per_source")
+            if per_source is not None and (number := sum(per_source.values())) != counts[name]:
                 yield f"{counts[name]} {name} in the {split} split, {number} of all its sources"
     if "documents_per_file" not in manifest:
         return
@@ -97,7 +98,7 @@ def _find_faults(manifest: dict[str, Any]) -> Iterator[str]:
     planned = planned[: len(planned) - limit.get("files_not_read", 0)]
     if list(per_file) != planned:
         missing = [name for name in planned if name not in per_file]
-        yield f"not read: {', '.join(missing) or 'nothing, but other files were'}"
+        yield f"{len(planned)} files to be read, {len(per_file)} read{_some(missing)}"
     is_reached = "reached_in" in limit
     if is_reached != (num_beyond > 0):
         yield f"{num_beyond} documents beyond a word limit, reached in {limit.get('reached_in')}"
@@ -106,6 +107,10 @@ def _find_faults(manifest: dict[str, Any]) -> Iterator[str]:
             f"{limit['words_next']} more words than {limit['words_taken']} were too many, "
             f"{limit['words']} allowed"
         )
+
+
+def _some(missing: list[str]) -> str:
+    return f", not {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}" if missing else ""
 
 
 def _verify_sources(path: Path, manifest: dict[str, Any]) -> None:
