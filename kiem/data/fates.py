@@ -27,16 +27,16 @@ _LEFT_OUT = (_REJECTED, _DUPLICATE, _NEAR_DUPLICATE)
 
 
 class ReachedLimit(NamedTuple):
-    """Where the word limit is.
+    """Where the word limit is, as the manifest says it.
 
     Attributes:
-        file: the one that has the first document that is too much.
+        reached_in: the file that has the first document that is too much.
         words_taken: of all documents before that.
         words_next: of that document.
         files_not_read: files after the last one that was read from.
     """
 
-    file: str
+    reached_in: str
     words_taken: int
     words_next: int
     files_not_read: int

@@ -25,7 +25,7 @@ from kiem.data.cleaning import Cleaning, make_cleaning
 from kiem.data.contamination import MIN_WORDS
 from kiem.data.cut import cut_documents
 from kiem.data.encoding import Encoder, fast_path, load_encoders
-from kiem.data.fates import Fates, decide
+from kiem.data.fates import decide
 from kiem.data.ray_workers import run_units_on_ray
 from kiem.data.readers import check_effects
 from kiem.data.rejected import write_rejected
@@ -246,6 +246,7 @@ def _assemble(
     assert num_kept - fates.num_cut + num_left_out == fates.num_rows, "documents were lost"
     _check_enough(splits, fates.num_rows - fates.num_beyond, options.chunk_size)
     write_tokenizer(tokenizer, result)
+    reached = fates.limit._asdict() if fates.limit else {}
     kept = {}
     if options.keep_rejected:
         kept["rejected_file"] = write_rejected(units, job, fates, result)
@@ -258,22 +259,13 @@ def _assemble(
         "documents_read": fates.num_rows,
         "documents_per_file": fates.rows_per_file,
         "documents_beyond_limit": fates.num_beyond,
-        "word_limit": {"words": limit, **_limit_entry(fates)} if limit else None,
+        "word_limit": {"words": limit, **reached} if limit else None,
         **cut,
         "rejected": dict(sorted(fates.rejected.items())),
         "rejected_per_file": fates.rejected_per_file,
         **kept,
         "splits": splits,
     }
-
-
-def _limit_entry(fates: Fates) -> dict[str, Any]:
-    """Returns what the manifest says of a word limit that is reached; {} if it is not."""
-    if fates.limit is None:
-        return {}
-    file, *counts = fates.limit
-    names = ("words_taken", "words_next", "files_not_read")
-    return {"reached_in": file, **dict(zip(names, counts, strict=True))}
 
 
 def _word_limit(options: PreprocessOptions) -> int | None:
