@@ -115,10 +115,9 @@ def _read_first(units: Sequence[Unit], job: UnitJob, fates: Fates) -> tuple[str,
     wanted, source = int(np.argmax(fate == CUT)), job.reading.source
     for number, (piece, row) in enumerate(read_unit_rows(unit, job.reading)):
         if number == wanted:
-            name = source.names[piece.file]
             text = job.cleaning.mend(row.text or "")
             if split_position(text, job.seed) == fates.split.limit:
-                return text, place(source.paths[piece.file], name, piece, row.number)
+                return text, place(source, piece, row.number)
     raise bad_input(
         str(job.reading.source.name),
         "the text changed while it was read",
