@@ -45,7 +45,7 @@ test: $(VENV)/installed gemma-tokenizer
 
 # What takes long: the true 1B shape, several processes, the pages' commands. CI runs it.
 test-slow: $(VENV)/installed gemma-tokenizer
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m slow
 
 # The tests of what computes, on a processor that has AVX2 alone or seems to. CI runs it.
 test-avx2: $(VENV)/installed gemma-tokenizer

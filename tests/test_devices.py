@@ -92,6 +92,7 @@ def cut(batch_size: int, accumulation: int, num_steps: int) -> tuple[str, ...]:
     return (*sizes, *steps, "--minimal-pairs", "never")
 
 
+@pytest.mark.slow
 def test_an_update_is_the_same_however_it_is_cut(train: Train) -> None:
     adamw = KINDS["adamw"]
     alone = train(1, {"whole": (*cut(8, 1, 1), *adamw), "parts": (*cut(1, 8, 1), *adamw)})
@@ -192,6 +193,7 @@ def test_accelerate_plugins_are_refused_by_name(sample_chunks: Path, tmp_path: P
     assert "accelerate config: FSDP is not used by kiem" in done.stderr
 
 
+@pytest.mark.slow
 def test_processes_started_again_do_not_meet_the_dead() -> None:
     """Launchers keep their store over a restart, and what the dead have left in it."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, Disk
 from disk_shim import compile_shim
 from lives import Lives, outcome
@@ -38,6 +39,7 @@ os.symlink = refuse
 """
 
 
+@pytest.mark.slow
 def test_every_call_of_a_save_may_fail(tmp_path: Path) -> None:
     library = compile_shim(tmp_path)
     done = subprocess.run(

@@ -41,6 +41,7 @@ def two(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     return undisturbed(lives, tmp_path_factory.mktemp("two"), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "num"), [(1, 120), (2, 80)])
 def test_killed_at_any_moment(
     processes: int, num: int, lives: Lives, tmp_path: Path, request: pytest.FixtureRequest
@@ -54,6 +55,7 @@ def test_killed_at_any_moment(
     assert counts["in a save"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "num"), [(1, 30), (2, 20)])
 def test_stopped_by_a_signal_at_any_moment(
     processes: int, num: int, lives: Lives, tmp_path: Path, request: pytest.FixtureRequest
@@ -102,7 +104,7 @@ def test_a_second_signal_ends_at_once(lives: Lives, tmp_path: Path) -> None:
     wait_for(lambda: (tmp_path / "run" / "run.json").exists())
     time.sleep(0.5)
     os.kill(pids[0], signal.SIGTERM)
-    time.sleep(0.2)
+    wait_for(lambda: "a second signal stops at once" in lives.log.read_text())
     os.kill(pids[0], signal.SIGTERM)  # as launchers pass it on: the same request
     time.sleep(1.2)
     os.kill(pids[0], signal.SIGINT)

@@ -114,6 +114,8 @@ def _train_and_measure(rank: int, folder: str) -> None:
         for parameter, value in zip(model.parameters(), alone.parameters(), strict=True):
             put(parameter, value)
             assert torch.equal(gather(parameter), value)
+    devices.wait_for_all()
+    sharing.close()
     torch.distributed.destroy_process_group()
 
 
