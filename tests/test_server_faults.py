@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +19,8 @@ from kiem.data.tokenizer import Tokenizer
 from kiem.inference.engine import Engine, Request
 from kiem.inference.loading import LoadedModel, load_for_inference
 from kiem.inference.sampling import Sampling, generator_seed
+from kiem.inference.server.worker import Worker
+from kiem.inference.streaming import Writer
 
 
 class FaultyModel:
@@ -127,3 +131,26 @@ def test_a_fault_ends_the_request_that_meets_it(
     logged = [str(record.exc_info[1]) for record in caplog.records if record.exc_info]
     assert len(logged) >= 5
     assert all("not a number" in line or "example of a fault" in line for line in logged)
+
+
+def test_the_event_loop_may_end_within_a_step(trained_run: Path) -> None:
+    """As it does at a second Ctrl-C, which waits for no request."""
+    loaded = load_for_inference(str(trained_run / "final_model"), "fp32")
+    is_reading, is_over = threading.Event(), threading.Event()
+
+    def read_on(*_: object) -> None:
+        is_reading.set()
+        assert is_over.wait(60)
+
+    loaded.model.model.norm.register_forward_pre_hook(read_on)
+    writer = Writer(loaded.model, loaded.tokenizer, max_requests=2, max_tokens=16)
+    worker = Worker(writer, 2, lambda _: None)
+
+    async def leave_early() -> None:
+        worker.start(lambda: None)
+        worker.submit([Request(PROMPT, 2, Sampling(temperature=0), 0)], ())
+        assert await asyncio.to_thread(is_reading.wait, 60)
+
+    asyncio.run(leave_early())
+    is_over.set()
+    worker.stop()

@@ -83,6 +83,9 @@ MEANS_OFF: dict[str, tuple[Any, ...]] = {
     "suffix": ("", None),
     "n": (1, None),
     "logprobs": (None, False),
+    **dict.fromkeys(("mirostat_tau", "dry_base", "repeat_last_n", "xtc_threshold"), (0, 5.0, None)),
+    "id_slot": (-1, None),
+    "t_max_predict_ms": (0, None),
     "stream": (False, None),
     "user": ("", "iemand", None),
 }
@@ -98,6 +101,7 @@ UNSUPPORTED = [
     ({"response_format": {"type": "json_object"}}, "response_format", "null"),
     ({"messages": [{"role": "user", "content": "x"}]}, "messages", "prompt"),
     ({"n_predict": 8}, "n_predict is 8", "max_tokens"),
+    ({"t_max_predict_ms": 5}, "t_max_predict_ms is 5", "0 or -1 or null"),
     ({"prompt_logprobs": 1}, "prompt_logprobs is 1", "echo with logprobs"),
     ({"temperature": 101}, "temperature is 101", "0 to 100"),
     ({"top_p": 0}, "top_p is 0", "above 0, at most 1"),
@@ -310,15 +314,18 @@ def test_other_paths_and_methods(
 
 
 def test_a_client_that_says_nothing(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It, and one that stops in the middle of its first line, lose the connection."""
-    monkeypatch.setattr(connection, "FIRST_REQUEST_SECONDS", 0.5)
+    """It, and one that stops in the middle of a first or later line, lose the connection."""
+    monkeypatch.setattr(connection, "REQUEST_SECONDS", 0.5)
     with contextlib.ExitStack() as stack:
         address = "127.0.0.1", server.port
         silent = [stack.enter_context(socket.create_connection(address, 30)) for _ in range(20)]
-        for each in silent[::2]:
+        for each in silent[:10]:
+            each.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert each.recv(4096).endswith(b'{"status":"ok"}')
+        for each in silent[5:15]:
             each.sendall(b"POST /v1/comple")
         connected = stack.enter_context(unharmed(server))
-        assert [each.recv(1) for each in silent] == [b""] * 20
+        assert [each.recv(1) for each in silent[5:]] == [b""] * 15
         assert post(connected, json.dumps(BASE).encode())[0] == 200
 
 
@@ -333,3 +340,28 @@ def test_a_client_that_does_not_read(server: RunningServer) -> None:
         assert server.complete(**BASE)[0] == 200
         wait_until(lambda: server.metric("kiem_sequences_running") == 0)
         assert server.complete(**BASE)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "what"),
+    [
+        ({"content-encoding": "gzip"}, 415, "content-encoding is gzip; send the body uncompressed"),
+        ({"content-encoding": "identity"}, 200, "choices"),
+        ({"content-type": "text/plain"}, 415, "application/json"),
+        ({"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c"}, 200, "choices"),  # Java's
+        ({"connection": "upgrade", "upgrade": "websocket"}, 200, "choices"),
+        ({"expect": "100-continue"}, 200, "choices"),
+        ({"accept-encoding": "br;q=1, *;q=0", "accept": "text/plain"}, 200, "choices"),
+    ],
+)
+def test_headers_of_clients(
+    server: RunningServer,
+    caplog: pytest.LogCaptureFixture,
+    headers: dict[str, str],
+    status: int,
+    what: str,
+) -> None:
+    found, _, text = server.ask("POST", "/v1/completions", BASE, headers)
+    assert found == status
+    assert what in text
+    assert not caplog.records

@@ -273,6 +273,10 @@ async def _read(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "The content-type must be application/json.")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        message = f"The content-encoding is {shown(encoding)}; send the body uncompressed."
+        raise ApiError(415, message)
     body = bytearray()
     try:
         with anyio.fail_after(_BODY_SECONDS):

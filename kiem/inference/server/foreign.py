@@ -29,11 +29,9 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "detokenize": (True,),
     "early_stopping": (False,),
     "guided_choice": ([],),
-    "guided_decoding_backend": (),
     "guided_grammar": ("",),
     "guided_json": ({},),
     "guided_regex": ("",),
-    "guided_whitespace_pattern": (),
     "ignore_eos": (False,),
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
@@ -60,15 +58,42 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
     "grammar": ("",),
+    "id_slot": (-1,),
     "json_schema": (),
+    "lora": ([],),
+    "min_keep": (0,),
     "mirostat": (0,),
+    "n_discard": (0,),
+    "n_indent": (0,),
+    "n_keep": (0,),
     "n_predict": (),
     "n_probs": (0,),
+    "post_sampling_probs": (False,),
     "repeat_penalty": (1,),
+    "response_fields": ([],),
+    "return_progress": (False,),
+    "return_tokens": (False,),
+    "t_max_predict_ms": (0, -1),
     "tfs_z": (1,),
+    "timings_per_token": (False,),
     "top_n_sigma": (-1,),
+    "typ_p": (1,),
     "typical_p": (1,),
     "xtc_probability": (0,),
+}
+# They only adjust what is off, so any value is fine: clients of llama.cpp send their defaults.
+_ADJUSTMENTS = {
+    "dry_allowed_length",
+    "dry_base",
+    "dry_penalty_last_n",
+    "dry_sequence_breakers",
+    "dynatemp_exponent",
+    "guided_decoding_backend",
+    "guided_whitespace_pattern",
+    "mirostat_eta",
+    "mirostat_tau",
+    "repeat_last_n",
+    "xtc_threshold",
 }
 # What does the same or something like it here.
 _INSTEAD = {
@@ -98,7 +123,11 @@ def without_foreign(given: Mapping[str, Any]) -> dict[str, Any]:
             instead = f" See {_INSTEAD[name]}." if name in _INSTEAD else ""
             message = f"{name} is {shown(_json(value))}, which this server cannot do; "
             raise ApiError(400, f"{message}what works: {works}.{instead}", param=name)
-    return {name: value for name, value in given.items() if name not in _OFF}
+    return {
+        name: value
+        for name, value in given.items()
+        if name not in _OFF and name not in _ADJUSTMENTS
+    }
 
 
 def _json(value: object) -> str:

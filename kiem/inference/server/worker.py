@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from queue import Empty, SimpleQueue
 
 from kiem.inference.engine import Request
@@ -100,7 +101,7 @@ class Worker:
 
     def start(self, on_end: Callable[[], None]) -> None:
         """Starts the thread; `on_end` is called on the event loop when it ends, however it does."""
-        self._loop = loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
 
         def end() -> None:
             for job in self._jobs:
@@ -108,7 +109,7 @@ class Worker:
             on_end()
 
         self._ended = self._executor.submit(self._run)
-        self._ended.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(end))
+        self._ended.add_done_callback(lambda _: self._call_on_loop(end))
 
     def stop(self) -> None:
         """Ends the thread after its current step, and waits for that.
@@ -132,7 +133,7 @@ class Worker:
             BusyError: they are too many beside those that are there.
             StoppedError: the engine has stopped.
         """
-        if not self.is_running or (loop := self._loop) is None:
+        if not self.is_running:
             raise StoppedError
         if self.num_open + len(requests) > self._most_open:
             raise BusyError
@@ -146,7 +147,7 @@ class Worker:
                 except Exception as error:  # noqa: BLE001 - it is logged and told
                     self._log_failures([error])
                     failed = Piece(-1, "", None, None, [], "error", error=error)
-                    loop.call_soon_threadsafe(self._deliver, [(job, index, failed)])
+                    self._call_on_loop(partial(self._deliver, [(job, index, failed)]))
 
         self._inbox.put(add)
         return job
@@ -174,14 +175,25 @@ class Worker:
             command()
 
     def _step(self) -> None:
-        assert self._loop is not None
         pieces = self._writer.advance()
         self._log_failures([piece.error for piece in pieces if piece.error is not None])
         found = [(*self._sequences[piece.number], piece) for piece in pieces]
         for piece in pieces:
             if piece.finish_reason is not None:
                 del self._sequences[piece.number]
-        self._loop.call_soon_threadsafe(self._deliver, found)
+        self._call_on_loop(partial(self._deliver, found))
+
+    def _call_on_loop(self, call: Callable[[], None]) -> None:
+        """Lets the event loop do something, unless it has ended: a second Ctrl-C waits for no step.
+
+        Asking beforehand would not do, since it may end at any moment.
+        """
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(call)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
 
     def _log_failures(self, errors: list[Exception]) -> None:
         """Logs what requests have failed at; ends the thread if the model itself is the reason."""
