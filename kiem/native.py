@@ -38,11 +38,12 @@ def load_library(source: Path, signatures: Signatures) -> ctypes.CDLL | str:
         source: the file; others in its folder may be parts of it.
         signatures: of its functions, none of which returns anything.
     """
-    compiler = os.environ.get("CXX", "g++")
+    compiler = _compiler()
     try:
-        asked = subprocess.run([compiler, "--version"], capture_output=True, check=True)
+        asked = subprocess.run([*compiler, "--version"], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return f"there is no working C++ compiler {compiler!r}; install one or set CXX"
+        name = " ".join(compiler)
+        return f"there is no working C++ compiler {name!r}; install one or set CXX"
     sources = [path.read_bytes() for path in sorted(source.parent.iterdir()) if path.is_file()]
     recipe = b"\n".join([*sources, " ".join(_FLAGS).encode(), asked.stdout, _processor()])
     name = f"{source.stem}-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
@@ -72,11 +73,13 @@ def _kept_or_made(source: Path, name: str, signatures: Signatures) -> ctypes.CDL
 
 def compile_library(source: Path, library: Path, *extra_flags: str) -> str | None:
     """Makes the library; returns what was wrong, if so."""
-    compiler = os.environ.get("CXX", "g++")
-    command = [compiler, *_FLAGS, *extra_flags, str(source), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    compiler = _compiler()
+    command = [*compiler, *_FLAGS, *extra_flags, str(source), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
-        return f"{compiler} cannot compile {source.name}: {done.stderr.strip()[:300]}"
+        lines = done.stderr.strip().splitlines()
+        first = next((line for line in lines if "error" in line), "".join(lines[-1:]))
+        return f"{' '.join(compiler)} cannot compile {source.name}: {first[:300]}"
     return None
 
 
@@ -90,6 +93,11 @@ def open_library(library: Path, signatures: Signatures) -> ctypes.CDLL | str:
         function = getattr(opened, name)
         function.argtypes, function.restype = types, None
     return opened
+
+
+def _compiler() -> list[str]:
+    """Returns the command of the C++ compiler; CXX may have arguments, such as ccache g++."""
+    return os.environ.get("CXX", "").split() or ["g++"]
 
 
 def _processor() -> bytes:

@@ -24,7 +24,7 @@ from kiem.model.cache import CachePass, KeyValueCache
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 from kiem.model.presets import Gemma3Config
-from kiem.native import compile_library, open_library
+from kiem.native import compile_library, load_library, open_library
 
 WINDOW = 8
 SHAPE = Gemma3Config(
@@ -235,3 +235,31 @@ def test_a_prepared_model_is_the_model_with_rounded_weights(quantize: str) -> No
             found = model.hidden_states(ids.gather(1, positions), cached=where)[:, 0]
             wanted = expected[torch.arange(2), positions[:, 0]]
             torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "code", "said"),
+    [
+        ("env g++", "void f() {}", ""),
+        ("", "void f() {}", ""),
+        ("/nonexistent -x", "void f() {}", "no working C++ compiler '/nonexistent -x'; install"),
+        ("false", "void f() {}", "no working C++ compiler 'false'; install"),
+        ("true", "void f() {}", "cannot be loaded"),
+        ("env g++", "int x;\n#include <no-file.h>", "env g++ cannot compile part.cpp: "),
+    ],
+)
+def test_any_compiler_is_used_or_named_in_one_line(
+    compiler: str, code: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "part.cpp"
+    source.write_text(f'extern "C" {{\n{code}\n}}\n')
+    found = load_library(source, {"f": []})
+    if said:
+        assert isinstance(found, str)
+        assert said in found
+        assert "\n" not in found
+        assert "no-file" in found or "cannot compile" not in found
+    else:
+        assert not isinstance(found, str), found
