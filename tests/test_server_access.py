@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shutil
 import signal
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from http.client import IncompleteRead
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from conftest import ROOT
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from serving import ServerProcess, open_stream, serving
+from serving import ServerProcess, open_stream, serving, wait_until
 
 from kiem.config import InferenceOptions
 from kiem.errors import ExitCode, UserError
@@ -106,6 +108,23 @@ def test_running_requests_may_end_when_the_server_is_stopped(model: Path) -> Non
         assert rest.endswith("data: [DONE]\n\n")
         assert '"finish_reason":"length"' in rest
         assert server.process.wait(timeout=60) == 0
+
+
+def test_a_second_ctrl_c_waits_for_nobody(model: Path) -> None:
+    with serving(model) as server:
+        connection, answer = open_stream(server)
+
+        def is_ending() -> bool:
+            with socket.socket() as tried:
+                return tried.connect_ex(("127.0.0.1", server.port)) != 0
+
+        server.process.send_signal(signal.SIGINT)
+        wait_until(is_ending)
+        assert answer.readline() == b"\n"  # it goes on
+        server.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(IncompleteRead, ConnectionError):
+            assert not answer.read().endswith(b"[DONE]\n\n")
+        connection.close()
 
 
 def test_a_model_that_is_no_more_ends_the_server(model: Path, tmp_path: Path) -> None:

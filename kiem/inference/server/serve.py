@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
+import logging
 import signal
 import socket
 from collections.abc import Iterator
@@ -113,8 +115,6 @@ def serve(
     listening.listen()
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    name = _model_name(options.model_path)
-    console.print(f"{name} is at http://{shown}:{port}/ (Ctrl-C ends it)")
 
     def end(*_: object) -> None:
         server.should_exit = True
@@ -122,11 +122,20 @@ def serve(
     # uvicorn raises the signal that it stopped for once more: that is no mistake here.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
+    logging.getLogger("uvicorn.error").addFilter(_is_more_than_an_end)
+    name = _model_name(options.model_path)
+    console.print(f"{name} is at http://{shown}:{port}/ (Ctrl-C ends it)")
     try:
         server.run([listening])
     finally:
         worker.stop()
     console.print("The server has ended.")
+
+
+def _is_more_than_an_end(record: logging.LogRecord) -> bool:
+    """Says whether uvicorn logs more than that a second Ctrl-C or `_STOP_SECONDS` ended a task."""
+    is_end = record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not is_end and "CancelledError" not in record.getMessage()
 
 
 def make_server(
