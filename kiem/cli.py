@@ -7,6 +7,7 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +22,13 @@ from tyro.constructors import PrimitiveConstructorSpec
 from kiem.console import PlainConsole, open_output, printable
 from kiem.disk import DiskWarning
 from kiem.errors import ExitCode, UserError
-from kiem.values import OptionType, describe_limits, option_types
+from kiem.values import OptionType, describe_limits, is_boolean, option_types
 from kiem.yaml_options import read_options
 
 Options = TypeVar("Options")
 _LONGEST_NAME_BYTES = 255  # of a file or folder, on most disks
+_FEWEST_COLUMNS = 40  # for help; in fewer than 6 tyro never ends
+_SHELLS = ("bash", "zsh", "tcsh", "fish")
 
 _METAVARS = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
 _CONFIG_HELP = (
@@ -53,12 +56,14 @@ def parse(options_class: type[Options], arguments: Sequence[str], program: str) 
     defaults = _defaults(options_class)
     if config is not None:
         defaults |= read_options(options_class, config)
-    parsed = tyro.cli(
-        command_line(options_class, defaults),
-        args=arguments,
-        prog=program,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    _refuse_values_of_flags(arguments, option_types(options_class))
+    with around_tyro(arguments):
+        parsed = tyro.cli(
+            command_line(options_class, defaults),
+            args=arguments,
+            prog=program,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     values = {}
     for name, kind in option_types(options_class).items():
         value = getattr(parsed, name)
@@ -120,14 +125,19 @@ def run(
         main: what to call with the options and a console.
         arguments: the command line without the program's name. Default: this process's.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    words = sys.argv[1:] if arguments is None else arguments
+    return report_errors(lambda console: main(parse(options_class, words, program), console))
+
+
+def report_errors(work: Callable[[Console], Any]) -> int:
+    """Calls `work` with a console and returns the exit code, after a message if it fails."""
     open_output()
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     console = PlainConsole(quiet=not is_first)
     messages = PlainConsole(stderr=True, quiet=not is_first)
     try:
         with _disk_warnings(console):
-            main(parse(options_class, arguments, program), console)
+            work(console)
     except UserError as error:
         messages.print(f"error: {error}")
         return int(error.exit_code)
@@ -143,6 +153,32 @@ def run(
         messages.print(f"{what}\n  Correct this path, or who may use its folders.")
         return int(ExitCode.NOT_FOUND)
     return 0
+
+
+@contextlib.contextmanager
+def around_tyro(arguments: Sequence[str]) -> Iterator[None]:
+    """Keeps from tyro what it has no message for: an unknown shell, a terminal of few columns.
+
+    Raises:
+        UserError: completion is asked for a shell that has none.
+    """
+    is_completion = "".join(arguments[:1]).startswith(("--tyro-print-", "--tyro-write-"))
+    if is_completion and (len(arguments) < 2 or arguments[1] not in _SHELLS):
+        raise UserError(
+            "no shell is named that has completion",
+            where=arguments[0],
+            fix=f"Give one of {', '.join(_SHELLS)}.",
+            exit_code=ExitCode.BAD_OPTION,
+        )
+    before = os.environ.get("COLUMNS")
+    if shutil.get_terminal_size().columns < _FEWEST_COLUMNS:
+        os.environ["COLUMNS"] = str(_FEWEST_COLUMNS)
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 @contextlib.contextmanager
@@ -217,7 +253,26 @@ def _take_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
         files.append(file)
     if len(files) > 1:
         raise bad(f"{len(files)} files are named", "Put their lines into one file.")
-    return rest, Path(files[0]) if files else None
+    return rest, OptionType(Path).read(files[0], "--config") if files else None
+
+
+def _refuse_values_of_flags(arguments: Sequence[str], kinds: dict[str, OptionType]) -> None:
+    """Names the option of which tyro would only say that "False" is unrecognized.
+
+    Raises:
+        UserError: a flag has a value.
+    """
+    flags = {_flag(name) for name, kind in kinds.items() if kind.base is bool}
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        written, equals, _ = word.partition("=")
+        flag = written.replace("_", "-").replace("--no-", "--", 1)
+        if flag in flags and (equals or is_boolean(following)):
+            raise UserError(
+                "takes no value",
+                where=written,
+                fix=f"Write {flag} or {flag.replace('--', '--no-', 1)}.",
+                exit_code=ExitCode.BAD_OPTION,
+            )
 
 
 def _defaults(options_class: type[Any]) -> dict[str, Any]:

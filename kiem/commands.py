@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from kiem.cli import command_line, run
+from kiem.cli import around_tyro, command_line, report_errors, run
 from kiem.config import (
     EvaluationOptions,
     ExportOptions,
@@ -23,7 +23,6 @@ from kiem.config import (
     ReportOptions,
     TrainingOptions,
 )
-from kiem.console import open_output
 
 
 @dataclass(frozen=True)
@@ -63,20 +62,23 @@ COMMANDS = {
 
 def main() -> int:
     """Runs the command that the command line names and returns its exit code."""
-    open_output()
     arguments = sys.argv[1:]
     if arguments and arguments[0] in COMMANDS:
         command = COMMANDS[arguments[0]]
         rest = [*command.arguments, *arguments[1:]]
         return run(command.options, f"kiem {arguments[0]}", command, rest)
-    # What is left is help, shell completion or a mistake; tyro knows all three and exits.
+    return report_errors(lambda _: _help(arguments))
+
+
+def _help(arguments: list[str]) -> None:
+    """Answers what names no command: help, shell completion or a mistake; tyro exits after each."""
     options: dict[str, Callable[..., Any]] = {
         name: command_line(command.options) for name, command in COMMANDS.items()
     }
-    tyro.extras.subcommand_cli_from_dict(
-        options,
-        prog="kiem",
-        description="Train Gemma 3 language models from scratch on Dutch text.",
-        args=arguments,
-    )
-    return 0
+    with around_tyro(arguments):
+        tyro.extras.subcommand_cli_from_dict(
+            options,
+            prog="kiem",
+            description="Train Gemma 3 language models from scratch on Dutch text.",
+            args=arguments,
+        )

@@ -196,7 +196,7 @@ class TrainingOptions:
         None
     )
     """With --plan: plan for this GPU, from published figures, instead of this machine."""
-    num_gpus: Count | None = None
+    num_gpus: Annotated[int, Meta(ge=1, le=2**16)] | None = None
     """With --gpu: so many of them. Default: 1."""
 
 

@@ -91,6 +91,11 @@ class OptionType:
         )
 
 
+def is_boolean(text: str) -> bool:
+    """Returns whether a text stands for true or false."""
+    return text.lower() in _BOOLEANS
+
+
 def describe_limits(limits: Meta) -> str:
     """Returns limits in words, such as "from 1 to 8" or "above 0, at most 1"."""
     if limits.ge is not None and limits.le is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 
-from kiem.commands import COMMANDS
+from kiem.commands import COMMANDS, main
 
 KIEM = ("-m", "kiem")
 SLOW_IMPORTS = {
@@ -73,3 +74,36 @@ def test_shell_completion(tmp_path: Path) -> None:
     """
     done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == ["train", "--use-wandb", "cosine"], done.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["train"]])
+@pytest.mark.parametrize("shell", [[], ["foo"], ["/bin/bash"]])
+@pytest.mark.parametrize("option", ["--tyro-print-completion", "--tyro-write-completion"])
+def test_completion_for_a_shell_that_has_none(
+    words: list[str],
+    shell: list[str],
+    option: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["kiem", *words, option, *shell])
+    assert main() == 2
+    assert f"{option}: no shell" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["1", "5", "10"])
+@pytest.mark.parametrize("words", [[], ["train"]])
+def test_help_ends_in_any_terminal(
+    words: list[str],
+    columns: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In fewer than 6 columns it never ended, in 10 it was a letter a line."""
+    monkeypatch.setattr(sys, "argv", ["kiem", *words, "--help"])
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert "show this help" in capsys.readouterr().out
+    assert os.environ["COLUMNS"] == columns

@@ -278,3 +278,11 @@ def test_any_text_means_the_same_both_ways(
         except (UserError, SystemExit):
             found.append("refused")
     assert kind.base is bool or found[0] == found[1]
+
+
+@pytest.mark.parametrize("words", [["--plan", "False"], ["--plan=true"], ["--no_plan=0"]])
+def test_flags_take_no_value(words: list[str]) -> None:
+    with pytest.raises(UserError, match="takes no value") as refused:
+        parse(TrainingOptions, ["--dataset-path", "d", *words], "x")
+    assert str(refused.value).startswith(words[0].partition("=")[0] + ": ")
+    assert "Write --plan or --no-plan." in str(refused.value)

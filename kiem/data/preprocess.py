@@ -6,6 +6,7 @@ resolve the source -> plan of units -> finish every unit (in worker processes, e
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Sequence
@@ -88,6 +89,9 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     """
     started = time.perf_counter()
     if options.verify is not None:
+        for field in dataclasses.fields(options):
+            if field.name != "verify" and getattr(options, field.name) != field.default:
+                raise no_effect(f"--{field.name.replace('_', '-')}", "together with --verify")
         verify_directory(options.verify)
         console.print(f"{options.verify}: every hash and count is right")
         return options.verify
