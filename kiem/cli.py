@@ -263,7 +263,7 @@ def _refuse_values_of_flags(arguments: Sequence[str], kinds: dict[str, OptionTyp
         UserError: a flag has a value.
     """
     flags = {_flag(name) for name, kind in kinds.items() if kind.base is bool}
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip(arguments, [*arguments, ""][1:], strict=True):
         written, equals, _ = word.partition("=")
         flag = written.replace("_", "-").replace("--no-", "--", 1)
         if flag in flags and (equals or is_boolean(following)):

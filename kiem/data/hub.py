@@ -36,7 +36,7 @@ _NUM_TRIES = 4
 def looks_like_hub_id(name: str) -> bool:
     """Says whether a name that is no existing path can be an OWNER/NAME on the Hub."""
     is_path = name.startswith((".", "/", "~", "-")) or name.endswith(".json")
-    return name.count("/") == 1 and not is_path
+    return not is_path and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None
 
 
 @dataclass(frozen=True)
