@@ -265,12 +265,12 @@ def _refuse_values_of_flags(arguments: Sequence[str], kinds: dict[str, OptionTyp
     flags = {_flag(name) for name, kind in kinds.items() if kind.base is bool}
     for word, following in zip(arguments, [*arguments, ""][1:], strict=True):
         written, equals, _ = word.partition("=")
-        flag = written.replace("_", "-").replace("--no-", "--", 1)
-        if flag in flags and (equals or is_boolean(following)):
+        flag = "--" + written.replace("_", "-").removeprefix("--").removeprefix("no-")
+        if word.startswith("--") and flag in flags and (equals or is_boolean(following)):
             raise UserError(
                 "takes no value",
                 where=written,
-                fix=f"Write {flag} or {flag.replace('--', '--no-', 1)}.",
+                fix=f"Write {flag} or --no-{flag[2:]}.",
                 exit_code=ExitCode.BAD_OPTION,
             )
 

@@ -286,3 +286,8 @@ def test_flags_take_no_value(words: list[str]) -> None:
         parse(TrainingOptions, ["--dataset-path", "d", *words], "x")
     assert str(refused.value).startswith(words[0].partition("=")[0] + ": ")
     assert "Write --plan or --no-plan." in str(refused.value)
+
+
+def test_words_of_a_list_are_no_flags() -> None:
+    words = ["--dataset-path", "d", "--sample-prompt", "plan", "true", "no-plan"]
+    assert parse(TrainingOptions, words, "x").sample_prompt == ("plan", "true", "no-plan")
