@@ -31,13 +31,14 @@ Count = Annotated[int, Meta(ge=1, le=_MOST)]
 CountOrZero = Annotated[int, Meta(ge=0, le=_MOST)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Price = Annotated[float, Meta(ge=0, le=10**6)]
+Name = Annotated[str, Meta(min_length=1)]  # an empty one is a variable that was not set
 
 
 @dataclass(frozen=True)
 class PreprocessOptions:
     """Turn Dutch text into a folder of token chunks to train on."""
 
-    dataset_size: str | None = None
+    dataset_size: Name | None = None
     """Hub: config of the dataset (10k, 100k, 1M, 10M, 100M, 1B, 5B, 10B, 15B ... 55B), default 10k.
     Other sources: at most this many white-space words (50000, 10k, 1M), default all."""
     chunk_size: Annotated[int, Meta(ge=MIN_CHUNK_SIZE, le=_MOST_TOKENS)] = 1024
@@ -47,22 +48,22 @@ class PreprocessOptions:
     ones, the end of one."""
     output_dir: Path = Path("processed_data")
     """Folder that the chunk directory is made in."""
-    name: str | None = None
+    name: Name | None = None
     """Name of the chunk directory. Default: chunked_ and the dataset size or the source's name."""
     num_proc: Annotated[int, Meta(ge=1, le=4096)] | None = None
     """Worker processes. Default: one per processor. The result does not depend on it."""
     seed: Seed = 42
     """Seed of the split."""
-    source: Annotated[tuple[str, ...], Meta(min_length=1)] = ("hub",)
+    source: Annotated[tuple[Name, ...], Meta(min_length=1)] = ("hub",)
     """hub (BramVanroy/wikipedia_culturax_dutch), sample (the built-in text), or files, folders and
     globs of .txt, .jsonl, .json, .csv, .parquet and others, see docs/formats.md; - is standard
     input."""
-    text_column: str = "text"
+    text_column: Name = "text"
     """Column or key that holds a document's text; a.b is b in the column or object a."""
     document_separator: str | None = None
     """Cut text files into documents at lines with this text, such as <|endoftext|>. blank-lines: at
     blank lines. every-line: each line is a document. Default: each file is one."""
-    tokenizer: str = HUB_TOKENIZER
+    tokenizer: Name = HUB_TOKENIZER
     """A Hub id, a folder with a tokenizer.json, a tokenizer.json, or train:N to train a vocabulary
     of N entries in Gemma's style on the training documents."""
     encoder: Literal["auto", "reference"] = "auto"
@@ -71,7 +72,7 @@ class PreprocessOptions:
     executor: Literal["local", "ray"] = "local"
     """local: worker processes on this machine. ray: on a Ray cluster whose nodes share the folders;
     the result is the same."""
-    ray_address: str | None = None
+    ray_address: Name | None = None
     """Address of a running Ray cluster. Default: one is started on this machine."""
     packing: Literal["concat", "best-fit"] = "concat"
     """concat: one document after the other, cut into chunks. best-fit: cut only documents that are
@@ -104,7 +105,7 @@ class TrainingOptions:
     """Shape of the model. Its vocabulary is that of the chunk directory's tokenizer."""
     output_dir: Path = Path("trained_models")
     """Folder that the run directory is made in."""
-    run_name: str | None = None
+    run_name: Name | None = None
     """Name of the run directory. Default: the model's name, -dutch- and the UTC time."""
     epochs: Annotated[float, Meta(gt=0, le=10**6)] = 1.0
     """How often every chunk is seen."""
@@ -150,12 +151,12 @@ class TrainingOptions:
     on_save_failure: Literal["continue", "stop"] = "continue"
     """When the disk refuses a checkpoint or a line of the log: continue with a warning and try
     again at the next one, or stop. A run that has no checkpoint yet stops in any case."""
-    resume: str = "auto"
+    resume: Name = "auto"
     """auto: go on from the newest checkpoint in the run directory, if there is one. none: do not.
     Or the path of a checkpoint."""
     seed: Seed = 42
     """Seed of the weights, the order of the chunks and the samples of text."""
-    init_from: str | None = None
+    init_from: Name | None = None
     """Continue the pretraining of this Gemma 3 model (a folder or Hub id)."""
     document_mask: bool = True
     """Tokens attend only to their own document."""
@@ -176,7 +177,7 @@ class TrainingOptions:
     minimal_pairs: Literal["auto", "always", "never"] = "auto"
     """At the end measure how often the model prefers correct Dutch to a mistake (430 pairs). auto:
     when the run trained on so many tokens that this is a small part of it."""
-    language: str = "nl"
+    language: Name = "nl"
     """ISO 639 code of the text's language, for the model card."""
     sample_prompt: tuple[str, ...] = ("Nederland is", "Er was eens")
     """Texts that the model continues at every evaluation."""
@@ -186,7 +187,7 @@ class TrainingOptions:
     """Send metrics and samples there as well; tensorboard writes into the run directory."""
     use_wandb: bool = False
     """The same as --trackers wandb."""
-    wandb_project: str | None = None
+    wandb_project: Name | None = None
     """Project in Weights & Biases or trackio. Default: kiem."""
     price: Price | None = None
     """What an hour on this hardware costs, for the plan and the report."""
@@ -204,7 +205,7 @@ class TrainingOptions:
 class InferenceOptions:
     """Let a trained model continue text. Without any prompt it continues five Dutch ones."""
 
-    model_path: str
+    model_path: Name
     """Model directory (final_model/ of a run), or the Hub id of a Gemma 3 text model."""
     prompt: str | None = None
     """Text to continue."""
@@ -245,11 +246,11 @@ class InferenceOptions:
     """With --output-file and --serve: continuations that are written at the same time."""
     max_context: Annotated[int, Meta(ge=2, le=_MOST_TOKENS)] = 4096
     """With --interactive and --serve: most tokens of a text, the new ones included."""
-    host: str = "127.0.0.1"
+    host: Name = "127.0.0.1"
     """With --serve: address to listen on. Any but this machine's own needs --api-key."""
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
     """With --serve: port to listen on; 0: any that is free."""
-    api_key: str | None = None
+    api_key: Name | None = None
     """With --serve: what every request must carry as bearer token, or a browser as password."""
     max_waiting: Annotated[int, Meta(ge=0, le=10**6)] = 32
     """With --serve: continuations that may wait beside --max-requests; more are refused."""
@@ -266,18 +267,18 @@ class EvaluationOptions:
     """Measure a language model: bits per byte of text, and minimal pairs. Without --data and
     --suite it takes the built-in minimal pairs."""
 
-    model_path: str
+    model_path: Name
     """Model directory (final_model/ of a run), or a Hub id. Any causal model that transformers can
     load is measured alike, if transformers is installed."""
-    data: tuple[str, ...] = ()
+    data: tuple[Name, ...] = ()
     """Text to measure bits per byte on: files, folders and globs as for preprocess.py, sample (the
     built-in text), or a chunk directory, whose test split is taken."""
-    suite: tuple[str, ...] = ()
+    suite: tuple[Name, ...] = ()
     """minimal-pairs (the built-in Dutch ones), or files in BLiMP's shape, see docs/formats.md."""
     context: Annotated[int, Meta(ge=8, le=_MOST_TOKENS)] | None = None
     """Most tokens the model reads at once; longer documents are read in overlapping windows.
     Default: the chunk size that a kiem model was trained with, the longest of other models."""
-    text_column: str = "text"
+    text_column: Name = "text"
     """Column or key of --data that holds a document's text."""
     document_separator: str | None = None
     """Cut text files of --data into documents, as preprocess.py does with this option."""
@@ -296,7 +297,7 @@ class EvaluationOptions:
 class ExportOptions:
     """Write a trained model in a format for other programs, or publish it."""
 
-    model_path: str
+    model_path: Name
     """Model directory (final_model/ of a run), or the Hub id of a Gemma 3 text model."""
     output: Path
     """What to write: a file (gguf) or a folder (safetensors)."""
@@ -307,7 +308,7 @@ class ExportOptions:
     """Precision of the matrices. q8_0 (gguf only): 8 bits and a scale for every 32 values."""
     overwrite: bool = False
     """Replace the output if it exists."""
-    push_to_hub: str | None = None
+    push_to_hub: Name | None = None
     """Upload the result to this repository (OWNER/NAME) on the Hub, which is made if need be."""
     private: bool = True
     """With --push-to-hub: a repository that is made is private; you can publish it on its page."""

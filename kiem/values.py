@@ -28,6 +28,7 @@ class OptionType:
         limits: between which a number must be.
         is_list: whether there may be several.
         min_length: the fewest items of a list.
+        may_be_empty: whether a text may be empty; a path never is.
     """
 
     base: type
@@ -35,6 +36,7 @@ class OptionType:
     limits: Meta | None = None
     is_list: bool = False
     min_length: int = 0
+    may_be_empty: bool = True
 
     def read(self, text: str, where: str) -> Any:
         """Returns the value, for a list that of one item, that a text stands for.
@@ -60,7 +62,7 @@ class OptionType:
             is_possible = "\0" not in text and self._has(value)
         except (ValueError, KeyError):
             is_possible = False
-        if not is_possible or (self.base is Path and not text):
+        if not is_possible or (not text and (self.base is Path or not self.may_be_empty)):
             raise UserError(
                 f"{reprlib.repr(text)} is not possible",
                 where=where,
@@ -74,6 +76,8 @@ class OptionType:
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         words = "a path" if self.base is Path else _WORDS[self.base]
+        if not self.may_be_empty:
+            words = "text that is not empty"
         return f"{words} {describe_limits(self.limits)}" if self.limits else words
 
     def _has(self, value: Any) -> bool:
@@ -113,13 +117,15 @@ def option_types(options_class: type[Any]) -> dict[str, OptionType]:
 
 def _option_type(hint: Any) -> OptionType:
     """Reads an annotation: a type, Literal or tuple of several, perhaps optional or with limits."""
-    limits, is_list, min_length = None, False, 0
+    limits, is_list, min_length, may_be_empty = None, False, 0, True
     while True:
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         if origin is typing.Annotated:
             hint, (meta,) = arguments[0], arguments[1:]
             if typing.get_origin(hint) is tuple:
                 min_length = meta.min_length
+            elif hint is str:
+                may_be_empty = not meta.min_length
             else:
                 limits = meta
         elif origin in (types.UnionType, typing.Union):  # Optional[Literal] is of the second kind
@@ -129,4 +135,4 @@ def _option_type(hint: Any) -> OptionType:
         elif origin is Literal:
             return OptionType(str, arguments, None, is_list, min_length)
         else:
-            return OptionType(hint, (), limits, is_list, min_length)
+            return OptionType(hint, (), limits, is_list, min_length, may_be_empty)

@@ -85,7 +85,7 @@ def impossible_texts(kind: OptionType) -> Iterator[str]:
         yield from ("", "?", kind.choices[0] + " ", kind.choices[0].upper())
     if kind.base is bool:
         yield from ("maybe", "1", "0", "", "None", "truefalse")
-    if kind.base is Path:
+    if kind.base is Path or not kind.may_be_empty:
         yield ""
 
 
@@ -210,6 +210,7 @@ ODD_TEXTS = st.sampled_from(
 def values_of(kind: OptionType, default: Any) -> st.SearchStrategy[Any]:
     """Returns what an option may be."""
     texts = st.sampled_from(kind.choices) if kind.choices else TEXTS | ODD_TEXTS
+    texts = texts if kind.may_be_empty else texts.filter(bool)
     one: st.SearchStrategy[Any] = {str: texts, bool: st.booleans(), Path: texts.map(Path)}.get(
         kind.base
     )
