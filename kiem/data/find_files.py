@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kiem.data.chunks import MANIFEST_FILE
 from kiem.data.formats import READABLE, format_of, is_metadata, shown_suffix
 from kiem.data.rows import bad_input, reading_errors
 from kiem.data.standard_input import STANDARD_INPUT, keep_standard_input
+from kiem.data.tokenizer import TOKENIZER_FILE
 from kiem.errors import ExitCode, UserError
 
 _MOST_SUFFIXES_SHOWN = 8
+_IN_CHUNK_DIRECTORIES = "in chunk directories"
 
 
 @dataclass
@@ -25,7 +28,8 @@ class FoundFiles:
     Attributes:
         paths: the files, in the order in which they are read.
         names: what each is called in messages.
-        not_read: how many others were found in folders and by globs, by suffix.
+        not_read: how many others were found in folders and by globs, by suffix; those in chunk
+            directories together.
     """
 
     paths: list[Path] = field(default_factory=list)
@@ -36,7 +40,8 @@ class FoundFiles:
 def find_files(patterns: Sequence[str], option: str) -> FoundFiles:
     """Returns the files that paths, folders and globs stand for; "-" is standard input.
 
-    Folders are read whole, but for hidden files and folders, whose names begin with a dot.
+    Folders are read whole, but for hidden files and folders, whose names begin with a dot, and
+    chunk directories, which are often made beside the text.
 
     Raises:
         UserError: there is no such file, one cannot be read, or one is named twice.
@@ -102,8 +107,12 @@ def _expand(pattern: str, option: str) -> tuple[list[Path], Counter[str]]:
         files = [file for part in parts for file in part]
         by_place = {(os.path.realpath(file.parent), file.name): file for file in files[::-1]}
         found = sorted(by_place.values())
-    read = [path for path in found if not is_metadata(path.name) and format_of(path.name)]
-    not_read = Counter(shown_suffix(path.name) for path in {*found}.difference(read))
+    made = _in_chunk_directories(found)
+    others = [path for path in found if path not in made]
+    read = [path for path in others if not is_metadata(path.name) and format_of(path.name)]
+    not_read = Counter(shown_suffix(path.name) for path in {*others}.difference(read))
+    not_read[_IN_CHUNK_DIRECTORIES] += len(made)
+    not_read = +not_read
     for path in read:
         _check_file(path)
     if not read:
@@ -115,6 +124,13 @@ def _expand(pattern: str, option: str) -> tuple[list[Path], Counter[str]]:
             exit_code=ExitCode.NOT_FOUND,
         )
     return read, not_read
+
+
+def _in_chunk_directories(found: list[Path]) -> set[Path]:
+    """Returns those of the files that preprocess.py made."""
+    manifests = [path for path in found if path.name == MANIFEST_FILE]
+    folders = {path.parent for path in manifests if path.with_name(TOKENIZER_FILE).is_file()}
+    return {path for path in found if folders.intersection(path.parents)} if folders else set()
 
 
 def _walk(folder: Path) -> list[Path]:

@@ -37,7 +37,8 @@ from kiem.data.sources import (
     resolve_source,
     word_limit,
 )
-from kiem.data.summary import UnitProgress, print_summary
+from kiem.data.standard_input import check_one_reader
+from kiem.data.summary import UnitProgress, left_out, print_summary
 from kiem.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
@@ -176,7 +177,8 @@ def _trained_tokenizer(
     with console.status(f"Training a vocabulary of {vocabulary_size} entries"):
         share = (options.test_split, options.seed, options.chunk_size)
         texts = TrainingTexts(units, reading, cleaning, _word_limit(options), *share)
-        tokenizer = train_tokenizer(texts, vocabulary_size)
+        missing = left_out(texts.rejected, _word_limit(options), texts.words_next)
+        tokenizer = train_tokenizer(texts, vocabulary_size, missing)
     with sealed_file(file) as opened:
         opened.write(tokenizer.json_bytes)
     return tokenizer
@@ -248,7 +250,9 @@ def _assemble(
     num_kept = sum(split["documents"] for split in splits.values())
     num_left_out = fates.rejected.total() + fates.num_beyond
     assert num_kept - fates.num_cut + num_left_out == fates.num_rows, "documents were lost"
-    _check_enough(splits, fates.num_rows - fates.num_beyond, options.chunk_size)
+    words_next = fates.limit.words_next if fates.limit else 0
+    missing = left_out(fates.rejected, limit, words_next)
+    _check_enough(splits, num_kept - fates.num_cut, options.chunk_size, missing)
     write_tokenizer(tokenizer, result)
     reached = fates.limit._asdict() if fates.limit else {}
     kept = {}
@@ -287,6 +291,7 @@ def directory_name(options: PreprocessOptions, source_name: str) -> str:
 
 
 def _check_options(options: PreprocessOptions) -> None:
+    check_one_reader(source=options.source, decontaminate=options.decontaminate)
     if options.source == ("hub",):
         check_hub_size(options.dataset_size or DEFAULT_HUB_SIZE)
     else:
@@ -328,14 +333,16 @@ def _identity(
     }
 
 
-def _check_enough(splits: dict[str, dict[str, Any]], num_read: int, chunk_size: int) -> None:
+def _check_enough(
+    splits: dict[str, dict[str, Any]], num_kept: int, chunk_size: int, missing: str
+) -> None:
     train, test = (splits[split]["tokens"] for split in ("train", "test"))
     if train < chunk_size:
-        documents = "1 document has" if num_read == 1 else f"these {num_read} documents have"
+        documents = "1 document has" if num_kept == 1 else f"{num_kept} documents have"
         smaller = f", or --chunk-size {train} or less" if train >= MIN_CHUNK_SIZE else ""
         raise UserError(
             f"{documents} {train + test} tokens; without {test} for testing that is {train}, less "
-            f"than one chunk of {chunk_size}",
+            f"than one chunk of {chunk_size}{missing}",
             where="--source",
             fix=f"Use more text{smaller}.",
             exit_code=ExitCode.DATASET_TOO_SMALL,

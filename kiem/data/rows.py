@@ -95,7 +95,7 @@ def foreign_content(data: bytes) -> Problem | None:
     elif kind.startswith("UTF"):
         fix = f"Convert the file: iconv -f {kind} -t utf-8 FILE > NEW-FILE"
     else:
-        fix = "Let its name end as those of compressed files do, see docs/formats.md."
+        fix = "Decompress it, or let its name end as in docs/formats.md."
     return Problem("not UTF-8", f"{kind}, not UTF-8", fix)
 
 

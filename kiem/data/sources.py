@@ -167,7 +167,7 @@ def word_limit(dataset_size: str | None) -> int | None:
     factor = {"k": 10**3, "M": 10**6, "B": 10**9}.get(dataset_size[-1:], 1)
     digits = dataset_size if factor == 1 else dataset_size[:-1]
     # int() refuses thousands of digits.
-    if not digits.isdecimal() or len(digits) > 18 or int(digits) == 0:
+    if not (digits.isascii() and digits.isdecimal()) or len(digits) > 18 or int(digits) == 0:
         raise UserError(
             f"{reprlib.repr(dataset_size)} is not a number of words",
             where="--dataset-size",

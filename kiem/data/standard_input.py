@@ -6,9 +6,11 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from kiem.disk import writing_errors
+from kiem.errors import ExitCode, UserError
 
 STANDARD_INPUT = "-"
 
@@ -26,3 +28,19 @@ def keep_standard_input() -> Path:
         shutil.copyfileobj(sys.stdin.buffer, file)
         file.flush()
         return Path(f"/proc/self/fd/{os.dup(file.fileno())}")
+
+
+def check_one_reader(**values: Sequence[str | Path]) -> None:
+    """Raises a UserError if standard input, which can be read once, is a value of two options.
+
+    Args:
+        values: of each option.
+    """
+    readers = [name for name, given in values.items() if STANDARD_INPUT in map(str, given)]
+    if len(readers) > 1:
+        raise UserError(
+            f"standard input is read for --{readers[0]} already",
+            where=f"--{readers[1]} {STANDARD_INPUT}",
+            fix="Give a file.",
+            exit_code=ExitCode.BAD_OPTION,
+        )

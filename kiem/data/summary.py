@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,8 @@ def print_summary(
     for line in _account(manifest):
         console.print(line, markup=False)
     if rejected := manifest["rejected"]:
-        reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
-        total = sum(rejected.values())
-        console.print(f"rejected {total:,} of {manifest['documents_read']:,} documents: {reasons}")
+        total, num_read = sum(rejected.values()), manifest["documents_read"]
+        console.print(f"rejected {total:,} of {num_read:,} documents: {_reasons(rejected)}")
         if "rejected_file" in manifest:
             console.print(f"they are in {folder / REJECTED_FILE}")
     tokens = sum(split["tokens"] for split in splits)
@@ -101,6 +100,30 @@ def print_summary(
     slowest = max(stage_seconds, key=lambda stage: stage_seconds[stage])
     shares = ", ".join(f"{stage} {took:.1f} s" for stage, took in stage_seconds.items())
     console.print(f"slowest stage: {slowest} ({shares}; summed over the worker processes)")
+
+
+def left_out(rejected: Mapping[str, int], limit: int | None, words_next: int) -> str:
+    """Returns what an error that there is too little text adds, "" if nothing was left out.
+
+    Args:
+        rejected: documents that were rejected, by reason.
+        limit: of words.
+        words_next: of the first document beyond it; 0: there is none.
+    """
+    said = ""
+    if any(rejected.values()):
+        total = sum(rejected.values())
+        said += f"; {total:,} {'was' if total == 1 else 'were'} rejected ({_reasons(rejected)})"
+    if limit is not None and words_next:
+        said += (
+            f"; the limit of {limit:,} words (--dataset-size) leaves out all from a document of "
+            f"{words_next:,} words on"
+        )
+    return said
+
+
+def _reasons(rejected: Mapping[str, int]) -> str:
+    return ", ".join(f"{n:,} {reason}" for reason, n in sorted(rejected.items()) if n)
 
 
 def _account(manifest: dict[str, Any]) -> Iterator[str]:

@@ -220,7 +220,7 @@ def vocabulary_size_to_train(option: str) -> int | None:
     return int(digits)
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int, left_out: str = "") -> Tokenizer:
     """Trains a byte-fallback BPE vocabulary in Gemma's style.
 
     Ids 0 to 3 are <pad>, <eos>, <bos>, <unk> as in Gemma, then the 256 bytes, then characters and
@@ -233,6 +233,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
     Args:
         texts: the training documents; they are gone through twice, so not an iterator.
         vocabulary_size: entries of the vocabulary.
+        left_out: what the error adds, such as why there is so little text.
 
     Raises:
         UserError: the texts are too little for so many entries.
@@ -253,7 +254,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
     vocabulary: dict[str, int] = implementation.get_vocab(with_added_tokens=False)
     if len(vocabulary) < vocabulary_size:
         raise UserError(
-            f"the training documents give only {len(vocabulary)} of {vocabulary_size} entries",
+            f"the training documents give only {len(vocabulary)} of {vocabulary_size} entries"
+            f"{left_out}",
             where="--tokenizer",
             fix=f"Use more text, or train:{len(vocabulary)} or fewer."
             if len(vocabulary) >= _MIN_TRAINED_VOCABULARY

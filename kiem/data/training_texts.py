@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -28,6 +29,10 @@ class TrainingTexts:
         test_share: share of the documents for testing.
         seed: of the split.
         chunk_size: tokens in a chunk.
+
+    Attributes:
+        rejected: rows that are left out, by reason; likeness is none of the reasons.
+        words_next: of the first document beyond the word limit; 0 if there is none.
     """
 
     def __init__(
@@ -44,6 +49,8 @@ class TrainingTexts:
         self._reading = reading
         self._cleaning = cleaning
         self._is_kept = bytearray()  # of every row
+        self.rejected: Counter[str] = Counter()
+        self.words_next = 0
         positions, num_bytes, keys = array("Q"), array("q"), [np.empty((0, NUM_BANDS), np.uint64)]
         for texts, hashes in self._read_first(word_limit):
             positions.extend(split_position(text, seed) for text in texts)
@@ -84,9 +91,13 @@ class TrainingTexts:
                 taken: list[str] = []
                 for text, reason in self._cleaning.clean([row for _, row in rows], hashes):
                     is_kept = text is not None and reason is None
+                    if reason is not None:
+                        self.rejected[reason] += 1
                     if text is not None and is_kept:
-                        num_words += count_words(text)
+                        words = count_words(text)
+                        num_words += words
                         if word_limit is not None and num_words > word_limit:
+                            self.words_next = words
                             yield taken, hashes
                             return
                         taken.append(text)

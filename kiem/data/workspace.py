@@ -83,7 +83,9 @@ def refuse_other(folder: Path, recorded: dict[str, Any], identity: dict[str, Any
         if recorded["options"].get(name) != value
     ]
     if recorded["source"] != identity["source"]:
-        different.append("--source was other text")
+        different.append(
+            f"--source was other text{_changed(recorded['source'], identity['source'])}"
+        )
     if different:
         raise UserError(
             f"this was made differently: {'; '.join(different)}",
@@ -91,6 +93,16 @@ def refuse_other(folder: Path, recorded: dict[str, Any], identity: dict[str, Any
             fix="Choose another --name, or replace it with --overwrite.",
             exit_code=ExitCode.ALREADY_EXISTS,
         )
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Returns which files are different, as " (a, b and 3 more)"; "" where that says nothing."""
+    earlier, later = before.get("sha256", {}), now.get("sha256", {})
+    names = sorted(n for n in {*earlier, *later} if earlier.get(n) != later.get(n))
+    if not names or not set(earlier).intersection(later):
+        return ""
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return f" ({', '.join(names[:3])}{more})"
 
 
 def identity_digest(identity: dict[str, Any], tokenizer_sha256: str) -> str:

@@ -25,6 +25,7 @@ from kiem.data.chunks import (
 )
 from kiem.data.readers import check_effects, read_documents
 from kiem.data.sources import resolve_source
+from kiem.data.standard_input import check_one_reader
 from kiem.data.verify import verify_shards
 from kiem.errors import ExitCode, UserError, no_effect
 from kiem.evaluation.bits_per_byte import Document, bits_per_byte, measure
@@ -189,6 +190,7 @@ def _show(results: dict[str, Any], console: Console) -> None:
 
 
 def _check_options(options: EvaluationOptions) -> None:
+    check_one_reader(data=options.data, suite=options.suite)
     for name, is_given in (
         ("--max-documents", options.max_documents is not None),
         ("--text-column", options.text_column != "text"),
