@@ -86,6 +86,7 @@ WIKI = (
 )
 STORY = f"{A}\n{END}\n{B}\n"
 CSV_FIX = "has 3 fields; the first line names 2"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 NO_TEXT = "no column 'text'; there is "
 
 CASES = {
@@ -117,6 +118,10 @@ CASES = {
         "a.txt", A.encode("utf-16"), message="{path}: UTF-16, not UTF-8", separator=END
     ),
     "PDF": Case("a.txt", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", message="{path}:1: PDF, not UTF-8"),
+    **{
+        f"Git LFS pointer in {name}": Case(name, LFS_POINTER, message=f"{{path}}{place}: a pointer")
+        for name, place in {"a.txt": ":1", "a.jsonl": "", "a.parquet": "", "a.csv": ""}.items()
+    },
     "text that begins as others do": Case("a.txt", "PK\3\4 één".encode(), ("PK\3\4 één",)),
     # .json
     "lines in .json": Case("a.json", AB, (A, B), (1, 2)),

@@ -17,16 +17,17 @@ from conftest import ROOT, SMALL_UNITS_PROGRAM, run_script
 from format_cases import CASES, END, STORY, WIKI, A, B, Case, lines, parquet, stream
 from rich.console import Console
 
-from kiem.config import EvaluationOptions
+from kiem.config import EvaluationOptions, PreprocessOptions
 from kiem.data import formats
 from kiem.data.chunks import read_manifest
 from kiem.data.contamination import read_evaluation
 from kiem.data.find_files import show_counts
+from kiem.data.preprocess import preprocess
 from kiem.data.readers import check_effects, cut_source, place, read_rows
 from kiem.data.sources import Source, resolve_source
 from kiem.data.tokenizer import Tokenizer
-from kiem.errors import UserError
-from kiem.evaluation.evaluate import evaluation_documents
+from kiem.errors import ExitCode, UserError
+from kiem.evaluation.evaluate import evaluate, evaluation_documents
 from kiem.evaluation.minimal_pairs import read_suite
 from kiem.inference.prompts import read_prompts
 
@@ -97,6 +98,7 @@ TREE = {
     ".git/config.txt": b"no",
     "__MACOSX/._b.txt": b"no",
 }
+CHUNK_DIRECTORY = ["manifest.json", "tokenizer.json", "train/rejected.jsonl"]
 READ = [
     *("AA/wiki_00", "C.JSONL", "a/deep/x.TXT", "a/nl.jsonl.gz", "a.parquet/part-0.arrow", "b.txt")
 ]
@@ -106,7 +108,7 @@ NOT_READ = "6 files (.pdf 2, .docx 1, .tar.gz 1, dataset_info.json 1, without su
 def make_tree(folder: Path, names: list[str]) -> Path:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(TREE[name])
+        (folder / name).write_bytes(TREE.get(name, b"{}"))
     return folder
 
 
@@ -146,6 +148,13 @@ ODD_FOLDERS: dict[str, tuple[Callable[[Path], object], list[str] | str, str]] = 
     ),
     "link to a file": (
         lambda f: (f / "b.txt").symlink_to("a/a.txt"), "--source: named twice: {folder}/a/a.txt", ""
+    ),
+    "chunk directory": (
+        lambda f: make_tree(f / "made", CHUNK_DIRECTORY), ["a/a.txt"],
+        "3 files (in chunk directories 3)",
+    ),
+    "manifest of something else": (
+        lambda f: make_tree(f / "b", CHUNK_DIRECTORY[:1]), ["a/a.txt", "b/manifest.json"], ""
     ),
     "nothing that can be read": (
         lambda f: (f / "a" / "a.txt").rename(f / "a" / "a.pdf"),
@@ -202,7 +211,7 @@ def test_standard_input(
     assert [*manifest["source"]["sha256"]] == ["-"]
     if kind == "text":
         assert "made of the same text" in run_script(*command, stdin=text).stdout
-        assert "--source was other text" in run_script(*command, stdin=text + "x").stderr
+        assert "--source was other text (-)" in run_script(*command, stdin=text + "x").stderr
 
 
 PROMPTS = {
@@ -288,6 +297,51 @@ def test_evaluation_files_are_read_alike(tmp_path: Path) -> None:
     assert "--data: not read: 1 file (.pdf 1)" in console.file.getvalue()
     (tmp_path / "c.json").write_text(json.dumps(["een twee drie vier vijf zes zeven acht"]))
     assert read_evaluation([tmp_path / "*.json"], "text").ngrams.keys() == {8}
+
+
+def test_standard_input_is_for_one_option(tmp_path: Path) -> None:
+    options = PreprocessOptions(source=("-",), decontaminate=(Path("-"),), output_dir=tmp_path)
+    with pytest.raises(UserError, match="standard input is read for --source already"):
+        preprocess(options, Console(quiet=True))
+    with pytest.raises(UserError, match="standard input is read for --data already"):
+        evaluate(EvaluationOptions("", data=("-",), suite=("-",)), Console(quiet=True))
+
+
+# What is given, and what the error says beside how little there is.
+TOO_LITTLE: dict[str, tuple[bytes, dict[str, Any], str]] = {
+    "all rejected": (
+        b'{"a": 1}\n' * 9, {"on_bad_document": "skip"}, "; 9 were rejected (9 no such column)"
+    ),
+    "beyond the limit": (
+        lines("een twee drie"), {"dataset_size": "2"},
+        "; the limit of 2 words (--dataset-size) leaves out all from a document of 3 words on",
+    ),
+    "both": (
+        b"x\n" + lines("een twee drie"), {"dataset_size": "2", "on_bad_document": "skip"},
+        "; 1 was rejected (1 not JSON); the limit of 2 words (--dataset-size) leaves out all from "
+        "a document of 3 words on",
+    ),
+    "nothing": (lines("een twee drie"), {}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOO_LITTLE)
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_too_little_text_says_what_was_left_out(
+    name: str, is_trained: bool, trained: Tokenizer, tmp_path: Path
+) -> None:
+    content, more, left_out = TOO_LITTLE[name]
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "tokenizer.json").write_bytes(trained.json_bytes)
+    tokenizer = str(tmp_path / "tokenizer.json") if is_trained else "train:600"
+    options = PreprocessOptions(
+        source=(str(tmp_path / "a.jsonl"),), tokenizer=tokenizer, output_dir=tmp_path, **more
+    )
+    with pytest.raises(UserError) as caught:
+        preprocess(options, Console(quiet=True))
+    assert caught.value.exit_code == ExitCode.DATASET_TOO_SMALL
+    enough = "of 600 entries" if not is_trained else "less than one chunk of 1024"
+    assert caught.value.what.endswith(enough + left_out)
 
 
 def test_the_page_has_every_format() -> None:

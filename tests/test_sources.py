@@ -180,7 +180,7 @@ def test_words_are_counted_in_the_datasets_unit() -> None:
         1_000_000,
         5_000_000_000,
     ]
-    for size in ("k", "0", "-1", "1.5k", "10K", ""):
+    for size in ("k", "0", "-1", "1.5k", "10K", "١٢", ""):
         with pytest.raises(UserError):
             word_limit(size)
     texts = ["een twee", "drie"] * 3

@@ -11,7 +11,15 @@ import zlib
 from pathlib import Path, PurePath
 from typing import BinaryIO, Literal, NamedTuple, cast
 
-from kiem.data.rows import BOM, HEAD_BYTES, MAX_DOCUMENT_BYTES, bad_input, damaged, foreign_content
+from kiem.data.rows import (
+    BOM,
+    HEAD_BYTES,
+    MAX_DOCUMENT_BYTES,
+    bad_input,
+    damaged,
+    foreign_content,
+    lfs_pointer,
+)
 from kiem.json_input import JsonError, parse_json
 
 Kind = Literal["text", "json lines", "json", "csv", "tsv", "parquet", "arrow", "wikiextractor"]
@@ -128,7 +136,12 @@ def look_inside(path: Path, name: str, named: Format | None, is_cut: bool) -> Fo
         UserError: it is compressed or encoded in a way that its name does not say, or damaged.
     """
     kind, compression = named or Format("text")
-    if kind in WHOLE or (kind == "text" and named is not None and not is_cut):
+    if kind in WHOLE:
+        with path.open("rb") as content:
+            if (found := lfs_pointer(content.read(HEAD_BYTES))) is not None:
+                raise bad_input(name, found.what, found.fix)
+        return Format(kind, compression)
+    if kind == "text" and named is not None and not is_cut:
         return Format(kind, compression)
     try:
         with open_content(path, compression) as file:

@@ -32,6 +32,8 @@ _BEGINNINGS = {
     b"PK\3\4": "zip",
     b"%PDF": "PDF",
 }
+# What a clone has in place of a large file that was not fetched.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class Row(NamedTuple):
@@ -77,8 +79,21 @@ NOT_UTF8 = Problem(
 TOO_LONG = Problem("too long", f"longer than {MAX_DOCUMENT_BYTES // 10**6} MB")
 
 
+def lfs_pointer(data: bytes) -> Problem | None:
+    """Returns the problem of a file that only says where its content is; None if it does not."""
+    if not data.startswith(_LFS_POINTER):
+        return None
+    what = "a pointer of Git LFS, not the file itself"
+    return Problem("Git LFS pointer", what, "Fetch the file, as with git lfs pull.")
+
+
 def foreign_content(data: bytes) -> Problem | None:
-    """Returns the problem of data that is not UTF-8 text, if its first bytes say what it is."""
+    """Returns the problem of data that is no text of a person, if its first bytes say what it is.
+
+    That is another encoding, another type of file, or a Git LFS pointer.
+    """
+    if (problem := lfs_pointer(data)) is not None:
+        return problem
     head = data[:HEAD_BYTES]
     # Every second byte of Latin letters in UTF-16 is NUL, and none of the others.
     num_nul = sorted((head[::2].count(0), head[1::2].count(0)))
