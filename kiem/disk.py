@@ -126,6 +126,8 @@ def _explain(error: OSError) -> tuple[str, str, ExitCode]:
         case errno.EIO | errno.ENXIO | errno.ENODEV | errno.ESTALE | errno.ETIMEDOUT:
             fix = "Check the disk and its connection, or choose a folder on another one."
             return f"the disk failed ({reason})", fix, ExitCode.NOT_WRITABLE
+        case errno.EEXIST | errno.ENOTDIR | errno.ELOOP:  # EEXIST: also a link that leads nowhere
+            fix = "A file or a broken link is in the way: remove it, or choose another name."
         case errno.EMFILE | errno.ENFILE:
             fix = "Allow more open files: ulimit -n."
         case errno.ENAMETOOLONG:

@@ -47,6 +47,8 @@ def sha256_file(path: Path) -> str:
 def new_file(path: Path) -> Iterator[BufferedRandom]:
     """Fills a file out of sight and gives it its name in one rename.
 
+    A link stays; the file that it points to is replaced.
+
     Yields:
         A temporary file, open for writing and reading. When the block raises, it is removed and
         `path` stays as it was.
@@ -54,10 +56,8 @@ def new_file(path: Path) -> Iterator[BufferedRandom]:
     Raises:
         UserError: the disk is full, or the folder cannot be written to.
     """
+    path = _behind_links(path)
     with writing_errors(path):
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(path.stat().st_mode):  # a device would become a file
-                raise OSError(errno.EEXIST, "something else than a file has this name", str(path))
         temporary = temporary_path(path)
         try:
             with temporary.open("w+b") as file:
@@ -70,6 +70,15 @@ def new_file(path: Path) -> Iterator[BufferedRandom]:
                 temporary.unlink(missing_ok=True)
             raise
         fsync_folder(path.parent)
+
+
+def check_new_file(path: Path) -> None:
+    """Raises before long work what `new_file` would raise after it; leaves nothing behind."""
+    path = _behind_links(path)
+    with writing_errors(path):
+        temporary = temporary_path(path)
+        temporary.touch()
+        temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -274,6 +283,15 @@ def format_bytes(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} TB"
+
+
+def _behind_links(path: Path) -> Path:
+    """Returns what a file's name stands for; raises a UserError if that is no file."""
+    with writing_errors(path):
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.stat().st_mode):  # a device would become a file
+                raise OSError(errno.EEXIST, "something else than a file has this name", str(path))
+        return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _sha256(file: BufferedIOBase, num_bytes: int | None) -> hashlib._Hash:

@@ -31,6 +31,7 @@ from kiem.json_input import convert, parse_json
 from kiem.leftovers import recover_folder
 
 SCHEMA_VERSION = 1
+DATASET_DICT_FILE = "dataset_dict.json"
 MANIFEST_FILE = "manifest.json"
 REJECTED_FILE = "rejected.jsonl"
 TEST_SOURCES = "test_sources"
@@ -124,7 +125,7 @@ class SplitWriter:
 
 def finish_directory(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes what makes the shards a chunk directory: the manifest and the DatasetDict file."""
-    write_json(folder / "dataset_dict.json", {"splits": ["train", "test"]})
+    write_json(folder / DATASET_DICT_FILE, {"splits": ["train", "test"]})
     # The small files; the others have their sha256 beside their counts.
     paths = [path for path in sorted(folder.rglob("*.json")) if path.name != TOKENIZER_FILE]
     files = {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}

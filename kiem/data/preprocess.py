@@ -55,6 +55,7 @@ from kiem.data.workspace import (
     clear_after_kill,
     earlier_identity,
     identity_digest,
+    refuse_foreign,
     refuse_other,
     working_folder,
 )
@@ -121,7 +122,8 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
         texts = "1 evaluation text has" if num_ignored == 1 else f"{num_ignored} texts have"
         warn(console, f"--decontaminate: {texts} fewer than {MIN_WORDS} words, not looked for")
     identity = _identity(options, source, tokenizer, cleaning)
-    if recover_folder(folder).exists() and not options.overwrite:
+    refuse_foreign(recover_folder(folder))
+    if folder.exists() and not options.overwrite:
         refuse_other(folder, earlier_identity(folder), identity)
         verify_directory(folder)
         clear_after_kill(folder)

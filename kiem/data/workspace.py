@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kiem.data.chunks import read_manifest
+from kiem.data.chunks import DATASET_DICT_FILE, MANIFEST_FILE, read_manifest
 from kiem.errors import ExitCode, UserError
 from kiem.files import empty_folder, write_json
 from kiem.json_input import read_json
@@ -73,6 +74,19 @@ def earlier_identity(folder: Path) -> dict[str, Any]:
     """Returns what a chunk directory or the unfinished work on it was made of, {} if not there."""
     exists = recover_folder(folder).exists()
     return read_manifest(folder) if exists else _read_plan(_unfinished(folder))
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises a UserError if what has this name is no chunk directory, which nobody may replace."""
+    is_ours = all((folder / name).is_file() for name in (DATASET_DICT_FILE, MANIFEST_FILE))
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if os.path.lexists(folder) and not is_ours and not is_empty:
+        raise UserError(
+            "something else than a chunk directory has this name",
+            where=str(folder),
+            fix="Choose another --name or --output-dir.",
+            exit_code=ExitCode.ALREADY_EXISTS,
+        )
 
 
 def refuse_other(folder: Path, recorded: dict[str, Any], identity: dict[str, Any]) -> None:

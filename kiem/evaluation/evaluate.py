@@ -32,7 +32,7 @@ from kiem.evaluation.bits_per_byte import Document, bits_per_byte, measure
 from kiem.evaluation.language_model import LanguageModel
 from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, summarize
 from kiem.evaluation.open_model import open_language_model
-from kiem.files import format_bytes, write_json
+from kiem.files import check_new_file, format_bytes, write_json
 
 _MOST_SOURCES_SHOWN = 50
 
@@ -51,6 +51,8 @@ def evaluate(options: EvaluationOptions, console: Console) -> dict[str, Any]:
         UserError: anything about options, data, suite or model that a person can mend.
     """
     _check_options(options)
+    if options.json is not None:
+        check_new_file(options.json)
     names = options.suite or (() if options.data else (BUILT_IN,))
     pairs = read_suite(names, console) if names else []
     documents = evaluation_documents(options, console) if options.data else iter(())

@@ -14,7 +14,7 @@ from kiem.data.tokenizer import Tokenizer, write_tokenizer
 from kiem.errors import ExitCode, UserError, no_effect
 from kiem.export.gguf_file import write_gguf
 from kiem.export.origin import CARD_FILE, read_origin
-from kiem.files import format_bytes, new_folder, require_free_space, write_bytes
+from kiem.files import check_new_file, format_bytes, new_folder, require_free_space, write_bytes
 from kiem.leftovers import recover_folder
 from kiem.manifest import write_manifest
 from kiem.model.config_json import CONFIG_FILE
@@ -43,6 +43,8 @@ def export(options: ExportOptions, console: Console) -> None:
         UserError: anything about options, model, disk or Hub that a person can mend.
     """
     _check_options(options)
+    if options.format == "gguf":
+        check_new_file(options.output)
     folder = find_model(options.model_path)
     origin = read_origin(folder, options.model_path)
     model = read_model(folder)

@@ -12,6 +12,7 @@ from kiem.cli import warn
 from kiem.config import InferenceOptions
 from kiem.console import show
 from kiem.errors import ExitCode, UserError, no_effect
+from kiem.files import check_new_file
 from kiem.inference.batch import open_processes, write_file
 from kiem.inference.benchmark import run_benchmark
 from kiem.inference.loading import LoadedModel, load_for_inference
@@ -37,6 +38,8 @@ def write(options: InferenceOptions, console: Console) -> None:
     is_filtered = options.top_p != 0.9 or options.top_k != 0 or options.min_p != 0
     if sampling.is_greedy and is_filtered:
         warn(console, "--top-k, --top-p and --min-p have no effect with --temperature 0")
+    for file in filter(None, (options.json, options.output_file)):
+        check_new_file(file)
     reads_prompts = not (options.interactive or options.benchmark or options.serve)
     prompts = read_prompts(options.prompt, options.prompts_file, console) if reads_prompts else []
     with contextlib.ExitStack() as stack, _memory_errors():
