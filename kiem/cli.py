@@ -22,6 +22,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from kiem.console import PlainConsole, open_output, printable
 from kiem.disk import DiskWarning
 from kiem.errors import ExitCode, UserError
+from kiem.launch import speaks
 from kiem.values import OptionType, describe_limits, is_boolean, option_types
 from kiem.yaml_options import read_options
 
@@ -132,7 +133,7 @@ def run(
 def report_errors(work: Callable[[Console], Any]) -> int:
     """Calls `work` with a console and returns the exit code, after a message if it fails."""
     open_output()
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    is_first = speaks()
     console = PlainConsole(quiet=not is_first)
     messages = PlainConsole(stderr=True, quiet=not is_first)
     try:

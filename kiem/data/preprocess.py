@@ -123,15 +123,14 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
         warn(console, f"--decontaminate: {texts} fewer than {MIN_WORDS} words, not looked for")
     identity = _identity(options, source, tokenizer, cleaning)
     refuse_foreign(recover_folder(folder))
-    if folder.exists() and not options.overwrite:
-        refuse_other(folder, earlier_identity(folder), identity)
-        verify_directory(folder)
+    if _is_made(folder, identity, options, console):
         clear_after_kill(folder)
-        console.print(f"{folder} is there already, made of the same text; verified.")
         return folder
     reading = Reading(source, options.text_column, options.on_bad_document)
     units = plan_units(source)
     with working_folder(folder, identity, options.overwrite) as work:
+        if _is_made(folder, identity, options, console):  # by the process that had the lock
+            return folder
         if tokenizer is None:
             tokenizer = _trained_tokenizer(reading, cleaning, units, options, work, console)
         job = UnitJob(
@@ -290,6 +289,18 @@ def directory_name(options: PreprocessOptions, source_name: str) -> str:
     if options.source == ("hub",) or options.dataset_size is None:
         return f"chunked_{source_name}"
     return f"chunked_{source_name}_{options.dataset_size}"
+
+
+def _is_made(
+    folder: Path, identity: dict[str, Any], options: PreprocessOptions, console: Console
+) -> bool:
+    """Says whether the chunk directory is there, verified; raises if it is another one."""
+    if options.overwrite or not folder.exists():
+        return False
+    refuse_other(folder, earlier_identity(folder), identity)
+    verify_directory(folder)
+    console.print(f"{folder} is there already, made of the same text; verified.")
+    return True
 
 
 def _check_options(options: PreprocessOptions) -> None:

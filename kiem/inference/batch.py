@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from torch.distributed.rendezvous import rendezvous
 
 from kiem.config import InferenceOptions
 from kiem.errors import ExitCode, UserError
@@ -38,6 +38,7 @@ from kiem.inference.loading import LoadedModel
 from kiem.inference.sampling import Sampling
 from kiem.inference.streaming import Writer, request_for
 from kiem.json_input import parse_json
+from kiem.launch import lost_processes, read_place
 from kiem.leftovers import hidden
 from kiem.yaml_options import to_dict
 
@@ -66,9 +67,11 @@ def open_processes(output_file: Path | None) -> Iterator[Processes]:
         output_file: where everything comes together; without it several processes are refused.
 
     Raises:
-        UserError: there are several processes for what one can do.
+        UserError: there are several processes for what one can do, the launcher's variables make no
+            sense, or another process was waited for in vain.
     """
-    processes = Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    place = read_place()
+    processes = Processes(place.rank, place.world_size)
     if processes.world_size == 1:
         yield processes
         return
@@ -79,13 +82,18 @@ def open_processes(output_file: Path | None) -> Iterator[Processes]:
             exit_code=ExitCode.BAD_OPTION,
         )
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # The others may have a longer share; torch would lose patience after half an hour.
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    try:
-        yield processes
-    finally:
-        dist.destroy_process_group()
+        torch.cuda.set_device(place.local_rank)
+    with lost_processes(place.rank):
+        store = next(rendezvous("env://"))[0]  # ends if one does not come within half an hour
+        # The others may have a longer share; torch would lose patience after half an hour.
+        patience = datetime.timedelta(days=30)
+        dist.init_process_group(
+            "gloo", store=store, rank=place.rank, world_size=place.world_size, timeout=patience
+        )
+        try:
+            yield processes
+        finally:
+            dist.destroy_process_group()
 
 
 def write_file(

@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from kiem.errors import ExitCode, UserError
+from kiem.launch import lost_processes, read_place
 from kiem.speed import measure_matrix_flops, prefers_bf16
 
 _DTYPES: dict[Literal["fp32", "bf16"], torch.dtype] = {
@@ -169,44 +170,36 @@ def open_devices(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Devices
 
     Raises:
         UserError: the precision is not one this device or kiem has, `accelerate config` asks for a
-            plugin that kiem does without, or another process was waited for in vain.
+            plugin that kiem does without, the launcher's variables make no sense, or another
+            process was waited for in vain.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    place = read_place()
+    rank, local_rank, world_size = place.rank, place.local_rank, place.world_size
     use_gpu = torch.cuda.is_available() and not _is_true("ACCELERATE_USE_CPU")
     device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
-    rank = int(os.environ.get("RANK", "0"))
     first = Devices(rank, world_size, device, "fp32", 0.0, local_rank)
     try:
-        if world_size > 1:
-            store, rank, _ = next(rendezvous("env://"))
-            store = _store_of_this_start(store, rank, world_size)
-            _check_same_kind(store, device.type, rank, world_size)
-            dist.init_process_group(
-                "nccl" if use_gpu else "gloo", store=store, rank=rank, world_size=world_size
-            )
-        with first.together():
-            _refuse_plugins()
-            chosen = _choose_precision(precision, use_gpu)
-        # The first process speaks for all: its choice, and its speed times their number.
-        if chosen == "auto":
-            chosen = "bf16" if prefers_bf16(device) else "fp32"
-        chosen = cast(Literal["fp32", "bf16"], first.first_tells(chosen))
-        with first.together():
-            _check_precision(chosen, use_gpu)
-        flops = first.first_says(measure_matrix_flops(device, _DTYPES[chosen]))
-        yield replace(first, precision=chosen, matrix_flops=flops * world_size)
-    except RuntimeError as error:  # what a process says that waited for another in vain
-        if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
-            raise
-        raise UserError(
-            f"another process has died or stands still ({str(error).splitlines()[0]})",
-            where=f"process {first.rank}",
-            fix="Look at its message, and start again: a run goes on from its newest checkpoint.",
-            exit_code=ExitCode.PROCESS_LOST,
-        ) from error
+        with lost_processes(rank):
+            if world_size > 1:
+                store, rank, _ = next(rendezvous("env://"))
+                store = _store_of_this_start(store, rank, world_size)
+                _check_same_kind(store, device.type, rank, world_size)
+                dist.init_process_group(
+                    "nccl" if use_gpu else "gloo", store=store, rank=rank, world_size=world_size
+                )
+            with first.together():
+                _refuse_plugins()
+                chosen = _choose_precision(precision, use_gpu)
+            # The first process speaks for all: its choice, and its speed times their number.
+            if chosen == "auto":
+                chosen = "bf16" if prefers_bf16(device) else "fp32"
+            chosen = cast(Literal["fp32", "bf16"], first.first_tells(chosen))
+            with first.together():
+                _check_precision(chosen, use_gpu)
+            flops = first.first_says(measure_matrix_flops(device, _DTYPES[chosen]))
+            yield replace(first, precision=chosen, matrix_flops=flops * world_size)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
