@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import functools
 import io
@@ -28,6 +29,13 @@ from kiem.training.options import check_sample_prompts
 from kiem.yaml_options import to_dict
 
 NUM_STEPS = 4
+
+
+class WordlessError(Exception):
+    def __str__(self) -> str:
+        raise ValueError("neither this")
+
+
 # Each accessory: what of it fails, and what it is called in the warning.
 FAULTS = {
     "kiem.training.energy.EnergyMeter.read_joules": "the energy counter",
@@ -49,6 +57,9 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
     "the terminal is gone": lambda: OSError(errno.EIO, "Input/output error"),
     "markup": lambda: ValueError("[/b] is [no] markup"),
     "a library's end": lambda: SystemExit(1),
+    "a cancelled task": asyncio.CancelledError,
+    "no UTF-8": lambda: FileNotFoundError(errno.ENOENT, "No such file", "caf\udce9"),
+    "no words": lambda: WordlessError(),
 }
 # A tracker that fails where it is told to: at its import, its beginning, a call of log, its end.
 TRACKER = """
@@ -292,6 +303,7 @@ def test_a_tracker_that_does_not_start_again_is_a_warning(
         {"wandb": (("log", 3), "raise SystemExit"), "trackio": (("log", 2), "1/0")},
         {"wandb": (("table", 2), "raise MemoryError"), "trackio": (("log", 2), "time.sleep(999)")},
         {"wandb": (("finish", 1), "time.sleep(999)"), "trackio": (("table", 1), "raise OSError")},
+        {"wandb": (("log", 1), "raise KeyboardInterrupt"), "trackio": (None, "")},
         {"wandb": (None, ""), "trackio": (None, "")},
     ],
 )

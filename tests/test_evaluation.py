@@ -338,3 +338,9 @@ def test_mistakes(
         evaluate(parse(EvaluationOptions, [*model, *given], "evaluate.py"), Console(quiet=True))
     assert caught.value.exit_code == code
     assert words in str(caught.value)
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_model_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="something else than a file") as caught:
+        evaluate(EvaluationOptions("nergens", json=tmp_path), Console(quiet=True))
+    assert caught.value.where == str(tmp_path)

@@ -17,6 +17,7 @@ from kiem.disk import writing_errors
 from kiem.errors import ExitCode, UserError
 from kiem.files import (
     append_json_lines,
+    check_new_file,
     format_bytes,
     make_folder,
     new_file,
@@ -152,6 +153,35 @@ def test_special_files_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="something else than a file"):
         write_bytes(tmp_path / "pipe", b"x")
     assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "file/x", "folder", "pipe", "not there/x", "loop"])
+def test_what_cannot_be_written_is_found_before_the_work(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    before = sorted(tmp_path.iterdir())
+    for act in (check_new_file, lambda path: write_bytes(path, b"x")):
+        with pytest.raises(UserError, match="cannot write here"):
+            act(tmp_path / name)
+    for possible in ("file", "new"):
+        check_new_file(tmp_path / possible)
+    assert (tmp_path / "file").read_text() == "old"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+    """As /dev/stdout would not if root wrote there as to a file."""
+    (tmp_path / "elsewhere").mkdir()
+    link, file = tmp_path / "link", tmp_path / "elsewhere" / "file"
+    link.symlink_to(file)
+    for content in (b"one", b"two"):  # at first it leads nowhere
+        check_new_file(link)
+        write_bytes(link, content)
+        assert link.is_symlink()
+        assert file.read_bytes() == content
+    assert len([*tmp_path.rglob("*")]) == 3
 
 
 def test_names_of_folders() -> None:

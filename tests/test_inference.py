@@ -194,6 +194,8 @@ def test_mistakes_get_one_message(
         ({"serve": True, "seed": 1}, ExitCode.NO_EFFECT, "together with --serve"),
         ({"serve": True, "output_file": Path("x")}, ExitCode.NO_EFFECT, "together with --serve"),
         ({"interactive": True, "num_return_sequences": 2}, ExitCode.NO_EFFECT, "--interactive"),
+        ({"output_file": ROOT}, ExitCode.NOT_WRITABLE, "something else than a file"),
+        ({"benchmark": True, "json": ROOT}, ExitCode.NOT_WRITABLE, "something else than a file"),
     ],
 )
 def test_impossible_options_are_found_before_anything_else(

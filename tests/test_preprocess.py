@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,26 @@ def test_same_command_again_changes_nothing_and_another_is_refused(tmp_path: Pat
     preprocess(options(tmp_path, chunk_size=32, overwrite=True), QUIET)
     assert read_manifest(folder)["options"]["chunk_size"] == 32
     assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["documents/mine.txt", "made", "dataset/dataset_dict.json"])
+def test_only_a_chunk_directory_is_replaced(name: str, overwrite: bool, tmp_path: Path) -> None:
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(UserError, match="something else than a chunk directory") as caught:
+        preprocess(options(tmp_path, name=name.split("/")[0], overwrite=overwrite), QUIET)
+    assert caught.value.exit_code == ExitCode.ALREADY_EXISTS
+    assert file.read_text() == "mine"
+
+
+def test_the_same_command_twice_at_once(tmp_path: Path) -> None:
+    """The second one waits for the first, and finds what that has made."""
+    with ThreadPoolExecutor(2) as both:
+        made = both.map(lambda _: preprocess(options(tmp_path, num_proc=1), QUIET), range(2))
+        assert [*made] == [tmp_path / "out" / "chunked_sample"] * 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["chunked_sample"]
 
 
 def test_result_does_not_depend_on_time_or_place(tmp_path: Path) -> None:

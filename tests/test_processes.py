@@ -18,11 +18,13 @@ from lives import OPTIONS, Lives
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from kiem.config import PreprocessOptions
+from kiem.config import PreprocessOptions, TrainingOptions
 from kiem.data.preprocess import preprocess
 from kiem.errors import ExitCode, UserError
+from kiem.launch import Place, read_place, speaks
 from kiem.model.files import read_config
 from kiem.training.checkpoint import list_checkpoints, verify_checkpoint
+from kiem.training.loop import train
 from kiem.training.resume import check_same_run
 
 QUIET = Console(quiet=True)
@@ -237,6 +239,51 @@ def test_what_differs_between_machines_is_said(
     assert message in text
     assert "Traceback" not in text
     assert not list(tmp_path.rglob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE: is 'x', not a number"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE: is '-1'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: is 0"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE: is '999"),
+        ({"RANK": "1"}, "RANK: is 1, but WORLD_SIZE has 1 process"),
+        ({"LOCAL_RANK": "3"}, "LOCAL_RANK: is 3"),
+        ({"LOCAL_RANK": "٣"}, "LOCAL_RANK: is '٣'"),
+        ({"WORLD_SIZE": "2"}, "RANK: is not set, but WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK: is 2, but WORLD_SIZE has 2 processes"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "MASTER_ADDR: is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "99999"}, "no port"),
+        ({"WORLD_SIZE": "", "RANK": "", "LOCAL_RANK": "0"}, None),
+    ],
+)
+def test_variables_that_make_no_sense_are_named(
+    given: dict[str, str], message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert speaks(), "else nobody would read the message"
+    if message is None:
+        assert read_place() == Place(0, 0, 1)
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        read_place()
+    assert caught.value.exit_code == ExitCode.BAD_OPTION
+
+
+def test_a_port_that_is_taken_is_said(sample_chunks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        given = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**given, "MASTER_PORT": str(taken.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match="cannot meet at MASTER_PORT") as caught:
+            train(TrainingOptions(sample_chunks), QUIET)
+    assert caught.value.exit_code == ExitCode.PROCESS_LOST
 
 
 def test_machines_of_different_kinds_are_told(lives: Lives, tmp_path: Path) -> None:

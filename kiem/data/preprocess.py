@@ -60,12 +60,7 @@ from kiem.data.workspace import (
     working_folder,
 )
 from kiem.errors import ExitCode, UserError, no_effect
-from kiem.files import (
-    new_folder,
-    read_sealed,
-    require_free_space,
-    sealed_file,
-)
+from kiem.files import new_folder, read_sealed, require_free_space, sealed_file
 from kiem.leftovers import recover_folder
 
 # Units and chunks are there at the same time; four bytes a token and at least three of text in it.
@@ -294,7 +289,7 @@ def directory_name(options: PreprocessOptions, source_name: str) -> str:
 def _is_made(
     folder: Path, identity: dict[str, Any], options: PreprocessOptions, console: Console
 ) -> bool:
-    """Says whether the chunk directory is there, verified; raises if it is another one."""
+    """Says whether the chunk directory is there, whole; raises a UserError if it is another."""
     if options.overwrite or not folder.exists():
         return False
     refuse_other(folder, earlier_identity(folder), identity)

@@ -9,6 +9,7 @@ whatever goes wrong.
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
@@ -20,16 +21,20 @@ if TYPE_CHECKING:
     from kiem.training.run import Run
 
 T = TypeVar("T")
+_MOST_CHARACTERS = 1000
 
 
-def error_of(action: Callable[[], object]) -> Exception | SystemExit | None:
+def error_of(action: Callable[[], object]) -> BaseException | None:
     """Does something and returns what went wrong; None if nothing did.
 
-    Ctrl-C is not caught. `SystemExit` is: a library that means to end the program would end a run.
+    Ctrl-C is not caught. All else is: a library that means to end the program (`SystemExit`), a
+    panic of a library in Rust and a cancelled asyncio task (`BaseException`s) would end a run.
     """
     try:
         action()
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - accessories are code of others, too
+    except BaseException as error:  # accessories are code of others, too
+        if isinstance(error, KeyboardInterrupt) and current_thread() is main_thread():
+            raise
         return error
     return None
 
@@ -93,11 +98,15 @@ def try_before(where: str, action: Callable[[], T]) -> T:
 
 
 def in_words(error: BaseException) -> str:
-    """Returns an error on one line."""
+    """Returns an error on one line that is not long and can be written as UTF-8."""
     if isinstance(error, UserError):
-        return f"{error.where}: {error.what}" if error.where else error.what
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        words = f"{error.where}: {error.what}" if error.where else error.what
+    else:
+        texts: list[str] = []
+        error_of(lambda: texts.append(str(error)))  # which is code of others
+        lines = "".join(texts).strip().splitlines()
+        words = ": ".join([type(error).__name__, *lines[:1]])
+    return words.encode(errors="replace").decode()[:_MOST_CHARACTERS]
 
 
 def _leave_out(run: Run, console: Console, name: str, reason: str) -> None:

@@ -77,6 +77,8 @@ class BackgroundTracker:
         self._waiting.put(call)
 
     def _raise_error(self) -> None:
+        if isinstance(self._error, KeyboardInterrupt):  # in a thread: nobody has pressed a key
+            raise RuntimeError("it was interrupted") from self._error
         if self._error is not None:
             raise self._error
 
