@@ -84,7 +84,7 @@ def refuse_foreign(folder: Path) -> None:
         raise UserError(
             "something else than a chunk directory has this name",
             where=str(folder),
-            fix="Choose another --name or --output-dir.",
+            fix="Choose another --name or --output-dir, or remove it if it is a damaged one.",
             exit_code=ExitCode.ALREADY_EXISTS,
         )
 
