@@ -160,7 +160,7 @@ def test_two_processes_write_the_same(
 
 
 def test_processes_without_a_common_file_are_refused(trained_run: Path) -> None:
-    env = {"WORLD_SIZE": "2", "RANK": "0"}
+    env = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     model = trained_run / "final_model"
     done = run_script("inference.py", "--model-path", model, "--prompt", "De", env=env)
     assert done.returncode == ExitCode.BAD_OPTION

@@ -107,8 +107,8 @@ def test_a_second_signal_ends_at_once(lives: Lives, tmp_path: Path) -> None:
     wait_for(lambda: "a second signal stops at once" in lives.log.read_text())
     os.kill(pids[0], signal.SIGTERM)  # as launchers pass it on: the same request
     time.sleep(1.2)
-    os.kill(pids[0], signal.SIGINT)
-    assert lives.wait(pids) == [128 + signal.SIGINT]
+    os.kill(pids[0], signal.SIGTERM)
+    assert lives.wait(pids) == [128 + signal.SIGTERM]
     log = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert '"loss"' not in log  # it did not wait for the end of the update
     assert not list_checkpoints(tmp_path / "run" / "checkpoints")

@@ -6,7 +6,6 @@ resolve the source -> plan of units -> finish every unit (in worker processes, e
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Sequence
@@ -27,17 +26,16 @@ from kiem.data.contamination import MIN_WORDS
 from kiem.data.cut import cut_documents
 from kiem.data.encoding import Encoder, fast_path, load_encoders
 from kiem.data.fates import decide
+from kiem.data.options import check_options, check_verify_alone
 from kiem.data.ray_workers import run_units_on_ray
 from kiem.data.readers import check_effects
 from kiem.data.rejected import write_rejected
 from kiem.data.sources import (
     DEFAULT_HUB_SIZE,
     Source,
-    check_hub_size,
     resolve_source,
     word_limit,
 )
-from kiem.data.standard_input import check_one_reader
 from kiem.data.summary import UnitProgress, left_out, print_summary
 from kiem.data.tokenizer import (
     Tokenizer,
@@ -59,7 +57,7 @@ from kiem.data.workspace import (
     refuse_other,
     working_folder,
 )
-from kiem.errors import ExitCode, UserError, no_effect
+from kiem.errors import ExitCode, UserError
 from kiem.files import new_folder, read_sealed, require_free_space, sealed_file
 from kiem.leftovers import recover_folder
 
@@ -86,13 +84,11 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     """
     started = time.perf_counter()
     if options.verify is not None:
-        for field in dataclasses.fields(options):
-            if field.name != "verify" and getattr(options, field.name) != field.default:
-                raise no_effect(f"--{field.name.replace('_', '-')}", "together with --verify")
+        check_verify_alone(options)
         verify_directory(options.verify)
         console.print(f"{options.verify}: every hash and count is right")
         return options.verify
-    _check_options(options)
+    check_options(options)
     vocabulary_size = vocabulary_size_to_train(options.tokenizer)
     # Local files first, since that is quick; but the tokenizer before the Hub's gigabytes of text,
     # which are useless without it.
@@ -296,27 +292,6 @@ def _is_made(
     verify_directory(folder)
     console.print(f"{folder} is there already, made of the same text; verified.")
     return True
-
-
-def _check_options(options: PreprocessOptions) -> None:
-    check_one_reader(source=options.source, decontaminate=options.decontaminate)
-    if options.source == ("hub",):
-        check_hub_size(options.dataset_size or DEFAULT_HUB_SIZE)
-    else:
-        word_limit(options.dataset_size)
-    is_cleaned = options.clean != "none" or options.near_duplicates or options.decontaminate
-    if options.ray_address is not None and options.executor != "ray":
-        raise no_effect("--ray-address", "without --executor ray")
-    if options.keep_rejected and not is_cleaned and options.on_bad_document == "stop":
-        raise UserError(
-            "has no effect: nothing is rejected",
-            where="--keep-rejected",
-            fix="Leave it out, or give --clean, --near-duplicates, --decontaminate or "
-            "--on-bad-document skip as well.",
-            exit_code=ExitCode.NO_EFFECT,
-        )
-    if options.text_column != "text" and options.source == ("sample",):
-        raise no_effect("--text-column", "with --source sample")
 
 
 def _identity(
