@@ -125,6 +125,7 @@ def _save_sharded(rank: int, folder: str) -> None:
             del optimizers[0].state[parameter]
     state = {"step": 2, "run": {"test_loss": None}}
     save_checkpoint(Path(folder), model, optimizers, IDS, state, devices(rank, 2))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
