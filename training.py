@@ -1,11 +1,10 @@
 """Train a Gemma 3 model on a chunk directory; `python training.py --help` lists the options."""
 
-import sys
-
 from rich.console import Console
 
 from kiem.cli import run
 from kiem.config import TrainingOptions
+from kiem.launch import leave
 
 
 def main(options: TrainingOptions, console: Console) -> None:
@@ -15,4 +14,4 @@ def main(options: TrainingOptions, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(TrainingOptions, "training.py", main))
+    leave(run(TrainingOptions, "training.py", main))

@@ -1,8 +1,7 @@
 """`python -m kiem`, for launchers that take a module."""
 
-import sys
-
 from kiem.commands import main
+from kiem.launch import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 from kiem.errors import ExitCode, UserError
 
@@ -56,6 +58,21 @@ def speaks() -> bool:
         return read_place().local_rank == 0
     except UserError:
         return True
+
+
+def leave(exit_code: int) -> NoReturn:
+    """Ends this process; at once, without Python's finalization, if a launcher started several.
+
+    Modules of torch that are imported after processes have met keep their group alive, and with it
+    gloo's threads. One that gives back a tensor while Python finalizes aborts the process, and a
+    launcher takes a finished run for a failed one.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(exit_code)
+    with contextlib.suppress(OSError):  # nobody reads any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(exit_code)
 
 
 @contextlib.contextmanager

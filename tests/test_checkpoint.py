@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -126,7 +127,7 @@ def _save_sharded(rank: int, folder: str) -> None:
     state = {"step": 2, "run": {"test_loss": None}}
     save_checkpoint(Path(folder), model, optimizers, IDS, state, devices(rank, 2))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    os._exit(0)  # as kiem.launch.leave
 
 
 def test_moments_of_sharded_optimizers_are_put_together(tmp_path: Path) -> None:

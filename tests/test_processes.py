@@ -286,6 +286,19 @@ def test_a_port_that_is_taken_is_said(sample_chunks: Path, monkeypatch: pytest.M
     assert caught.value.exit_code == ExitCode.PROCESS_LOST
 
 
+def test_the_end_of_one_of_several_is_not_left_to_python() -> None:
+    """A thread of torch's can abort a process that finalizes: a launcher sees a failure."""
+    program = "import atexit, os; from kiem.launch import leave; atexit.register(os.abort)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}; print('the last line'); leave(3)"],
+        env={**os.environ, "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, "the last line\n", "")
+
+
 def test_machines_of_different_kinds_are_told(lives: Lives, tmp_path: Path) -> None:
     """As when the driver of one does not work; its processes would wait for ever."""
     patch = 'torch.cuda.is_available = lambda: os.environ["RANK"] == "1"\n'
