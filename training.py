@@ -4,7 +4,7 @@ from rich.console import Console
 
 from kiem.cli import run
 from kiem.config import TrainingOptions
-from kiem.launch import leave
+from kiem.parallel.launch import leave
 
 
 def main(options: TrainingOptions, console: Console) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from kiem.files import format_bytes, remove_folder
+from kiem.core.files import format_bytes, remove_folder
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 from kiem.model.presets import GEMMA_VOCABULARY, preset
+from kiem.optim.optimizer import make_optimizers
+from kiem.parallel.distributed import Distributed
 from kiem.training.checkpoint import checkpoint_bytes, save_checkpoint, verify_checkpoint
-from kiem.training.devices import Devices
-from kiem.training.optimizer import make_optimizers
 
 BLOCK_BYTES = 64 << 20
 
@@ -39,7 +39,7 @@ def main() -> None:
         optimizers[0].state[parameter]["step"] = torch.tensor(1.0)
     num_bytes = checkpoint_bytes(model, optimizers)
     print(f"{options.model}: {format_bytes(num_bytes)}")
-    devices = Devices(0, 1, torch.device("cpu"), "fp32", 1e9)
+    distributed = Distributed(0, 1, torch.device("cpu"), "fp32", 1e9)
     ids = {"pad": 0, "eos": 1, "bos": 2}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for step in range(options.rounds):
@@ -47,7 +47,7 @@ def main() -> None:
             print(f"plain write and fsync: {seconds:.1f} s")
             began = time.perf_counter()
             path = save_checkpoint(
-                Path(folder), model, optimizers, ids, {"step": step, "run": {}}, devices
+                Path(folder), model, optimizers, ids, {"step": step, "run": {}}, distributed
             )
             print(f"save: {time.perf_counter() - began:.1f} s")
             if step < options.rounds - 1:

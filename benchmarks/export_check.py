@@ -78,7 +78,7 @@ def dutch_texts() -> list[str]:
     """Returns paragraphs of the built-in sample and sentences of the minimal pairs."""
     from importlib import resources
 
-    data = Path(str(resources.files("kiem.data") / "sample" / "dutch.jsonl"))
+    data = Path(str(resources.files("kiem.data.read") / "sample" / "dutch.jsonl"))
     suite = Path(str(resources.files("kiem.evaluation") / "suite" / "minimal_pairs.jsonl"))
     documents = [json.loads(line)["text"] for line in data.read_text("utf-8").splitlines()]
     pairs = [json.loads(line) for line in suite.read_text("utf-8").splitlines()]

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kiem.inference.benchmark import copy_bytes_per_second
-from kiem.model.files import WEIGHTS_FILE
+from kiem.model.io import WEIGHTS_FILE
 
 PROMPT_TOKENS = 512
 NEW_TOKENS = 32

@@ -32,10 +32,10 @@ import json, sys
 from rich.console import Console
 from kiem.cli import parse
 from kiem.config import TrainingOptions
-from kiem.training.devices import open_devices
-from kiem.training.planning import make_plan
+from kiem.parallel.distributed import init_distributed
+from kiem.training.print_plan import make_plan
 options = parse(TrainingOptions, sys.argv[1:], "plan")
-with open_devices(options.precision) as devices:
+with init_distributed(options.precision) as devices:
     plan = make_plan(options, devices, Console(stderr=True))
 print(json.dumps([plan.memory.total, plan.tokens_per_step / plan.step_seconds]))
 """

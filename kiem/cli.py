@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -16,18 +15,16 @@ from typing import Annotated, Any, TextIO, TypeVar
 
 import tyro
 from rich.console import Console
-from rich.text import Text
 from tyro.constructors import PrimitiveConstructorSpec
 
-from kiem.console import PlainConsole, open_output, printable
-from kiem.disk import DiskWarning
-from kiem.errors import ExitCode, UserError
-from kiem.launch import speaks
-from kiem.values import OptionType, describe_limits, is_boolean, option_types
-from kiem.yaml_options import read_options
+from kiem.core.console import PlainConsole, open_output, warn
+from kiem.core.disk import DiskWarning
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.values import OptionType, describe_limits, is_boolean, option_types
+from kiem.core.yaml_options import read_options
+from kiem.parallel.launch import speaks
 
 Options = TypeVar("Options")
-_LONGEST_NAME_BYTES = 255  # of a file or folder, on most disks
 _FEWEST_COLUMNS = 40  # for help; in fewer than 6 tyro never ends
 _SHELLS = ("bash", "zsh", "tcsh", "fish")
 
@@ -75,8 +72,9 @@ def parse(options_class: type[Options], arguments: Sequence[str], program: str) 
 def command_line(options_class: type[Any], defaults: dict[str, Any] | None = None) -> type[Any]:
     """Returns the dataclass that tyro makes a command line from.
 
-    It differs from the options in this: kiem.values reads the texts; a list is a list of lists, one
-    for each time that its option is given; there is `--config`, which `parse` takes out before.
+    It differs from the options in this: kiem.core.values reads the texts; a list is a list of
+    lists, one for each time that its option is given; there is `--config`, which `parse` takes
+    out before.
 
     Args:
         options_class: one of the dataclasses in kiem.config.
@@ -133,9 +131,9 @@ def run(
 def report_errors(work: Callable[[Console], Any]) -> int:
     """Calls `work` with a console and returns the exit code, after a message if it fails."""
     open_output()
-    is_first = speaks()
-    console = PlainConsole(quiet=not is_first)
-    messages = PlainConsole(stderr=True, quiet=not is_first)
+    is_main = speaks()
+    console = PlainConsole(quiet=not is_main)
+    messages = PlainConsole(stderr=True, quiet=not is_main)
     try:
         with _disk_warnings(console):
             work(console)
@@ -206,29 +204,6 @@ def _disk_warnings(console: Console) -> Iterator[None]:
         yield
 
 
-def warn(console: Console, message: str) -> None:
-    """Prints a warning: something a person should know but that stops nothing."""
-    console.print(Text.assemble(("warning:", "yellow"), f" {printable(message)}"))
-
-
-def check_name(name: str, option: str) -> str:
-    """Returns `name` when it is safe as the name of one folder.
-
-    Raises:
-        UserError: it is empty or too long, starts with a dot or dash, or has characters that paths
-            dislike.
-    """
-    if not re.fullmatch(r"[\w][\w.+-]*", name) or len(name.encode()) > _LONGEST_NAME_BYTES:
-        raise UserError(
-            f"{name!r} cannot be a folder name",
-            where=option,
-            fix="Use letters, digits, '.', '_', '+' and '-', beginning with a letter or digit, "
-            f"and no more than {_LONGEST_NAME_BYTES} bytes.",
-            exit_code=ExitCode.BAD_OPTION,
-        )
-    return name
-
-
 def _take_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """Returns the arguments without --config FILE, and the file.
 
@@ -286,7 +261,7 @@ def _defaults(options_class: type[Any]) -> dict[str, Any]:
 
 
 def _reader(name: str, kind: OptionType) -> PrimitiveConstructorSpec[Any]:
-    """Returns what makes tyro leave the reading of a text to kiem.values."""
+    """Returns what makes tyro leave the reading of a text to kiem.core.values."""
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=f"{{{','.join(kind.choices)}}}" if kind.choices else _METAVARS[kind.base],

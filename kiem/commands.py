@@ -48,7 +48,9 @@ class Command:
 
 
 COMMANDS = {
-    "preprocess": Command("preprocess.py", PreprocessOptions, "kiem.data.preprocess", "preprocess"),
+    "preprocess": Command(
+        "preprocess.py", PreprocessOptions, "kiem.data.prepare.preprocess", "preprocess"
+    ),
     "train": Command("training.py", TrainingOptions, "kiem.training.loop", "train"),
     "generate": Command("inference.py", InferenceOptions, "kiem.inference.write", "write"),
     "serve": Command(

@@ -2,7 +2,7 @@
 
 The help text of an option is the comment-like string below it. `None` stands for "choose for me";
 the choice is printed and written down where the option's result is kept. Every number has its
-limits here, to which kiem.values holds both the command line and YAML.
+limits here, to which kiem.core.values holds both the command line and YAML.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kiem.commands import COMMANDS
-from kiem.values import OptionType, describe_limits, option_types
+from kiem.core.values import OptionType, describe_limits, option_types
 
 _HEAD = """# Reference
 

@@ -15,8 +15,8 @@ import pytest
 from hub_client import Client, new_hub
 from hub_server import HubServer
 
-from kiem.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from kiem.model.presets import Gemma3Config
+from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from lives import Lives
@@ -38,7 +38,7 @@ SMALL = Gemma3Config(
 # preprocess.py with units so small that there are many of them.
 SMALL_UNITS_PROGRAM = """
 import sys
-from kiem.data import units
+from kiem.data.prepare import units
 units.UNIT_BYTES = 20_000
 sys.argv = ["preprocess.py", *sys.argv[1:]]
 from preprocess import main
@@ -169,7 +169,7 @@ def gemma_tokenizer_file() -> Path:
 @pytest.fixture(scope="session")
 def sample_texts() -> list[str]:
     """The texts of the built-in sample."""
-    file = ROOT / "kiem" / "data" / "sample" / "dutch.jsonl"
+    file = ROOT / "kiem" / "data" / "read" / "sample" / "dutch.jsonl"
     return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
 
 

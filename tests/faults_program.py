@@ -10,8 +10,8 @@ from pathlib import Path
 from disk_shim import NEVER, OPERATIONS, SHORT, Shim
 from test_checkpoint import QUIET, devices, made, names, save
 
-from kiem import direct
-from kiem.errors import ExitCode, UserError
+from kiem.core import direct
+from kiem.core.errors import ExitCode, UserError
 from kiem.training.checkpoint import load_checkpoint, newest_valid, prune_checkpoints
 
 

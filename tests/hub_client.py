@@ -1,4 +1,4 @@
-"""What tests of kiem.data.hub share: a Hub with a dataset and models, and a client of it."""
+"""What tests of kiem.hub share: a Hub with a dataset and models, and a client of it."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ MODEL_FILES = {
 
 SCRIPT = """
 import dataclasses, json, os, sys
-from kiem.data import hub
-from kiem.errors import UserError
+from kiem import hub
+from kiem.core.errors import UserError
 for name, arguments, token in json.loads(sys.argv[1]):
     os.environ["HF_TOKEN"] = token or ""
     exit_code, result, message = 0, None, None
@@ -86,7 +86,7 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Client:
-    """Calls functions of kiem.data.hub in new processes that share one cache."""
+    """Calls functions of kiem.hub in new processes that share one cache."""
 
     hub: HubServer
     cache: Path

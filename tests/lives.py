@@ -21,7 +21,7 @@ from typing import Any
 
 from conftest import ROOT
 
-from kiem.errors import ExitCode
+from kiem.core.errors import ExitCode
 from kiem.training.checkpoint import list_checkpoints
 
 SCALE = float(os.environ.get("KIEM_CHAOS_SCALE", "0.1"))
@@ -40,7 +40,7 @@ import torch
 import kiem.training.loop
 from kiem.cli import run
 from kiem.config import TrainingOptions
-from kiem.training import devices
+from kiem.parallel import distributed as devices
 from training import main
 
 devices.measure_matrix_flops = lambda *_: 1e11  # it takes longer than the rest of a life

@@ -23,7 +23,7 @@ from kiem.config import (
     ReportOptions,
     TrainingOptions,
 )
-from kiem.values import OptionType, option_types
+from kiem.core.values import OptionType, option_types
 
 CLASSES = list(dict.fromkeys(command.options for command in COMMANDS.values()))
 # What has no default.

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from disk_shim import ANY, FULL, KILL, NEVER, OPERATIONS, SHORT, Shim
 
-from kiem import direct, files
-from kiem.disk import DiskWarning
-from kiem.errors import UserError
-from kiem.leftovers import recover_folder, remove_leftovers
-from kiem.locking import locked_folder
+from kiem.core import direct, files
+from kiem.core.disk import DiskWarning
+from kiem.core.errors import UserError
+from kiem.core.leftovers import recover_folder, remove_leftovers
+from kiem.core.locking import locked_folder
 
 State = dict[str, bytes]
 REFUSALS = [

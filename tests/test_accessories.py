@@ -18,15 +18,16 @@ import torch
 from conftest import ROOT, SMALL, run_bash
 from rich.console import Console
 
+from kiem.compute.speed import measure_matrix_flops
 from kiem.config import TrainingOptions
-from kiem.data.tokenizer import Tokenizer
-from kiem.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.yaml_options import to_dict
+from kiem.parallel import distributed as devices
 from kiem.report.page import write_report
-from kiem.speed import measure_matrix_flops
-from kiem.training import background, devices
+from kiem.tokenizer.tokenizer import Tokenizer
+from kiem.training import background
 from kiem.training.loop import train
 from kiem.training.options import check_sample_prompts
-from kiem.yaml_options import to_dict
 
 NUM_STEPS = 4
 
@@ -41,9 +42,9 @@ FAULTS = {
     "kiem.training.energy.EnergyMeter.read_joules": "the energy counter",
     "kiem.training.loop.EnergyMeter": "the energy counter",
     "kiem.training.loop.warnings_after_update": "the doctor",
-    "kiem.training.evaluate.token_cross_entropy": "the evaluation",
-    "kiem.training.evaluate.complete": "the sample of text",
-    "kiem.training.evaluate.prefers_good": "measuring the minimal pairs",
+    "kiem.training.validation.token_cross_entropy": "the evaluation",
+    "kiem.training.validation.complete": "the sample of text",
+    "kiem.training.validation.prefers_good": "measuring the minimal pairs",
     "kiem.training.reporter.write_report": "the report",
     "kiem.training.display.Display.start": "the display",
     "kiem.training.display.format_bytes": "the display",

@@ -24,14 +24,14 @@ from format_cases import feather, stream, zstd
 from rich.console import Console
 
 from kiem.config import PreprocessOptions
-from kiem.data import units
+from kiem.core.errors import ExitCode, UserError
 from kiem.data.chunks import open_split, read_manifest, read_tokenizer
-from kiem.data.encoding import Encoder, fast_path
-from kiem.data.preprocess import preprocess
-from kiem.data.readers import cut_source, read_rows
-from kiem.data.sources import count_words, resolve_source
-from kiem.data.tokenizer import Tokenizer
-from kiem.errors import ExitCode, UserError
+from kiem.data.prepare import units
+from kiem.data.prepare.preprocess import preprocess
+from kiem.data.read.readers import cut_source, read_rows
+from kiem.data.read.sources import count_words, resolve_source
+from kiem.tokenizer.encoding import Encoder, fast_path
+from kiem.tokenizer.tokenizer import Tokenizer
 
 QUIET = Console(quiet=True)
 # Beside the file of each case, so that there is something to train and to test on.
@@ -197,8 +197,8 @@ def test_unreadable_file_and_folder(tmp_path: Path) -> None:
     (tmp_path / "closed").chmod(0)
     code = (
         "import os, sys\n"
-        "from kiem.data.sources import resolve_source\n"
-        "from kiem.errors import UserError\n"
+        "from kiem.data.read.sources import resolve_source\n"
+        "from kiem.core.errors import UserError\n"
         "if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "for name in sys.argv[1:]:\n"
         "    try: print(resolve_source((name,), None))\n"
@@ -228,7 +228,7 @@ def test_names_that_are_no_file(tmp_path: Path) -> None:
 
 def test_longer_than_a_document_may_be(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("rows", "lines", "json_lines", "text_files"):
-        monkeypatch.setattr(f"kiem.data.{module}.MAX_DOCUMENT_BYTES", 200)
+        monkeypatch.setattr(f"kiem.data.read.{module}.MAX_DOCUMENT_BYTES", 200)
     long = line("x" * 300)
     for suffix, content, kept, too_long in (
         (".jsonl", AB + long + AB + long[:-1], 4, 2),
@@ -247,7 +247,7 @@ def test_longer_than_a_document_may_be(run: Run, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("block", [1, 2, 3, 1000])
 def test_words_are_counted_block_by_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kiem.data.sources._WORD_BLOCK", block)
+    monkeypatch.setattr("kiem.data.read.sources._WORD_BLOCK", block)
     for text in [*ODD_TEXTS.values(), "", " ", "een  twee", *GOOD]:
         assert count_words(text) == len(text.split())
 

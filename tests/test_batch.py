@@ -17,7 +17,7 @@ from conftest import ROOT, run_script
 from rich.console import Console
 
 from kiem.config import InferenceOptions
-from kiem.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError
 from kiem.inference.prompts import read_prompts
 from kiem.inference.write import write
 

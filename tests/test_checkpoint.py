@@ -17,14 +17,16 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing import spawn
 
-from kiem.data.verify import verify_directory
-from kiem.errors import ExitCode, UserError
-from kiem.files import sha256_file
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.files import sha256_file
+from kiem.data.prepare.verify import verify_directory
 from kiem.inference.loading import load_for_inference
-from kiem.model.files import write_weights
 from kiem.model.gemma3 import Gemma3
+from kiem.model.io import write_weights
 from kiem.model.presets import Gemma3Config
-from kiem.training.batches import Order
+from kiem.optim.batch import Order
+from kiem.optim.optimizer import make_optimizers
+from kiem.parallel.distributed import Distributed
 from kiem.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -34,8 +36,6 @@ from kiem.training.checkpoint import (
     set_aside_after,
     verify_checkpoint,
 )
-from kiem.training.devices import Devices
-from kiem.training.optimizer import make_optimizers
 
 TINY = Gemma3Config(
     vocab_size=32,
@@ -50,8 +50,8 @@ IDS = {"pad": 0, "eos": 1, "bos": 2}
 QUIET = Console(quiet=True)
 
 
-def devices(rank: int = 0, world_size: int = 1) -> Devices:
-    return Devices(rank, world_size, torch.device("cpu"), "fp32", 1e9)
+def distributed(rank: int = 0, world_size: int = 1) -> Distributed:
+    return Distributed(rank, world_size, torch.device("cpu"), "fp32", 1e9)
 
 
 def made(kind: str = "adamw", num_updates: int = 1) -> tuple[Gemma3, list[torch.optim.Optimizer]]:
@@ -70,7 +70,7 @@ def made(kind: str = "adamw", num_updates: int = 1) -> tuple[Gemma3, list[torch.
 def save(folder: Path, step: int, test_loss: float | None = None, **how: object) -> Path:
     model, optimizers = made(**how)  # type: ignore[arg-type]
     state = {"step": step, "run": {"test_loss": test_loss}}
-    return save_checkpoint(folder, model, optimizers, IDS, state, devices())
+    return save_checkpoint(folder, model, optimizers, IDS, state, distributed())
 
 
 def names(folder: Path) -> list[str]:
@@ -102,7 +102,7 @@ def test_everything_comes_back(kind: str, tmp_path: Path) -> None:
     model, optimizers = made(kind=kind, num_updates=1)
     before = torch.get_rng_state()
     torch.rand(5)
-    load_checkpoint(path, model, optimizers, devices())
+    load_checkpoint(path, model, optimizers, distributed())
     assert torch.equal(torch.get_rng_state(), load_file(next(path.glob("random-*")))["cpu"])
     torch.set_rng_state(before)
     expected_model, expected_optimizers = made(kind=kind, num_updates=3)
@@ -125,9 +125,9 @@ def _save_sharded(rank: int, folder: str) -> None:
         if index % 2 != rank:
             del optimizers[0].state[parameter]
     state = {"step": 2, "run": {"test_loss": None}}
-    save_checkpoint(Path(folder), model, optimizers, IDS, state, devices(rank, 2))
+    save_checkpoint(Path(folder), model, optimizers, IDS, state, distributed(rank, 2))
     torch.distributed.barrier()
-    os._exit(0)  # as kiem.launch.leave
+    os._exit(0)  # as kiem.parallel.launch.leave
 
 
 def test_moments_of_sharded_optimizers_are_put_together(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_moments_of_sharded_optimizers_are_put_together(tmp_path: Path) -> None:
     assert len(parts) == 2
     assert not parts[0].keys() & parts[1].keys()
     model, optimizers = made(num_updates=1)
-    load_checkpoint(path, model, optimizers, devices())
+    load_checkpoint(path, model, optimizers, distributed())
     expected, found = made(num_updates=2)[1][0], optimizers[0]
     for index, moments in expected.state_dict()["state"].items():
         for key, value in moments.items():

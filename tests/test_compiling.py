@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import run_script
 
+from kiem.compute.speed import prefers_bf16
 from kiem.config import TrainingOptions
 from kiem.model.gemma3 import Gemma3
 from kiem.model.presets import preset
-from kiem.speed import prefers_bf16
-from kiem.training.compiling import is_wanted
-from kiem.training.devices import Devices, open_devices
-from kiem.training.recipe import Recipe
+from kiem.parallel.distributed import Distributed, init_distributed
+from kiem.planning.compiling import is_wanted
+from kiem.planning.recipe import Recipe
 
 # Losses of updates 1, 10, 25, 50, 75 and 100 of the run below, on an Intel Xeon with AVX-512.
 GOLDEN = {1: 6.949373, 10: 6.252233, 25: 6.203228, 50: 5.820402, 75: 5.725682, 100: 5.440973}
@@ -73,21 +73,21 @@ def test_without_a_compiler_training_goes_on_and_says_so(
 def test_precision_is_the_faster_one() -> None:
     """fp32 wherever there are no instructions for bf16, which this environment hides."""
     code = (
-        "from kiem.training.devices import open_devices\n"
-        "with open_devices('auto') as devices: print(devices.matrix_dtype, devices.matrix_flops)"
+        "from kiem.parallel.distributed import init_distributed\n"
+        "with init_distributed('auto') as d: print(d.matrix_dtype, d.matrix_flops)"
     )
     done = run_script("-c", code, env=AVX2)
     assert done.returncode == 0, done.stderr
     dtype, flops = done.stdout.split()
     assert dtype == "torch.float32"
     assert float(flops) > 0
-    with open_devices("auto") as devices:
-        assert devices.matrix_dtype == (
-            torch.bfloat16 if prefers_bf16(devices.device) else torch.float32
+    with init_distributed("auto") as distributed:
+        assert distributed.matrix_dtype == (
+            torch.bfloat16 if prefers_bf16(distributed.device) else torch.float32
         )
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        with open_devices(precision) as devices:
-            assert devices.matrix_dtype == dtype
+        with init_distributed(precision) as distributed:
+            assert distributed.matrix_dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_layers_are_compiled_when_the_run_is_long(
     options = TrainingOptions(dataset_path=Path())
     seconds = minutes * 60 if minutes is not None else None
     recipe = Recipe(4, 1, 4, 1e-3, max_steps=steps, max_seconds=seconds)
-    devices = Devices(0, 1, torch.device("cpu"), "fp32", 1e12)
-    assert is_wanted(model.config, options, recipe, 256, devices) == expected
-    assert is_wanted(model.config, replace(options, compile="always"), recipe, 256, devices)
-    assert not is_wanted(model.config, replace(options, compile="never"), recipe, 256, devices)
+    distributed = Distributed(0, 1, torch.device("cpu"), "fp32", 1e12)
+    assert is_wanted(model.config, options, recipe, 256, distributed) == expected
+    assert is_wanted(model.config, replace(options, compile="always"), recipe, 256, distributed)
+    assert not is_wanted(model.config, replace(options, compile="never"), recipe, 256, distributed)

@@ -17,10 +17,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from conftest import ROOT, run_script
 from safetensors.torch import load_file
 
-from kiem.errors import ExitCode
+from kiem.core.errors import ExitCode
 from kiem.model.gemma3 import Gemma3
 from kiem.model.presets import preset
-from kiem.training.sharding import owners
+from kiem.parallel.parallel_model import owners
 
 # Several runs one after the other in the same processes, which take long to start.
 SEVERAL_RUNS = """
@@ -35,10 +35,10 @@ for arguments in json.loads(sys.argv[1]):
 # Joins the others after some seconds, and says what they add up to.
 JOIN = """
 import sys, time, torch
-from kiem.training.devices import open_devices
+from kiem.parallel.distributed import init_distributed
 time.sleep(float(sys.argv[1]))
-with open_devices("fp32") as devices:
-    print(int(devices.sum(torch.tensor(devices.rank + 1))), flush=True)
+with init_distributed("fp32") as devices:
+    print(int(devices.all_reduce_sum(torch.tensor(devices.rank + 1))), flush=True)
     if "die" in sys.argv:
         sys.stdin.read()
 """

@@ -13,13 +13,13 @@ import pytest
 from conftest import Disk, run_script
 from rich.console import Console
 
+from kiem.compute.native import load_library
 from kiem.config import PreprocessOptions
-from kiem.data import units
-from kiem.data.preprocess import preprocess
-from kiem.data.tokenizer import Tokenizer
-from kiem.data.verify import verify_directory
-from kiem.errors import ExitCode, UserError
-from kiem.native import load_library
+from kiem.core.errors import ExitCode, UserError
+from kiem.data.prepare import units
+from kiem.data.prepare.preprocess import preprocess
+from kiem.data.prepare.verify import verify_directory
+from kiem.tokenizer.tokenizer import Tokenizer
 
 QUIET = Console(quiet=True)
 # preprocess.py on a disk of which the system says what it cannot do.
@@ -27,7 +27,7 @@ POOR_DISK = """
 import errno, fcntl, os, sys
 from kiem.cli import run
 from kiem.config import PreprocessOptions
-from kiem.data import units
+from kiem.data.prepare import units
 from preprocess import main
 
 def refuse(number):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_bash
 
-from kiem.errors import ExitCode
+from kiem.core.errors import ExitCode
 from kiem.reference import reference
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,12 +13,12 @@ from conftest import run_script
 from rich.console import Console
 
 from kiem.config import PreprocessOptions
+from kiem.core.errors import ExitCode, UserError
 from kiem.data.chunks import open_split, read_manifest, read_tokenizer
-from kiem.data.contamination import read_evaluation
-from kiem.data.near_duplicates import SHINGLE_WORDS, band_keys
-from kiem.data.preprocess import preprocess
-from kiem.data.words import WordHashes, plain_words
-from kiem.errors import ExitCode, UserError
+from kiem.data.clean.contamination import read_evaluation
+from kiem.data.clean.near_duplicates import SHINGLE_WORDS, band_keys
+from kiem.data.clean.words import WordHashes, plain_words
+from kiem.data.prepare.preprocess import preprocess
 
 
 def words(number: int, seed: int) -> list[str]:

@@ -17,14 +17,14 @@ from test_tokenizer import NASTY
 from tokenizers import Tokenizer as TokenizersTokenizer
 
 from kiem.config import PreprocessOptions
-from kiem.data import encoding
-from kiem.data.encoding import Encoder, FastPath, cut_long, prepare_fast_path
-from kiem.data.packing import frame
-from kiem.data.preprocess import preprocess
-from kiem.data.reference import _serve_one, reference_process
-from kiem.data.tokenizer import Tokenizer, parse_tokenizer, train_tokenizer
-from kiem.data.tokenizer_json import shorten_merges
-from kiem.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError
+from kiem.data.prepare.packing import frame
+from kiem.data.prepare.preprocess import preprocess
+from kiem.tokenizer import encoding
+from kiem.tokenizer.encoding import Encoder, FastPath, cut_long, prepare_fast_path
+from kiem.tokenizer.reference import _serve_one, reference_process
+from kiem.tokenizer.tokenizer import Tokenizer, parse_tokenizer, train_tokenizer
+from kiem.tokenizer.tokenizer_json import shorten_merges
 
 
 def encode(encoder: Encoder, texts: list[str]) -> list[list[int]]:

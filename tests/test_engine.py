@@ -10,12 +10,12 @@ import torch
 from conftest import SMALL, WINDOW
 from transformers import Gemma3ForCausalLM
 
-from kiem.inference.decoding import prepare
+from kiem.compute.decoding import prepare
 from kiem.inference.engine import Engine, NewToken, Request
 from kiem.inference.sampling import Sampling
-from kiem.model.files import write_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
+from kiem.model.io import write_model
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
 NO_EOS = -1

@@ -29,8 +29,7 @@ from transformers import (
 
 from kiem.cli import parse
 from kiem.config import EvaluationOptions
-from kiem.data.tokenizer import Tokenizer
-from kiem.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError
 from kiem.evaluation.bits_per_byte import Document, Measured, bits_per_byte, measure
 from kiem.evaluation.evaluate import evaluate
 from kiem.evaluation.language_model import (
@@ -43,6 +42,7 @@ from kiem.evaluation.open_model import open_language_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 from kiem.model.presets import preset
+from kiem.tokenizer.tokenizer import Tokenizer
 
 CONTEXT = 24  # tokens in a row, <bos> included; shorter than the model's sliding window
 LENGTHS = [1, 2, 22, 23, 24, 25, 34, 35, 36, 46, 47, 69, 200]

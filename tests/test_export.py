@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, Gemma3ForCausalLM
 
 from kiem.cli import parse
 from kiem.config import ExportOptions
-from kiem.data.tokenizer import Tokenizer, parse_tokenizer
-from kiem.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError
 from kiem.export.export import export
 from kiem.export.vocabulary import TokenType, Vocabulary, make_vocabulary
+from kiem.tokenizer.tokenizer import Tokenizer, parse_tokenizer
 
 HARD_TEXTS = (
     "Een   zin met    spaties\n\n\nen regels.\tTab",

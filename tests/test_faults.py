@@ -13,7 +13,7 @@ from conftest import ROOT, Disk
 from disk_shim import compile_shim
 from lives import Lives, outcome
 
-from kiem.errors import ExitCode
+from kiem.core.errors import ExitCode
 from kiem.training.checkpoint import list_checkpoints, verify_checkpoint
 
 # Before the second checkpoint the disk is filled up, but for some room.

@@ -12,10 +12,10 @@ import pytest
 from conftest import Disk
 
 from kiem.cli import check_name
-from kiem.direct import PIECE_BYTES, write_and_hash
-from kiem.disk import writing_errors
-from kiem.errors import ExitCode, UserError
-from kiem.files import (
+from kiem.core.direct import PIECE_BYTES, write_and_hash
+from kiem.core.disk import writing_errors
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.files import (
     append_json_lines,
     check_new_file,
     format_bytes,
@@ -26,7 +26,7 @@ from kiem.files import (
     require_free_space,
     write_bytes,
 )
-from kiem.leftovers import recover_folder
+from kiem.core.leftovers import recover_folder
 
 
 def _make_folder(path: Path) -> None:

@@ -29,20 +29,20 @@ from foreign_cases import (
 )
 from safetensors.torch import load_file, save_file
 
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.manifest import write_manifest
 from kiem.data.chunks import open_split, open_test_sources, read_manifest, read_tokenizer
-from kiem.data.encoding import Encoder, fast_path
-from kiem.data.tokenizer import Tokenizer, parse_tokenizer, train_tokenizer
-from kiem.data.verify import verify_shards
-from kiem.errors import ExitCode, UserError
+from kiem.data.prepare.verify import verify_shards
 from kiem.export.origin import Origin, read_origin
 from kiem.export.vocabulary import make_vocabulary
-from kiem.manifest import write_manifest
 from kiem.model.config_json import read_config
-from kiem.model.files import read_model, write_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
+from kiem.model.io import read_model, write_model
 from kiem.report.page import render
 from kiem.report.record import read_record
+from kiem.tokenizer.encoding import Encoder, fast_path
+from kiem.tokenizer.tokenizer import Tokenizer, parse_tokenizer, train_tokenizer
 
 SHAPE = replace(SMALL, num_hidden_layers=2, sliding_window_pattern=2)
 IDS = {"pad": 0, "eos": 1, "bos": 2}

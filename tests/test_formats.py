@@ -18,18 +18,18 @@ from format_cases import CASES, END, STORY, WIKI, A, B, Case, lines, parquet, st
 from rich.console import Console
 
 from kiem.config import EvaluationOptions, PreprocessOptions
-from kiem.data import formats
+from kiem.core.errors import ExitCode, UserError
 from kiem.data.chunks import read_manifest
-from kiem.data.contamination import read_evaluation
-from kiem.data.find_files import show_counts
-from kiem.data.preprocess import preprocess
-from kiem.data.readers import check_effects, cut_source, place, read_rows
-from kiem.data.sources import Source, resolve_source
-from kiem.data.tokenizer import Tokenizer
-from kiem.errors import ExitCode, UserError
+from kiem.data.clean.contamination import read_evaluation
+from kiem.data.prepare.preprocess import preprocess
+from kiem.data.read import formats
+from kiem.data.read.find_files import show_counts
+from kiem.data.read.readers import check_effects, cut_source, place, read_rows
+from kiem.data.read.sources import Source, resolve_source
 from kiem.evaluation.evaluate import evaluate, evaluation_documents
 from kiem.evaluation.minimal_pairs import read_suite
 from kiem.inference.prompts import read_prompts
+from kiem.tokenizer.tokenizer import Tokenizer
 
 
 def read(case: Case, path: Path, on_bad: Any, piece_bytes: int) -> tuple[Source, list[Any]]:

@@ -19,13 +19,13 @@ from lives import Lives, outcome
 from rich.console import Console
 
 from kiem.config import TrainingOptions
+from kiem.core.errors import ExitCode
 from kiem.data.chunks import Chunks, open_split, read_manifest
-from kiem.errors import ExitCode
-from kiem.training.batches import Order
-from kiem.training.devices import Devices
-from kiem.training.doctor import warnings_after_update, warnings_before
+from kiem.optim.batch import Order
+from kiem.parallel.distributed import Distributed
 from kiem.training.guard import SPIKE_WINDOW, spike_limit
 from kiem.training.run import Run, prepare_run
+from kiem.training.sanity_checks import warnings_after_update, warnings_before
 
 QUIET = Console(quiet=True)
 # The loss of every batch that begins with these tokens is changed, in whichever process reads it.
@@ -150,7 +150,7 @@ def run(sample_chunks: Path, tmp_path: Path) -> Iterator[Run]:
         dataset_path=sample_chunks, model="gemma3-micro", output_dir=tmp_path, max_steps=1000
     )
     with ExitStack() as held:
-        yield prepare_run(options, Devices(0, 1, torch.device("cpu"), "fp32", 1e9), QUIET, held)
+        yield prepare_run(options, Distributed(0, 1, torch.device("cpu"), "fp32", 1e9), QUIET, held)
 
 
 def with_chunks(run: Run, chunks: np.ndarray) -> Run:

@@ -1,4 +1,4 @@
-"""kiem.data.hub against a local Hub, through the real huggingface_hub in a process of its own."""
+"""kiem.hub against a local Hub, through the real huggingface_hub in a process of its own."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from hub_client import (
 )
 from hub_server import HubServer
 
-from kiem.errors import ExitCode
+from kiem.core.errors import ExitCode
 
 
 def test_importing_hub_does_not_import_huggingface_hub() -> None:
-    check = "import sys, kiem.data.hub; sys.exit('huggingface_hub' in sys.modules)"
+    check = "import sys, kiem.hub; sys.exit('huggingface_hub' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], cwd=Path(__file__).parents[1], check=True)
 
 

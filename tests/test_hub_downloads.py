@@ -13,7 +13,7 @@ import pytest
 from hub_client import BIG_BYTES, DATASET, DATASET_FILES, OPEN_MODEL, SHARDS, Client, paths_of
 from hub_server import HubServer
 
-from kiem.errors import ExitCode
+from kiem.core.errors import ExitCode
 
 FULL_DISK = """
 import errno, huggingface_hub.file_download
@@ -93,7 +93,7 @@ def test_room_is_needed_only_for_what_is_not_there(hub: HubServer, client: Clien
 
 SHOW = """
 import sys
-from kiem.data.hub import download_dataset_files
+from kiem.hub import download_dataset_files
 from rich.console import Console
 console = Console(force_terminal=sys.argv[3] == "terminal", width=150, highlight=False)
 download_dataset_files(sys.argv[1], sys.argv[2], "train", None, console)

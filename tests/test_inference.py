@@ -13,8 +13,8 @@ from rich.console import Console
 from transformers import Gemma3ForCausalLM
 
 from kiem.config import InferenceOptions
-from kiem.console import printable
-from kiem.errors import ExitCode, UserError
+from kiem.core.console import printable
+from kiem.core.errors import ExitCode, UserError
 from kiem.inference.engine import Engine, Request
 from kiem.inference.loading import LoadedModel, load_for_inference
 from kiem.inference.sampling import Sampling

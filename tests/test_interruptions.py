@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from lives import OPTIONS, SCALE, Lives, chaos, interrupt_often, outcome
 
-from kiem.errors import ExitCode
+from kiem.core.errors import ExitCode
 from kiem.training.checkpoint import list_checkpoints, verify_checkpoint
 
 # So that many kills come in the middle of a save.

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kiem.files import empty_folder, remove_folder
-from kiem.locking import locked_folder
+from kiem.core.files import empty_folder, remove_folder
+from kiem.core.locking import locked_folder
 
 LOCK = ".a.lock"
 

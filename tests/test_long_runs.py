@@ -19,12 +19,12 @@ from rich.console import Console
 
 from kiem.config import PreprocessOptions
 from kiem.data.chunks import read_manifest
-from kiem.data.clean import mend
-from kiem.data.encoding import Encoder, prepare_fast_path
-from kiem.data.preprocess import preprocess
-from kiem.data.sources import resolve_source
-from kiem.data.tokenizer import Tokenizer, train_tokenizer
-from kiem.data.units import plan_units
+from kiem.data.clean.filters import mend
+from kiem.data.prepare.preprocess import preprocess
+from kiem.data.prepare.units import plan_units
+from kiem.data.read.sources import resolve_source
+from kiem.tokenizer.encoding import Encoder, prepare_fast_path
+from kiem.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 LONGEST_ENTRY = 2048  # as train_tokenizer says
 LENGTH = 20_000

@@ -20,7 +20,7 @@ NUM_BYTES = 64_000_000
 GIVE_BACK = """
 import re
 import torch
-from kiem.memory import give_back_free_memory, keep_freed_memory
+from kiem.compute.memory import give_back_free_memory, keep_freed_memory
 
 def resident_bytes():
     return 1024 * int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])

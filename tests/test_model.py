@@ -12,13 +12,13 @@ import torch
 from conftest import SMALL, WINDOW
 from transformers import Gemma3ForCausalLM
 
-from kiem.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError
 from kiem.model.attention import attend
 from kiem.model.cache import CachePass, KeyValueCache
 from kiem.model.config_json import read_config
-from kiem.model.files import read_model, write_model
 from kiem.model.gemma3 import Gemma3, Recompute, visible
 from kiem.model.initialize import initialize
+from kiem.model.io import read_model, write_model
 from kiem.model.loss import IGNORE, next_token_targets, summed_cross_entropy, token_cross_entropy
 from kiem.model.presets import GEMMA3_1B_PARAMETERS, Gemma3Config, preset
 

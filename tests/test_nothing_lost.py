@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from kiem.config import PreprocessOptions
-from kiem.data import fates, units, workers
-from kiem.data.assemble import write_splits
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.files import sealed_file
 from kiem.data.chunks import finish_directory, open_split, read_manifest, read_tokenizer
-from kiem.data.preprocess import preprocess
-from kiem.data.split import decide_split, find_border, split_position
-from kiem.data.tokenizer import Tokenizer
-from kiem.data.verify import verify_directory
-from kiem.errors import ExitCode, UserError
-from kiem.files import sealed_file
+from kiem.data.prepare import fates, units, workers
+from kiem.data.prepare.assemble import write_splits
+from kiem.data.prepare.preprocess import preprocess
+from kiem.data.prepare.split import decide_split, find_border, split_position
+from kiem.data.prepare.verify import verify_directory
+from kiem.tokenizer.tokenizer import Tokenizer
 
 QUIET = Console(quiet=True)
 NUM_UNITS = 8
@@ -179,9 +179,9 @@ def test_a_bad_unit_file_is_made_again_or_named(
     preprocess(work.options, QUIET)
     assert contents(made) == work.undisturbed, "they are made again"
 
-    moments = {"kiem.data.preprocess.decide": fates.decide}
+    moments = {"kiem.data.prepare.preprocess.decide": fates.decide}
     if damage in (DAMAGE["removed"], DAMAGE["flipped"], DAMAGE["truncated"]):
-        moments["kiem.data.preprocess.write_splits"] = write_splits  # type: ignore[assignment]
+        moments["kiem.data.prepare.preprocess.write_splits"] = write_splits  # type: ignore[assignment]
     for moment, original in moments.items():
         shutil.rmtree(made)
 

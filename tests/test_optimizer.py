@@ -11,8 +11,8 @@ import torch
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 from kiem.model.presets import preset
-from kiem.training import muon
-from kiem.training.optimizer import BETAS, make_optimizers
+from kiem.optim import muon
+from kiem.optim.optimizer import BETAS, make_optimizers
 
 LEARNING_RATE, DECAY, NUM_STEPS = 0.01, 0.1, 3
 

@@ -35,9 +35,9 @@ from kiem.config import (
     ReportOptions,
     TrainingOptions,
 )
-from kiem.errors import ExitCode, UserError
-from kiem.values import OptionType, option_types
-from kiem.yaml_options import to_yaml
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.values import OptionType, option_types
+from kiem.core.yaml_options import to_yaml
 
 _OVERWRITES = HealthCheck.function_scoped_fixture  # one file, written anew for every example
 

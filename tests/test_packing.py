@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from kiem.config import PreprocessOptions
-from kiem.data import packing
 from kiem.data.chunks import open_split, read_manifest
-from kiem.data.packing import BestFitPacker, make_packer
-from kiem.data.preprocess import preprocess
-from kiem.data.verify import verify_directory
+from kiem.data.prepare import packing
+from kiem.data.prepare.packing import BestFitPacker, make_packer
+from kiem.data.prepare.preprocess import preprocess
+from kiem.data.prepare.verify import verify_directory
 
 BOS, EOS, PAD = 2, 1, 0
 documents_of_tokens = st.lists(st.lists(st.integers(3, 99), max_size=60), max_size=40)

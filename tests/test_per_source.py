@@ -15,10 +15,10 @@ from rich.console import Console
 from transformers import Gemma3ForCausalLM
 
 from kiem.config import PreprocessOptions
+from kiem.core.errors import ExitCode, UserError
 from kiem.data.chunks import open_split, open_test_sources, read_manifest, read_tokenizer
-from kiem.data.preprocess import preprocess
-from kiem.data.verify import verify_directory
-from kiem.errors import ExitCode, UserError
+from kiem.data.prepare.preprocess import preprocess
+from kiem.data.prepare.verify import verify_directory
 from kiem.report.page import render
 from kiem.report.record import read_record
 

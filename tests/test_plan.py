@@ -10,14 +10,14 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-from kiem.errors import ExitCode
+from kiem.core.errors import ExitCode
 from kiem.model.gemma3 import Gemma3
 from kiem.model.presets import preset
-from kiem.training.dry_run import dry_run
-from kiem.training.gpus import GPUS
-from kiem.training.optimizer import make_optimizers
-from kiem.training.plan import Setting, calculate_seconds, memory_of
-from kiem.training.probe import flops_per_token
+from kiem.optim.optimizer import make_optimizers
+from kiem.planning.dry_run import dry_run
+from kiem.planning.flops import flops_per_token
+from kiem.planning.gpus import GPUS
+from kiem.planning.memory import Setting, calculate_seconds, memory_of
 
 MICRO = preset("gemma3-micro", 1024)
 SETTING = Setting(

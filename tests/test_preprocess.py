@@ -17,11 +17,11 @@ from hub_server import HubServer
 from rich.console import Console
 
 from kiem.config import HUB_DATASET, HUB_TOKENIZER, PreprocessOptions
+from kiem.core.errors import ExitCode, UserError
 from kiem.data.chunks import open_split, read_manifest, read_tokenizer
-from kiem.data.preprocess import preprocess
-from kiem.data.split import split_limit, split_position
-from kiem.data.verify import verify_shards
-from kiem.errors import ExitCode, UserError
+from kiem.data.prepare.preprocess import preprocess
+from kiem.data.prepare.split import split_limit, split_position
+from kiem.data.prepare.verify import verify_shards
 
 QUIET = Console(quiet=True)
 

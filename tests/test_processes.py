@@ -19,10 +19,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from kiem.config import PreprocessOptions, TrainingOptions
-from kiem.data.preprocess import preprocess
-from kiem.errors import ExitCode, UserError
-from kiem.launch import Place, read_place, speaks
-from kiem.model.files import read_config
+from kiem.core.errors import ExitCode, UserError
+from kiem.data.prepare.preprocess import preprocess
+from kiem.model.io import read_config
+from kiem.parallel.launch import Place, read_place, speaks
 from kiem.training.checkpoint import list_checkpoints, verify_checkpoint
 from kiem.training.loop import train
 from kiem.training.resume import check_same_run
@@ -45,13 +45,13 @@ OTHER = """
 os.environ["LOCAL_RANK"] = "0"
 if os.environ["RANK"] == "1":
     order["arguments"] += {arguments!r}
-from kiem.training import agreement
+from kiem.parallel import agreement
 agreement._MOST_SECONDS_UNTIL_SEEN = 0.2
 """
 # Something fails in one process alone.
 FAIL = """
 import importlib
-from kiem.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError
 def fail(*arguments, **named):
     raise {error}
 if os.environ["RANK"] == "{rank}":
@@ -60,7 +60,7 @@ if os.environ["RANK"] == "{rank}":
 """
 # The disk refuses checkpoints by their number.
 REFUSE = """
-from kiem.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError
 from kiem.training import guard
 save, calls = guard.save_checkpoint, []
 def refuse(*arguments):
@@ -288,7 +288,7 @@ def test_a_port_that_is_taken_is_said(sample_chunks: Path, monkeypatch: pytest.M
 
 def test_the_end_of_one_of_several_is_not_left_to_python() -> None:
     """A thread of torch's can abort a process that finalizes: a launcher sees a failure."""
-    program = "import atexit, os; from kiem.launch import leave; atexit.register(os.abort)"
+    program = "import atexit, os; from kiem.parallel.launch import leave; atexit.register(os.abort)"
     done = subprocess.run(
         [sys.executable, "-c", f"{program}; print('the last line'); leave(3)"],
         env={**os.environ, "WORLD_SIZE": "2"},

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kiem.inference import kernels
-from kiem.inference.arena import Arena
-from kiem.inference.decoding import prepare
-from kiem.inference.kernels import Form, load_kernels
-from kiem.inference.quantize import (
+from kiem.compute import kernels
+from kiem.compute.arena import Arena
+from kiem.compute.decoding import prepare
+from kiem.compute.kernels import Form, load_kernels
+from kiem.compute.native import compile_library, load_library, open_library
+from kiem.compute.quantize import (
     Weights,
     dequantize,
     pack,
@@ -24,7 +25,6 @@ from kiem.model.cache import CachePass, KeyValueCache
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 from kiem.model.presets import Gemma3Config
-from kiem.native import compile_library, load_library, open_library
 
 WINDOW = 8
 SHAPE = Gemma3Config(

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 from conftest import ROOT, SMALL_UNITS_PROGRAM, run_script
 
-from kiem.data.tokenizer import Tokenizer
-from kiem.errors import ExitCode
+from kiem.core.errors import ExitCode
+from kiem.tokenizer.tokenizer import Tokenizer
 
 
 def test_ray_gives_the_same_bytes_though_a_worker_is_killed(

@@ -13,7 +13,7 @@ from conftest import ROOT, run_bash
 from hub_server import HubServer
 
 from kiem.config import HUB_DATASET, HUB_TOKENIZER
-from kiem.data.tokenizer import train_tokenizer
+from kiem.tokenizer.tokenizer import train_tokenizer
 
 SCRIPTS = tuple(path.stem for path in ROOT.glob("*.py"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -56,8 +56,8 @@ def test_own_text(checkout: Path) -> None:
     """As printed but for the vocabulary and the minutes, for which a test has no time."""
     texts = checkout / "my_texts"
     texts.mkdir()
-    sample = (ROOT / "kiem" / "data" / "sample" / "dutch.jsonl").read_text(encoding="utf-8")
-    (texts / "deel1.jsonl").write_text(sample, encoding="utf-8")
+    sample = ROOT / "kiem" / "data" / "read" / "sample" / "dutch.jsonl"
+    (texts / "deel1.jsonl").write_bytes(sample.read_bytes())
     script = commands("Your own text")
     assert "train:16384" in script
     assert "--max-minutes 30" in script

@@ -14,14 +14,14 @@ import pytest
 from rich.console import Console
 
 from kiem.config import PreprocessOptions
-from kiem.data import rejected, units
-from kiem.data.preprocess import preprocess
-from kiem.data.readers import cut_source, place
-from kiem.data.rejected import _Places
-from kiem.data.sources import resolve_source
-from kiem.data.tokenizer import Tokenizer
-from kiem.data.verify import verify_directory
-from kiem.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError
+from kiem.data.prepare import rejected, units
+from kiem.data.prepare.preprocess import preprocess
+from kiem.data.prepare.rejected import _Places
+from kiem.data.prepare.verify import verify_directory
+from kiem.data.read.readers import cut_source, place
+from kiem.data.read.sources import resolve_source
+from kiem.tokenizer.tokenizer import Tokenizer
 
 QUIET = Console(quiet=True)
 ENGLISH = "the way of all that is to be and not to be that the king of the hill " * 5

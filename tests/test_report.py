@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, run_script
 
-from kiem.errors import ExitCode
-from kiem.files import sha256_file
+from kiem.core.errors import ExitCode
+from kiem.core.files import sha256_file
 from kiem.report.charts import text_bars, thin
 from kiem.report.page import render, write_report
 from kiem.report.record import read_metrics, read_record

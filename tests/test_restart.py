@@ -19,11 +19,11 @@ from conftest import ROOT, SMALL_UNITS_PROGRAM
 from rich.console import Console
 
 from kiem.config import PreprocessOptions
-from kiem.data import units
-from kiem.data.preprocess import preprocess
-from kiem.data.tokenizer import Tokenizer
-from kiem.data.verify import verify_directory
-from kiem.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError
+from kiem.data.prepare import units
+from kiem.data.prepare.preprocess import preprocess
+from kiem.data.prepare.verify import verify_directory
+from kiem.tokenizer.tokenizer import Tokenizer
 
 QUIET = Console(quiet=True)
 
@@ -160,7 +160,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, num_units: int) -> None:
         done[0] += 1
         return original(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("kiem.data.workers.finish_unit", stop_after)
+    monkeypatch.setattr("kiem.data.prepare.workers.finish_unit", stop_after)
 
 
 def test_unfinished_work_is_not_reused_for_other_text_or_options(

@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from kiem.errors import UserError
+from kiem.core.errors import UserError
 from kiem.inference.sampling import (
     Sampling,
     choose_token,

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from serving import ServerProcess, open_stream, serving, wait_until
 
 from kiem.config import InferenceOptions
-from kiem.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError
 from kiem.inference.write import write
 
 KEY = "een-sleutel-van-lengte"

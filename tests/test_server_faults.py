@@ -15,12 +15,12 @@ import torch
 from serving import ENDLESS, RunningServer, open_stream, serving_here, wait_until
 from torch import Tensor
 
-from kiem.data.tokenizer import Tokenizer
 from kiem.inference.engine import Engine, Request
 from kiem.inference.loading import LoadedModel, load_for_inference
 from kiem.inference.sampling import Sampling, generator_seed
 from kiem.inference.server.worker import Worker
 from kiem.inference.streaming import Writer
+from kiem.tokenizer.tokenizer import Tokenizer
 
 
 class FaultyModel:

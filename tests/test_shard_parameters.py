@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch.multiprocessing import spawn
 from transformers import Gemma3ForCausalLM
 
-from kiem.errors import ExitCode
+from kiem.core.errors import ExitCode
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 from kiem.model.presets import preset
-from kiem.training.devices import Devices
-from kiem.training.optimizer import make_optimizers
-from kiem.training.sharding import Sharing, gather, put, share_parameters, whole_model
+from kiem.optim.optimizer import make_optimizers
+from kiem.parallel.distributed import Distributed
+from kiem.parallel.parallel_model import ParallelModel, gather, put, share_parameters, whole_model
 
 SHARED = ("--shard", "parameters")
 OPTIONS = ("--optimizer", "adamw", "--max-steps", "6", "--save-steps", "2", "--eval-steps", "3")
@@ -78,15 +78,15 @@ def _train_and_measure(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
     torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=2)
-    devices = Devices(rank, 2, torch.device("cpu"), "fp32", 1e9)
+    distributed = Distributed(rank, 2, torch.device("cpu"), "fp32", 1e9)
     model = Gemma3(preset("gemma3-micro", 1003))  # odd: shares of different sizes
     initialize(model, 1)
     alone = copy.deepcopy(model)
     num_values = model.config.num_parameters()
     before = held_bytes() - 4 * num_values
-    share_parameters(model, devices)
+    share_parameters(model, distributed)
     assert held_bytes() - before < 4 * num_values * 0.51
-    sharing = Sharing(model, devices, "parameters")
+    sharing = ParallelModel(model, distributed, "parameters")
     optimizers = make_optimizers(model, "adamw", 0.1, sharing.owned)
     assert held_bytes() - before < 3 * 4 * num_values * 0.51
     ids = torch.randint(3, 1003, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -115,8 +115,8 @@ def _train_and_measure(rank: int, folder: str) -> None:
         for parameter, value in zip(model.parameters(), alone.parameters(), strict=True):
             put(parameter, value)
             assert torch.equal(gather(parameter), value)
-    devices.wait_for_all()
-    os._exit(0)  # as kiem.launch.leave
+    distributed.barrier()
+    os._exit(0)  # as kiem.parallel.launch.leave
 
 
 def test_each_process_holds_its_share(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kiem.data.readers import cut_source, place, read_rows
-from kiem.data.rows import Row
-from kiem.data.sources import resolve_source, take_words, word_limit
-from kiem.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError
+from kiem.data.read.readers import cut_source, place, read_rows
+from kiem.data.read.rows import Row
+from kiem.data.read.sources import resolve_source, take_words, word_limit
 
 
 def read(*files: Path, text_column: str = "text", piece_bytes: int = 1 << 20) -> list[Row]:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kiem.data.tokenizer import Tokenizer
 from kiem.inference.text import TextStream
+from kiem.tokenizer.tokenizer import Tokenizer
 
 
 def cut(text: str, stop: list[str]) -> str:

@@ -20,10 +20,10 @@ from rich.table import Table
 from kiem.cli import run, warn
 from kiem.commands import COMMANDS
 from kiem.config import InferenceOptions, PreprocessOptions
-from kiem.console import PlainConsole, show
-from kiem.errors import ExitCode, UserError
-from kiem.json_input import MAX_DEPTH, JsonError, parse_json, read_json, read_json_lines
-from kiem.values import option_types
+from kiem.core.console import PlainConsole, show
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.json_input import MAX_DEPTH, JsonError, parse_json, read_json, read_json_lines
+from kiem.core.values import option_types
 
 FIX = "Mend it."
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Reference
 from transformers import AutoTokenizer
 
-from kiem.data.tokenizer import (
+from kiem.core.errors import ExitCode, UserError
+from kiem.tokenizer.tokenizer import (
     Tokenizer,
     parse_tokenizer,
     train_tokenizer,
     write_tokenizer,
 )
-from kiem.errors import ExitCode, UserError
 
 NASTY = [
     "<eos>",

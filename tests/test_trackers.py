@@ -15,8 +15,8 @@ from conftest import run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from kiem.errors import ExitCode
-from kiem.files import remove_folder
+from kiem.core.errors import ExitCode
+from kiem.core.files import remove_folder
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 

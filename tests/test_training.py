@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Gemma3ForCausalLM
 
 from kiem.config import TrainingOptions
-from kiem.errors import ExitCode
+from kiem.core.errors import ExitCode
 from kiem.inference.loading import load_for_inference
 from kiem.model.presets import preset
-from kiem.training.batches import Order
+from kiem.optim.batch import Order
+from kiem.optim.optimizer import learning_rate_share
+from kiem.planning.recipe import defaults_for, resolve_recipe
 from kiem.training.energy import EnergyMeter
-from kiem.training.optimizer import learning_rate_share
-from kiem.training.recipe import settle, usual_for
 
 # In fp32, since these tests compare the same sums in another order.
 QUICK = ("--eval-steps", "0", "--save-steps", "0", "--max-steps", "4", "--precision", "fp32")
@@ -324,12 +324,12 @@ def test_schedules() -> None:
 
 def test_settled_recipe_keeps_the_usual_tokens_per_step() -> None:
     options = TrainingOptions(dataset_path=Path("x"))
-    usual = usual_for(preset("gemma3-1b", 262_144))
+    usual = defaults_for(preset("gemma3-1b", 262_144))
     for world_size in (1, 2, 4, 8):
-        recipe = settle(options, usual, 10_000_000, 1024, world_size)
+        recipe = resolve_recipe(options, usual, 10_000_000, 1024, world_size)
         assert recipe.chunks_per_step * 1024 == 262_144
         assert recipe.max_steps == math.ceil(10_000_000 / 256)
-    small = settle(options, usual, 20, 1024, 4)
+    small = resolve_recipe(options, usual, 20, 1024, 4)
     assert (small.chunks_per_step, small.max_steps) == (4, 5)
 
 

@@ -22,13 +22,13 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.files import sha256_file, to_json, write_json
+from kiem.core.json_input import convert, parse_json
+from kiem.core.leftovers import recover_folder
 from kiem.data.arrow import from_numpy, to_numpy
 from kiem.data.manifest_shape import Manifest, Version
-from kiem.data.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
-from kiem.errors import ExitCode, UserError
-from kiem.files import sha256_file, to_json, write_json
-from kiem.json_input import convert, parse_json
-from kiem.leftovers import recover_folder
+from kiem.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
 
 SCHEMA_VERSION = 1
 DATASET_DICT_FILE = "dataset_dict.json"

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kiem.core.randomness import derive_seed
 from kiem.evaluation.language_model import LanguageModel, text_nats
-from kiem.randomness import derive_seed
 
 _RESAMPLES = 1000
 _DOCUMENTS_AT_ONCE = 256

@@ -13,8 +13,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kiem.cli import warn
 from kiem.config import EvaluationOptions
+from kiem.core.console import warn
+from kiem.core.errors import ExitCode, UserError, no_effect
+from kiem.core.files import check_new_file, format_bytes, write_json
 from kiem.data.chunks import (
     MANIFEST_FILE,
     Chunks,
@@ -23,16 +25,14 @@ from kiem.data.chunks import (
     read_manifest,
     read_tokenizer,
 )
-from kiem.data.readers import check_effects, read_documents
-from kiem.data.sources import resolve_source
-from kiem.data.standard_input import check_one_reader
-from kiem.data.verify import verify_shards
-from kiem.errors import ExitCode, UserError, no_effect
+from kiem.data.prepare.verify import verify_shards
+from kiem.data.read.readers import check_effects, read_documents
+from kiem.data.read.sources import resolve_source
+from kiem.data.read.standard_input import check_one_reader
 from kiem.evaluation.bits_per_byte import Document, bits_per_byte, measure
 from kiem.evaluation.language_model import LanguageModel
 from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, summarize
 from kiem.evaluation.open_model import open_language_model
-from kiem.files import check_new_file, format_bytes, write_json
 
 _MOST_SOURCES_SHOWN = 50
 

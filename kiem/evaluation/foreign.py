@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kiem.errors import ExitCode, UserError
+from kiem.compute.speed import prefers_bf16
+from kiem.core.errors import ExitCode, UserError
 from kiem.evaluation.language_model import LanguageModel
-from kiem.speed import prefers_bf16
 
 # Logits in a batch, at 4 bytes each.
 _LOGITS_PER_BATCH = 1 << 28

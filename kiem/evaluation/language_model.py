@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kiem.data.tokenizer import Tokenizer
 from kiem.model.gemma3 import Gemma3
 from kiem.model.loss import token_cross_entropy
+from kiem.tokenizer.tokenizer import Tokenizer
 
 _TOKENS_PER_BATCH = 8192
 

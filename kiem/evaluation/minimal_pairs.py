@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from kiem.data.formats import WITH_COLUMNS
-from kiem.data.records import read_records
-from kiem.data.rows import bad_input
-from kiem.data.sources import local_source
+from kiem.data.read.formats import WITH_COLUMNS
+from kiem.data.read.records import read_records
+from kiem.data.read.rows import bad_input
+from kiem.data.read.sources import local_source
 from kiem.evaluation.language_model import LanguageModel, text_nats
 
 BUILT_IN = "minimal-pairs"

@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from kiem.errors import ExitCode
+from kiem.core.errors import ExitCode
+from kiem.core.json_input import JsonError, parse_json, read_json
 from kiem.evaluation.foreign import open_foreign_model
 from kiem.evaluation.language_model import LanguageModel, own_language_model
 from kiem.inference.loading import load_for_inference
-from kiem.json_input import JsonError, parse_json, read_json
 from kiem.model.config_json import CONFIG_FILE
-from kiem.model.files import find_model
 from kiem.model.gemma3 import Gemma3
+from kiem.model.io import find_model
 
 
 class _Options(msgspec.Struct):

@@ -7,24 +7,30 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from kiem.cli import warn
 from kiem.config import ExportOptions
-from kiem.data.hub import looks_like_hub_id, upload
-from kiem.data.tokenizer import Tokenizer, write_tokenizer
-from kiem.errors import ExitCode, UserError, no_effect
+from kiem.core.console import warn
+from kiem.core.errors import ExitCode, UserError, no_effect
+from kiem.core.files import (
+    check_new_file,
+    format_bytes,
+    new_folder,
+    require_free_space,
+    write_bytes,
+)
+from kiem.core.leftovers import recover_folder
+from kiem.core.manifest import write_manifest
 from kiem.export.gguf_file import write_gguf
 from kiem.export.origin import CARD_FILE, read_origin
-from kiem.files import check_new_file, format_bytes, new_folder, require_free_space, write_bytes
-from kiem.leftovers import recover_folder
-from kiem.manifest import write_manifest
+from kiem.hub import looks_like_hub_id, upload
 from kiem.model.config_json import CONFIG_FILE
-from kiem.model.files import (
+from kiem.model.gemma3 import Gemma3
+from kiem.model.io import (
     find_model,
     read_model,
     read_model_tokenizer,
     write_model,
 )
-from kiem.model.gemma3 import Gemma3
+from kiem.tokenizer.tokenizer import Tokenizer, write_tokenizer
 
 _BYTES_PER_VALUE = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}
 _TORCH_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kiem.data.tokenizer import Tokenizer
-from kiem.errors import ExitCode, UserError, not_installed
+from kiem.core.errors import ExitCode, UserError, not_installed
+from kiem.core.files import new_file
 from kiem.export.origin import Origin
 from kiem.export.vocabulary import make_vocabulary
-from kiem.files import new_file
 from kiem.model.gemma3 import Gemma3
 from kiem.model.presets import Gemma3Config
+from kiem.tokenizer.tokenizer import Tokenizer
 
 # What llama.cpp takes for granted in Gemma 3 models.
 _LAYER_PATTERN = 6

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import msgspec
 
-from kiem.data.hub import looks_like_hub_id
-from kiem.errors import ExitCode, UserError
-from kiem.front_matter import read_front_matter
-from kiem.json_input import convert
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.front_matter import read_front_matter
+from kiem.core.json_input import convert
+from kiem.hub import looks_like_hub_id
 
 CARD_FILE = "README.md"
 

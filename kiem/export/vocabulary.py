@@ -15,9 +15,9 @@ from enum import IntEnum
 
 import msgspec
 
-from kiem.data.tokenizer import BYTE_TOKENS, WORD_PIECES, Tokenizer
-from kiem.data.tokenizer_json import AddedToken, TokenizerJson
-from kiem.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError
+from kiem.tokenizer.tokenizer import BYTE_TOKENS, WORD_PIECES, Tokenizer
+from kiem.tokenizer.tokenizer_json import AddedToken, TokenizerJson
 
 
 class TokenType(IntEnum):

@@ -32,15 +32,15 @@ from rich.progress import (
 from torch.distributed.rendezvous import rendezvous
 
 from kiem.config import InferenceOptions
-from kiem.errors import ExitCode, UserError
-from kiem.files import append_json_lines, remove_file, write_text
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.files import append_json_lines, remove_file, write_text
+from kiem.core.json_input import parse_json
+from kiem.core.leftovers import hidden
+from kiem.core.yaml_options import to_dict
 from kiem.inference.loading import LoadedModel
 from kiem.inference.sampling import Sampling
 from kiem.inference.streaming import Writer, request_for
-from kiem.json_input import parse_json
-from kiem.launch import lost_processes, read_place
-from kiem.leftovers import hidden
-from kiem.yaml_options import to_dict
+from kiem.parallel.launch import lost_processes, read_place
 
 # Options that change no continuation.
 _FREE_OPTIONS = ("model_path", "prompts_file", "output_file", "max_requests", "max_context")
@@ -53,7 +53,7 @@ class Processes:
     rank: int
     world_size: int
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         """Returns when every process has come here."""
         if self.world_size > 1:
             dist.barrier()
@@ -130,7 +130,7 @@ def write_file(
         for place, result in _continue(loaded, prompts, todo, sampling, options):
             journals.add(place, result)
             shown.add(place % num_sequences, result)
-    processes.wait_for_all()
+    processes.barrier()
     if processes.rank == 0:
         finished = journals.read()
         places = range(len(prompts) * num_sequences)

@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kiem.files import format_bytes, write_json
+from kiem.compute.memory import peak_memory_bytes
+from kiem.core.files import format_bytes, write_json
 from kiem.inference.engine import Engine, Request
 from kiem.inference.loading import LoadedModel
 from kiem.inference.sampling import Sampling
-from kiem.memory import peak_memory_bytes
 
 _PROMPT_TOKENS = 512
 _NEW_TOKENS = 64

@@ -9,14 +9,14 @@ from typing import Literal
 
 import torch
 
-from kiem.data.tokenizer import Tokenizer
-from kiem.errors import ExitCode, UserError
-from kiem.inference.decoding import prepare
-from kiem.inference.kernels import load_kernels
-from kiem.inference.quantize import can_quantize
-from kiem.model.files import find_model, read_model, read_model_tokenizer
+from kiem.compute.decoding import prepare
+from kiem.compute.kernels import load_kernels
+from kiem.compute.quantize import can_quantize
+from kiem.compute.speed import prefers_bf16
+from kiem.core.errors import ExitCode, UserError
 from kiem.model.gemma3 import Gemma3
-from kiem.speed import prefers_bf16
+from kiem.model.io import find_model, read_model, read_model_tokenizer
+from kiem.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

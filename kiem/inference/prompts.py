@@ -6,11 +6,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kiem.data.formats import READABLE
-from kiem.data.readers import read_documents
-from kiem.data.sources import local_source
-from kiem.data.text_files import EVERY_LINE
-from kiem.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError
+from kiem.data.read.formats import READABLE
+from kiem.data.read.readers import read_documents
+from kiem.data.read.sources import local_source
+from kiem.data.read.text_files import EVERY_LINE
 
 DEFAULT_PROMPTS = (
     "Nederland is een land waar",

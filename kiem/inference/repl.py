@@ -16,9 +16,9 @@ from typing import Any
 from rich.console import Console
 
 from kiem.config import InferenceOptions
-from kiem.console import show
-from kiem.errors import UserError
-from kiem.files import write_text
+from kiem.core.console import show
+from kiem.core.errors import UserError
+from kiem.core.files import write_text
 from kiem.inference.loading import LoadedModel
 from kiem.inference.sampling import Sampling, out_of_range
 from kiem.inference.streaming import Writer, request_for

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kiem.errors import ExitCode, UserError
-from kiem.randomness import derive_seed
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.randomness import derive_seed
 
 _FP32 = torch.finfo(torch.float32)
 # Sorting all of 262 144 logits takes 16 ms, finding the 1024 largest 0.9 ms; they nearly always do.

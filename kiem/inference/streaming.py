@@ -6,11 +6,11 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kiem.data.tokenizer import Tokenizer
 from kiem.inference.engine import Engine, Failure, NewToken, ReadPrompt, Request, Score
 from kiem.inference.sampling import Sampling, generator_seed
 from kiem.inference.text import TextStream
 from kiem.model.gemma3 import Gemma3
+from kiem.tokenizer.tokenizer import Tokenizer
 
 FinishReason = Literal["eos", "length", "stop", "error"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kiem.data.tokenizer import Tokenizer
+from kiem.tokenizer.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"  # what half a character decodes to
 _MAX_TOKENS_IN_CHARACTER = 8

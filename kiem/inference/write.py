@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
-from kiem.cli import warn
+from kiem.compute.memory import is_out_of_memory
 from kiem.config import InferenceOptions
-from kiem.console import show
-from kiem.errors import ExitCode, UserError, no_effect
-from kiem.files import check_new_file
+from kiem.core.console import show, warn
+from kiem.core.errors import ExitCode, UserError, no_effect
+from kiem.core.files import check_new_file
 from kiem.inference.batch import open_processes, write_file
 from kiem.inference.benchmark import run_benchmark
 from kiem.inference.loading import LoadedModel, load_for_inference
@@ -21,7 +21,6 @@ from kiem.inference.repl import talk
 from kiem.inference.sampling import Sampling
 from kiem.inference.server.serve import check_key, check_packages, open_socket, serve
 from kiem.inference.streaming import Writer, request_for
-from kiem.memory import is_out_of_memory
 
 
 def write(options: InferenceOptions, console: Console) -> None:

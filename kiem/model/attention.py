@@ -30,7 +30,7 @@ def attend(
         window: no query sees a key so many tokens before it; None: all of them may.
         scale: what multiplies the products of queries and keys.
     """
-    k, v = spread_heads(k, q.shape[1]), spread_heads(v, q.shape[1])  # B H T C
+    k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])  # B H T C
     num_tokens = q.shape[2]
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -53,7 +53,7 @@ def attend(
     return torch.cat(blocks, 2)
 
 
-def spread_heads(x: Tensor, num_heads: int) -> Tensor:
+def repeat_kv(x: Tensor, num_heads: int) -> Tensor:
     """Gives keys or values [B, K, S, C] to all query heads, [B, H, S, C]; a view if K is 1.
 
     The enable_gqa of scaled_dot_product_attention would do so too, but on CUDA only in kernels that

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 import torch
 
-from kiem.errors import ExitCode, UserError
-from kiem.json_input import convert, read_json, shown
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.json_input import convert, read_json, shown
 from kiem.model.presets import Gemma3Config
 
 CONFIG_FILE = "config.json"

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from kiem.model.attention import attend, spread_heads
+from kiem.model.attention import attend, repeat_kv
 from kiem.model.cache import CachePass, LayerCache
 from kiem.model.embedding import Embedding
 from kiem.model.loss import summed_cross_entropy
@@ -97,14 +97,14 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(k), context.rotary)
         if cache is not None and context.cached is not None:
             k, v = cache.extend(k, v, context.cached)  # B K S C
-            k, v = spread_heads(k, q.shape[1]), spread_heads(v, q.shape[1])  # B H S C
+            k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])  # B H S C
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=self.scale)
         else:
             y = attend(q, k, v, context.mask, context.window, self.scale)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # B T D
 
 
-class FeedForward(nn.Module):
+class MLP(nn.Module):
     """Gated feed-forward block, GELU in its tanh form."""
 
     def __init__(self, config: Gemma3Config):
@@ -124,7 +124,7 @@ class Layer(nn.Module):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(config)
-        self.mlp = FeedForward(config)
+        self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(size, eps)
         self.post_attention_layernorm = RMSNorm(size, eps)
         self.pre_feedforward_layernorm = RMSNorm(size, eps)
@@ -150,7 +150,7 @@ class Layer(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
-class Body(nn.Module):
+class TextModel(nn.Module):
     """Everything below the output layer; a module of its own to give parameters their names."""
 
     def __init__(self, config: Gemma3Config):
@@ -174,7 +174,7 @@ class Gemma3(nn.Module):
         super().__init__()
         self.config = config
         self.recompute: Recompute = "none"
-        self.model = Body(config)
+        self.model = TextModel(config)
         self.run_layer = run_layer
         self.run_token: Callable[[Tensor, CachePass], Tensor] | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kiem.randomness import derive_seed
+from kiem.core.randomness import derive_seed
 
 STANDARD_DEVIATION = 0.02
 

@@ -10,14 +10,12 @@ Shapes: N tokens, R tokens in a block, V vocabulary entries, S of them in a slic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-from kiem.memory import rows_in_cache
+from torch import Tensor, nn
 
 IGNORE = -100
 # Fewer rows make the matrix products slow (80 GFLOP/s at 64 rows, 290 at 512, on two CPU cores),
@@ -90,7 +88,7 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
         for start in range(0, len(hidden), num_rows):
             rows = slice(start, start + num_rows)
             logits = F.linear(hidden[rows], weight)  # R V
-            for few in rows_in_cache(logits, _ELEMENTS_IN_CACHE):
+            for few in _rows_in_cache(logits, _ELEMENTS_IN_CACHE):
                 values = logits[few].float()
                 nats[rows][few] = F.cross_entropy(
                     values, targets[rows][few], ignore_index=IGNORE, reduction="none"
@@ -137,9 +135,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
                     torch.mm(x[rows], w[part].to(x.dtype).T, out=logits[:, part])
                 totals += _differentiate(logits, targets[rows], z_loss, scale, sum_dtype)
                 if x_gradient is not None and w_gradient is not None:
-                    is_first = start == 0 and weight_gradient is None
+                    is_main = start == 0 and weight_gradient is None
                     _multiply_back(
-                        logits, x[rows], w, slices, x_gradient[rows], w_gradient, is_first
+                        logits, x[rows], w, slices, x_gradient[rows], w_gradient, is_main
                     )
         ctx.save_for_backward(x_gradient, w_gradient if weight_gradient is None else None)
         # Not views of one tensor: what shares a model out puts hooks on the loss.
@@ -164,7 +162,7 @@ def _multiply_back(
     slices: Sequence[slice],
     x_gradient: Tensor,
     w_gradient: Tensor,
-    is_first: bool,
+    is_main: bool,
 ) -> None:
     """Puts the gradient of a block's logits [R, V] into those of x [R, D] and of w [V, D].
 
@@ -178,7 +176,7 @@ def _multiply_back(
     for part in slices:
         of_logits = gradient[:, part]  # R S
         _multiply_into(x_gradient, of_logits, w[part].to(x.dtype), add=part.start > 0)
-        _multiply_into(w_gradient[part], of_logits.T, x, add=not is_first)
+        _multiply_into(w_gradient[part], of_logits.T, x, add=not is_main)
 
 
 def _multiply_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
@@ -204,7 +202,7 @@ def _differentiate(
         The loss and the nats of these rows, [2], in `sum_dtype`.
     """
     totals = torch.zeros(2, dtype=sum_dtype, device=logits.device)
-    for rows in rows_in_cache(logits, _ELEMENTS_IN_CACHE):
+    for rows in _rows_in_cache(logits, _ELEMENTS_IN_CACHE):
         counted = targets[rows] != IGNORE  # R
         index = targets[rows].clamp(min=0)[:, None]  # R 1
         values = logits[rows].to(sum_dtype)  # R V; not a copy if that is their precision
@@ -221,3 +219,20 @@ def _differentiate(
         values.scatter_add_(1, index, -weight[:, None])
         logits[rows] = values
     return totals
+
+
+def _rows_in_cache(matrix: Tensor, most_elements: int) -> Iterator[slice]:
+    """Yields rows that a CPU goes over together: few, so that they stay in its cache meanwhile.
+
+    On other devices, and for a fake tensor (planning/dry_run.py), which has no data to be kept
+    there, these are all rows.
+
+    Args:
+        matrix: [rows, columns].
+        most_elements: how many of them are gone over together.
+    """
+    num_rows = max(1, len(matrix))
+    if matrix.device.type == "cpu" and type(matrix) in (Tensor, nn.Parameter):
+        num_rows = max(1, most_elements // matrix.shape[1])
+    for start in range(0, len(matrix), num_rows):
+        yield slice(start, start + num_rows)

@@ -10,8 +10,8 @@ from typing import Any
 
 import jinja2
 
-from kiem.console import printable
-from kiem.files import format_bytes
+from kiem.core.console import printable
+from kiem.core.files import format_bytes
 from kiem.model.presets import GEMMA_VOCABULARY
 
 _MARKUP = "\\`*_[]<>|#~$"

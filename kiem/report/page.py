@@ -11,8 +11,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from kiem.console import printable
-from kiem.files import format_bytes, write_text
+from kiem.core.console import printable
+from kiem.core.files import format_bytes, write_text
 from kiem.report.charts import curves, minimal_pair_bars, per_source_bars, text_bars
 from kiem.report.record import Record, read_record
 

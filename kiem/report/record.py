@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import yaml
 
-from kiem.errors import ExitCode, UserError
-from kiem.json_input import parse_json
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.json_input import parse_json
 from kiem.report.shapes import Line, check
 
 METRICS_FILE = "metrics.jsonl"

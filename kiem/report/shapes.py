@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from kiem.errors import ExitCode
-from kiem.json_input import convert
+from kiem.core.errors import ExitCode
+from kiem.core.json_input import convert
 
 # Finite: neither JSON nor a chart has others.
 _Number = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]

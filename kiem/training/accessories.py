@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 
-from kiem.errors import ExitCode, UserError
-from kiem.training.devices import Devices
+from kiem.core.errors import ExitCode, UserError
+from kiem.parallel.distributed import Distributed
 
 if TYPE_CHECKING:
     from kiem.training.run import Run
@@ -62,11 +62,11 @@ def attempt(run: Run, console: Console, name: str, action: Callable[[], T]) -> T
 
 
 def attempt_together(
-    run: Run, devices: Devices, console: Console, name: str, action: Callable[[], T]
+    run: Run, distributed: Distributed, console: Console, name: str, action: Callable[[], T]
 ) -> T | None:
     """As `attempt`, for what each process does a share of: all have it in the end, or none."""
     found = attempt(run, console, name, action)
-    if not devices.any(found is None):
+    if not distributed.any(found is None):
         return found
     if name not in run.left_out:
         _leave_out(run, console, name, "in another process")

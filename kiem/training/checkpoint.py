@@ -24,15 +24,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kiem.cli import warn
-from kiem.errors import ExitCode, UserError
-from kiem.files import move_folder, new_folder, remove_folder, write_json
-from kiem.json_input import read_json
-from kiem.manifest import verify_manifest, write_manifest
-from kiem.model.files import WEIGHTS_FILE, write_model, write_weights
+from kiem.core.console import warn
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.files import move_folder, new_folder, remove_folder, write_json
+from kiem.core.json_input import read_json
+from kiem.core.manifest import verify_manifest, write_manifest
 from kiem.model.gemma3 import Gemma3
-from kiem.training.devices import Devices
-from kiem.training.sharding import gather, is_shared, owners, put, whole_model
+from kiem.model.io import WEIGHTS_FILE, write_model, write_weights
+from kiem.parallel.distributed import Distributed
+from kiem.parallel.parallel_model import gather, is_shared, owners, put, whole_model
 
 CHECKPOINTS = "checkpoints"
 _STATE_FILE = "state.json"
@@ -45,7 +45,7 @@ def save_checkpoint(
     optimizers: Sequence[torch.optim.Optimizer],
     special_ids: dict[str, int],
     state: dict[str, Any],
-    devices: Devices,
+    distributed: Distributed,
 ) -> Path:
     """Commits a checkpoint and returns its path; all processes call it and all succeed or fail.
 
@@ -54,7 +54,7 @@ def save_checkpoint(
         model, optimizers: what to save; of the moments, each process saves those it holds.
         special_ids: the tokenizer's "pad", "eos" and "bos".
         state: what else the run needs to go on; `step` gives the checkpoint its name.
-        devices: all processes.
+        distributed: all processes.
 
     Raises:
         UserError: a process could not write; nothing is left of the checkpoint then.
@@ -62,33 +62,35 @@ def save_checkpoint(
     path = folder / f"step-{state['step']}"
     unfinished = folder / f".{path.name}.partial"  # the same for all processes
     own = {
-        _part("optimizer", devices.rank, devices): _own_moments(model, optimizers, devices),
-        _part("random", devices.rank, devices): _random_states(devices),
+        _part("optimizer", distributed.rank, distributed): _own_moments(
+            model, optimizers, distributed
+        ),
+        _part("random", distributed.rank, distributed): _random_states(distributed),
     }
-    whole = whole_model(model, torch.device("cpu"), is_kept=devices.is_first)
+    whole = whole_model(model, torch.device("cpu"), is_kept=distributed.is_main)
     # Each process knows the hashes of what it wrote; the first one needs all.
-    digests = torch.zeros(devices.world_size, len(own), 32, dtype=torch.int32)
+    digests = torch.zeros(distributed.world_size, len(own), 32, dtype=torch.int32)
     with contextlib.ExitStack() as commit:
-        with devices.together():
-            if devices.is_first:
+        with distributed.raise_on_all_ranks():
+            if distributed.is_main:
                 if path.exists():  # of a commit that failed at the very end
                     move_folder(path, _ASIDE + path.name)
                 commit.enter_context(new_folder(path, temporary=unfinished))
         # Side by side: one core computes SHA-256 no faster than a good disk writes.
-        with devices.together(), ThreadPoolExecutor() as pool:
+        with distributed.raise_on_all_ranks(), ThreadPoolExecutor() as pool:
             writing = [pool.submit(write_weights, own[name], unfinished / name) for name in own]
-            if devices.is_first:
+            if distributed.is_main:
                 known = write_model(whole, unfinished, special_ids)
                 write_json(unfinished / _STATE_FILE, state)
             for index, written in enumerate(writing):
                 sha256 = bytes.fromhex(written.result())
-                digests[devices.rank, index] = torch.tensor(list(sha256))
-        all_digests = devices.sum(digests.to(devices.device)).tolist()
-        with devices.together():
-            if devices.is_first:
+                digests[distributed.rank, index] = torch.tensor(list(sha256))
+        all_digests = distributed.all_reduce_sum(digests.to(distributed.device)).tolist()
+        with distributed.raise_on_all_ranks():
+            if distributed.is_main:
                 for rank, of_rank in enumerate(all_digests):
                     for kind, digest in zip(("optimizer", "random"), of_rank, strict=True):
-                        known[_part(kind, rank, devices)] = bytes(digest).hex()
+                        known[_part(kind, rank, distributed)] = bytes(digest).hex()
                 write_manifest(unfinished, known)
                 commit.close()
     return path
@@ -102,7 +104,7 @@ def checkpoint_bytes(model: Gemma3, optimizers: Sequence[torch.optim.Optimizer])
 
 
 def load_checkpoint(
-    path: Path, model: Gemma3, optimizers: Sequence[torch.optim.Optimizer], devices: Devices
+    path: Path, model: Gemma3, optimizers: Sequence[torch.optim.Optimizer], distributed: Distributed
 ) -> None:
     """Puts a verified checkpoint's weights, moments and random states in place.
 
@@ -111,7 +113,7 @@ def load_checkpoint(
     Args:
         path: the checkpoint.
         model, optimizers: of the same shape; whatever they hold is replaced.
-        devices: this process's place.
+        distributed: this process's place.
     """
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -130,10 +132,10 @@ def load_checkpoint(
                 parameter = parameters[name]
                 if parameter in states:
                     put(states[parameter][key], saved.get_tensor(full_name))
-    for file in path.glob(f"random-{devices.rank + 1:05d}-of-*.safetensors"):
+    for file in path.glob(f"random-{distributed.rank + 1:05d}-of-*.safetensors"):
         random = load_file(file)
         torch.set_rng_state(random["cpu"])
-        if "cuda" in random and devices.device.type == "cuda":
+        if "cuda" in random and distributed.device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"])
 
 
@@ -226,12 +228,12 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _part(kind: str, rank: int, devices: Devices) -> str:
-    return f"{kind}-{rank + 1:05d}-of-{devices.world_size:05d}.safetensors"
+def _part(kind: str, rank: int, distributed: Distributed) -> str:
+    return f"{kind}-{rank + 1:05d}-of-{distributed.world_size:05d}.safetensors"
 
 
 def _own_moments(
-    model: Gemma3, optimizers: Sequence[torch.optim.Optimizer], devices: Devices
+    model: Gemma3, optimizers: Sequence[torch.optim.Optimizer], distributed: Distributed
 ) -> dict[str, Tensor]:
     """Returns the moments that this process saves, whole.
 
@@ -243,23 +245,23 @@ def _own_moments(
         for parameter, values in optimizer.state.items()
     }
     named = list(model.named_parameters())
-    dealt = owners(model, devices.world_size)
+    dealt = owners(model, distributed.world_size)
     ranks = [
-        dealt[name] if is_shared(p) else devices.rank if p in held else devices.world_size
+        dealt[name] if is_shared(p) else distributed.rank if p in held else distributed.world_size
         for name, p in named
     ]
-    first = devices.lowest(torch.tensor(ranks, device=devices.device)).tolist()
+    first = distributed.all_reduce_min(torch.tensor(ranks, device=distributed.device)).tolist()
     found = {}
     for (name, parameter), rank in zip(named, first, strict=True):
         for key, value in held.get(parameter, {}).items():
             whole = gather(value, torch.device("cpu"))
-            if rank == devices.rank:
+            if rank == distributed.rank:
                 found[f"{name}/{key}"] = whole
     return found
 
 
-def _random_states(devices: Devices) -> dict[str, Tensor]:
+def _random_states(distributed: Distributed) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
-    if devices.device.type == "cuda":
+    if distributed.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state()
     return states

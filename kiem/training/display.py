@@ -17,9 +17,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from kiem.files import format_bytes
+from kiem.core.files import format_bytes
+from kiem.parallel.distributed import Distributed
 from kiem.report.page import REPORT_FILE
-from kiem.training.devices import Devices
 from kiem.training.run import Run
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -76,7 +76,7 @@ class Display:
         _show_first_sample(figures, self._console)
 
 
-def show_plan(run: Run, devices: Devices, console: Console) -> None:
+def show_plan(run: Run, distributed: Distributed, console: Console) -> None:
     """Prints what is about to be trained, on what, with what."""
     recipe, chunk_size = run.recipe, run.train.chunk_size
     budget = []
@@ -86,8 +86,8 @@ def show_plan(run: Run, devices: Devices, console: Console) -> None:
         budget.append(f"{recipe.max_seconds / 60:g} minutes")
     console.print(
         f"{run.model_name}: {run.model.config.num_parameters():,} parameters, vocabulary of "
-        f"{run.model.config.vocab_size:,}; {devices.world_size} x {devices.device.type} in "
-        f"{devices.precision}, matrix products at {devices.matrix_flops / 1e12:.2f} TFLOP/s"
+        f"{run.model.config.vocab_size:,}; {distributed.world_size} x {distributed.device.type} in "
+        f"{distributed.precision}, matrix products at {distributed.matrix_flops / 1e12:.2f} TFLOP/s"
     )
     console.print(
         f"{run.options.dataset_path}: {run.train.num_chunks:,} chunks of {chunk_size:,} tokens for "
@@ -95,7 +95,7 @@ def show_plan(run: Run, devices: Devices, console: Console) -> None:
     )
     console.print(
         f"{' or '.join(budget)} of {recipe.chunks_per_step * chunk_size:,} tokens "
-        f"({recipe.batch_size} chunks x {recipe.accumulation} passes x {devices.world_size} "
+        f"({recipe.batch_size} chunks x {recipe.accumulation} passes x {distributed.world_size} "
         f"devices), learning rate {recipe.learning_rate:g}"
     )
     if run.resumed_from is not None:

@@ -10,12 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
-from kiem.data.tokenizer import write_tokenizer
-from kiem.files import new_folder, point_link, write_json, write_text
-from kiem.manifest import write_manifest
-from kiem.model.files import write_model
+from kiem.core.files import new_folder, point_link, write_json, write_text
+from kiem.core.manifest import write_manifest
+from kiem.model.io import write_model
 from kiem.report.card import model_card
 from kiem.report.record import SUMMARY_FILE
+from kiem.tokenizer.tokenizer import write_tokenizer
 from kiem.training.accessories import attempt
 from kiem.training.run import Run
 

@@ -18,9 +18,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from kiem.errors import ExitCode, UserError
-from kiem.files import format_bytes, write_json
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.files import format_bytes, write_json
 from kiem.model.loss import next_token_targets
+from kiem.parallel.distributed import Distributed
+from kiem.parallel.parallel_model import gather
 from kiem.training.accessories import attempt, attempt_together
 from kiem.training.checkpoint import (
     CHECKPOINTS,
@@ -29,9 +31,7 @@ from kiem.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from kiem.training.devices import Devices
 from kiem.training.run import Run
-from kiem.training.sharding import gather
 
 Verdict = Literal["update", "skip", "roll back"]
 
@@ -56,19 +56,19 @@ class Guard:
 
     Args:
         run: the run.
-        devices: all processes; they come to the same decisions.
+        distributed: all processes; they come to the same decisions.
         console: where warnings go.
     """
 
-    def __init__(self, run: Run, devices: Devices, console: Console):
+    def __init__(self, run: Run, distributed: Distributed, console: Console):
         self._run = run
-        self._devices = devices
+        self._devices = distributed
         self._console = console
         self._signal: signal.Signals | None = None
         self._signal_time = 0.0
         self._handlers: dict[signal.Signals, Any] = {}
         self._bad_steps: set[int] = set()
-        self._watch = HangWatch() if devices.world_size > 1 else None
+        self._watch = HangWatch() if distributed.world_size > 1 else None
 
     def __enter__(self) -> Guard:
         is_main = threading.current_thread() is threading.main_thread()
@@ -154,7 +154,7 @@ class Guard:
         what = f"loss {loss} and gradient norm {grad_norm} are not both finite"
         path = run.directory / f"not-finite-step-{step + 1}.json"
         evidence = self._evidence(loss, grad_norm, numbers)
-        if self._devices.is_first:
+        if self._devices.is_main:
             attempt(run, self._console, str(path), lambda: write_json(path, evidence))
         self._bad_steps.add(step)
         num_bad = sum(bad >= (run.saved_step or 0) for bad in self._bad_steps)
@@ -184,22 +184,22 @@ class Guard:
     def _newest_checkpoint(self) -> Any:
         """Returns the newest whole checkpoint, None if there is none; the first process decides."""
         folder, step = self._run.directory / CHECKPOINTS, -1
-        with self._devices.together():
-            if self._devices.is_first and (found := newest_valid(folder, self._console)):
+        with self._devices.raise_on_all_ranks():
+            if self._devices.is_main and (found := newest_valid(folder, self._console)):
                 step = int(found.name.removeprefix("step-"))
         step = int(self._devices.first_says(step))
         return folder / f"step-{step}" if step >= 0 else None
 
     def _evidence(self, loss: float, grad_norm: float, numbers: np.ndarray) -> dict[str, Any]:
         """Returns what one needs to look at an update: its chunks, and which is to blame."""
-        run, devices = self._run, self._devices
+        run, distributed = self._run, self._devices
         chunks = run.train.read(numbers)
         name = "looking at its chunks one by one"
-        with run.whole_model(devices):
+        with run.whole_model(distributed):
             measure = partial(self._nats_of_own, chunks)
-            nats = attempt_together(run, devices, self._console, name, measure)
+            nats = attempt_together(run, distributed, self._console, name, measure)
         if nats is None:
-            nats = torch.full((len(numbers),), math.nan, device=devices.device)
+            nats = torch.full((len(numbers),), math.nan, device=distributed.device)
         parameters = run.model.named_parameters()
         gradients = ((name, gather(p.grad)) for name, p in parameters if p.grad is not None)
         bad = [name for name, gradient in gradients if not bool(gradient.isfinite().all())]
@@ -211,21 +211,21 @@ class Guard:
             "chunks": [
                 {"chunk": int(number), "nats": str(value), "tokens": tokens.tolist()}
                 for number, value, tokens in zip(
-                    numbers, devices.sum(nats).tolist(), chunks, strict=True
+                    numbers, distributed.all_reduce_sum(nats).tolist(), chunks, strict=True
                 )
             ],
         }
 
     def _nats_of_own(self, chunks: np.ndarray) -> Tensor:
         """Returns the loss of each chunk that this process looks at, and 0 of others; [chunks]."""
-        run, devices = self._run, self._devices
-        nats = torch.zeros(len(chunks), dtype=torch.float64, device=devices.device)
+        run, distributed = self._run, self._devices
+        nats = torch.zeros(len(chunks), dtype=torch.float64, device=distributed.device)
         special_ids = run.tokenizer.special_ids
         bos_id = special_ids["bos"] if run.options.document_mask else None
-        for index in range(devices.rank, len(chunks), devices.world_size):
-            ids = torch.from_numpy(chunks[index : index + 1]).long().to(devices.device)
+        for index in range(distributed.rank, len(chunks), distributed.world_size):
+            ids = torch.from_numpy(chunks[index : index + 1]).long().to(distributed.device)
             targets = next_token_targets(ids, special_ids["bos"], special_ids["pad"])
-            with torch.no_grad(), devices.autocast():
+            with torch.no_grad(), distributed.autocast():
                 nats[index] = run.model(ids, targets, bos_id)[1].double()
         return nats
 
@@ -233,14 +233,14 @@ class Guard:
         now = time.monotonic()
         if self._signal is None:
             self._signal, self._signal_time = signal.Signals(number), now
-            if self._devices.is_first:  # not by the console, which may be in the middle of a line
+            if self._devices.is_main:  # not by the console, which may be in the middle of a line
                 message = f"\n{self._signal.name}: stopping after this update with a checkpoint; "
                 _say(f"{message}a second signal stops at once\n")
         elif now - self._signal_time > _SAME_REQUEST_SECONDS:
             os._exit(128 + number)
 
 
-def save(run: Run, devices: Devices, console: Console, *, is_last: bool) -> None:
+def save(run: Run, distributed: Distributed, console: Console, *, is_last: bool) -> None:
     """Commits a checkpoint and removes old ones, if this update has none yet.
 
     All processes call it. With `--on-save-failure continue` a refusal is a warning if a run has a
@@ -260,13 +260,13 @@ def save(run: Run, devices: Devices, console: Console, *, is_last: bool) -> None
     folder = run.directory / CHECKPOINTS
     special_ids = run.tokenizer.special_ids
     try:
-        with devices.together():
+        with distributed.raise_on_all_ranks():
             if run.metrics is not None:
                 run.metrics.sync()
-        save_checkpoint(folder, run.model, run.optimizers, special_ids, run.state(), devices)
+        save_checkpoint(folder, run.model, run.optimizers, special_ids, run.state(), distributed)
         run.saved_step = run.step
-        with devices.together():
-            if devices.is_first:
+        with distributed.raise_on_all_ranks():
+            if distributed.is_main:
                 prune_checkpoints(folder, run.options.save_total_limit)
     except UserError as error:
         if run.saved_step != run.step:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from kiem.files import write_json, write_text
+from kiem.core.files import write_json, write_text
+from kiem.core.yaml_options import to_dict, to_yaml
 from kiem.report.record import CONFIG_FILE, FACTS_FILE, METRICS_FILE, read_metrics
 from kiem.training.accessories import attempt, try_before
 from kiem.training.background import BackgroundTracker
 from kiem.training.metrics import Metrics, keep_metrics_until
 from kiem.training.trackers import Tracker, open_tracker, tracker_names
-from kiem.yaml_options import to_dict, to_yaml
 
 if TYPE_CHECKING:
     from kiem.training.run import Run

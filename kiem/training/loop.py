@@ -11,25 +11,25 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from kiem.compute.memory import peak_memory_bytes
 from kiem.config import TrainingOptions
-from kiem.errors import UserError
-from kiem.memory import peak_memory_bytes
+from kiem.core.errors import UserError
 from kiem.model.loss import IGNORE, next_token_targets
+from kiem.optim.batch import Order, micro_batches
+from kiem.optim.optimizer import learning_rate_share
+from kiem.parallel.distributed import Distributed, init_distributed
+from kiem.planning.fit import is_out_of_memory, out_of_memory
+from kiem.planning.flops import flops_per_token
 from kiem.training.accessories import attempt
-from kiem.training.batches import Order, micro_batches
-from kiem.training.devices import Devices, open_devices
 from kiem.training.display import Display, show_plan, show_results
-from kiem.training.doctor import warnings_after_update, warnings_before
 from kiem.training.energy import EnergyMeter
-from kiem.training.evaluate import evaluate, measure_minimal_pairs, sample_texts
 from kiem.training.finish import close_trackers, final_model, point_latest_link, write_final_model
-from kiem.training.fit import is_out_of_memory, out_of_memory
 from kiem.training.guard import Guard, save
-from kiem.training.optimizer import learning_rate_share
-from kiem.training.planning import print_plan
-from kiem.training.probe import flops_per_token
+from kiem.training.print_plan import print_plan
 from kiem.training.reporter import Reporter
 from kiem.training.run import Run, prepare_run
+from kiem.training.sanity_checks import warnings_after_update, warnings_before
+from kiem.training.validation import evaluate, measure_minimal_pairs, sample_texts
 
 _DISPLAY = "the display"
 _ENERGY = "the energy counter"
@@ -45,23 +45,25 @@ def train(options: TrainingOptions, console: Console) -> None:
     Raises:
         UserError: anything about options, data, model, disk or memory that a person can mend.
     """
-    with open_devices(options.precision) as devices, ExitStack() as held:
+    with init_distributed(options.precision) as distributed, ExitStack() as held:
         if options.plan:
-            return print_plan(options, devices, console)
-        run = prepare_run(options, devices, console, held)
+            return print_plan(options, distributed, console)
+        run = prepare_run(options, distributed, console, held)
         reporter = Reporter(run.directory)
-        attempt(run, console, "the display of the plan", partial(show_plan, run, devices, console))
+        attempt(
+            run, console, "the display of the plan", partial(show_plan, run, distributed, console)
+        )
         if run.resumed_from is None:
             _warn(run, console, partial(warnings_before, run))
         summary: dict[str, Any] | None = None
         try:
-            train_to_the_end(run, devices, console, reporter)
-            with run.whole_model(devices):
-                figures = evaluate(run, devices, console, max_chunks=None)
-                figures |= measure_minimal_pairs(run, devices, console)
-                figures |= sample_texts(run, devices, console, "the sample of text at the end")
-                figures["memory_bytes"] = peak_memory_bytes(devices.device)
-                with devices.together():
+            train_to_the_end(run, distributed, console, reporter)
+            with run.whole_model(distributed):
+                figures = evaluate(run, distributed, console, max_chunks=None)
+                figures |= measure_minimal_pairs(run, distributed, console)
+                figures |= sample_texts(run, distributed, console, "the sample of text at the end")
+                figures["memory_bytes"] = peak_memory_bytes(distributed.device)
+                with distributed.raise_on_all_ranks():
                     if run.metrics is not None:
                         _write(run, console, figures)
                         summary = write_final_model(run, console, figures)
@@ -74,30 +76,32 @@ def train(options: TrainingOptions, console: Console) -> None:
             _write(run, console, {"warning": f"stopped: {error.what}"})
             raise
         finally:  # a run that was stopped has something to tell as well
-            if devices.is_first:
+            if distributed.is_main:
                 if summary is not None:
                     attempt(
                         run, console, "the link to the newest run", partial(point_latest_link, run)
                     )
                 attempt(run, console, "the report at the end", reporter.write)
                 close_trackers(run, console, summary)
-        if devices.is_first:
+        if distributed.is_main:
             results = partial(show_results, run, figures, final_model(run), console)
             attempt(run, console, "the display of the results", results)
-        devices.wait_for_all()
+        distributed.barrier()
 
 
-def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Reporter) -> None:
+def train_to_the_end(
+    run: Run, distributed: Distributed, console: Console, reporter: Reporter
+) -> None:
     """Does the updates that are left; the trained weights are then in `run.model`."""
     options, recipe, special_ids = run.options, run.recipe, run.tokenizer.special_ids
     sharing = run.sharing
     order = Order(run.train.num_chunks, options.seed)
     attention_bos_id = special_ids["bos"] if options.document_mask else None
     energy = None
-    if devices.is_first:
-        energy = attempt(run, console, _ENERGY, partial(EnergyMeter, devices.device))
+    if distributed.is_main:
+        energy = attempt(run, console, _ENERGY, partial(EnergyMeter, distributed.device))
     flop = flops_per_token(run.model.config, run.train.chunk_size)
-    guard = Guard(run, devices, console)
+    guard = Guard(run, distributed, console)
     display = Display(run, console)
     with ExitStack() as shown, guard:
         attempt(run, console, _DISPLAY, display.start)
@@ -109,20 +113,20 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
 
             # Batch: this process's share of the update's chunks; the token count is everybody's.
             numbers = order.chunks(run.step, recipe.chunks_per_step)
-            batches = micro_batches(run.train, numbers, recipe.batch_size, devices)
+            batches = micro_batches(run.train, numbers, recipe.batch_size, distributed)
             targets = [
                 next_token_targets(ids, special_ids["bos"], special_ids["pad"]) for ids in batches
             ]
-            num_targets = devices.sum((torch.cat(targets) != IGNORE).sum())
+            num_targets = distributed.all_reduce_sum((torch.cat(targets) != IGNORE).sum())
 
             # Forward, backward. Each summed loss is divided by the token count of the whole update,
             # so the result does not depend on how the update is cut into passes and processes
             # (transformers#34191); world_size undoes the averaging over processes.
-            scale = devices.world_size / num_targets
-            nats = torch.zeros((), device=devices.device)
+            scale = distributed.world_size / num_targets
+            nats = torch.zeros((), device=distributed.device)
             for index, (ids, target) in enumerate(zip(batches, targets, strict=True)):
                 with sharing.accumulating(is_last=index == len(batches) - 1):
-                    with devices.autocast():
+                    with distributed.autocast():
                         loss, pass_nats = sharing.wrapped(
                             ids, target, attention_bos_id, options.z_loss, scale
                         )
@@ -132,7 +136,7 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
 
             # Clip, update, unless the numbers say that something is wrong.
             grad_norm = sharing.clip(options.max_grad_norm)
-            train_loss = float(devices.sum(nats) / num_targets)
+            train_loss = float(distributed.all_reduce_sum(nats) / num_targets)
             verdict = guard.judge(train_loss, grad_norm, numbers)
             if verdict == "roll back":
                 continue
@@ -150,7 +154,7 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
             num_tokens = recipe.chunks_per_step * run.train.chunk_size
             run.step += 1
             run.tokens += num_tokens
-            step_seconds = devices.first_says(time.perf_counter() - started)
+            step_seconds = distributed.first_says(time.perf_counter() - started)
             run.seconds += step_seconds
             figures: dict[str, Any] = {
                 "tokens": run.tokens,
@@ -158,8 +162,8 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
                 "learning_rate": learning_rate,
                 "grad_norm": grad_norm,
                 "tokens_per_second": num_tokens / step_seconds,
-                "mfu": num_tokens * flop / step_seconds / devices.matrix_flops,
-                "memory_bytes": peak_memory_bytes(devices.device),
+                "mfu": num_tokens * flop / step_seconds / distributed.matrix_flops,
+                "memory_bytes": peak_memory_bytes(distributed.device),
                 "seconds": run.seconds,
             }
             joules = attempt(run, console, _ENERGY, energy.read_joules) if energy else None
@@ -167,7 +171,7 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
             run.joules = run.joules + joules if joules is not None else 0.0
             if run.joules:
                 figures["joules"] = run.joules
-            with devices.together():
+            with distributed.raise_on_all_ranks():
                 if run.step % options.log_steps == 0:
                     _write(run, console, figures)
                 attempt(run, console, _DISPLAY, partial(display.show_step, figures))
@@ -178,18 +182,18 @@ def train_to_the_end(run: Run, devices: Devices, console: Console, reporter: Rep
             # Evaluate, save, and stop after a signal.
             if run.evaluation_is_due(progress_before):
                 guard.step_ends()
-                with run.whole_model(devices):
-                    figures = evaluate(run, devices, console, max_chunks=options.eval_chunks)
-                    figures |= sample_texts(run, devices, console, "the sample of text")
+                with run.whole_model(distributed):
+                    figures = evaluate(run, distributed, console, max_chunks=options.eval_chunks)
+                    figures |= sample_texts(run, distributed, console, "the sample of text")
                 run.test_loss = figures.get("test_loss")
                 _write(run, console, figures)
                 attempt(run, console, _DISPLAY, partial(display.show_evaluation, figures))
-                if devices.is_first:
+                if distributed.is_main:
                     attempt(run, console, "the report", reporter.write_if_cheap)
             stop = guard.stop_is_asked()
             guard.step_ends()
             if stop or run.save_is_due(seconds_before):
-                save(run, devices, console, is_last=stop or run.progress >= 1)
+                save(run, distributed, console, is_last=stop or run.progress >= 1)
             if stop:
                 raise guard.stopped()
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
-from kiem.cli import warn
-from kiem.errors import UserError
-from kiem.files import append_json_lines, fsync_file, write_bytes
+from kiem.core.console import warn
+from kiem.core.errors import UserError
+from kiem.core.files import append_json_lines, fsync_file, write_bytes
 from kiem.report.record import METRICS_FILE, read_metrics
 
 

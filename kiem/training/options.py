@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from kiem.config import TrainingOptions
-from kiem.data.tokenizer import Tokenizer
-from kiem.errors import ExitCode, UserError, no_effect
+from kiem.core.errors import ExitCode, UserError, no_effect
 from kiem.model.presets import Gemma3Config
+from kiem.parallel.distributed import Distributed
+from kiem.tokenizer.tokenizer import Tokenizer
 from kiem.training.accessories import try_before
-from kiem.training.devices import Devices
 from kiem.training.trackers import tracker_names
 
 # Tokens that the model adds to a `--sample-prompt`.
@@ -17,7 +17,7 @@ SAMPLE_TOKENS = 40
 
 
 def check_options(options: TrainingOptions) -> None:
-    """Checks combinations; kiem.values has checked each value.
+    """Checks combinations; kiem.core.values has checked each value.
 
     Raises:
         UserError: two options contradict each other, or one cannot have an effect.
@@ -51,13 +51,13 @@ def check_options(options: TrainingOptions) -> None:
         raise no_effect("--model", "with --init-from, which brings its own shape")
 
 
-def check_devices(options: TrainingOptions, devices: Devices) -> None:
+def check_devices(options: TrainingOptions, distributed: Distributed) -> None:
     """Checks what depends on the devices that are there, or that are planned for.
 
     Raises:
         UserError: an option cannot have an effect.
     """
-    if options.shard != "none" and devices.world_size == 1:
+    if options.shard != "none" and distributed.world_size == 1:
         raise no_effect("--shard", "with one device")
 
 

@@ -12,16 +12,17 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from kiem.cli import check_name, warn
 from kiem.config import TrainingOptions
-from kiem.errors import ExitCode, UserError
-from kiem.files import require_free_space, sha256_file
-from kiem.manifest import MANIFEST_FILE
+from kiem.core.console import warn
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.files import require_free_space, sha256_file
+from kiem.core.manifest import MANIFEST_FILE
+from kiem.core.values import check_name
 from kiem.model.config_json import read_config
-from kiem.training.agreement import check_same
+from kiem.parallel.agreement import check_same
+from kiem.parallel.distributed import Distributed
+from kiem.planning.recipe import SECONDS_BETWEEN_SAVES, Recipe
 from kiem.training.checkpoint import CHECKPOINTS, list_checkpoints, newest_valid, verify_checkpoint
-from kiem.training.devices import Devices
-from kiem.training.recipe import SECONDS_BETWEEN_SAVES, Recipe
 
 # The options with other values of which a run can go on, with another result.
 CHANGEABLE = (
@@ -48,14 +49,14 @@ def run_name(options: TrainingOptions, model_name: str) -> str:
 
 
 def choose_checkpoint(
-    options: TrainingOptions, directory: Path, devices: Devices, console: Console
+    options: TrainingOptions, directory: Path, distributed: Distributed, console: Console
 ) -> Path | None:
     """Returns the checkpoint to go on from, verified, the same in all processes.
 
     Args:
         options: all options of training.py.
         directory: the run directory.
-        devices: all processes; the first one decides.
+        distributed: all processes; the first one decides.
         console: where it is said that a damaged checkpoint is skipped.
 
     Returns:
@@ -67,22 +68,22 @@ def choose_checkpoint(
     """
     folder = directory / CHECKPOINTS
     chosen: Path | None = None
-    with devices.together():
-        if devices.is_first:
+    with distributed.raise_on_all_ranks():
+        if distributed.is_main:
             chosen = _choose(options, directory, folder, console)
     if options.resume in ("auto", "none"):
         step = int(chosen.name.removeprefix("step-")) if chosen is not None else _NONE
-        step = int(devices.first_says(step))
+        step = int(distributed.first_says(step))
         chosen = folder / f"step-{step}" if step != _NONE else None
     else:
         chosen = Path(options.resume)
     if chosen is not None:
-        _check_seen_by_all(chosen, devices)
+        _check_seen_by_all(chosen, distributed)
     return chosen
 
 
-def _check_seen_by_all(checkpoint: Path, devices: Devices) -> None:
-    with devices.together():
+def _check_seen_by_all(checkpoint: Path, distributed: Distributed) -> None:
+    with distributed.raise_on_all_ranks():
         manifest = checkpoint / MANIFEST_FILE
         if not manifest.is_file():
             raise UserError(
@@ -93,7 +94,7 @@ def _check_seen_by_all(checkpoint: Path, devices: Devices) -> None:
             )
         sha256 = sha256_file(manifest)
     fix = "Give all machines the same checkpoint."
-    check_same({f"sha256 of {checkpoint.name}/{MANIFEST_FILE}": sha256}, fix, devices)
+    check_same({f"sha256 of {checkpoint.name}/{MANIFEST_FILE}": sha256}, fix, distributed)
 
 
 def _choose(

@@ -12,8 +12,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from kiem.cli import warn
+from kiem.compute.memory import give_back_free_memory, held_to_the_end, keep_freed_memory
+from kiem.compute.speed import prefers_bf16
 from kiem.config import TrainingOptions
+from kiem.core.console import warn
+from kiem.core.files import sha256_file
+from kiem.core.leftovers import remove_leftovers
+from kiem.core.locking import locked_folder
+from kiem.core.randomness import derive_seed
 from kiem.data.chunks import (
     MANIFEST_FILE,
     Chunks,
@@ -22,36 +28,31 @@ from kiem.data.chunks import (
     read_manifest,
     read_tokenizer,
 )
-from kiem.data.tokenizer import Tokenizer
-from kiem.data.verify import verify_shards
-from kiem.files import sha256_file
-from kiem.leftovers import remove_leftovers
-from kiem.locking import locked_folder
-from kiem.memory import give_back_free_memory, held_to_the_end, keep_freed_memory
+from kiem.data.prepare.verify import verify_shards
 from kiem.model.gemma3 import Gemma3
 from kiem.model.presets import name_of
-from kiem.randomness import derive_seed
-from kiem.speed import prefers_bf16
-from kiem.training.accessories import error_of
-from kiem.training.agreement import (
+from kiem.optim.optimizer import make_optimizers
+from kiem.parallel.agreement import (
     check_same,
     check_same_command,
     check_same_weights,
     check_writable,
 )
+from kiem.parallel.distributed import Distributed
+from kiem.parallel.parallel_model import ParallelModel, share_parameters, whole_model
+from kiem.planning.compiling import compile_if_worthwhile
+from kiem.planning.fit import fit_recipe
+from kiem.planning.recipe import SECONDS_BETWEEN_SAVES, Recipe, defaults_for, resolve_recipe
+from kiem.tokenizer.tokenizer import Tokenizer
+from kiem.training.accessories import error_of
 from kiem.training.background import BackgroundTracker
+from kiem.training.build_model import make_model
 from kiem.training.checkpoint import CHECKPOINTS, load_checkpoint, read_state, set_aside_after
-from kiem.training.compiling import compile_if_worthwhile
-from kiem.training.devices import Devices
-from kiem.training.facts import facts_of
-from kiem.training.first_weights import make_model
-from kiem.training.fit import fit_recipe
 from kiem.training.log import open_log
+from kiem.training.metadata import run_metadata
 from kiem.training.metrics import Metrics
-from kiem.training.optimizer import make_optimizers
 from kiem.training.options import check_devices, check_options, check_sample_prompts
-from kiem.training.planning import hardware_here, largest_batch, setting_of
-from kiem.training.recipe import SECONDS_BETWEEN_SAVES, Recipe, settle, usual_for
+from kiem.training.print_plan import hardware_here, largest_batch, setting_of
 from kiem.training.resume import (
     CHANGEABLE,
     check_same_run,
@@ -59,7 +60,6 @@ from kiem.training.resume import (
     choose_checkpoint,
     run_name,
 )
-from kiem.training.sharding import Sharing, share_parameters, whole_model
 
 _EVALUATIONS_PER_RUN = 5
 # What a checkpoint remembers of a run.
@@ -106,7 +106,7 @@ class Run:
     model: Gemma3
     model_name: str
     optimizers: list[torch.optim.Optimizer]
-    sharing: Sharing
+    sharing: ParallelModel
     fingerprint: dict[str, Any]
     changeable: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
@@ -164,17 +164,17 @@ class Run:
             "changeable": self.changeable,
         }
 
-    def go_on_from(self, checkpoint: Path, devices: Devices) -> None:
+    def go_on_from(self, checkpoint: Path, distributed: Distributed) -> None:
         """Puts everything in the state in which a verified checkpoint was saved."""
-        load_checkpoint(checkpoint, self.model, self.optimizers, devices)
+        load_checkpoint(checkpoint, self.model, self.optimizers, distributed)
         for name, value in read_state(checkpoint)["run"].items():
             setattr(self, name, value)
         self.saved_step = self.step
 
     @contextmanager
-    def whole_model(self, devices: Devices) -> Iterator[None]:
+    def whole_model(self, distributed: Distributed) -> Iterator[None]:
         """Makes `model` one that each process can call by itself; all processes come here."""
-        shared, self.model = self.model, whole_model(self.model, devices.device)
+        shared, self.model = self.model, whole_model(self.model, distributed.device)
         try:
             yield
         finally:
@@ -193,77 +193,81 @@ class Run:
 
 
 def prepare_run(
-    options: TrainingOptions, devices: Devices, console: Console, held: ExitStack
+    options: TrainingOptions, distributed: Distributed, console: Console, held: ExitStack
 ) -> Run:
     """Opens the data, makes or loads the model, and resumes where a run of that name stopped.
 
     Args:
         options: all options of training.py.
-        devices: all processes.
+        distributed: all processes.
         console: where warnings go.
         held: as long as it is open the run directory is this program's, and the model is shared.
 
     Raises:
         UserError: anything about options, data, model or disk that a person can mend.
     """
-    check_same_command(options, devices)
-    with devices.together():
+    check_same_command(options, distributed)
+    with distributed.raise_on_all_ranks():
         check_options(options)
-        check_devices(options, devices)
-        if devices.is_first and devices.precision == "bf16" and not prefers_bf16(devices.device):
+        check_devices(options, distributed)
+        if (
+            distributed.is_main
+            and distributed.precision == "bf16"
+            and not prefers_bf16(distributed.device)
+        ):
             warn(console, "bf16 gains little or nothing on this processor; try --precision fp32")
         manifest = read_manifest(options.dataset_path)
         tokenizer = read_tokenizer(options.dataset_path, manifest)
         data = manifest.get("sha256", sha256_file(options.dataset_path / MANIFEST_FILE))
     fix = "Give all machines the same chunk directory."
-    check_same({"sha256 of the chunk directory's manifest": data}, fix, devices)
-    with devices.together():
-        if devices.is_first_here:
+    check_same({"sha256 of the chunk directory's manifest": data}, fix, distributed)
+    with distributed.raise_on_all_ranks():
+        if distributed.is_local_main:
             verify_shards(options.dataset_path, manifest)
         train, test = (open_split(options.dataset_path, manifest, s) for s in ("train", "test"))
         test_sources = open_test_sources(options.dataset_path, manifest)
-        model = make_model(options, tokenizer, devices.world_size)
+        model = make_model(options, tokenizer, distributed.world_size)
         check_sample_prompts(options, tokenizer, model.config)
-    check_same_weights(model, devices)
+    check_same_weights(model, distributed)
     if options.shard != "parameters":  # which puts only its shares on the device
-        model.to(devices.device)
+        model.to(distributed.device)
     model_name = name_of(model.config)
-    with devices.together():
-        name = run_name(options, model_name) if devices.is_first else ""
-    directory = options.output_dir / devices.first_tells(name)
-    usual = usual_for(model.config, devices.device.type == "cuda")
-    hardware = hardware_here(devices)
-    setting = setting_of(model.config, options, devices, train.chunk_size)
-    recipe = settle(
+    with distributed.raise_on_all_ranks():
+        name = run_name(options, model_name) if distributed.is_main else ""
+    directory = options.output_dir / distributed.first_tells(name)
+    usual = defaults_for(model.config, distributed.device.type == "cuda")
+    hardware = hardware_here(distributed)
+    setting = setting_of(model.config, options, distributed, train.chunk_size)
+    recipe = resolve_recipe(
         options,
         usual,
         train.num_chunks,
         train.chunk_size,
-        devices.world_size,
-        lambda wanted: int(devices.first_says(largest_batch(setting, hardware, wanted))),
+        distributed.world_size,
+        lambda wanted: int(distributed.first_says(largest_batch(setting, hardware, wanted))),
     )
-    with devices.together():
-        if devices.is_first:
+    with distributed.raise_on_all_ranks():
+        if distributed.is_main:
             held.enter_context(locked_folder(directory))
             remove_leftovers(directory)
             remove_leftovers(directory / CHECKPOINTS)
     if options.save_steps != 0:  # else only the first process writes
-        check_writable(directory / CHECKPOINTS, devices)
-    checkpoint = choose_checkpoint(options, directory, devices, console)
-    with devices.together():
+        check_writable(directory / CHECKPOINTS, distributed)
+    checkpoint = choose_checkpoint(options, directory, distributed, console)
+    with distributed.raise_on_all_ranks():
         check_space(options, recipe, directory, model.config.num_parameters())
     keep_freed_memory()
     if options.shard == "parameters":
-        share_parameters(model, devices)
-    recipe = fit_recipe(model, options, recipe, train.chunk_size, devices, console)
-    compiled = compile_if_worthwhile(model, options, recipe, train.chunk_size, devices, console)
+        share_parameters(model, distributed)
+    recipe = fit_recipe(model, options, recipe, train.chunk_size, distributed, console)
+    compiled = compile_if_worthwhile(model, options, recipe, train.chunk_size, distributed, console)
     give_back_free_memory()
     with held_to_the_end():  # gradients and moments
-        sharing = Sharing(model, devices, options.shard)
+        sharing = ParallelModel(model, distributed, options.shard)
         held.callback(sharing.close)
         decay = options.weight_decay
         optimizers = make_optimizers(
-            model, options.optimizer, decay, sharing.owned, devices.matrix_dtype
+            model, options.optimizer, decay, sharing.owned, distributed.matrix_dtype
         )
     run = Run(
         options=options,
@@ -289,23 +293,23 @@ def prepare_run(
         },
         changeable={
             **{name: getattr(options, name) for name in CHANGEABLE},
-            "precision": devices.precision,
-            "devices": devices.world_size,
+            "precision": distributed.precision,
+            "devices": distributed.world_size,
             "compiled": compiled,
         },
         resumed_from=checkpoint,
         compiled=compiled,
     )
     # What was drawn so far depends on how fast the machine is; from here on nothing does.
-    torch.manual_seed(derive_seed(options.seed, "training", devices.rank))
+    torch.manual_seed(derive_seed(options.seed, "training", distributed.rank))
     if checkpoint is not None:
-        with devices.together():
+        with distributed.raise_on_all_ranks():
             state = read_state(checkpoint)
             check_same_run(checkpoint, state, run.fingerprint, run.changeable, console)
-        run.go_on_from(checkpoint, devices)
-    run.facts = facts_of(run, devices)
-    with devices.together():
-        if devices.is_first:
+        run.go_on_from(checkpoint, distributed)
+    run.facts = run_metadata(run, distributed)
+    with distributed.raise_on_all_ranks():
+        if distributed.is_main:
             open_log(run, console)
             set_aside_after(directory / CHECKPOINTS, run.step)
     return run

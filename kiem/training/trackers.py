@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from kiem.config import TrainingOptions
-from kiem.errors import ExitCode, UserError, not_installed
+from kiem.core.errors import ExitCode, UserError, not_installed
 
 DEFAULT_PROJECT = "kiem"
 _SAMPLE_COLUMNS = ["step", "prompt", "text"]

@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kiem.data.tokenizer import BYTE_TOKENS, Tokenizer
 from kiem.inference.engine import Score
 from kiem.inference.server.completions import Plan
 from kiem.inference.streaming import Piece
 from kiem.inference.text import TextStream
+from kiem.tokenizer.tokenizer import BYTE_TOKENS, Tokenizer
 
 
 class Answer:

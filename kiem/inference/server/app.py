@@ -21,7 +21,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kiem.data.tokenizer import Tokenizer
 from kiem.inference.server.answer import Answer
 from kiem.inference.server.completions import Limits, Plan, plan, read_body
 from kiem.inference.server.errors import ApiError, shown
@@ -29,6 +28,7 @@ from kiem.inference.server.guard import Guard
 from kiem.inference.server.metrics import Metrics, Timer
 from kiem.inference.server.worker import BusyError, FailedError, Job, StoppedError, Worker
 from kiem.inference.streaming import Piece
+from kiem.tokenizer.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
 _MOST_BODY_BYTES = 1 << 20

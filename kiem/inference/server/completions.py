@@ -15,11 +15,11 @@ from typing import Annotated, Any
 
 import msgspec
 
-from kiem.data.tokenizer import Tokenizer
 from kiem.inference.engine import Request
 from kiem.inference.sampling import Sampling, generator_seed, out_of_range
 from kiem.inference.server.errors import ApiError, shown
 from kiem.inference.server.foreign import without_foreign
+from kiem.tokenizer.tokenizer import Tokenizer
 
 _MOST_STOPS = 16
 _MOST_STOP_CHARACTERS = 256

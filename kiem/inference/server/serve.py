@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from kiem.config import InferenceOptions
-from kiem.errors import ExitCode, UserError, not_installed
+from kiem.core.errors import ExitCode, UserError, not_installed
 from kiem.inference.loading import LoadedModel
 from kiem.inference.sampling import Sampling
 from kiem.inference.streaming import Writer

@@ -1,0 +1,226 @@
+"""Where text comes from: the files of the Hub dataset, local files or the built-in sample."""
+
+from __future__ import annotations
+
+import reprlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kiem.config import DATASET_SIZES, HUB_DATASET
+from kiem.core.console import warn
+from kiem.core.errors import ExitCode, UserError, no_effect
+from kiem.core.files import sha256_file
+from kiem.data.read.find_files import FoundFiles, find_files, show_counts
+from kiem.data.read.formats import Format, format_of, look_inside
+from kiem.data.read.rows import reading_errors
+from kiem.data.read.standard_input import STANDARD_INPUT
+from kiem.data.read.text_files import BLANK_LINES, EVERY_LINE
+from kiem.hub import download_dataset_files
+
+DEFAULT_HUB_SIZE = "10k"
+_WORD_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A resolved source: files in the order they are read, and what identifies them.
+
+    Attributes:
+        name: short name, used for the chunk directory.
+        paths: the files.
+        names: what each file is called in messages and in the manifest.
+        formats: how each file is read.
+        description: what the manifest records: kind, revision or the sha256 of every file.
+        stamps: size and time of each file, by which a later change is noticed.
+        document_separator: what cuts text files into documents; None: each is one.
+        not_read: how many files in folders are not read, by suffix.
+    """
+
+    name: str
+    paths: list[Path]
+    names: list[str]
+    formats: list[Format]
+    description: dict[str, Any]
+    stamps: list[tuple[int, int]]
+    document_separator: str | None = None
+    not_read: Counter[str] = field(default_factory=Counter)
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Returns what changes when a file is written to: its size and the time of its last change."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def resolve_source(
+    source: tuple[str, ...],
+    dataset_size: str | None,
+    *,
+    revision: str | None = None,
+    console: Console | None = None,
+    option: str = "--source",
+    document_separator: str | None = None,
+) -> Source:
+    """Finds (and for the Hub, downloads) the files that an option names.
+
+    Args:
+        source: ("hub",), ("sample",), or files, folders and globs.
+        dataset_size: the Hub dataset's config; not looked at for other sources.
+        revision: the Hub dataset's commit, by default the newest.
+        console: where the progress of a download is shown, and what is not read.
+        option: the option's name, for messages.
+        document_separator: what cuts text files into documents; None: each is one.
+
+    Raises:
+        UserError: unknown size, no such file, a file that cannot be read, or trouble with the Hub.
+    """
+    if document_separator is not None:
+        _check_separator(document_separator)
+    if source == ("hub",) and document_separator is not None:
+        raise no_effect("--document-separator", "on the Hub dataset, whose documents are rows")
+    if source == ("hub",):
+        return _resolve_hub(dataset_size or DEFAULT_HUB_SIZE, revision, console)
+    if source == ("sample",):
+        path = Path(str(resources.files("kiem.data.read") / "sample" / "dutch.jsonl"))
+        files = FoundFiles([path], ["sample"])
+        return _files_source("sample", "sample", files, document_separator)
+    if "hub" in source or "sample" in source:
+        raise UserError(
+            "'hub' and 'sample' stand alone",
+            where=option,
+            fix="Give either one of them, or files.",
+            exit_code=ExitCode.BAD_OPTION,
+        )
+    return local_source(source, option, console, document_separator)
+
+
+def _check_separator(separator: str) -> None:
+    if not separator.strip() or len(separator.splitlines()) > 1:
+        raise UserError(
+            f"{separator!r} is not the text of one line",
+            where="--document-separator",
+            fix=f"Give such a text, or {BLANK_LINES} or {EVERY_LINE}.",
+            exit_code=ExitCode.BAD_OPTION,
+        )
+
+
+def local_source(
+    patterns: Sequence[str],
+    option: str,
+    console: Console | None = None,
+    document_separator: str | None = None,
+) -> Source:
+    """Returns the source that files, folders, globs and standard input ("-") are.
+
+    Args:
+        patterns: one or more of these.
+        option: the option's name, for messages.
+        console: where it is said what is not read.
+        document_separator: what cuts text files into documents; None: each is one.
+
+    Raises:
+        UserError: there is no such file, or one cannot be read.
+    """
+    found = find_files(patterns, option)
+    if found.not_read and console is not None:
+        warn(console, f"{option}: not read: {show_counts(found.not_read)}")
+    first = Path(patterns[0])
+    if patterns[0] == STANDARD_INPUT:
+        name = "stdin"
+    else:
+        name = first.resolve().name if first.is_dir() else found.paths[0].name.split(".")[0]
+    return _files_source(name, "files", found, document_separator)
+
+
+def _files_source(name: str, kind: str, files: FoundFiles, separator: str | None) -> Source:
+    """Returns files of this machine as a source; raises a UserError if one cannot be read."""
+    hashes, stamps, formats = {}, [], []
+    for path, file_name in zip(files.paths, files.names, strict=True):
+        with reading_errors(file_name):
+            stamps.append(file_stamp(path))  # before the hash, so that no change goes unseen
+            hashes[file_name] = sha256_file(path)
+            named = format_of(path.name)
+            formats.append(look_inside(path, file_name, named, is_cut=separator is not None))
+    return Source(
+        name,
+        files.paths,
+        files.names,
+        formats,
+        {"kind": kind, "sha256": hashes},
+        stamps,
+        separator,
+        files.not_read,
+    )
+
+
+def word_limit(dataset_size: str | None) -> int | None:
+    """Returns the number of white-space words that `--dataset-size` stands for: 10k is 10 000."""
+    if dataset_size is None:
+        return None
+    factor = {"k": 10**3, "M": 10**6, "B": 10**9}.get(dataset_size[-1:], 1)
+    digits = dataset_size if factor == 1 else dataset_size[:-1]
+    # int() refuses thousands of digits.
+    if not (digits.isascii() and digits.isdecimal()) or len(digits) > 18 or int(digits) == 0:
+        raise UserError(
+            f"{reprlib.repr(dataset_size)} is not a number of words",
+            where="--dataset-size",
+            fix="Give a number such as 50000, 10k, 1M or 1B.",
+            exit_code=ExitCode.UNKNOWN_SIZE,
+        )
+    return int(digits) * factor
+
+
+def take_words(texts: Iterable[str], limit: int | None) -> Iterator[str]:
+    """Yields texts for as long as they together stay within `limit` white-space words."""
+    num_words = 0
+    for text in texts:
+        if limit is not None:
+            num_words += count_words(text)
+            if num_words > limit:
+                return
+        yield text
+
+
+def count_words(text: str) -> int:
+    """Returns the number of white-space words, `len(text.split())`, in little memory."""
+    blocks = [text[n : n + _WORD_BLOCK] for n in range(0, len(text), _WORD_BLOCK)]
+    cut = sum(not a[-1].isspace() and not b[0].isspace() for a, b in pairwise(blocks))
+    return sum(len(block.split()) for block in blocks) - cut
+
+
+def check_hub_size(dataset_size: str) -> None:
+    """Checks that the Hub dataset has a config of this name.
+
+    Raises:
+        UserError: it has not; lists those it has.
+    """
+    if dataset_size not in DATASET_SIZES:
+        raise UserError(
+            f"{HUB_DATASET} has no size {dataset_size!r}",
+            where="--dataset-size",
+            fix=f"Choose one of: {', '.join(DATASET_SIZES)}.",
+            exit_code=ExitCode.UNKNOWN_SIZE,
+        )
+
+
+def _resolve_hub(dataset_size: str, revision: str | None, console: Console | None) -> Source:
+    check_hub_size(dataset_size)
+    # Always the train split: a config's own test split can be in a larger config's train split.
+    files = download_dataset_files(HUB_DATASET, dataset_size, "train", revision, console)
+    description = {
+        "kind": "hub",
+        "dataset": HUB_DATASET,
+        "config": dataset_size,
+        "revision": files.revision,
+        "files": files.names,
+    }
+    stamps = [file_stamp(path) for path in files.paths]
+    formats = [Format("parquet")] * len(files.paths)
+    return Source(dataset_size, files.paths, files.names, formats, description, stamps)

@@ -1,0 +1,94 @@
+"""The optimizer and its schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from kiem.optim.muon import Muon
+
+BETAS = (0.9, 0.95)
+_COSINE_FLOOR = 0.1
+_WSD_DECAY_SHARE = 0.2
+
+
+def make_optimizers(
+    model: nn.Module,
+    kind: Literal["adamw", "muon"],
+    weight_decay: float,
+    owned: Container[str] | None = None,
+    matrix_dtype: torch.dtype = torch.float32,
+) -> list[torch.optim.Optimizer]:
+    """Returns what updates the parameters; the loop sets the learning rate.
+
+    adamw: AdamW (arXiv:1711.05101) for all, which decays the hidden matrices, but not embeddings
+    and norms. muon: Muon (https://kellerjordan.github.io/posts/muon) for the hidden matrices, AdamW
+    for the rest. Muon's updates are scaled to the size of AdamW's (arXiv:2502.16982, section 2.2),
+    so both take the same learning rate.
+
+    Args:
+        model: what is trained.
+        kind: which optimizer.
+        weight_decay: of the hidden matrices.
+        owned: names of the parameters that they update; None: all. Those without are left out.
+        matrix_dtype: precision of Muon's products.
+    """
+    hidden: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if owned is not None and name not in owned:
+            continue
+        (hidden if is_hidden_matrix(name, parameter) else others).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": others, "weight_decay": 0.0}] if others else []
+    if kind == "adamw":
+        if hidden:
+            groups.insert(0, {"params": hidden, "weight_decay": weight_decay})
+        return [_adamw(groups)] if groups else []
+    found: list[torch.optim.Optimizer] = []
+    if hidden:
+        found.append(Muon(hidden, weight_decay=weight_decay, dtype=matrix_dtype))
+    if groups:
+        found.append(_adamw(groups))
+    return found
+
+
+def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Returns AdamW that has at once the moments, all zero, that its first step would give it."""
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            state.update({name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")})
+            state["step"] = torch.zeros((), device=parameter.device)
+    return optimizer
+
+
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Says whether a parameter is a matrix within a layer: one that decays, and that Muon takes."""
+    return parameter.ndim == 2 and "embed" not in name
+
+
+def learning_rate_share(
+    progress: float, warmup: float, schedule: Literal["linear", "cosine", "wsd"]
+) -> float:
+    """Returns the learning rate as a share of the highest.
+
+    Args:
+        progress: share of the training that will be done after this update, in (0, 1].
+        warmup: share of the training in which the rate rises.
+        schedule: how it falls after that: linearly to 0, along a cosine to a tenth, or not at all
+            until the last fifth of the training, in which it falls linearly to 0
+            (warm-up, stable, decay: arXiv:2404.06395, section 4).
+    """
+    if progress < warmup:
+        return progress / warmup
+    fallen = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    if schedule == "wsd":
+        return min(1.0, (1 - progress) / _WSD_DECAY_SHARE)
+    if schedule == "cosine":
+        return _COSINE_FLOOR + (1 - _COSINE_FLOOR) * (1 + math.cos(math.pi * fallen)) / 2
+    return 1 - fallen

@@ -1,0 +1,121 @@
+"""This process's place among those that torchrun or accelerate launch started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+from kiem.core.errors import ExitCode, UserError
+
+_HIGHEST_PORT = 65535
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of all processes this is.
+
+    Attributes:
+        rank: number of this process, from 0.
+        local_rank: number of this process on its machine, from 0.
+        world_size: processes.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def read_place() -> Place:
+    """Returns what the launcher has written into the environment; without one, the only place.
+
+    Raises:
+        UserError: the variables make no sense, as those that another program has left.
+    """
+    world_size = _number("WORLD_SIZE", 1)
+    if world_size == 0:
+        raise _wrong("WORLD_SIZE", "is 0")
+    rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
+        if value >= world_size:
+            processes = "process" if world_size == 1 else "processes"
+            raise _wrong(name, f"is {value}, but WORLD_SIZE has {world_size} {processes}")
+    if world_size > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise _wrong(name, f"is not set, but WORLD_SIZE is {world_size}")
+        if _number("MASTER_PORT", 0) > _HIGHEST_PORT:
+            raise _wrong("MASTER_PORT", "is no port")
+    return Place(rank, local_rank, world_size)
+
+
+def speaks() -> bool:
+    """Says whether this process tells people what it does: the first one of a machine."""
+    try:
+        return read_place().local_rank == 0
+    except UserError:
+        return True
+
+
+def leave(exit_code: int) -> NoReturn:
+    """Ends this process; at once, without Python's finalization, if a launcher started several.
+
+    Modules of torch that are imported after processes have met keep their group alive, and with it
+    gloo's threads. One that gives back a tensor while Python finalizes aborts the process, and a
+    launcher takes a finished run for a failed one.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(exit_code)
+    with contextlib.suppress(OSError):  # nobody reads any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(exit_code)
+
+
+@contextlib.contextmanager
+def lost_processes(rank: int) -> Iterator[None]:
+    """Turns what torch says of processes that are waited for in vain into a message.
+
+    Args:
+        rank: of this process.
+
+    Raises:
+        UserError: another process has died or stands still, or they could not meet.
+    """
+    from torch.distributed import DistError, DistNetworkError  # slow to import
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, DistError) or "gloo/transport" in str(error)):
+            raise
+        reason = str(error).splitlines()[0]
+        what = f"another process has died or stands still ({reason})"
+        fix = "Look at its message, and start again: what was finished is taken up."
+        if isinstance(error, DistNetworkError) and "listen" in reason:
+            what = f"the processes cannot meet at MASTER_PORT ({reason})"
+            fix = "Give the launcher another port: --master-port of torchrun, --main_process_port "
+            fix += "of accelerate launch."
+        raise UserError(
+            what, where=f"process {rank}", fix=fix, exit_code=ExitCode.PROCESS_LOST
+        ) from error
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdecimal()) or len(text) > len(str(2**31)):
+        raise _wrong(name, f"is {text!r}, not a number")
+    return int(text)
+
+
+def _wrong(name: str, what: str) -> UserError:
+    return UserError(
+        what,
+        where=f"environment variable {name}",
+        fix="Start several processes with torchrun or accelerate launch, which set it; else remove "
+        "RANK, LOCAL_RANK and WORLD_SIZE from the environment.",
+        exit_code=ExitCode.BAD_OPTION,
+    )
