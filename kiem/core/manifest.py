@@ -1,4 +1,4 @@
-"""manifest.json of a folder: size and SHA-256 of its files, to be checked before they are used."""
+"""The manifest.json of a folder: SHA-256 of its files and of itself, checked before use."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
-from kiem.core.errors import ExitCode, UserError
+from kiem.core.errors import UserError, damaged
 from kiem.core.files import sha256_file, to_json, write_json
 from kiem.core.json_input import parse_json
 
 MANIFEST_FILE = "manifest.json"
+# A file inside the folder, or in a folder directly inside it.
+FileName = Annotated[str, msgspec.Meta(pattern=r"^(\w+/)?\w[\w.-]*$")]
 
 
 class _Entry(msgspec.Struct):
@@ -23,7 +25,7 @@ class _Entry(msgspec.Struct):
 
 
 class _Manifest(msgspec.Struct):
-    files: dict[str, _Entry]
+    files: dict[FileName, _Entry]
     sha256: str
 
 
@@ -46,44 +48,75 @@ def write_manifest(
         for path in sorted(folder.iterdir())
         if path.name not in (*without, MANIFEST_FILE)
     }
-    write_json(folder / MANIFEST_FILE, {"files": files, "sha256": _sha256_of(files)})
+    write_content(folder, {"files": files})
+
+
+def write_content(folder: Path, content: dict[str, Any]) -> None:
+    """Writes a manifest with any content and the SHA-256 of that content."""
+    write_json(folder / MANIFEST_FILE, {**content, "sha256": _sha256_of(content)})
+
+
+def read_content(folder: Path) -> tuple[Any, bool]:
+    """Returns the JSON of a manifest, and whether it is byte for byte as it was written.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON.
+    """
+    written = (folder / MANIFEST_FILE).read_bytes()
+    content = parse_json(written)
+    if not isinstance(content, dict) or to_json(content).encode() != written:
+        return content, False
+    said = content.get("sha256")
+    unsealed = {name: value for name, value in content.items() if name != "sha256"}
+    # Version 0.1 hashed only the files of a model or checkpoint, with other separators.
+    old = hashlib.sha256(json.dumps(content.get("files")).encode()).hexdigest()
+    return content, said == _sha256_of(unsealed) or (said == old and len(unsealed) == 1)
 
 
 def verify_manifest(folder: Path, fix: str) -> None:
     """Checks the files of a folder against its manifest, and the manifest against itself.
 
     Args:
-        folder: a folder with a manifest.
+        folder: a folder with a manifest of `write_manifest`.
         fix: what to do about damage.
 
     Raises:
         UserError: a file is missing or damaged; names it.
     """
-
-    def damaged(name: str, what: str) -> UserError:
-        where = str(folder / name)
-        return UserError(f"damaged: {what}", where=where, fix=fix, exit_code=ExitCode.DAMAGED)
-
+    path = folder / MANIFEST_FILE
     try:
-        written = (folder / MANIFEST_FILE).read_bytes()
-        content = parse_json(written)
+        content, is_intact = read_content(folder)
         manifest = msgspec.convert(content, _Manifest)
     except OSError as error:
-        raise damaged(MANIFEST_FILE, f"it cannot be read ({error.strerror})") from error
+        raise damaged(str(path), f"damaged: it cannot be read ({error.strerror})", fix) from error
     except ValueError as error:
-        raise damaged(MANIFEST_FILE, f"it is no manifest ({error})") from error
-    if to_json(content).encode() != written or manifest.sha256 != _sha256_of(content["files"]):
-        raise damaged(MANIFEST_FILE, "its content has another sha256 than it says")
+        raise damaged(str(path), f"damaged: not a manifest ({error})", fix) from error
+    if not is_intact:
+        raise damaged(str(path), "damaged: its content has another sha256 than it says", fix)
     for name, entry in manifest.files.items():
-        try:
-            num_bytes = (folder / name).stat().st_size
-            if num_bytes != entry.bytes:
-                raise damaged(name, f"{num_bytes} bytes, not {entry.bytes}")
-            if sha256_file(folder / name) != entry.sha256:
-                raise damaged(name, f"its sha256 differs from the one in {MANIFEST_FILE}")
-        except OSError as error:
-            raise damaged(name, f"it cannot be read ({error.strerror})") from error
+        verify_file(folder / name, entry.sha256, entry.bytes, fix=fix)
 
 
-def _sha256_of(files: Any) -> str:
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+def verify_file(path: Path, sha256: str, num_bytes: int | None = None, *, fix: str) -> None:
+    """Checks a file against the SHA-256, and the size if it is there, that a manifest names.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+
+    def bad(what: str) -> UserError:
+        return damaged(str(path), f"damaged: {what}", fix)
+
+    try:
+        found = path.stat().st_size
+        if num_bytes not in (None, found):
+            raise bad(f"{found} bytes, not {num_bytes}")
+        if sha256_file(path) != sha256:
+            raise bad(f"its sha256 differs from the one in {MANIFEST_FILE}")
+    except OSError as error:
+        raise bad(f"it cannot be read ({error.strerror})") from error
+
+
+def _sha256_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
