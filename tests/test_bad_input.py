@@ -28,7 +28,7 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.data.chunks import open_split, read_manifest, read_tokenizer
 from kiem.data.prepare import units
 from kiem.data.prepare.preprocess import preprocess
-from kiem.data.read.readers import cut_source, read_rows
+from kiem.data.read.readers import list_parts, read_parts
 from kiem.data.read.sources import count_words, resolve_source
 from kiem.tokenizer.encoding import Encoder, fast_path
 from kiem.tokenizer.tokenizer import Tokenizer
@@ -165,7 +165,7 @@ def test_file_that_changes_or_goes_between_planning_and_reading(tmp_path: Path) 
     def changed(path: Path, what: str) -> None:
         data = path.read_bytes()
         source = resolve_source((str(path),), None)
-        pieces = cut_source(source, 1 << 20)
+        parts = list_parts(source, 1 << 20)
         if what == "gone":
             path.unlink()
         elif what == "shorter":
@@ -175,7 +175,7 @@ def test_file_that_changes_or_goes_between_planning_and_reading(tmp_path: Path) 
         else:
             path.write_bytes(data.swapcase())
         with pytest.raises(UserError) as caught:
-            list(read_rows(source, pieces, "text", "skip"))
+            list(read_parts(source, parts, "text", "skip"))
         assert caught.value.where is not None
         assert caught.value.where.startswith(str(path))
         assert caught.value.exit_code == ExitCode.BAD_INPUT
@@ -324,7 +324,7 @@ def test_files_with_random_damage_are_read_or_refused(suffix: str, tmp_path: Pat
     for _ in range(int(os.environ.get("KIEM_FUZZ_FILES", "250"))):
         path.write_bytes(_damage(chance.choice(contents), chance))
         outcomes = {_outcome(path, unit_bytes) for unit_bytes in (1 << 20, 301, 64)}
-        assert len(outcomes) == 1, "the size of the pieces changed what was read"
+        assert len(outcomes) == 1, "the size of the parts changed what was read"
 
 
 def _damage(data: bytes, chance: random.Random) -> bytes:
@@ -352,10 +352,10 @@ def _damage(data: bytes, chance: random.Random) -> bytes:
 def _outcome(path: Path, unit_bytes: int) -> str:
     try:
         source = resolve_source((str(path),), None)
-        found = read_rows(source, cut_source(source, unit_bytes), "text", "skip")
+        found = read_parts(source, list_parts(source, unit_bytes), "text", "skip")
         rows = [row for _, row in found]
     except UserError as error:
         assert error.exit_code == ExitCode.BAD_INPUT
         return f"{error.where}: {error.what}"
-    assert all((row.text is None) != (row.problem is None) for row in rows)
+    assert all((not row.text) != (row.problem is None) for row in rows)
     return json.dumps([(row.text, row.problem and row.problem.reason, row.source) for row in rows])

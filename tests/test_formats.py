@@ -24,7 +24,7 @@ from kiem.data.clean.contamination import read_evaluation
 from kiem.data.prepare.preprocess import preprocess
 from kiem.data.read import formats
 from kiem.data.read.find_files import show_counts
-from kiem.data.read.readers import check_effects, cut_source, place, read_rows
+from kiem.data.read.readers import check_effects, list_parts, place, read_parts
 from kiem.data.read.sources import Source, resolve_source
 from kiem.evaluation.evaluate import evaluate, evaluation_documents
 from kiem.evaluation.minimal_pairs import read_suite
@@ -32,11 +32,11 @@ from kiem.inference.prompts import read_prompts
 from kiem.tokenizer.tokenizer import Tokenizer
 
 
-def read(case: Case, path: Path, on_bad: Any, piece_bytes: int) -> tuple[Source, list[Any]]:
+def read(case: Case, path: Path, on_bad: Any, part_bytes: int) -> tuple[Source, list[Any]]:
     source = resolve_source((str(path),), None, document_separator=case.separator)
     check_effects(source, case.column)
-    pieces = cut_source(source, piece_bytes)
-    return source, list(read_rows(source, pieces, case.column, on_bad))
+    parts = list_parts(source, part_bytes)
+    return source, list(read_parts(source, parts, case.column, on_bad))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -44,21 +44,21 @@ def test_what_is_read_of_a_file(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     path = tmp_path / case.file
     path.write_bytes(case.content)
-    for piece_bytes in (1 << 20, 7, 1):
+    for part_bytes in (1 << 20, 7, 1):
         if case.message is not None:
             with pytest.raises(UserError) as caught:
-                read(case, path, "stop", piece_bytes)
+                read(case, path, "stop", part_bytes)
             message = f"{caught.value.where}: {caught.value.what}"
             assert message.startswith(case.message.format(path=path))
             assert "\n" not in message
             assert caught.value.fix
             if not case.documents:
                 continue
-        source, found = read(case, path, "skip", piece_bytes)
-        good = [(piece, row) for piece, row in found if row.text is not None]
+        source, found = read(case, path, "skip", part_bytes)
+        good = [(part, row) for part, row in found if row.problem is None]
         assert [row.text for _, row in good] == list(case.documents)
         if case.places is not None:
-            places = [place(source, piece, row.number) for piece, row in good]
+            places = [place(source, part, row.number) for part, row in good]
             assert places == [f"{path}:{number}" for number in case.places]
         assert (len(found) > len(good)) == (case.message is not None)
 
@@ -75,8 +75,8 @@ def test_texts_are_cut_alike_in_pieces_of_any_size(tmp_path: Path) -> None:
             cut = re.split(expression, path.read_text(), flags=re.MULTILINE)
             # White space before the first line of a text, and line ends after it, are no text.
             texts = [re.sub(r"^(\s*\n)+", "", text).rstrip("\n") for text in cut if text.strip()]
-            for piece_bytes in (1, 3, 17, 1 << 20):
-                _, rows = read(Case("", b"", separator=separator), path, "stop", piece_bytes)
+            for part_bytes in (1, 3, 17, 1 << 20):
+                _, rows = read(Case("", b"", separator=separator), path, "stop", part_bytes)
                 assert [row.text for _, row in rows] == texts
 
 
@@ -119,7 +119,7 @@ def test_folders_are_read_whole_in_one_order(pattern: str, tmp_path: Path) -> No
         source = resolve_source((f"{tree}{pattern}",), None)
         assert [str(path.relative_to(tree)) for path in source.paths] == READ
         assert show_counts(source.not_read) == NOT_READ
-        rows = [row.text for _, row in read_rows(source, cut_source(source, 9), "text", "stop")]
+        rows = [row.text for _, row in read_parts(source, list_parts(source, 9), "text", "stop")]
         assert rows == [A, B, "c", "x", "a", "p", "b"]
 
 

@@ -130,5 +130,5 @@ def test_planning_is_linear(tmp_path: Path) -> None:
             plan = plan_units(source)
         finally:
             sys.setprofile(None)
-        assert sum(len(unit.pieces) for unit in plan) == num_files
+        assert sum(len(unit.parts) for unit in plan) == num_files
     assert num_calls[400] - num_calls[200] <= 2.1 * (num_calls[200] - num_calls[100])

@@ -19,7 +19,7 @@ from kiem.data.prepare import rejected, units
 from kiem.data.prepare.preprocess import preprocess
 from kiem.data.prepare.rejected import _Places
 from kiem.data.prepare.verify import verify_directory
-from kiem.data.read.readers import cut_source, place
+from kiem.data.read.readers import list_parts, place
 from kiem.data.read.sources import resolve_source
 from kiem.tokenizer.tokenizer import Tokenizer
 
@@ -228,8 +228,8 @@ def test_lines_are_counted_once(
         else:
             pq.write_table(pa.table({"text": ["x"] * 200}), path, row_group_size=7)
     source = resolve_source((str(tmp_path),), None)
-    pieces = cut_source(source, 100)[::3]
-    expected = [place(source, p, n) for p in pieces for n in (1, 5)]
+    parts = list_parts(source, 100)[::3]
+    expected = [place(source, p, n) for p in parts for n in (1, 5)]
     counted: list[tuple[str, int, int]] = []
     count_rows = rejected.count_rows
 
@@ -239,7 +239,7 @@ def test_lines_are_counted_once(
 
     monkeypatch.setattr(rejected, "count_rows", count)
     places = _Places(source)
-    assert [places.of(piece, n) for piece in pieces for n in (1, 5)] == expected
+    assert [places.of(part, n) for part in parts for n in (1, 5)] == expected
     for name in source.names:
         ranges = [(start, stop) for other, start, stop in counted if other == name and start < stop]
         assert all(a[1] <= b[0] for a, b in pairwise(ranges))

@@ -11,15 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from kiem.core.errors import ExitCode, UserError
-from kiem.data.read.readers import cut_source, place, read_rows
-from kiem.data.read.rows import Row
+from kiem.data.read.readers import list_parts, place, read_parts
+from kiem.data.read.rows import Document
 from kiem.data.read.sources import resolve_source, take_words, word_limit
 
 
-def read(*files: Path, text_column: str = "text", piece_bytes: int = 1 << 20) -> list[Row]:
+def read(*files: Path, text_column: str = "text", part_bytes: int = 1 << 20) -> list[Document]:
     source = resolve_source(tuple(map(str, files)), None)
-    pieces = cut_source(source, piece_bytes)
-    return [row for _, row in read_rows(source, pieces, text_column, "stop")]
+    parts = list_parts(source, part_bytes)
+    return [row for _, row in read_parts(source, parts, text_column, "stop")]
 
 
 def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
@@ -50,12 +50,12 @@ def test_pieces_of_any_size_give_every_row_once_and_know_its_place(
         lines = [json.dumps({"text": t}, ensure_ascii=False) for t in texts]
         path.write_text("".join(map(str.__add__, lines, ends)), encoding="utf-8")
     source = resolve_source((str(path),), None)
-    for piece_bytes in (1, 7, 50, 64, 1000, 1 << 20):
-        pieces = cut_source(source, piece_bytes)
-        rows = list(read_rows(source, pieces, "text", "stop"))
+    for part_bytes in (1, 7, 50, 64, 1000, 1 << 20):
+        parts = list_parts(source, part_bytes)
+        rows = list(read_parts(source, parts, "text", "stop"))
         assert [row.text for _, row in rows] == texts
         numbers = [n + 1 if suffix == ".parquet" else n + 1 + n // 4 for n in range(60)]
-        places = [place(source, piece, row.number) for piece, row in rows]
+        places = [place(source, part, row.number) for part, row in rows]
         assert places == [f"{path}:{number}" for number in numbers]
 
 

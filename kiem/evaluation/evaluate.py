@@ -109,9 +109,7 @@ def _file_documents(options: EvaluationOptions, console: Console) -> Iterator[Do
     check_effects(source, options.text_column)
     fix = "Mend or remove it, or name the text's column with --text-column."
     return (
-        Document(row.text, row.source)
-        for row in read_documents(source, options.text_column, fix)
-        if row.text is not None
+        Document(row.text, row.source) for row in read_documents(source, options.text_column, fix)
     )
 
 

@@ -41,7 +41,7 @@ def read_prompts(
         return list(DEFAULT_PROMPTS)
     try:
         source = local_source([str(path)], "--prompts-file", console, EVERY_LINE)
-        prompts = [row.text for row in read_documents(source, "prompt", _FIX) if row.text]
+        prompts = [row.text for row in read_documents(source, "prompt", _FIX)]
     except UserError as error:
         if error.exit_code != ExitCode.BAD_INPUT:
             raise

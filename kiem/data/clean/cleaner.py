@@ -13,7 +13,7 @@ from kiem.data.clean.contamination import EvaluationText, read_evaluation
 from kiem.data.clean.filters import mend, reject
 from kiem.data.clean.near_duplicates import require_rensa
 from kiem.data.clean.words import WordHashes
-from kiem.data.read.rows import Row
+from kiem.data.read.rows import Document
 
 
 @dataclass(frozen=True)
@@ -43,26 +43,28 @@ class Cleaning:
         """Returns the text of a document as `clean` does."""
         return mend(text) if self.filters == "dutch" else text
 
-    def clean(self, rows: Sequence[Row], hashes: WordHashes) -> list[tuple[str | None, str | None]]:
-        """Returns the text of every row, mended, and why it is left out; None: it is not.
+    def clean(
+        self, documents: Sequence[Document], hashes: WordHashes
+    ) -> list[tuple[str, str | None]]:
+        """Returns the text of every document, mended, and why it is left out; None: it is not.
 
         Args:
-            rows: what was read; a row that is no document stays one, for the reason it has.
+            documents: what was read; what has a problem is left out for the reason it has.
             hashes: keeps the hashes of words that it saw before.
         """
-        texts = [None if row.text is None else self.mend(row.text) for row in rows]
-        reasons = [row.problem.reason if row.problem else None for row in rows]
+        texts = [self.mend(document.text) for document in documents]
+        reasons = [document.problem.reason if document.problem else None for document in documents]
         if self.filters == "dutch":
             reasons = [
-                "empty" if reason is None and text is not None and not text.strip() else reason
+                "empty" if reason is None and not text.strip() else reason
                 for text, reason in zip(texts, reasons, strict=True)
             ]
             left = [n for n, reason in enumerate(reasons) if reason is None]
-            for number, reason in zip(left, reject([texts[n] or "" for n in left]), strict=True):
+            for number, reason in zip(left, reject([texts[n] for n in left]), strict=True):
                 reasons[number] = reason
         if self.evaluation is not None:
             for number, text in enumerate(texts):
-                if reasons[number] is None and text and self.evaluation.is_in(text, hashes):
+                if reasons[number] is None and self.evaluation.is_in(text, hashes):
                     reasons[number] = "contaminated"
         return list(zip(texts, reasons, strict=True))
 

@@ -64,7 +64,6 @@ def read_evaluation(
     num_ignored = 0
     fix = "Mend or remove it, or leave the file out of --decontaminate."
     for row in read_documents(source, text_column, fix):
-        assert row.text is not None
         words = hashes.of(plain_words(row.text))
         n = min(NGRAM_WORDS, len(words))
         if n < MIN_WORDS:

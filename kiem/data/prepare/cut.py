@@ -113,11 +113,11 @@ def _read_first(units: Sequence[Unit], job: UnitJob, fates: Fates) -> tuple[str,
     pairs = zip(units, fates.per_unit, strict=False)
     unit, fate = next(pair for pair in pairs if (pair[1] == CUT).any())
     wanted, source = int(np.argmax(fate == CUT)), job.reading.source
-    for number, (piece, row) in enumerate(read_unit_rows(unit, job.reading)):
+    for number, (part, row) in enumerate(read_unit_rows(unit, job.reading)):
         if number == wanted:
-            text = job.cleaning.mend(row.text or "")
+            text = job.cleaning.mend(row.text)
             if split_position(text, job.seed) == fates.split.limit:
-                return text, place(source, piece, row.number)
+                return text, place(source, part, row.number)
     raise bad_input(
         str(job.reading.source.name),
         "the text changed while it was read",

@@ -123,7 +123,7 @@ def decide(
     split = _decide_split(fates, positions, sizes, test_share, chunk_size)
     files, all_fates = _files_of_rows(units, job, fates), np.concatenate(fates)
     file_names = job.reading.source.names
-    last = max(piece.file for unit in units[: len(fates)] for piece in unit.pieces)
+    last = max(part.file for unit in units[: len(fates)] for part in unit.parts)
     rows_per_file, rejected_per_file = (
         dict(zip(file_names[: last + 1], np.bincount(of, minlength=last + 1).tolist(), strict=True))
         for of in (files, files[np.isin(all_fates, _LEFT_OUT)])
@@ -177,7 +177,7 @@ def _files_of_rows(units: Sequence[Unit], job: UnitJob, fates: list[np.ndarray])
     files = []
     for unit, fate in zip(units, fates, strict=False):
         summary = read_unit(job.path(unit))[1]
-        files.append(np.repeat([piece.file for piece in unit.pieces], summary.rows))
+        files.append(np.repeat([part.file for part in unit.parts], summary.rows))
         assert len(files[-1]) == len(fate), f"{len(fate)} rows in a unit of {len(files[-1])}"
     return np.concatenate(files)
 

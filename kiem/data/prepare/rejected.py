@@ -16,7 +16,7 @@ from kiem.core.files import new_file, sha256_file
 from kiem.data.chunks import REJECTED_FILE
 from kiem.data.prepare.fates import Fates, rejection_reasons
 from kiem.data.prepare.units import Unit, UnitJob, read_unit_rows
-from kiem.data.read.readers import Piece, count_rows
+from kiem.data.read.readers import FilePart, count_rows
 from kiem.data.read.sources import Source
 
 
@@ -73,12 +73,12 @@ def _rejected_documents(
         if (which < 0).all():
             continue
         num_rows = 0
-        for piece, row in read_unit_rows(unit, job.reading):
-            # A file that changed may have more rows; the reader refuses it at the end of the piece.
+        for part, row in read_unit_rows(unit, job.reading):
+            # A file that changed may have more rows; the reader refuses it at the end of the part.
             if num_rows < len(which) and which[num_rows] >= 0:
                 reason = reasons[which[num_rows]]
-                place = places.of(piece, row.number)
-                yield RejectedDocument(place, row.source, reason, row.text)
+                place = places.of(part, row.number)
+                yield RejectedDocument(place, row.source, reason, row.text or None)
             num_rows += 1
         assert num_rows == len(which), f"{num_rows} rows, not {len(which)}"
 
@@ -90,10 +90,10 @@ class _Places:
         self._source = source
         self._file = self._start = self._num_before = 0
 
-    def of(self, piece: Piece, number: int) -> str:
-        """Returns `file:line` of a row of a piece."""
-        if piece.file != self._file:
-            self._file, self._start, self._num_before = piece.file, 0, 0
-        self._num_before += count_rows(self._source, piece.file, self._start, piece.start)
-        self._start = piece.start
-        return f"{self._source.names[piece.file]}:{self._num_before + number}"
+    def of(self, part: FilePart, number: int) -> str:
+        """Returns `file:line` of a row of a part."""
+        if part.file != self._file:
+            self._file, self._start, self._num_before = part.file, 0, 0
+        self._num_before += count_rows(self._source, part.file, self._start, part.start)
+        self._start = part.start
+        return f"{self._source.names[part.file]}:{self._num_before + number}"

@@ -76,7 +76,7 @@ class TrainingTexts:
         for is_kept, row in zip(self._is_kept, rows, strict=False):
             if not is_kept or (position := next(positions)) < limit:
                 continue
-            text = self._cleaning.mend(row.text or "")
+            text = self._cleaning.mend(row.text)
             if position > limit or cut_bytes is None:
                 yield text
             elif (border := find_border(text, cut_bytes)) is not None:
@@ -90,10 +90,10 @@ class TrainingTexts:
             for rows in row_batches(read_unit_rows(unit, self._reading)):
                 taken: list[str] = []
                 for text, reason in self._cleaning.clean([row for _, row in rows], hashes):
-                    is_kept = text is not None and reason is None
+                    is_kept = reason is None
                     if reason is not None:
                         self.rejected[reason] += 1
-                    if text is not None and is_kept:
+                    if is_kept:
                         words = count_words(text)
                         num_words += words
                         if word_limit is not None and num_words > word_limit:

@@ -39,7 +39,7 @@ class UnitSummary(msgspec.Struct):
 
     Attributes:
         key: which unit it is, and of what.
-        rows: of each piece of the unit, kept or not.
+        rows: of each part of a file in the unit, kept or not.
         sources: the names that the `source` column counts.
         reasons: the reasons that the `reason` column counts.
         documents: rows that were kept.

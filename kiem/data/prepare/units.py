@@ -25,8 +25,8 @@ from kiem.data.clean.words import WordHashes
 from kiem.data.prepare.packing import frame
 from kiem.data.prepare.split import split_position
 from kiem.data.prepare.unit_files import SCHEMA, UnitSummary, find_damage, read_unit, write_unit
-from kiem.data.read.readers import Piece, cut_source, place, read_rows
-from kiem.data.read.rows import Row, reading_errors
+from kiem.data.read.readers import FilePart, list_parts, place, read_parts
+from kiem.data.read.rows import Document, reading_errors
 from kiem.data.read.sources import Source, count_words
 from kiem.tokenizer.encoding import Encoder
 
@@ -36,16 +36,16 @@ _ROW_CHARACTERS = 100
 
 
 class Unit(NamedTuple):
-    """Consecutive pieces of the source.
+    """Consecutive parts of the source.
 
     Attributes:
         number: its place in the plan.
-        pieces: what is read, in order.
+        parts: what is read, in order.
         num_bytes: about how much of the files that is, for progress.
     """
 
     number: int
-    pieces: tuple[Piece, ...]
+    parts: tuple[FilePart, ...]
     num_bytes: int
 
 
@@ -98,15 +98,15 @@ class UnitJob:
 def plan_units(source: Source) -> list[Unit]:
     """Returns the units of a source; raises a UserError at a file that cannot be read."""
     units: list[Unit] = []
-    pieces: list[Piece] = []
+    parts: list[FilePart] = []
     num_bytes = 0
-    for piece in cut_source(source, UNIT_BYTES):
-        if pieces and num_bytes + piece.num_bytes > UNIT_BYTES:
-            units.append(Unit(len(units), tuple(pieces), num_bytes))
-            pieces, num_bytes = [], 0
-        pieces.append(piece)
-        num_bytes += piece.num_bytes
-    return [*units, Unit(len(units), tuple(pieces), num_bytes)]
+    for part in list_parts(source, UNIT_BYTES):
+        if parts and num_bytes + part.num_bytes > UNIT_BYTES:
+            units.append(Unit(len(units), tuple(parts), num_bytes))
+            parts, num_bytes = [], 0
+        parts.append(part)
+        num_bytes += part.num_bytes
+    return [*units, Unit(len(units), tuple(parts), num_bytes)]
 
 
 def finish_unit(unit: Unit, job: UnitJob, encoder: Encoder) -> UnitSummary:
@@ -149,7 +149,7 @@ class _UnitMaker:
         self._hashes = WordHashes()
         self._sources: dict[str, int] = {}
         self._reasons: dict[str, int] = {}
-        self._rows: Counter[Piece] = Counter()
+        self._rows: Counter[FilePart] = Counter()
         self.summary = UnitSummary(job.key(unit), [], [], [], 0, 0, 0, 0, {})
 
     def batches(self) -> Iterator[pa.RecordBatch]:
@@ -157,20 +157,20 @@ class _UnitMaker:
         started = time.perf_counter()
         for rows in row_batches(read_unit_rows(self._unit, self._job.reading)):
             started = self._took("reading", started)
-            self._rows.update(piece for piece, _ in rows)
+            self._rows.update(part for part, _ in rows)
             yield self._encode(rows)
             started = time.perf_counter()
-        self.summary.rows = [self._rows[piece] for piece in self._unit.pieces]
+        self.summary.rows = [self._rows[part] for part in self._unit.parts]
         self.summary.sources = list(self._sources)
         self.summary.reasons = list(self._reasons)
 
-    def _encode(self, rows: list[tuple[Piece, Row]]) -> pa.RecordBatch:
+    def _encode(self, rows: list[tuple[FilePart, Document]]) -> pa.RecordBatch:
         started = time.perf_counter()
         cleaned = self._job.cleaning.clean([row for _, row in rows], self._hashes)
         started = self._took("cleaning", started)
         is_kept = np.array([reason is None for _, reason in cleaned])
         kept = [found for found, (_, reason) in zip(rows, cleaned, strict=True) if reason is None]
-        texts = [text for text, reason in cleaned if text is not None and reason is None]
+        texts = [text for text, reason in cleaned if reason is None]
         num_bytes = np.array([len(text.encode()) for text in texts], np.int64)
         num_words = np.array([count_words(text) for text in texts], np.int64)
         positions = np.array([split_position(t, self._job.seed) for t in texts], np.uint64)
@@ -213,9 +213,9 @@ class _UnitMaker:
         return names.setdefault(name, len(names))
 
 
-def read_unit_rows(unit: Unit, reading: Reading) -> Iterator[tuple[Piece, Row]]:
+def read_unit_rows(unit: Unit, reading: Reading) -> Iterator[tuple[FilePart, Document]]:
     """Yields the rows of a unit."""
-    return read_rows(reading.source, unit.pieces, reading.text_column, reading.on_bad_document)
+    return read_parts(reading.source, unit.parts, reading.text_column, reading.on_bad_document)
 
 
 def _schema(job: UnitJob) -> pa.Schema:
@@ -223,14 +223,16 @@ def _schema(job: UnitJob) -> pa.Schema:
     return pa.schema([*SCHEMA, *((name, pa.uint64()) for name in names)])
 
 
-def row_batches(rows: Iterator[tuple[Piece, Row]]) -> Iterator[list[tuple[Piece, Row]]]:
+def row_batches(
+    rows: Iterator[tuple[FilePart, Document]],
+) -> Iterator[list[tuple[FilePart, Document]]]:
     """Yields rows in groups of bounded size."""
-    batch: list[tuple[Piece, Row]] = []
+    batch: list[tuple[FilePart, Document]] = []
     num_characters = 0
-    for piece, row in rows:
-        batch.append((piece, row))
+    for part, row in rows:
+        batch.append((part, row))
         # Rejected rows have no text, but are kept in memory too.
-        num_characters += len(row.text or "") + _ROW_CHARACTERS
+        num_characters += len(row.text) + _ROW_CHARACTERS
         if num_characters >= _BATCH_CHARACTERS:
             yield batch
             batch, num_characters = [], 0
@@ -238,9 +240,9 @@ def row_batches(rows: Iterator[tuple[Piece, Row]]) -> Iterator[list[tuple[Piece,
         yield batch
 
 
-def _place(job: UnitJob, found: tuple[Piece, Row]) -> str:
-    piece, row = found
-    return place(job.reading.source, piece, row.number)
+def _place(job: UnitJob, found: tuple[FilePart, Document]) -> str:
+    part, row = found
+    return place(job.reading.source, part, row.number)
 
 
 def _spread(values: np.ndarray, is_kept: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kiem.data.read.columns import batch_rows, find_columns, text_array
-from kiem.data.read.rows import Row, arrow_damage
+from kiem.data.read.rows import Document, arrow_damage
 
 _BATCH_ROWS = 1024
 _FILE_MAGIC = b"ARROW1"
@@ -17,7 +17,7 @@ _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 _AS_BYTES = {"string": "binary", "large_string": "large_binary", "string_view": "binary_view"}
 
 
-def read_arrow(path: Path, name: str, column: str, default_source: str) -> Iterator[Row]:
+def read_arrow(path: Path, name: str, column: str, default_source: str) -> Iterator[Document]:
     """Yields the rows of an Arrow file.
 
     Args:

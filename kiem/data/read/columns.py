@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from kiem.data.read.rows import NOT_UTF8, Row, bad_input, checked_row, label, no_column
+from kiem.data.read.rows import NOT_UTF8, Document, bad_input, checked_row, label, no_column
 
 _INVALID = object()
 _TEXT = ("string", "large_string", "string_view")
@@ -55,7 +55,7 @@ def find_columns(schema: Any, column: str, name: str) -> Columns:
     return Columns(path, has_label and _plain(schema.field("source").type) in _TEXT)
 
 
-def batch_rows(batch: Any, columns: Columns, first: int, default_source: str) -> Iterator[Row]:
+def batch_rows(batch: Any, columns: Columns, first: int, default_source: str) -> Iterator[Document]:
     """Yields the rows of a record batch.
 
     Args:
@@ -68,7 +68,7 @@ def batch_rows(batch: Any, columns: Columns, first: int, default_source: str) ->
     given = _values(batch.column("source")) if columns.has_label else [None] * len(texts)
     for number, (text, source) in enumerate(zip(texts, given, strict=True), start=first):
         if text is _INVALID:
-            yield Row(None, label(source, default_source), number, NOT_UTF8)
+            yield Document("", label(source, default_source), number, NOT_UTF8)
         else:
             yield checked_row(text, label(source, default_source), number)
 

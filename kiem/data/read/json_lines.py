@@ -12,8 +12,8 @@ from kiem.data.read.rows import (
     BOM,
     MAX_DOCUMENT_BYTES,
     TOO_LONG,
+    Document,
     Problem,
-    Row,
     checked_row,
     label,
     not_utf8,
@@ -25,7 +25,7 @@ NOT_OBJECT = Problem(
 )
 
 
-def read_json_lines(lines: Iterable[bytes], column: str, default_source: str) -> Iterator[Row]:
+def read_json_lines(lines: Iterable[bytes], column: str, default_source: str) -> Iterator[Document]:
     """Yields the rows of JSON Lines.
 
     Args:
@@ -83,8 +83,8 @@ def _refuse_line(line: bytes) -> Any:
     raise ValueError(line)
 
 
-def _checked_line(line: bytes, number: int, column: str, default_source: str) -> Row:
+def _checked_line(line: bytes, number: int, column: str, default_source: str) -> Document:
     record = parse_line(line)
     if isinstance(record, Problem):
-        return Row(None, default_source, number, record)
+        return Document("", default_source, number, record)
     return record_row(record, number, column, default_source)

@@ -12,13 +12,19 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from kiem.data.read.json_lines import NOT_OBJECT
-from kiem.data.read.rows import MAX_DOCUMENT_BYTES, Row, checked_undecoded_row, damaged, record_row
+from kiem.data.read.rows import (
+    MAX_DOCUMENT_BYTES,
+    Document,
+    checked_undecoded_row,
+    damaged,
+    record_row,
+)
 
 _BLOCK_CHARACTERS = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def read_json(file: BinaryIO, name: str, column: str, default_source: str) -> Iterator[Row]:
+def read_json(file: BinaryIO, name: str, column: str, default_source: str) -> Iterator[Document]:
     """Yields the rows of a JSON file, in which a string by itself is a text.
 
     Args:
@@ -36,7 +42,7 @@ def read_json(file: BinaryIO, name: str, column: str, default_source: str) -> It
         elif isinstance(value, dict):
             yield record_row(value, number, column, default_source)
         else:
-            yield Row(None, default_source, number, NOT_OBJECT)
+            yield Document("", default_source, number, NOT_OBJECT)
 
 
 def read_values(file: BinaryIO, name: str) -> Iterator[Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kiem.data.read.columns import batch_rows, find_columns
-from kiem.data.read.rows import Row, arrow_damage
+from kiem.data.read.rows import Document, arrow_damage
 
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 1 << 25
@@ -25,7 +25,7 @@ def row_groups(path: Path, name: str) -> list[tuple[int, int]]:
 
 def read_row_group(
     path: Path, group: int, name: str, column: str, default_source: str
-) -> Iterator[Row]:
+) -> Iterator[Document]:
     """Yields the rows of a row group.
 
     Args:

@@ -1,4 +1,4 @@
-"""Reading the documents of one piece of a file: a byte range, a row group, or the whole."""
+"""Reading the documents of one part of a file: a byte range, a row group, or the whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kiem.data.read.json_lines import read_json_lines
 from kiem.data.read.json_values import read_json
 from kiem.data.read.lines import read_lines
 from kiem.data.read.parquet import read_row_group, row_groups
-from kiem.data.read.rows import Row, bad_input, reading_errors
+from kiem.data.read.rows import Document, bad_input, reading_errors
 from kiem.data.read.sources import Source, file_stamp
 from kiem.data.read.standard_input import STANDARD_INPUT
 from kiem.data.read.tables import read_table
@@ -28,13 +28,13 @@ from kiem.data.read.text_files import (
 )
 
 
-class Piece(NamedTuple):
+class FilePart(NamedTuple):
     """A part of a file that can be read by itself.
 
     Attributes:
         file: number of the file in its source.
         start: first byte (lines), row group (Parquet) or 0.
-        stop: one past the last. A line belongs to the piece that its first byte is in.
+        stop: one past the last. A line belongs to the part that its first byte is in.
         num_bytes: about how much of the file it is, for progress.
     """
 
@@ -44,36 +44,36 @@ class Piece(NamedTuple):
     num_bytes: int
 
 
-def cut_source(source: Source, piece_bytes: int) -> list[Piece]:
-    """Returns the pieces of all files, in order, of some `piece_bytes` where the type can be cut.
+def list_parts(source: Source, part_bytes: int) -> list[FilePart]:
+    """Returns the parts of all files, in order, of some `part_bytes` where the type can be cut.
 
     Raises:
         UserError: a file is empty, gone, or a damaged Parquet file.
     """
     return [
-        piece
+        part
         for file, name in enumerate(source.names)
-        for piece in _cut_file(source, file, name, piece_bytes)
+        for part in _cut_file(source, file, name, part_bytes)
     ]
 
 
-def _cut_file(source: Source, file: int, name: str, piece_bytes: int) -> list[Piece]:
+def _cut_file(source: Source, file: int, name: str, part_bytes: int) -> list[FilePart]:
     path, (kind, compression) = source.paths[file], source.formats[file]
     with reading_errors(name):
         size = path.stat().st_size
-        whole = [Piece(file, 0, size, size)]
+        whole = [FilePart(file, 0, size, size)]
         if kind == "text" and (source.document_separator is None or compression or size == 0):
             return whole
         if size == 0:
             raise bad_input(name, "the file is empty", "Remove it.")
         if kind == "parquet":
             groups = enumerate(row_groups(path, name))
-            return [Piece(file, n, n + 1, num_bytes) for n, (_, num_bytes) in groups]
+            return [FilePart(file, n, n + 1, num_bytes) for n, (_, num_bytes) in groups]
         if kind not in ("text", "json lines") or compression:
             return whole
-        starts = range(0, size, piece_bytes)
-        stops = [min(start + piece_bytes, size) for start in starts]
-        return [Piece(file, a, b, b - a) for a, b in zip(starts, stops, strict=True)]
+        starts = range(0, size, part_bytes)
+        stops = [min(start + part_bytes, size) for start in starts]
+        return [FilePart(file, a, b, b - a) for a, b in zip(starts, stops, strict=True)]
 
 
 def check_effects(source: Source, text_column: str) -> None:
@@ -97,14 +97,14 @@ def check_effects(source: Source, text_column: str) -> None:
     )
 
 
-def read_rows(
-    source: Source, pieces: Iterable[Piece], text_column: str, on_bad: Literal["stop", "skip"]
-) -> Iterator[tuple[Piece, Row]]:
-    """Yields every row of some pieces, with the piece it is in.
+def read_parts(
+    source: Source, parts: Iterable[FilePart], text_column: str, on_bad: Literal["stop", "skip"]
+) -> Iterator[tuple[FilePart, Document]]:
+    """Yields every row of some parts, with the part it is in.
 
     Args:
         source: where the files are.
-        pieces: which parts of them.
+        parts: which parts of them.
         text_column: the column or key that holds the text.
         on_bad: what to do at a row that is no document: stop, or yield it with its problem.
 
@@ -112,19 +112,19 @@ def read_rows(
         UserError: a damaged file, one that changed since `source` was made, or `on_bad` says so;
             names file and line.
     """
-    for piece in pieces:
-        path, name = source.paths[piece.file], source.names[piece.file]
+    for part in parts:
+        path, name = source.paths[part.file], source.names[part.file]
         with reading_errors(name):
-            for row in _read_piece(source, piece, text_column):
+            for row in _read_part(source, part, text_column):
                 if row.problem is not None and on_bad == "stop":
-                    raise row.problem.error(place(source, piece, row.number))
-                yield piece, row
-            if file_stamp(path) != source.stamps[piece.file]:
+                    raise row.problem.error(place(source, part, row.number))
+                yield part, row
+            if file_stamp(path) != source.stamps[part.file]:
                 fix = "Run it again when nothing writes to the file any more."
                 raise bad_input(name, "the file changed while it was read", fix)
 
 
-def read_documents(source: Source, text_column: str, fix: str) -> Iterator[Row]:
+def read_documents(source: Source, text_column: str, fix: str) -> Iterator[Document]:
     """Returns the documents of a source, all of which must be good.
 
     What can be checked without reading them is checked at once.
@@ -135,23 +135,23 @@ def read_documents(source: Source, text_column: str, fix: str) -> Iterator[Row]:
         fix: what to do about a row that is no document.
 
     Raises:
-        UserError: as `read_rows`.
+        UserError: as `read_parts`.
     """
-    pieces = cut_source(source, sys.maxsize)
+    parts = list_parts(source, sys.maxsize)
 
-    def documents() -> Iterator[Row]:
-        for piece, row in read_rows(source, pieces, text_column, "skip"):
+    def documents() -> Iterator[Document]:
+        for part, row in read_parts(source, parts, text_column, "skip"):
             if row.problem is not None:
-                raise bad_input(place(source, piece, row.number), row.problem.what, fix)
+                raise bad_input(place(source, part, row.number), row.problem.what, fix)
             yield row
 
     return documents()
 
 
-def place(source: Source, piece: Piece, number: int) -> str:
-    """Returns `file:line` of a row of a piece; counts the lines or rows before the piece."""
-    num_before = count_rows(source, piece.file, 0, piece.start)
-    return f"{source.names[piece.file]}:{num_before + number}"
+def place(source: Source, part: FilePart, number: int) -> str:
+    """Returns `file:line` of a row of a part; counts the lines or rows before the part."""
+    num_before = count_rows(source, part.file, 0, part.start)
+    return f"{source.names[part.file]}:{num_before + number}"
 
 
 def count_rows(source: Source, file: int, start: int, stop: int) -> int:
@@ -166,13 +166,13 @@ def count_rows(source: Source, file: int, start: int, stop: int) -> int:
             return sum(1 for _ in read_lines(content, start, stop))
 
 
-def _read_piece(source: Source, piece: Piece, text_column: str) -> Iterator[Row]:
-    """Yields every row of a piece, whether it is a document or not."""
-    path, name = source.paths[piece.file], source.names[piece.file]
-    kind, compression = source.formats[piece.file]
+def _read_part(source: Source, part: FilePart, text_column: str) -> Iterator[Document]:
+    """Yields every row of a part, whether it is a document or not."""
+    path, name = source.paths[part.file], source.names[part.file]
+    kind, compression = source.formats[part.file]
     label = _label(name)
     if kind == "parquet":
-        yield from read_row_group(path, piece.start, name, text_column, label)
+        yield from read_row_group(path, part.start, name, text_column, label)
         return
     if kind == "arrow":
         yield from read_arrow(path, name, text_column, label)
@@ -180,17 +180,19 @@ def _read_piece(source: Source, piece: Piece, text_column: str) -> Iterator[Row]
     number = 0
     try:
         with open_content(path, compression) as file:
-            for row in _read_content(file, source, piece, text_column):
+            for row in _read_content(file, source, part, text_column):
                 number = row.number
                 yield row
     except DECOMPRESSION_ERRORS as error:
         raise decompression_error(f"{name}:{number + 1}", compression, error) from error
 
 
-def _read_content(file: BinaryIO, source: Source, piece: Piece, text_column: str) -> Iterator[Row]:
-    """Yields the rows of a piece of a file that is read as bytes, from its decompressed content."""
-    name, (kind, compression) = source.names[piece.file], source.formats[piece.file]
-    start, stop = piece.start, sys.maxsize if compression else piece.stop
+def _read_content(
+    file: BinaryIO, source: Source, part: FilePart, text_column: str
+) -> Iterator[Document]:
+    """Yields the rows of a part of a file that is read as bytes, from its decompressed content."""
+    name, (kind, compression) = source.names[part.file], source.formats[part.file]
+    start, stop = part.start, sys.maxsize if compression else part.stop
     label = _label(name)
     separator = source.document_separator
     if kind == "text" and separator is None:

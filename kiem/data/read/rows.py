@@ -36,17 +36,17 @@ _BEGINNINGS = {
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-class Row(NamedTuple):
-    """One row of a file.
+class Document(NamedTuple):
+    """The document in a row of a file.
 
     Attributes:
-        text: the document; None when the row is not one.
+        text: its text; "" when the row is not a document.
         source: which source it is counted under.
-        number: of the line or row in its piece, from 1.
+        number: of the line or row in its part, from 1.
         problem: why it is not a document; None when it is.
     """
 
-    text: str | None
+    text: str
     source: str
     number: int
     problem: Problem | None = None
@@ -127,29 +127,29 @@ def not_utf8(data: bytes) -> Problem:
     return foreign_content(data) or NOT_UTF8
 
 
-def checked_row(text: Any, source: str, number: int) -> Row:
+def checked_row(text: Any, source: str, number: int) -> Document:
     """Returns a row with `text` if that can be a document, or with what is wrong with it."""
     if not isinstance(text, str):
         what = f"the text is {type(text).__name__}, not a string"
         fix = "Mend or remove it, or name another column with --text-column."
-        return Row(None, source, number, Problem("not a string", what, fix))
+        return Document("", source, number, Problem("not a string", what, fix))
     if not text or text.isspace():
-        return Row(None, source, number, Problem("empty", "the text is empty"))
+        return Document("", source, number, Problem("empty", "the text is empty"))
     try:
         num_bytes = len(text.encode())
     except UnicodeEncodeError as error:
         what = f"half a surrogate pair at character {error.start}"
-        return Row(None, source, number, Problem("surrogate", what))
+        return Document("", source, number, Problem("surrogate", what))
     if num_bytes > MAX_DOCUMENT_BYTES:
-        return Row(None, source, number, TOO_LONG)
-    return Row(text, source, number)
+        return Document("", source, number, TOO_LONG)
+    return Document(text, source, number)
 
 
-def checked_undecoded_row(text: Any, source: str, number: int) -> Row:
+def checked_undecoded_row(text: Any, source: str, number: int) -> Document:
     """As `checked_row`, of text that was decoded with "surrogateescape"."""
     row = checked_row(text, source, number)
     if row.problem is not None and isinstance(text, str) and _UNDECODED.search(text):
-        return Row(None, source, number, NOT_UTF8)
+        return Document("", source, number, NOT_UTF8)
     return row
 
 
@@ -178,7 +178,9 @@ def find_value(record: Mapping[str, Any], column: str) -> Any:
     return MISSING
 
 
-def record_row(record: Mapping[str, Any], number: int, column: str, default_source: str) -> Row:
+def record_row(
+    record: Mapping[str, Any], number: int, column: str, default_source: str
+) -> Document:
     """Returns the row of an object, or of the fields of a table by column."""
     text = find_value(record, column)
     if text is MISSING:
@@ -187,7 +189,7 @@ def record_row(record: Mapping[str, Any], number: int, column: str, default_sour
             for key, value in record.items()
             for name in ([f"{key}.{k}" for k in value] if isinstance(value, Mapping) else [key])
         )
-        return Row(None, default_source, number, no_column(column, names))
+        return Document("", default_source, number, no_column(column, names))
     given = record.get("source") if column != "source" else None
     return checked_undecoded_row(text, label(given, default_source), number)
 

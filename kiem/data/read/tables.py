@@ -11,8 +11,8 @@ from typing import BinaryIO, Literal
 
 from kiem.data.read.rows import (
     MAX_DOCUMENT_BYTES,
+    Document,
     Problem,
-    Row,
     bad_input,
     no_column,
     record_row,
@@ -26,7 +26,7 @@ _QUOTES = (
 
 def read_table(
     file: BinaryIO, kind: Literal["csv", "tsv"], name: str, column: str, default_source: str
-) -> Iterator[Row]:
+) -> Iterator[Document]:
     """Yields the rows of a table.
 
     Args:
@@ -41,7 +41,7 @@ def read_table(
     """
     for number, record in read_table_records(file, kind, name, column):
         if isinstance(record, Problem):
-            yield Row(None, default_source, number, record)
+            yield Document("", default_source, number, record)
         else:
             yield record_row(record, number, column, default_source)
 

@@ -11,8 +11,8 @@ from kiem.data.read.rows import (
     MAX_DOCUMENT_BYTES,
     NOT_UTF8,
     TOO_LONG,
+    Document,
     Problem,
-    Row,
     checked_row,
     foreign_content,
 )
@@ -25,20 +25,20 @@ _NOT_CLOSED = Problem("not WikiExtractor", "a <doc ...> that no </doc> ends")
 _OUTSIDE = Problem("not WikiExtractor", "text outside of <doc ...> and </doc>")
 
 
-def read_whole_text(file: BinaryIO, stop: int, source: str) -> Row:
+def read_whole_text(file: BinaryIO, stop: int, source: str) -> Document:
     """Returns the one document that a file is, of `stop` bytes or fewer."""
     data = file.read(min(MAX_DOCUMENT_BYTES, stop) + 1)  # memory for all that is asked for is made
     if len(data) > MAX_DOCUMENT_BYTES:
         fix = "Cut it into documents with --document-separator, or into several files."
-        return Row(None, source, 1, Problem(TOO_LONG.reason, TOO_LONG.what, fix))
+        return Document("", source, 1, Problem(TOO_LONG.reason, TOO_LONG.what, fix))
     if (problem := foreign_content(data)) is not None:
-        return Row(None, source, 1, problem)
+        return Document("", source, 1, problem)
     return _text_row(data.removeprefix(BOM), source, 1)
 
 
 def read_separated_text(
     file: BinaryIO, start: int, stop: int, separator: str, source: str
-) -> Iterator[Row]:
+) -> Iterator[Document]:
     """Yields the documents of a byte range of a text file.
 
     Args:
@@ -79,7 +79,7 @@ def separator_test(separator: str) -> Callable[[bytes], bool]:
     return lambda line: line.removeprefix(BOM).strip() == wanted
 
 
-def read_wikiextractor(lines: Iterable[bytes], source: str) -> Iterator[Row]:
+def read_wikiextractor(lines: Iterable[bytes], source: str) -> Iterator[Document]:
     """Yields the documents of a file as WikiExtractor writes them.
 
     Args:
@@ -93,18 +93,18 @@ def read_wikiextractor(lines: Iterable[bytes], source: str) -> Iterator[Row]:
         is_main = stripped.startswith(b"<doc ") and stripped.endswith(b">")
         if is_main or stripped == b"</doc>":
             if begun is not None and is_main:
-                yield Row(None, source, begun, _NOT_CLOSED)
+                yield Document("", source, begun, _NOT_CLOSED)
                 document = _Document(source)
             elif begun is None and not is_main:
-                yield Row(None, source, number, _OUTSIDE)
+                yield Document("", source, number, _OUTSIDE)
             yield from document.take()
             begun = number if is_main else None
         elif begun is not None:
             document.add(line, number)
         elif stripped:
-            yield Row(None, source, number, _OUTSIDE)
+            yield Document("", source, number, _OUTSIDE)
     if begun is not None:
-        yield Row(None, source, begun, _NOT_CLOSED)
+        yield Document("", source, begun, _NOT_CLOSED)
 
 
 class _Document:
@@ -125,18 +125,18 @@ class _Document:
         if self._num_bytes <= MAX_DOCUMENT_BYTES:
             self._lines.append(line)
 
-    def take(self) -> Iterator[Row]:
+    def take(self) -> Iterator[Document]:
         """Yields the document, if there is one, and begins the next."""
         if self._num_bytes > MAX_DOCUMENT_BYTES:
-            yield Row(None, self._source, self._first, TOO_LONG)
+            yield Document("", self._source, self._first, TOO_LONG)
         elif self._num_bytes:
             yield _text_row(b"".join(self._lines).rstrip(b"\r\n"), self._source, self._first)
         self._lines, self._num_bytes = [], 0
 
 
-def _text_row(data: bytes, source: str, number: int) -> Row:
+def _text_row(data: bytes, source: str, number: int) -> Document:
     try:
         return checked_row(data.decode(), source, number)
     except UnicodeDecodeError as error:
         line = number + data.count(b"\n", 0, error.start)
-        return Row(None, source, line, NOT_UTF8)
+        return Document("", source, line, NOT_UTF8)
