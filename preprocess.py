@@ -9,9 +9,8 @@ from kiem.config import PreprocessOptions
 
 
 def main(options: PreprocessOptions, console: Console) -> None:
-    from kiem.data.prepare.preprocess import (
-        preprocess,  # slow to import: not before the options are right
-    )
+    # Slow to import: not before the options are right.
+    from kiem.data.prepare.preprocess import preprocess
 
     preprocess(options, console)
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from kiem.data.clean import filters as clean
 from kiem.data.clean.filters import MAX_DUPLICATE_NGRAMS, MAX_TOP_NGRAM, mend, reject
-from kiem.data.clean.filters import filters as clean
 
 _CONSONANTS = "bcdfghklmnprstvw"
 # Different words of five letters, none of them a frequent word of any language.

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from conftest import Disk
 
-from kiem.cli import check_name
 from kiem.core.direct import PIECE_BYTES, write_and_hash
 from kiem.core.disk import writing_errors
 from kiem.core.errors import ExitCode, UserError
@@ -27,6 +26,7 @@ from kiem.core.files import (
     write_bytes,
 )
 from kiem.core.leftovers import recover_folder
+from kiem.core.values import check_name
 
 
 def _make_folder(path: Path) -> None:

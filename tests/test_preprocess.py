@@ -265,7 +265,7 @@ def test_killed_run_goes_on_with_the_commit_it_began_with(
     """The dataset changes on the Hub meanwhile; nothing is downloaded again before --overwrite."""
     killed = (
         "import os, runpy, sys\n"
-        "from kiem.data import preprocess\n"
+        "from kiem.data.prepare import preprocess\n"
         "preprocess._assemble = lambda *_: os._exit(9)\n"
         "runpy.run_path('preprocess.py', run_name='__main__')\n"
     )

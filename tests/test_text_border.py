@@ -17,10 +17,10 @@ from conftest import ROOT, run_script
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
-from kiem.cli import run, warn
+from kiem.cli import run
 from kiem.commands import COMMANDS
 from kiem.config import InferenceOptions, PreprocessOptions
-from kiem.core.console import PlainConsole, show
+from kiem.core.console import PlainConsole, show, warn
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.json_input import MAX_DEPTH, JsonError, parse_json, read_json, read_json_lines
 from kiem.core.values import option_types
@@ -190,7 +190,8 @@ def test_no_text_reaches_a_markup_parser() -> None:
 PROGRAM = r"""
 import subprocess, sys
 from pathlib import Path
-from kiem.cli import run, warn
+from kiem.cli import run
+from kiem.core.console import warn
 from kiem.config import ReportOptions
 def main(options, console):
     warn(console, "caf\xe9 \u20ac \U0001f600 \udce9")
