@@ -9,7 +9,7 @@ from kiem.config import EvaluationOptions
 
 
 def main(options: EvaluationOptions, console: Console) -> None:
-    from kiem.evaluation.evaluate import evaluate  # slow to import: not before the options
+    from kiem.evaluation.command import evaluate  # slow to import: not before the options
 
     evaluate(options, console)
 

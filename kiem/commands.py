@@ -56,7 +56,7 @@ COMMANDS = {
     "serve": Command(
         "inference.py", InferenceOptions, "kiem.inference.write", "write", ("--serve",)
     ),
-    "evaluate": Command("evaluate.py", EvaluationOptions, "kiem.evaluation.evaluate", "evaluate"),
+    "evaluate": Command("evaluate.py", EvaluationOptions, "kiem.evaluation.command", "evaluate"),
     "export": Command("export.py", ExportOptions, "kiem.export.export", "export"),
     "report": Command("report.py", ReportOptions, "kiem.report.draw", "draw"),
 }

@@ -31,14 +31,13 @@ from kiem.cli import parse
 from kiem.config import EvaluationOptions
 from kiem.core.errors import ExitCode, UserError
 from kiem.evaluation.bits_per_byte import Document, Measured, bits_per_byte, measure
-from kiem.evaluation.evaluate import evaluate
+from kiem.evaluation.command import evaluate, open_language_model
 from kiem.evaluation.language_model import (
     LanguageModel,
     own_language_model,
     windows,
 )
 from kiem.evaluation.minimal_pairs import BUILT_IN, Pair, accuracy, prefers_good, read_suite
-from kiem.evaluation.open_model import open_language_model
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
 from kiem.model.presets import preset

@@ -1,19 +1,20 @@
-"""Bits per byte of whole documents, the figure that compares models across tokenizers.
+"""Bits per byte of whole documents, which compares models across tokenizers.
 
-bits per byte = nats of all tokens of the text / (ln 2 x UTF-8 bytes of the text)
+bits per byte = nats of all tokens of the text / (ln 2 x UTF-8 bytes of the original text)
 
-Every document is read from its beginning, after <bos>. One that is longer than the context is read
-in windows: each begins with <bos>, without which Gemma models go astray, and goes on where the one
-before stopped, after half a window of text that was scored already. So every token is scored once,
-with at least half a context before it where the document has so much. <eos> is not part of the
-text and is neither given nor scored.
+Every document is read from its beginning, after <bos>. A document longer than the context is read
+in overlapping windows. Each window begins with <bos>, without which Gemma models go astray, and
+half of it is text that was scored before. So every token is scored once, with at least half a
+context before it where the document has that much. <eos> is neither given nor scored.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,9 +25,8 @@ _RESAMPLES = 1000
 _DOCUMENTS_AT_ONCE = 256
 
 
-@dataclass(frozen=True)
-class Document:
-    """A text to measure a model on, and the source that it is counted under."""
+class Document(NamedTuple):
+    """A text to measure a model on, and the source it is counted under."""
 
     text: str
     source: str
@@ -34,7 +34,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of each document.
+    """Measurements of each document.
 
     Attributes:
         nats: fp64 [documents].
@@ -63,21 +63,20 @@ class BitsPerByte:
 
 
 def measure(model: LanguageModel, documents: Iterator[Document]) -> Measured:
-    """Returns what a model makes of documents; no token is scored twice."""
-    nats: list[np.ndarray] = []
+    """Scores every token of the documents once."""
+    nats, sources, num_unknown = [np.zeros(0)], [], 0
     num_bytes: list[int] = []
     num_tokens: list[int] = []
-    sources: list[str] = []
-    num_unknown = 0
-    for block in _blocks(documents):
+    while block := list(islice(documents, _DOCUMENTS_AT_ONCE)):
         encoded = model.encode([document.text for document in block])
         nats.append(text_nats(model, encoded))
         num_bytes += [len(document.text.encode()) for document in block]
-        num_tokens += [len(ids) for ids in encoded]
+        num_tokens += map(len, encoded)
         sources += [document.source for document in block]
-        num_unknown += sum(_count_unknown(model, ids) for ids in encoded)
+        if model.unknown_id is not None:
+            num_unknown += sum(ids.count(model.unknown_id) for ids in encoded)
     return Measured(
-        np.concatenate(nats) if nats else np.zeros(0),
+        np.concatenate(nats),
         np.array(num_bytes, dtype=np.int64),
         np.array(num_tokens, dtype=np.int64),
         sources,
@@ -88,12 +87,12 @@ def measure(model: LanguageModel, documents: Iterator[Document]) -> Measured:
 def bits_per_byte(measured: Measured, source: str | None, seed: int) -> BitsPerByte:
     """Returns the bits per byte of one source, or of all.
 
-    The interval is the middle 95 % of what 1000 resamplings of the documents give (the percentile
-    bootstrap, Efron 1979): how much the figure depends on which documents were at hand.
+    The interval is the middle 95 % of 1000 resamplings of the documents (the percentile bootstrap,
+    Efron 1979): how much the figure depends on the choice of documents.
 
     Args:
-        measured: every document.
-        source: which source's documents; None: all.
+        measured: all documents.
+        source: only the documents of this source; None: all.
         seed: of the resampling.
     """
     chosen = np.array([source in (None, name) for name in measured.sources], dtype=bool)
@@ -101,7 +100,7 @@ def bits_per_byte(measured: Measured, source: str | None, seed: int) -> BitsPerB
     num_bytes = measured.num_bytes[chosen]
     generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "bootstrap")))
     resampled = []
-    for _ in range(_RESAMPLES if len(bits) > 1 else 1):  # of one document all are alike
+    for _ in range(_RESAMPLES if len(bits) > 1 else 1):  # resamplings of one document are equal
         drawn = generator.integers(len(bits), size=len(bits))
         resampled.append(bits[drawn].sum() / num_bytes[drawn].sum())
     low, high = np.percentile(resampled, [2.5, 97.5])
@@ -113,18 +112,3 @@ def bits_per_byte(measured: Measured, source: str | None, seed: int) -> BitsPerB
         bytes=int(num_bytes.sum()),
         tokens=int(measured.num_tokens[chosen].sum()),
     )
-
-
-def _blocks(documents: Iterator[Document]) -> Iterator[Sequence[Document]]:
-    block: list[Document] = []
-    for document in documents:
-        block.append(document)
-        if len(block) == _DOCUMENTS_AT_ONCE:
-            yield block
-            block = []
-    if block:
-        yield block
-
-
-def _count_unknown(model: LanguageModel, ids: list[int]) -> int:
-    return 0 if model.unknown_id is None else ids.count(model.unknown_id)

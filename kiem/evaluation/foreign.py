@@ -1,4 +1,4 @@
-"""Other people's models, through transformers; the only module of the package that imports it."""
+"""Causal models of any architecture, through transformers; no other module imports it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from kiem.compute.speed import prefers_bf16
-from kiem.core.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError, bad_option
 from kiem.evaluation.language_model import LanguageModel
 
-# Logits in a batch, at 4 bytes each.
-_LOGITS_PER_BATCH = 1 << 28
+_LOGIT_BYTES_PER_BATCH = 1 << 30
 
 
 def open_foreign_model(
@@ -28,57 +27,26 @@ def open_foreign_model(
         context: most tokens in a row; None: the longest that the model is made for.
 
     Raises:
-        UserError: transformers is not installed, does not load it, or it states no longest context.
+        UserError: transformers is not installed or does not load it, its tokenizer has neither
+            <bos> nor <eos>, or there is no such context.
     """
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise UserError(
-            "this is not a Gemma 3 text model, and transformers is not installed",
-            where=str(folder),
-            fix="Install it with: pip install transformers",
-            exit_code=ExitCode.NOT_A_MODEL,
-        ) from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     default = "auto" if prefers_bf16(device) else torch.float32
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, default)
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, **options
-        )
-    except Exception as error:  # whatever it is that transformers does not expect in these files
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
-            f"transformers cannot load it ({reason})",
-            where=str(folder),
-            fix="Name a folder or Hub id with config.json, *.safetensors and a tokenizer.",
-            exit_code=ExitCode.NOT_A_MODEL,
-        ) from error
+    model, tokenizer = _load(folder, dtype)
     model.to(device).eval()
     config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if context is not None and positions is not None and context > positions:
+        what = f"{context} tokens are more than its {positions} positions"
+        raise bad_option("--context", what, f"Give {positions} or fewer.")
     # Models without <bos>, such as GPT-2, were trained with the end of a text before the next.
-    bos_id = tokenizer.bos_token_id
+    bos_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if bos_id is None:
-        bos_id = tokenizer.eos_token_id
-    possible = getattr(config, "max_position_embeddings", None)
-    if context is not None and possible is not None and context > possible:
-        raise UserError(
-            f"{context} tokens are more than its {possible} positions",
-            where="--context",
-            fix=f"Give {possible} or fewer.",
-            exit_code=ExitCode.BAD_OPTION,
-        )
-    longest = context or possible
-    if bos_id is None or longest is None:
-        raise UserError(
-            "its tokenizer has no <bos> or <eos>" if bos_id is None else "no longest context known",
-            where=str(folder),
-            fix="Choose another model." if bos_id is None else "Give --context.",
-            exit_code=ExitCode.NOT_A_MODEL,
-        )
-
+        raise _unusable(folder, "its tokenizer has no <bos> or <eos>", "Choose another model.")
+    longest = context or positions
+    if longest is None:
+        raise _unusable(folder, "no longest context known", "Give --context.")
     num_rows = model.get_input_embeddings().weight.shape[0]
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
@@ -108,6 +76,30 @@ def open_foreign_model(
         bos_id=bos_id,
         unknown_id=tokenizer.unk_token_id if tokenizer.unk_token_id != bos_id else None,
         context=longest,
-        tokens_per_batch=_LOGITS_PER_BATCH // config.vocab_size,
+        tokens_per_batch=_LOGIT_BYTES_PER_BATCH // (4 * config.vocab_size),
         device=device,
     )
+
+
+def _load(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
+    """Returns transformers' model and tokenizer."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        what = "this is not a Gemma 3 text model, and transformers is not installed"
+        raise _unusable(folder, what, "Install it with: pip install transformers") from error
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, **options
+        )
+    except Exception as error:  # whatever transformers does not expect in these files
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        fix = "Name a folder or Hub id with config.json, *.safetensors and a tokenizer."
+        raise _unusable(folder, f"transformers cannot load it ({reason})", fix) from error
+    return model, tokenizer
+
+
+def _unusable(folder: Path, what: str, fix: str) -> UserError:
+    return UserError(what, where=str(folder), fix=fix, exit_code=ExitCode.NOT_A_MODEL)

@@ -1,6 +1,6 @@
-"""What evaluation needs of a language model, and how kiem's own model gives it.
+"""Language models as evaluation needs them: texts in, negative log-likelihoods out.
 
-Shapes: B sequences in a batch, T tokens, N tokens that are scored.
+Shapes: B sequences in a batch, T tokens, N scored tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LanguageModel:
     Attributes:
         encode: texts to token ids, without control tokens.
         nats: (ids int64 [B, T], scored bool [B, T]) to -log p of the scored tokens given those
-            before them in their row, fp32 [N] in the order of the rows; column 0 is never scored.
+            before them in their row, fp32 [N] in row order; column 0 is never scored.
         bos_id: the token that every text begins with.
         unknown_id: the token for text that the tokenizer cannot express, if it has one.
         context: most tokens in a row.
@@ -45,14 +45,14 @@ class LanguageModel:
 
 
 class Row(NamedTuple):
-    """Tokens to read, and the place of the first one to score; the rest is scored too."""
+    """Tokens to read, and the index of the first one to score; all after it are scored too."""
 
     ids: list[int]
     first_scored: int
 
 
 def own_language_model(model: Gemma3, tokenizer: Tokenizer, context: int) -> LanguageModel:
-    """Returns kiem's own model as evaluation needs it."""
+    """Returns kiem's own model as a LanguageModel."""
 
     def nats(ids: Tensor, scored: Tensor) -> Tensor:
         with torch.no_grad():
@@ -75,8 +75,8 @@ def windows(ids: list[int], bos_id: int, context: int) -> Iterator[Row]:
 
     Args:
         ids: the document's tokens, without control tokens.
-        bos_id: what each row begins with.
-        context: most tokens in a row, with <bos>; at least 3.
+        bos_id: the first token of each row.
+        context: most tokens in a row, <bos> included; at least 3.
     """
     room = context - 1
     end = min(len(ids), room)
@@ -90,35 +90,24 @@ def windows(ids: list[int], bos_id: int, context: int) -> Iterator[Row]:
 
 def text_nats(model: LanguageModel, encoded: Sequence[list[int]]) -> np.ndarray:
     """Returns -log p of whole texts after <bos>, fp64 [texts]; texts as `windows` takes them."""
-    rows, owners = [], []
-    for number, ids in enumerate(encoded):
-        for row in windows(ids, model.bos_id, model.context):
-            rows.append(row)
-            owners.append(number)
-    nats = np.zeros(len(encoded))
-    np.add.at(nats, owners, sum_nats(model, rows))
-    return nats
-
-
-def sum_nats(model: LanguageModel, rows: Sequence[Row]) -> np.ndarray:
-    """Returns the summed -log p of each row's scored tokens, fp64 [rows].
-
-    Rows of similar length share a batch. The padding comes last, where no token looks at it.
-    """
-    sums = np.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda number: -len(rows[number].ids))
-    start = 0
-    while start < len(order):
-        longest = len(rows[order[start]].ids)
-        numbers = order[start : start + max(1, model.tokens_per_batch // longest)]
-        start += len(numbers)
-        ids = torch.zeros(len(numbers), longest, dtype=torch.int64)
-        scored = torch.zeros(len(numbers), longest, dtype=torch.bool)
-        for place, number in enumerate(numbers):
-            row = rows[number]
+    rows = [
+        (text, row)
+        for text, ids in enumerate(encoded)
+        for row in windows(ids, model.bos_id, model.context)
+    ]
+    # Rows of similar length share a batch. Padding comes last, where no scored token attends to it.
+    rows.sort(key=lambda row: -len(row[1].ids))
+    sums = np.zeros(len(encoded))
+    while rows:
+        longest = len(rows[0][1].ids)
+        batch_size = max(1, model.tokens_per_batch // longest)
+        batch, rows = rows[:batch_size], rows[batch_size:]
+        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+        scored = torch.zeros(len(batch), longest, dtype=torch.bool)
+        for place, (_, row) in enumerate(batch):
             ids[place, : len(row.ids)] = torch.tensor(row.ids)
             scored[place, row.first_scored : len(row.ids)] = True
         nats = model.nats(ids.to(model.device), scored.to(model.device)).double().cpu()
-        places = scored.nonzero()[:, 0]
-        sums[numbers] = torch.zeros(len(numbers), dtype=torch.float64).index_add(0, places, nats)
+        texts = np.array([text for text, _ in batch])
+        np.add.at(sums, texts[scored.nonzero()[:, 0].numpy()], nats.numpy())
     return sums

@@ -1,6 +1,6 @@
-"""Minimal pairs: does the model find a sentence likelier than the same sentence with one mistake?
+"""Minimal pairs: how often a model prefers a sentence to the same sentence with one mistake.
 
-The files have BLiMP's shape (arXiv:1912.00582), so that the published suites can be used as well.
+The files have BLiMP's format (arXiv:1912.00582), so the published suites work too.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from kiem.core.errors import bad_input
 from kiem.data.read.formats import WITH_COLUMNS
 from kiem.data.read.records import read_records
-from kiem.data.read.rows import bad_input
 from kiem.data.read.sources import local_source
 from kiem.evaluation.language_model import LanguageModel, text_nats
 
 BUILT_IN = "minimal-pairs"
-# What BLiMP, BLiMP-NL and others call the phenomenon that a pair is about.
+# The names that BLiMP, BLiMP-NL and others have for the phenomenon of a pair.
 _PHENOMENON_KEYS = ("linguistics_term", "linguistic_phenomenon", "phenomenon", "UID")
 _FIX = f"Give files with sentence_good and sentence_bad, as BLiMP has them ({WITH_COLUMNS})."
 _Z_95 = 1.959964  # two-sided 95 % of the normal distribution
@@ -30,7 +30,7 @@ _Z_95 = 1.959964  # two-sided 95 % of the normal distribution
 
 @dataclass(frozen=True)
 class Pair:
-    """Two sentences that differ in one mistake, and the phenomenon that it is about."""
+    """Two sentences that differ in one mistake, and the phenomenon it illustrates."""
 
     good: str
     bad: str
@@ -39,7 +39,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of pairs whose good sentence is the likelier one, with its 95 % Wilson interval."""
+    """Share of pairs whose good sentence is likelier, with its 95 % Wilson interval."""
 
     accuracy: float
     accuracy_low: float
@@ -48,28 +48,28 @@ class Accuracy:
     pairs: int
 
 
-def read_suite(names: tuple[str, ...], console: Console | None = None) -> list[Pair]:
+def read_suite(names: Sequence[str], console: Console | None = None) -> list[Pair]:
     """Returns the pairs of a suite.
 
     Args:
         names: BUILT_IN, or files, folders and globs of files with columns.
-        console: where it is said what is not read.
+        console: where files that are not read are listed.
 
     Raises:
         UserError: a file is missing, or a line has no pair; names it.
     """
-    others = tuple(name for name in names if name != BUILT_IN)
+    others = [name for name in names if name != BUILT_IN]
     pairs = []
     if len(others) < len(names):
         file = resources.files("kiem.evaluation") / "suite" / "minimal_pairs.jsonl"
-        pairs += _read((str(file),), console)
-    return [*pairs, *(_read(others, console) if others else [])]
+        pairs += _read([str(file)], console)
+    return pairs + _read(others, console) if others else pairs
 
 
 def prefers_good(model: LanguageModel, pairs: Sequence[Pair]) -> np.ndarray:
-    """Says of each pair whether the model finds the good sentence likelier, bool [pairs].
+    """Returns for each pair whether the model finds the good sentence likelier, bool [pairs].
 
-    Compared are the probabilities of the whole sentences after <bos>; a tie is not a preference.
+    Compares the probabilities of the whole sentences after <bos>; a tie is not a preference.
     """
     texts = [text for pair in pairs for text in (pair.good, pair.bad)]
     good, bad = text_nats(model, model.encode(texts)).reshape(-1, 2).T

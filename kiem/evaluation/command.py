@@ -1,4 +1,4 @@
-"""What evaluate.py does: read text and suites, measure the model, show and write the results."""
+"""The command `kiem evaluate`: documents, suites and model in, tables and JSON out."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from kiem.config import EvaluationOptions
 from kiem.core.console import warn
-from kiem.core.errors import ExitCode, UserError, no_effect
+from kiem.core.errors import ExitCode, bad_input, bad_option, no_effect
 from kiem.core.files import check_new_file, format_bytes, write_json
+from kiem.core.json_input import JsonError, parse_json, read_json
 from kiem.data.chunks import (
     MANIFEST_FILE,
     Chunks,
@@ -30,27 +32,45 @@ from kiem.data.read.readers import check_effects, read_documents
 from kiem.data.read.sources import resolve_source
 from kiem.data.read.standard_input import check_one_reader
 from kiem.evaluation.bits_per_byte import Document, bits_per_byte, measure
-from kiem.evaluation.language_model import LanguageModel
+from kiem.evaluation.foreign import open_foreign_model
+from kiem.evaluation.language_model import LanguageModel, own_language_model
 from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, summarize
-from kiem.evaluation.open_model import open_language_model
+from kiem.inference.loading import load_for_inference
+from kiem.model.config_json import CONFIG_FILE
+from kiem.model.io import find_model
 
 _MOST_SOURCES_SHOWN = 50
 
 
+class _Options(msgspec.Struct):
+    chunk_size: Annotated[int, msgspec.Meta(ge=2, lt=1 << 31)]
+
+
+class _Data(msgspec.Struct):
+    options: _Options
+
+
+class _Summary(msgspec.Struct):
+    """The part of training_summary.json that is read here."""
+
+    data: _Data
+
+
 def evaluate(options: EvaluationOptions, console: Console) -> dict[str, Any]:
-    """Runs evaluate.py.
-
-    Args:
-        options: all options of evaluate.py.
-        console: where the tables go.
-
-    Returns:
-        What `--json` writes.
+    """Measures a model, prints the tables, and returns what `--json` writes.
 
     Raises:
-        UserError: anything about options, data, suite or model that a person can mend.
+        UserError: an option, the data, the suite or the model cannot be used.
     """
-    _check_options(options)
+    check_one_reader(data=options.data, suite=options.suite)
+    if not options.data:
+        for name, default in (
+            ("max_documents", None),
+            ("text_column", "text"),
+            ("document_separator", None),
+        ):
+            if getattr(options, name) != default:
+                raise no_effect("--" + name.replace("_", "-"), "without --data")
     if options.json is not None:
         check_new_file(options.json)
     names = options.suite or (() if options.data else (BUILT_IN,))
@@ -74,7 +94,7 @@ def evaluate(options: EvaluationOptions, console: Console) -> dict[str, Any]:
 
 
 def evaluation_documents(options: EvaluationOptions, console: Console) -> Iterator[Document]:
-    """Yields the documents of `--data`; what can be checked without reading is checked at once.
+    """Returns the documents of `--data`; what can be checked without reading is checked at once.
 
     Raises:
         UserError: there is no such file, or a line or row is no document; names it.
@@ -85,44 +105,27 @@ def evaluation_documents(options: EvaluationOptions, console: Console) -> Iterat
             raise no_effect("--text-column", "with a chunk directory")
         if options.document_separator is not None:
             raise no_effect("--document-separator", "with a chunk directory")
-        documents = _test_split(first)
-    elif "hub" in options.data:
-        raise UserError(
-            "'hub' is not text that was kept apart",
-            where="--data hub",
-            fix="Give the chunk directory that preprocess.py made of it.",
-            exit_code=ExitCode.BAD_OPTION,
-        )
-    else:
-        documents = _file_documents(options, console)
+        return islice(_test_split(first), options.max_documents)
+    if "hub" in options.data:
+        fix = "Give the chunk directory that preprocess.py made of it."
+        raise bad_option("--data hub", "'hub' is not text that was kept apart", fix)
+    separator = options.document_separator
+    source = resolve_source(
+        options.data, None, console=console, option="--data", document_separator=separator
+    )
+    check_effects(source, options.text_column)
+    fix = "Correct or remove it, or name the text's column with --text-column."
+    rows = read_documents(source, options.text_column, fix)
+    documents = (Document(row.text, row.source) for row in rows)
     return islice(documents, options.max_documents)
 
 
-def _file_documents(options: EvaluationOptions, console: Console) -> Iterator[Document]:
-    source = resolve_source(
-        options.data,
-        None,
-        console=console,
-        option="--data",
-        document_separator=options.document_separator,
-    )
-    check_effects(source, options.text_column)
-    fix = "Mend or remove it, or name the text's column with --text-column."
-    return (
-        Document(row.text, row.source) for row in read_documents(source, options.text_column, fix)
-    )
-
-
 def _test_split(folder: Path) -> Iterator[Document]:
-    """Returns the test documents of a chunk directory, as text again."""
+    """Returns the test documents of a chunk directory, decoded to text."""
     manifest = read_manifest(folder)
     if manifest["options"].get("packing", "concat") != "concat":
-        raise UserError(
-            "the documents of this chunk directory are not in one piece (--packing best-fit)",
-            where=f"--data {folder}",
-            fix="Give files of text.",
-            exit_code=ExitCode.BAD_INPUT,
-        )
+        what = "the documents of this chunk directory are not in one piece (--packing best-fit)"
+        raise bad_input(f"--data {folder}", what, "Give files of text.")
     tokenizer = read_tokenizer(folder, manifest)
     verify_shards(folder, manifest)
     ids = _tokens(open_split(folder, manifest, "test"))
@@ -141,6 +144,37 @@ def _tokens(chunks: Chunks) -> np.ndarray:
     return np.concatenate([block.reshape(-1) for block in chunks.blocks])
 
 
+def open_language_model(
+    name: str, precision: Literal["auto", "fp32", "bf16"], context: int | None
+) -> LanguageModel:
+    """Loads a model for evaluation: a Gemma 3 text model, or another one through transformers.
+
+    Args:
+        name: a folder or Hub id.
+        precision: of the weights.
+        context: most tokens in a row; None: the chunk size of a kiem model's training, the longest
+            context of other models.
+
+    Raises:
+        UserError: there is no such model, or transformers is needed and not installed.
+    """
+    folder = find_model(name)
+    try:
+        config = parse_json((folder / CONFIG_FILE).read_bytes())
+    except (OSError, JsonError):  # loading explains it
+        config = None
+    if isinstance(config, dict) and config.get("model_type", "gemma3_text") != "gemma3_text":
+        return open_foreign_model(folder, precision, context)
+    loaded = load_for_inference(str(folder), precision)
+    summary = folder / "training_summary.json"
+    if context is None and summary.is_file():
+        fix = "Remove the file and give --context."
+        read = read_json(summary, _Summary, fix=fix, exit_code=ExitCode.DAMAGED)
+        context = read.data.options.chunk_size
+    context = context or loaded.model.config.max_position_embeddings
+    return own_language_model(loaded.model, loaded.tokenizer, context)
+
+
 def _measure_text(
     model: LanguageModel,
     documents: Iterator[Document],
@@ -149,17 +183,12 @@ def _measure_text(
 ) -> dict[str, Any]:
     measured = measure(model, documents)
     if not measured.sources:
-        raise UserError(
-            "there is no document",
-            where=f"--data {options.data[0]}",
-            fix="Give files with text.",
-            exit_code=ExitCode.BAD_INPUT,
-        )
+        raise bad_input(f"--data {options.data[0]}", "there is no document", "Give files of text.")
     if measured.num_unknown:
         warn(
             console,
             f"{measured.num_unknown:,} tokens stand for text that the tokenizer cannot express; "
-            "the model's bits per byte are too low by what it need not predict",
+            "the model need not predict that text, so its bits per byte are too low",
         )
     names = sorted(set(measured.sources))
     return {
@@ -187,14 +216,3 @@ def _show(results: dict[str, Any], console: Console) -> None:
             interval = f"{line['accuracy_low']:.0%} to {line['accuracy_high']:.0%}"
             table.add_row(name, f"{line['accuracy']:.1%}", interval, f"{line['pairs']:,}")
         console.print(table)
-
-
-def _check_options(options: EvaluationOptions) -> None:
-    check_one_reader(data=options.data, suite=options.suite)
-    for name, is_given in (
-        ("--max-documents", options.max_documents is not None),
-        ("--text-column", options.text_column != "text"),
-        ("--document-separator", options.document_separator is not None),
-    ):
-        if is_given and not options.data:
-            raise no_effect(name, "without --data")
