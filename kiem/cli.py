@@ -22,7 +22,7 @@ from kiem.core.disk import DiskWarning
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.values import OptionType, describe_limits, is_boolean, option_types
 from kiem.core.yaml_options import read_options
-from kiem.parallel.launch import speaks
+from kiem.parallel.launch import prints_output
 
 Options = TypeVar("Options")
 _FEWEST_COLUMNS = 40  # for help; in fewer than 6 tyro never ends
@@ -131,7 +131,7 @@ def run(
 def report_errors(work: Callable[[Console], Any]) -> int:
     """Calls `work` with a console and returns the exit code, after a message if it fails."""
     open_output()
-    is_main = speaks()
+    is_main = prints_output()
     console = PlainConsole(quiet=not is_main)
     messages = PlainConsole(stderr=True, quiet=not is_main)
     try:

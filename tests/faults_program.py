@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from disk_shim import NEVER, OPERATIONS, SHORT, Shim
-from test_checkpoint import QUIET, devices, made, names, save
+from test_checkpoint import QUIET, distributed, made, names, save
 
 from kiem.core import direct
 from kiem.core.errors import ExitCode, UserError
@@ -61,7 +61,7 @@ def check(folder: Path, outcome: UserError | None, is_failure: bool) -> None:
     assert last is not None
     assert last.name in ("step-1", "step-2")
     model, optimizers = made()
-    load_checkpoint(last, model, optimizers, devices())
+    load_checkpoint(last, model, optimizers, distributed())
     save(folder, 3)
     prune_checkpoints(folder, 1)
     assert names(folder) == ["step-3"], names(folder)

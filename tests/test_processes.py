@@ -22,7 +22,7 @@ from kiem.config import PreprocessOptions, TrainingOptions
 from kiem.core.errors import ExitCode, UserError
 from kiem.data.prepare.preprocess import preprocess
 from kiem.model.io import read_config
-from kiem.parallel.launch import Place, read_place, speaks
+from kiem.parallel.launch import Place, prints_output, read_place
 from kiem.training.checkpoint import list_checkpoints, verify_checkpoint
 from kiem.training.loop import train
 from kiem.training.resume import check_same_run
@@ -46,7 +46,7 @@ os.environ["LOCAL_RANK"] = "0"
 if os.environ["RANK"] == "1":
     order["arguments"] += {arguments!r}
 from kiem.parallel import agreement
-agreement._MOST_SECONDS_UNTIL_SEEN = 0.2
+agreement._MAX_SECONDS_UNTIL_SEEN = 0.2
 """
 # Something fails in one process alone.
 FAIL = """
@@ -265,7 +265,7 @@ def test_variables_that_make_no_sense_are_named(
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    assert speaks(), "else nobody would read the message"
+    assert prints_output(), "else nobody would read the message"
     if message is None:
         assert read_place() == Place(0, 0, 1)
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,13 @@ from kiem.model.initialize import initialize
 from kiem.model.presets import preset
 from kiem.optim.optimizer import make_optimizers
 from kiem.parallel.distributed import Distributed
-from kiem.parallel.parallel_model import ParallelModel, gather, put, share_parameters, whole_model
+from kiem.parallel.parallel_model import (
+    ParallelModel,
+    copy_full_tensor,
+    full_model,
+    full_tensor,
+    shard_parameters,
+)
 
 SHARED = ("--shard", "parameters")
 OPTIONS = ("--optimizer", "adamw", "--max-steps", "6", "--save-steps", "2", "--eval-steps", "3")
@@ -84,37 +91,37 @@ def _train_and_measure(rank: int, folder: str) -> None:
     alone = copy.deepcopy(model)
     num_values = model.config.num_parameters()
     before = held_bytes() - 4 * num_values
-    share_parameters(model, distributed)
+    shard_parameters(model, distributed)
     assert held_bytes() - before < 4 * num_values * 0.51
-    sharing = ParallelModel(model, distributed, "parameters")
-    optimizers = make_optimizers(model, "adamw", 0.1, sharing.owned)
+    parallel_model = ParallelModel(model, distributed, "parameters")
+    optimizers = make_optimizers(model, "adamw", 0.1, parallel_model.local_params)
     assert held_bytes() - before < 3 * 4 * num_values * 0.51
     ids = torch.randint(3, 1003, (4, 32), generator=torch.Generator().manual_seed(0))
     for index in range(2):
-        with sharing.accumulating(is_last=index == 1):
+        with nullcontext() if index == 1 else parallel_model.no_sync():
             batch = ids[2 * rank + index][None]
-            (sharing.wrapped(batch, batch, None)[0] * 2 / ids.numel()).backward()
+            (parallel_model(batch, batch, None)[0] * 2 / ids.numel()).backward()
         assert held_bytes() - before < 4 * 4 * num_values * 0.51
     (alone(ids, ids, None)[0] / ids.numel()).backward()
     for found, expected in zip(model.parameters(), alone.parameters(), strict=True):
         assert found.grad is not None
-        torch.testing.assert_close(gather(found.grad), expected.grad, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(full_tensor(found.grad), expected.grad, atol=1e-6, rtol=1e-5)
     norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.5)
-    assert sharing.clip(0.5) == pytest.approx(float(norm), rel=1e-5)
+    assert parallel_model.clip_grad_norm(0.5) == pytest.approx(float(norm), rel=1e-5)
     for optimizer in optimizers:
         optimizer.step()
-    sharing.finish_update()
+    parallel_model.zero_grad()
     alone.zero_grad()
     assert held_bytes() - before < 3 * 4 * num_values * 0.51
 
-    whole = whole_model(model, torch.device("cpu"))
+    whole = full_model(model, torch.device("cpu"))
     assert type(whole) is Gemma3
     if rank == 0:  # by itself: nobody waits for the other
         assert whole(ids, ids, None)[0].isfinite()
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), alone.parameters(), strict=True):
-            put(parameter, value)
-            assert torch.equal(gather(parameter), value)
+            copy_full_tensor(parameter, value)
+            assert torch.equal(full_tensor(parameter), value)
     distributed.barrier()
     os._exit(0)  # as kiem.parallel.launch.leave
 

@@ -1,9 +1,9 @@
-"""What all processes of a run must have in common, checked before any of them works.
+"""Checks that all processes of a run have the same options, data, weights and run directory.
 
 Launchers on several machines are started by hand, each with its own command line, clock, disk and
-version of kiem. What can be decided once is decided by the first process
-(`Distributed.first_tells`); what each must bring along is compared here, so that a difference is
-a message and not a wait.
+version of kiem. Whatever can be decided once, the main process decides
+(`Distributed.broadcast_from_main`); what each must bring along is compared here, so that a
+difference is a message and not a hang.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ import torch
 
 import kiem
 from kiem.config import TrainingOptions
-from kiem.core.errors import ExitCode, UserError
+from kiem.core.errors import UserError, bad_option, not_found
 from kiem.core.files import make_folder, remove_folder, write_bytes
 from kiem.core.yaml_options import to_dict
 from kiem.model.gemma3 import Gemma3
 from kiem.parallel.distributed import Distributed
 
-# The same folder can have another path on another machine; what is in it is compared instead.
+# The same folder can have another path on another machine; its content is compared instead.
 _PATHS = ("dataset_path", "output_dir", "init_from")
 # Network disks show a new folder to other machines a little later.
-_MOST_SECONDS_UNTIL_SEEN = 5.0
+_MAX_SECONDS_UNTIL_SEEN = 5.0
 
 
 def check_same(found: Mapping[str, object], fix: str, distributed: Distributed) -> None:
-    """Checks that every process found what the first one did.
+    """Checks that every process found what the main one did.
 
     Args:
-        found: values that JSON has, by what they are called for people; the same names everywhere.
+        found: JSON values by the name that users know them by; the same names everywhere.
         fix: what to do about a difference.
         distributed: all processes.
 
@@ -44,30 +44,27 @@ def check_same(found: Mapping[str, object], fix: str, distributed: Distributed) 
     """
     if distributed.world_size == 1:
         return
-    of_first = json.loads(distributed.first_tells(json.dumps(found)))
+    of_main = distributed.broadcast_from_main(found)
     with distributed.raise_on_all_ranks():
-        for name in sorted({*of_first, *found}):
-            own, first = found.get(name), of_first.get(name)
-            if json.loads(json.dumps(own)) != first:
-                raise UserError(
-                    f"is {own!r} here, but {first!r} in process 0",
-                    where=name,
-                    fix=fix,
-                    exit_code=ExitCode.BAD_OPTION,
-                )
+        for name in sorted({*of_main, *found}):
+            own, main = found.get(name), of_main.get(name)
+            if json.loads(json.dumps(own)) != main:
+                raise bad_option(name, f"is {own!r} here, but {main!r} in process 0", fix)
 
 
 def check_same_command(options: TrainingOptions, distributed: Distributed) -> None:
-    """Checks that every process was given the same options, and is of the same kiem.
+    """Checks that every process has the same options and version of kiem.
 
     Raises:
-        UserError: one was not.
+        UserError: one has not.
     """
-    given = {f"--{name.replace('_', '-')}": v for name, v in to_dict(options).items()}
-    for name in _PATHS:
-        given.pop(f"--{name.replace('_', '-')}", None)
-    given["version of kiem"] = kiem.__version__
-    check_same(given, "Give the same command on all machines.", distributed)
+    options_by_flag = {
+        f"--{name.replace('_', '-')}": value
+        for name, value in to_dict(options).items()
+        if name not in _PATHS
+    }
+    found = {**options_by_flag, "version of kiem": kiem.__version__}
+    check_same(found, "Give the same command on all machines.", distributed)
 
 
 def check_same_weights(model: Gemma3, distributed: Distributed) -> None:
@@ -78,7 +75,7 @@ def check_same_weights(model: Gemma3, distributed: Distributed) -> None:
     """
     if distributed.world_size == 1:
         return
-    # A sum of the bits: the order does not matter, so processors of another kind find the same.
+    # A sum of the bits: the order does not matter, so different processors find the same.
     sums = [
         int(p.detach().contiguous().view(torch.int32).sum(dtype=torch.int64))
         for p in model.parameters()
@@ -88,37 +85,30 @@ def check_same_weights(model: Gemma3, distributed: Distributed) -> None:
 
 
 def check_writable(folder: Path, distributed: Distributed) -> None:
-    """Checks that all processes can write into one and the same folder; makes it if need be.
+    """Checks that all processes can write into the same folder; makes it if it is missing.
 
     Raises:
         UserError: one cannot.
     """
     # A name that `remove_leftovers` knows, should this be killed.
-    meeting = folder / f".meeting.partial-{distributed.first_tells(uuid.uuid4().hex)}"
+    meeting = folder / f".meeting.partial-{distributed.broadcast_from_main(uuid.uuid4().hex)}"
     try:
         with distributed.raise_on_all_ranks():
             if distributed.is_main:
                 make_folder(meeting)
         with distributed.raise_on_all_ranks():
-            if not _appears(meeting):
-                raise UserError(
-                    "this is not the folder that process 0 writes into",
-                    where=str(folder),
-                    fix="All processes write into one run directory: give --output-dir on a disk "
-                    "that all machines share, or do without checkpoints with --save-steps 0.",
-                    exit_code=ExitCode.NOT_FOUND,
-                )
+            ends = time.monotonic() + _MAX_SECONDS_UNTIL_SEEN
+            while not meeting.is_dir():
+                if time.monotonic() > ends:
+                    raise not_found(
+                        str(folder),
+                        "this is not the folder that process 0 writes into",
+                        "All processes write into one run directory: give an --output-dir on a "
+                        "disk that all machines share, or save no checkpoints (--save-steps 0).",
+                    )
+                time.sleep(0.1)
             write_bytes(meeting / str(distributed.rank), b"")
     finally:
         if distributed.is_main:
             with contextlib.suppress(UserError):  # the next start removes it
                 remove_folder(meeting)
-
-
-def _appears(folder: Path) -> bool:
-    ends = time.monotonic() + _MOST_SECONDS_UNTIL_SEEN
-    while not folder.is_dir():
-        if time.monotonic() > ends:
-            return False
-        time.sleep(0.1)
-    return True

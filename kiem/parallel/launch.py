@@ -1,4 +1,4 @@
-"""This process's place among those that torchrun or accelerate launch started."""
+"""The place of this process among those that torchrun or accelerate launch started."""
 
 from __future__ import annotations
 
@@ -6,23 +6,15 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
-from kiem.core.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError, bad_option
 
 _HIGHEST_PORT = 65535
 
 
-@dataclass(frozen=True)
-class Place:
-    """Which of all processes this is.
-
-    Attributes:
-        rank: number of this process, from 0.
-        local_rank: number of this process on its machine, from 0.
-        world_size: processes.
-    """
+class Place(NamedTuple):
+    """Numbers of this process, from 0, and how many processes there are."""
 
     rank: int
     local_rank: int
@@ -30,10 +22,10 @@ class Place:
 
 
 def read_place() -> Place:
-    """Returns what the launcher has written into the environment; without one, the only place.
+    """Returns the place that the launcher put into the environment; without one, the only place.
 
     Raises:
-        UserError: the variables make no sense, as those that another program has left.
+        UserError: the variables are wrong, as those that another program left behind.
     """
     world_size = _number("WORLD_SIZE", 1)
     if world_size == 0:
@@ -52,8 +44,8 @@ def read_place() -> Place:
     return Place(rank, local_rank, world_size)
 
 
-def speaks() -> bool:
-    """Says whether this process tells people what it does: the first one of a machine."""
+def prints_output() -> bool:
+    """Returns whether this process prints: the first one of a machine does."""
     try:
         return read_place().local_rank == 0
     except UserError:
@@ -63,9 +55,9 @@ def speaks() -> bool:
 def leave(exit_code: int) -> NoReturn:
     """Ends this process; at once, without Python's finalization, if a launcher started several.
 
-    Modules of torch that are imported after processes have met keep their group alive, and with it
-    gloo's threads. One that gives back a tensor while Python finalizes aborts the process, and a
-    launcher takes a finished run for a failed one.
+    torch keeps the process group, and gloo's threads, alive until the interpreter ends. A thread
+    that frees a tensor during finalization aborts the process, and the launcher reports a finished
+    run as failed.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(exit_code)
@@ -77,13 +69,10 @@ def leave(exit_code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def lost_processes(rank: int) -> Iterator[None]:
-    """Turns what torch says of processes that are waited for in vain into a message.
-
-    Args:
-        rank: of this process.
+    """Turns torch's errors about lost processes into a message.
 
     Raises:
-        UserError: another process has died or stands still, or they could not meet.
+        UserError: another process has died or hangs, or they could not connect.
     """
     from torch.distributed import DistError, DistNetworkError  # slow to import
 
@@ -93,8 +82,8 @@ def lost_processes(rank: int) -> Iterator[None]:
         if not (isinstance(error, DistError) or "gloo/transport" in str(error)):
             raise
         reason = str(error).splitlines()[0]
-        what = f"another process has died or stands still ({reason})"
-        fix = "Look at its message, and start again: what was finished is taken up."
+        what = f"another process has died or hangs ({reason})"
+        fix = "Look at its message, and start again: finished work is kept."
         if isinstance(error, DistNetworkError) and "listen" in reason:
             what = f"the processes cannot meet at MASTER_PORT ({reason})"
             fix = "Give the launcher another port: --master-port of torchrun, --main_process_port "
@@ -112,10 +101,6 @@ def _number(name: str, default: int) -> int:
 
 
 def _wrong(name: str, what: str) -> UserError:
-    return UserError(
-        what,
-        where=f"environment variable {name}",
-        fix="Start several processes with torchrun or accelerate launch, which set it; else remove "
-        "RANK, LOCAL_RANK and WORLD_SIZE from the environment.",
-        exit_code=ExitCode.BAD_OPTION,
-    )
+    fix = "Start several processes with torchrun or accelerate launch, which set it; else remove "
+    fix += "RANK, LOCAL_RANK and WORLD_SIZE from the environment."
+    return bad_option(f"environment variable {name}", what, fix)

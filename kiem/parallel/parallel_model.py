@@ -1,12 +1,12 @@
-"""How several processes share one model: what each of them holds, how gradients become one.
+"""One model in several processes: what each process holds, and how gradients become one.
 
 none: every process holds everything; gradients are added up while the backward pass still runs
 (torch's DistributedDataParallel).
-optimizer: as none, but each process holds the moments only of the parameters that it owns, updates
-those and sends them to the others (ZeRO stage 1, arXiv:1910.02054). Matrices are owned whole, since
-Muon needs them whole.
-parameters: each process holds a share of every parameter, of its gradient and of its moments; the
-weights of a layer are gathered while it computes (ZeRO stage 3, by torch's fully_shard).
+optimizer: as none, but each process holds the moments of its own parameters only, updates those
+and sends them to the others (ZeRO stage 1, arXiv:1910.02054). Matrices are not split, since Muon
+needs them whole.
+parameters: each process holds a shard of every parameter, of its gradient and of its moments; the
+weights of a layer are gathered while it computes (ZeRO stage 3, torch's fully_shard).
 """
 
 from __future__ import annotations
@@ -27,69 +27,77 @@ Shard = Literal["none", "optimizer", "parameters"]
 
 
 class ParallelModel:
-    """A model as one of several processes sees it.
+    """A model as one of several processes trains it; call it in place of the module.
 
     Args:
-        model: the same weights in every process, on its device, or what `share_parameters` left.
+        module: the same weights in every process, on its device, or sharded by `shard_parameters`.
         distributed: the processes.
-        shard: what each holds only a share of.
+        shard: what each holds only a part of.
 
     Attributes:
-        wrapped: what to call in place of the model in training.
-        owned: names of the parameters that this process updates.
+        local_params: names of the parameters that this process updates.
     """
 
-    def __init__(self, model: nn.Module, distributed: Distributed, shard: Shard):
-        self._model = model
+    def __init__(self, module: Gemma3, distributed: Distributed, shard: Shard):
+        self.module = module
+        self._device = distributed.device
         self._owners: dict[str, int] = {}
-        self.wrapped: Any = model
-        self.owned = {name for name, _ in model.named_parameters()}
+        self._wrapped: Any = module
+        self.local_params = {name for name, _ in module.named_parameters()}
         # malloc would lose memory around gradients that come and go; GPUs' allocators do not.
         self._keeps_gradients = distributed.world_size == 1 and distributed.device.type == "cpu"
         if self._keeps_gradients:
-            for parameter in model.parameters():
+            for parameter in module.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-        # Where gradients are shared out, every pass sends them to their owners: until the last one
-        # they would be whole in every process, as large as the weights.
-        self._can_wait = distributed.world_size > 1 and shard != "parameters"
-        if not self._can_wait:
+        # With sharded gradients every pass sends them to their owners: unsent ones would be whole
+        # in every process, as large as the weights.
+        self._has_ddp = distributed.world_size > 1 and shard != "parameters"
+        if not self._has_ddp:
             return
-        self.wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self._wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
         if shard == "optimizer":
-            self._owners = owners(model, distributed.world_size)
-            self.owned = {name for name, rank in self._owners.items() if rank == distributed.rank}
+            self._owners = owners(module, distributed.world_size)
+            own = (name for name, rank in self._owners.items() if rank == distributed.rank)
+            self.local_params = set(own)
 
-    def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
-        """Returns the context of a pass: gradients that can wait are exchanged in the last one."""
-        return self.wrapped.no_sync() if self._can_wait and not is_last else nullcontext()
+    def __call__(self, *inputs: Any) -> Any:
+        """Does a forward pass, whose backward pass adds up gradients over all processes."""
+        return self._wrapped(*inputs)
 
-    def clip(self, max_norm: float) -> float:
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Returns the context of a pass whose gradients can wait for a later pass to be sent."""
+        return self._wrapped.no_sync() if self._has_ddp else nullcontext()
+
+    def clip_grad_norm(self, max_norm: float) -> float:
         """Scales gradients with a larger norm down to `max_norm`; returns the norm before it."""
-        return float(gather(clip_grad_norm_(self._model.parameters(), max_norm)))
+        return float(full_tensor(clip_grad_norm_(self.module.parameters(), max_norm)))
 
-    def finish_update(self) -> None:
-        """Sends what this process has updated to the others, and forgets all gradients."""
+    def broadcast_local_params(self) -> None:
+        """Sends the parameters that each process has updated to the others, if they are divided."""
         sending = [
             dist.broadcast(parameter.data, src=self._owners[name], async_op=True)
-            for name, parameter in self._model.named_parameters()
+            for name, parameter in self.module.named_parameters()
             if name in self._owners
         ]
         for transfer in sending:
-            assert transfer is not None  # this process is one of the group
+            assert transfer is not None  # this process is in the group
             transfer.wait()
-        self.forget_gradients()
 
-    def forget_gradients(self) -> None:
+    def zero_grad(self) -> None:
         """Makes the gradients zero."""
-        self._model.zero_grad(set_to_none=not self._keeps_gradients)
+        self.module.zero_grad(set_to_none=not self._keeps_gradients)
+
+    def full_model(self) -> Gemma3:
+        """Returns a model that each process can call by itself; all processes call this."""
+        return full_model(self.module, self._device)
 
     def close(self) -> None:
-        """Ends the sharing; the processes must not part before.
+        """Frees torch's wrapper, which must happen before the process group is destroyed.
 
-        torch's wrapper holds on to their group. Freed after it was destroyed, it waits for gloo's
-        thread with Python's lock in its hands, for which that thread may be waiting.
+        Freed later, it waits for gloo's thread while it holds Python's lock, for which that thread
+        may be waiting.
         """
-        self.wrapped = None
+        self._wrapped = None
 
 
 def owners(model: nn.Module, world_size: int) -> dict[str, int]:
@@ -97,19 +105,19 @@ def owners(model: nn.Module, world_size: int) -> dict[str, int]:
 
     The largest goes first, each to the process that has the least so far.
     """
-    num_held = [0] * world_size
+    num_values = [0] * world_size
     found = {}
     for name, parameter in sorted(model.named_parameters(), key=lambda item: -item[1].numel()):
-        found[name] = num_held.index(min(num_held))
-        num_held[found[name]] += parameter.numel()
+        found[name] = num_values.index(min(num_values))
+        num_values[found[name]] += parameter.numel()
     return found
 
 
-def share_parameters(model: Gemma3, distributed: Distributed) -> None:
-    """Leaves each process its share of every parameter, on its device.
+def shard_parameters(model: Gemma3, distributed: Distributed) -> None:
+    """Leaves each process its shard of every parameter, on its device.
 
-    What is there at once beside the shares is a layer or two, and, from the beginning of a pass to
-    its end, the embedding, which both ends of it use.
+    Whole at one time are a layer or two, and during a pass the embedding, which is tied to the
+    output.
     """
     from torch.distributed.device_mesh import init_device_mesh  # these take seconds
     from torch.distributed.fsdp import fully_shard
@@ -120,29 +128,29 @@ def share_parameters(model: Gemma3, distributed: Distributed) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def is_shared(tensor: Tensor) -> bool:
-    """Says whether the processes each hold only a part of a tensor."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Returns whether each process holds only a part of a tensor."""
     return hasattr(tensor, "full_tensor")  # a DTensor, whose module takes seconds to import
 
 
-def gather(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """Returns the whole of a shared tensor, of another one itself.
+def full_tensor(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """Returns the whole of a sharded tensor, of another one itself.
 
     All processes call it for the same tensors in the same order.
 
     Args:
-        tensor: whole or shared.
-        device: where to put the whole of a shared one; None: where its parts are.
+        tensor: whole or sharded.
+        device: where to put the whole of a sharded one; None: where its shards are.
     """
-    if not is_shared(tensor):
+    if not is_sharded(tensor):
         return tensor
     whole: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
     return whole.to(device) if device is not None else whole
 
 
-def put(target: Any, value: Tensor) -> None:
-    """Copies a whole tensor, the same in all processes, into what this one holds of `target`."""
-    if is_shared(target):
+def copy_full_tensor(target: Any, value: Tensor) -> None:
+    """Copies a whole tensor, the same in all processes, into this one's part of `target`."""
+    if is_sharded(target):
         from torch.distributed.tensor import distribute_tensor
 
         mesh, placements = target.device_mesh, target.placements
@@ -151,21 +159,21 @@ def put(target: Any, value: Tensor) -> None:
     target.copy_(value)
 
 
-def whole_model(model: Gemma3, device: torch.device, is_kept: bool = True) -> Gemma3:
-    """Returns a model that a process can call by itself, with the weights of one that is shared.
+def full_model(model: Gemma3, device: torch.device, is_kept: bool = True) -> Gemma3:
+    """Returns a model that a process can call by itself, with the weights of a sharded one.
 
     All processes call it; one parameter is gathered after the other.
 
     Args:
-        model: shared, or not: then it is returned itself.
+        model: sharded, or not: then it is returned itself.
         device: where the weights go.
         is_kept: whether this process needs them; if not, it gets a model without data.
     """
-    if not any(is_shared(parameter) for parameter in model.parameters()):
+    if not any(is_sharded(parameter) for parameter in model.parameters()):
         return model
     weights = {}
     for name, parameter in model.named_parameters():
-        weight = gather(parameter, device)
+        weight = full_tensor(parameter, device)
         if is_kept:
             weights[name] = weight
     with torch.device("meta"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -12,7 +13,7 @@ from kiem.config import TrainingOptions
 from kiem.core.console import warn
 from kiem.core.errors import ExitCode, UserError
 from kiem.model.gemma3 import Gemma3
-from kiem.model.loss import next_token_targets
+from kiem.optim.batch import Collator
 from kiem.parallel.distributed import Distributed
 from kiem.planning.recipe import Recipe
 
@@ -61,11 +62,11 @@ def try_pass(
         model, options, devices: of the run.
         size: chunks in the pass, and tokens in each.
     """
-    ids = torch.ones(size, dtype=torch.int64, device=distributed.device)
-    attention_bos_id = 0 if options.document_mask else None
+    collate = Collator(0, 0, options.document_mask, distributed.device)
+    batch = collate(np.ones(size, dtype=np.int32))
     try:
         with distributed.autocast():
-            loss, _ = model(ids, next_token_targets(ids, 0, 0), attention_bos_id, options.z_loss)
+            loss, _ = model(batch.ids, batch.targets, batch.bos_id, options.z_loss)
         loss.backward()
     finally:
         model.zero_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from rich.console import Console
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from kiem.compute.memory import (
@@ -19,8 +18,7 @@ from kiem.config import TrainingOptions
 from kiem.data.chunks import Chunks
 from kiem.model.gemma3 import Gemma3
 from kiem.model.initialize import initialize
-from kiem.model.loss import next_token_targets
-from kiem.optim.batch import Order, micro_batches
+from kiem.optim.batch import Batch, Collator, Order, micro_batches
 from kiem.optim.optimizer import make_optimizers
 from kiem.parallel.distributed import Distributed
 from kiem.parallel.parallel_model import ParallelModel
@@ -73,14 +71,14 @@ def time_step(
 
     one_pass = setting.batch_size * distributed.world_size
     numbers = Order(chunks.num_chunks, options.seed).chunks(0, one_pass)
-    ids = micro_batches(chunks, numbers, setting.batch_size, distributed)[0]
-    targets = next_token_targets(ids, special_ids["bos"], special_ids["pad"])
-    bos_id = special_ids["bos"] if setting.document_mask else None
+    bos_id, pad_id = special_ids["bos"], special_ids["pad"]
+    collate = Collator(bos_id, pad_id, setting.document_mask, distributed.device)
+    batch = micro_batches(chunks, numbers, setting.batch_size, collate, distributed)[0]
 
     def rehearse_layers(number: int) -> Seconds:
         config = replace(setting.config, num_hidden_layers=number)
         fewer = replace(setting, config=config)
-        return _time(fewer, options, recipe, (ids, targets, bos_id), distributed, console)
+        return _time(fewer, options, recipe, batch, distributed, console)
 
     several = rehearse_layers(most)
     base_bytes = None
@@ -103,7 +101,7 @@ def _time(
     setting: Setting,
     options: TrainingOptions,
     recipe: Recipe,
-    batch: tuple[Tensor, Tensor, int | None],
+    batch: Batch,
     distributed: Distributed,
     console: Console,
 ) -> Seconds:
@@ -116,14 +114,16 @@ def _time(
     compile_if_worthwhile(model, options, recipe, setting.chunk_size, distributed, console)
     give_back_free_memory()
     with held_to_the_end():
-        sharing = ParallelModel(model, replace(distributed, world_size=1), "none")
+        parallel_model = ParallelModel(model, replace(distributed, world_size=1), "none")
         optimizers = make_optimizers(
             model, setting.optimizer, 0.1, matrix_dtype=distributed.matrix_dtype
         )
 
     def forward_backward() -> None:
         with distributed.autocast():
-            loss, _ = sharing.wrapped(*batch, options.z_loss, 1 / batch[0].numel())
+            loss, _ = parallel_model(
+                batch.ids, batch.targets, batch.bos_id, options.z_loss, 1 / batch.ids.numel()
+            )
         loss.backward()
 
     def update() -> None:

@@ -32,7 +32,13 @@ from kiem.core.manifest import verify_manifest, write_manifest
 from kiem.model.gemma3 import Gemma3
 from kiem.model.io import WEIGHTS_FILE, write_model, write_weights
 from kiem.parallel.distributed import Distributed
-from kiem.parallel.parallel_model import gather, is_shared, owners, put, whole_model
+from kiem.parallel.parallel_model import (
+    copy_full_tensor,
+    full_model,
+    full_tensor,
+    is_sharded,
+    owners,
+)
 
 CHECKPOINTS = "checkpoints"
 _STATE_FILE = "state.json"
@@ -67,7 +73,7 @@ def save_checkpoint(
         ),
         _part("random", distributed.rank, distributed): _random_states(distributed),
     }
-    whole = whole_model(model, torch.device("cpu"), is_kept=distributed.is_main)
+    whole = full_model(model, torch.device("cpu"), is_kept=distributed.is_main)
     # Each process knows the hashes of what it wrote; the first one needs all.
     digests = torch.zeros(distributed.world_size, len(own), 32, dtype=torch.int32)
     with contextlib.ExitStack() as commit:
@@ -118,7 +124,7 @@ def load_checkpoint(
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in load_file(path / WEIGHTS_FILE).items():
-            put(parameters[name], value)
+            copy_full_tensor(parameters[name], value)
     states: dict[Tensor, dict[str, Tensor]] = {}
     for optimizer in optimizers:
         states.update(optimizer.state)
@@ -131,7 +137,7 @@ def load_checkpoint(
                 name, key = full_name.rsplit("/", 1)
                 parameter = parameters[name]
                 if parameter in states:
-                    put(states[parameter][key], saved.get_tensor(full_name))
+                    copy_full_tensor(states[parameter][key], saved.get_tensor(full_name))
     for file in path.glob(f"random-{distributed.rank + 1:05d}-of-*.safetensors"):
         random = load_file(file)
         torch.set_rng_state(random["cpu"])
@@ -247,14 +253,14 @@ def _own_moments(
     named = list(model.named_parameters())
     dealt = owners(model, distributed.world_size)
     ranks = [
-        dealt[name] if is_shared(p) else distributed.rank if p in held else distributed.world_size
+        dealt[name] if is_sharded(p) else distributed.rank if p in held else distributed.world_size
         for name, p in named
     ]
     first = distributed.all_reduce_min(torch.tensor(ranks, device=distributed.device)).tolist()
     found = {}
     for (name, parameter), rank in zip(named, first, strict=True):
         for key, value in held.get(parameter, {}).items():
-            whole = gather(value, torch.device("cpu"))
+            whole = full_tensor(value, torch.device("cpu"))
             if rank == distributed.rank:
                 found[f"{name}/{key}"] = whole
     return found

@@ -22,7 +22,7 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import format_bytes, write_json
 from kiem.model.loss import next_token_targets
 from kiem.parallel.distributed import Distributed
-from kiem.parallel.parallel_model import gather
+from kiem.parallel.parallel_model import full_tensor
 from kiem.training.accessories import attempt, attempt_together
 from kiem.training.checkpoint import (
     CHECKPOINTS,
@@ -170,7 +170,7 @@ class Guard:
         if checkpoint is None:
             return self._skip(f"step {step + 1} is skipped: {what}")
         run.go_on_from(checkpoint, self._devices)
-        run.sharing.forget_gradients()
+        run.parallel_model.zero_grad()
         if run.metrics is not None:
             # Readers of the log know a step that comes again, so this only makes it shorter.
             attempt(run, self._console, "shortening the log", partial(run.metrics.rewind, run.step))
@@ -187,7 +187,7 @@ class Guard:
         with self._devices.raise_on_all_ranks():
             if self._devices.is_main and (found := newest_valid(folder, self._console)):
                 step = int(found.name.removeprefix("step-"))
-        step = int(self._devices.first_says(step))
+        step = int(self._devices.broadcast_from_main(step))
         return folder / f"step-{step}" if step >= 0 else None
 
     def _evidence(self, loss: float, grad_norm: float, numbers: np.ndarray) -> dict[str, Any]:
@@ -201,7 +201,7 @@ class Guard:
         if nats is None:
             nats = torch.full((len(numbers),), math.nan, device=distributed.device)
         parameters = run.model.named_parameters()
-        gradients = ((name, gather(p.grad)) for name, p in parameters if p.grad is not None)
+        gradients = ((name, full_tensor(p.grad)) for name, p in parameters if p.grad is not None)
         bad = [name for name, gradient in gradients if not bool(gradient.isfinite().all())]
         return {
             "step": run.step + 1,

@@ -8,15 +8,15 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-import torch
+import numpy as np
 from rich.console import Console
 
 from kiem.compute.memory import peak_memory_bytes
 from kiem.config import TrainingOptions
 from kiem.core.errors import UserError
-from kiem.model.loss import IGNORE, next_token_targets
-from kiem.optim.batch import Order, micro_batches
+from kiem.optim.batch import Collator, Order, micro_batches
 from kiem.optim.optimizer import learning_rate_share
+from kiem.optim.step import train_step
 from kiem.parallel.distributed import Distributed, init_distributed
 from kiem.planning.fit import is_out_of_memory, out_of_memory
 from kiem.planning.flops import flops_per_token
@@ -24,7 +24,7 @@ from kiem.training.accessories import attempt
 from kiem.training.display import Display, show_plan, show_results
 from kiem.training.energy import EnergyMeter
 from kiem.training.finish import close_trackers, final_model, point_latest_link, write_final_model
-from kiem.training.guard import Guard, save
+from kiem.training.guard import Guard, Verdict, save
 from kiem.training.print_plan import print_plan
 from kiem.training.reporter import Reporter
 from kiem.training.run import Run, prepare_run
@@ -94,9 +94,11 @@ def train_to_the_end(
 ) -> None:
     """Does the updates that are left; the trained weights are then in `run.model`."""
     options, recipe, special_ids = run.options, run.recipe, run.tokenizer.special_ids
-    sharing = run.sharing
+    model = run.parallel_model
+    collate = Collator(
+        special_ids["bos"], special_ids["pad"], options.document_mask, distributed.device
+    )
     order = Order(run.train.num_chunks, options.seed)
-    attention_bos_id = special_ids["bos"] if options.document_mask else None
     energy = None
     if distributed.is_main:
         energy = attempt(run, console, _ENERGY, partial(EnergyMeter, distributed.device))
@@ -113,48 +115,42 @@ def train_to_the_end(
 
             # Batch: this process's share of the update's chunks; the token count is everybody's.
             numbers = order.chunks(run.step, recipe.chunks_per_step)
-            batches = micro_batches(run.train, numbers, recipe.batch_size, distributed)
-            targets = [
-                next_token_targets(ids, special_ids["bos"], special_ids["pad"]) for ids in batches
-            ]
-            num_targets = distributed.all_reduce_sum((torch.cat(targets) != IGNORE).sum())
+            batches = micro_batches(run.train, numbers, recipe.batch_size, collate, distributed)
 
-            # Forward, backward. Each summed loss is divided by the token count of the whole update,
-            # so the result does not depend on how the update is cut into passes and processes
-            # (transformers#34191); world_size undoes the averaging over processes.
-            scale = distributed.world_size / num_targets
-            nats = torch.zeros((), device=distributed.device)
-            for index, (ids, target) in enumerate(zip(batches, targets, strict=True)):
-                with sharing.accumulating(is_last=index == len(batches) - 1):
-                    with distributed.autocast():
-                        loss, pass_nats = sharing.wrapped(
-                            ids, target, attention_bos_id, options.z_loss, scale
-                        )
-                    loss.backward()
-                    del loss  # what is left of its graph lies between memory for the next pass
-                nats += pass_nats
-
-            # Clip, update, unless the numbers say that something is wrong.
-            grad_norm = sharing.clip(options.max_grad_norm)
-            train_loss = float(distributed.all_reduce_sum(nats) / num_targets)
-            verdict = guard.judge(train_loss, grad_norm, numbers)
-            if verdict == "roll back":
-                continue
+            # Forward, backward, clip, update, unless the numbers say that something is wrong.
             learning_rate = recipe.learning_rate * learning_rate_share(
                 run.progress_within_step, options.warmup_ratio, options.schedule
             )
-            for optimizer in run.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
-                if verdict == "update":
-                    optimizer.step()
-            sharing.finish_update()
+            verdicts: list[Verdict] = []
+
+            def accept(
+                loss: float,
+                grad_norm: float,
+                numbers: np.ndarray = numbers,
+                verdicts: list[Verdict] = verdicts,
+            ) -> bool:
+                verdicts.append(guard.judge(loss, grad_norm, numbers))
+                return verdicts == ["update"]
+
+            result = train_step(
+                model,
+                run.optimizers,
+                batches,
+                distributed,
+                learning_rate=learning_rate,
+                max_grad_norm=options.max_grad_norm,
+                z_loss=options.z_loss,
+                accept=accept,
+            )
+            if verdicts == ["roll back"]:
+                continue
+            train_loss, grad_norm = result.loss, result.grad_norm
 
             # Log.
             num_tokens = recipe.chunks_per_step * run.train.chunk_size
             run.step += 1
             run.tokens += num_tokens
-            step_seconds = distributed.first_says(time.perf_counter() - started)
+            step_seconds = distributed.broadcast_from_main(time.perf_counter() - started)
             run.seconds += step_seconds
             figures: dict[str, Any] = {
                 "tokens": run.tokens,

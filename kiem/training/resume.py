@@ -73,7 +73,7 @@ def choose_checkpoint(
             chosen = _choose(options, directory, folder, console)
     if options.resume in ("auto", "none"):
         step = int(chosen.name.removeprefix("step-")) if chosen is not None else _NONE
-        step = int(distributed.first_says(step))
+        step = int(distributed.broadcast_from_main(step))
         chosen = folder / f"step-{step}" if step != _NONE else None
     else:
         chosen = Path(options.resume)

@@ -39,7 +39,7 @@ from kiem.parallel.agreement import (
     check_writable,
 )
 from kiem.parallel.distributed import Distributed
-from kiem.parallel.parallel_model import ParallelModel, share_parameters, whole_model
+from kiem.parallel.parallel_model import ParallelModel, full_model, shard_parameters
 from kiem.planning.compiling import compile_if_worthwhile
 from kiem.planning.fit import fit_recipe
 from kiem.planning.recipe import SECONDS_BETWEEN_SAVES, Recipe, defaults_for, resolve_recipe
@@ -78,7 +78,7 @@ class Run:
         train, test: the chunks.
         test_sources: the source of every test token, where the chunk directory has them.
         model, model_name, optimizers: what is trained.
-        sharing: how the processes share the model.
+        parallel_model: the model as the processes share it.
         metrics: the run's log; only the first process has one.
         trackers: where the figures go as well, by name; only the first process has them.
         left_out: accessories that have failed, by name; see `accessories.attempt`.
@@ -106,7 +106,7 @@ class Run:
     model: Gemma3
     model_name: str
     optimizers: list[torch.optim.Optimizer]
-    sharing: ParallelModel
+    parallel_model: ParallelModel
     fingerprint: dict[str, Any]
     changeable: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
@@ -174,7 +174,7 @@ class Run:
     @contextmanager
     def whole_model(self, distributed: Distributed) -> Iterator[None]:
         """Makes `model` one that each process can call by itself; all processes come here."""
-        shared, self.model = self.model, whole_model(self.model, distributed.device)
+        shared, self.model = self.model, full_model(self.model, distributed.device)
         try:
             yield
         finally:
@@ -234,7 +234,7 @@ def prepare_run(
     model_name = name_of(model.config)
     with distributed.raise_on_all_ranks():
         name = run_name(options, model_name) if distributed.is_main else ""
-    directory = options.output_dir / distributed.first_tells(name)
+    directory = options.output_dir / distributed.broadcast_from_main(name)
     usual = defaults_for(model.config, distributed.device.type == "cuda")
     hardware = hardware_here(distributed)
     setting = setting_of(model.config, options, distributed, train.chunk_size)
@@ -244,7 +244,9 @@ def prepare_run(
         train.num_chunks,
         train.chunk_size,
         distributed.world_size,
-        lambda wanted: int(distributed.first_says(largest_batch(setting, hardware, wanted))),
+        lambda wanted: int(
+            distributed.broadcast_from_main(largest_batch(setting, hardware, wanted))
+        ),
     )
     with distributed.raise_on_all_ranks():
         if distributed.is_main:
@@ -258,16 +260,16 @@ def prepare_run(
         check_space(options, recipe, directory, model.config.num_parameters())
     keep_freed_memory()
     if options.shard == "parameters":
-        share_parameters(model, distributed)
+        shard_parameters(model, distributed)
     recipe = fit_recipe(model, options, recipe, train.chunk_size, distributed, console)
     compiled = compile_if_worthwhile(model, options, recipe, train.chunk_size, distributed, console)
     give_back_free_memory()
     with held_to_the_end():  # gradients and moments
-        sharing = ParallelModel(model, distributed, options.shard)
-        held.callback(sharing.close)
+        parallel_model = ParallelModel(model, distributed, options.shard)
+        held.callback(parallel_model.close)
         decay = options.weight_decay
         optimizers = make_optimizers(
-            model, options.optimizer, decay, sharing.owned, distributed.matrix_dtype
+            model, options.optimizer, decay, parallel_model.local_params, distributed.matrix_dtype
         )
     run = Run(
         options=options,
@@ -281,7 +283,7 @@ def prepare_run(
         model=model,
         model_name=model_name,
         optimizers=optimizers,
-        sharing=sharing,
+        parallel_model=parallel_model,
         fingerprint={
             "model": model_name,
             **vars(model.config),
