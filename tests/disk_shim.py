@@ -13,7 +13,7 @@ import pytest
 # As in fault_shim.c.
 OPERATIONS = (
     *("write", "fsync", "rename", "open", "renameat2", "symlink", "flock", "truncate"),
-    *("mkdir", "unlink", "close", "direct write"),
+    *("mkdir", "unlink", "close"),
 )
 ANY, SHORT, KILL, FULL, NEVER = -1, -1, -2, -3, 1 << 40
 

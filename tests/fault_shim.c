@@ -12,7 +12,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { WRITE, FSYNC, RENAME, OPEN, RENAMEAT2, SYMLINK, FLOCK, TRUNCATE, MKDIR, UNLINK, CLOSE, DIRECT, COUNT };
+enum { WRITE, FSYNC, RENAME, OPEN, RENAMEAT2, SYMLINK, FLOCK, TRUNCATE, MKDIR, UNLINK, CLOSE, COUNT };
 enum { ANY = -1 };
 // The last is a disk that becomes full: one write is short, and those after it fail.
 enum { SHORT = -1, KILL = -2, FULL = -3 };
@@ -90,8 +90,7 @@ ssize_t write(int descriptor, const void *data, size_t size) {
     ORIGINAL(ssize_t, write, int, const void *, size_t);
     char path[PATH_MAX];
     path_of(descriptor, path);
-    int is_direct = fcntl(descriptor, F_GETFL) & O_DIRECT;
-    int fate = is_direct && refused[DIRECT] ? fate_of(DIRECT, path) : fate_of(WRITE, path);
+    int fate = fate_of(WRITE, path);
     if (fate == FULL && is_full) fate = ENOSPC;
     if (fate > 0) {
         errno = fate;

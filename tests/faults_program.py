@@ -10,13 +10,11 @@ from pathlib import Path
 from disk_shim import NEVER, OPERATIONS, SHORT, Shim
 from test_checkpoint import QUIET, distributed, made, names, save
 
-from kiem.core import direct
 from kiem.core.errors import ExitCode, UserError
 from kiem.training.checkpoint import load_checkpoint, newest_valid, prune_checkpoints
 
 
 def main(library: str, folder: Path) -> None:
-    direct.PIECE_BYTES = 4096  # so that the small files of a test have several pieces
     shim = Shim(library, folder)
     for name in ("write", "fsync", "rename"):
         operation = OPERATIONS.index(name)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from disk_shim import ANY, FULL, KILL, NEVER, OPERATIONS, SHORT, Shim
 
-from kiem.core import direct, files
+from kiem.core import files
 from kiem.core.disk import DiskWarning
 from kiem.core.errors import UserError
 from kiem.core.leftovers import recover_folder, remove_leftovers
@@ -34,10 +34,8 @@ REFUSALS = [
     )
 ]
 LASTING = (errno.EIO, errno.EROFS, errno.EINVAL)
-# What network, USB and FUSE disks do not have, with what they say then. All but the first, without
-# which writing only takes longer, is worth a warning.
+# What network, USB and FUSE disks do not have, with what they say then.
 MISSING = {
-    "direct write": (errno.EINVAL, errno.ENOTSUP),
     "fsync": (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS),
     "renameat2": (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOTSUP),
     "symlink": (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EACCES),
@@ -108,11 +106,6 @@ def prepare_leftovers(folder: Path) -> None:
     put(folder / ".c.old", "whole")
 
 
-def write_directly(folder: Path) -> None:
-    with files.new_file(folder / "a") as file:
-        direct.write_and_hash(file, [memoryview(b"new" * direct.PIECE_BYTES)])
-
-
 def seal(folder: Path) -> None:
     with files.sealed_file(folder / "a") as file:
         file.write(b"new" * 9)
@@ -133,7 +126,6 @@ CASES = {
     "write_bytes under a long name": Case(lambda f: files.write_bytes(f / ("a" * 255), b"new")),
     "write_json": Case(lambda folder: files.write_json(folder / "a", {"new": 1})),
     "sealed_file": Case(seal, lambda folder: (folder / "a").write_bytes(b"old")),
-    "write_and_hash": Case(write_directly),
     "append_json_lines": Case(
         lambda folder: files.append_json_lines(folder / "a", [{"step": 2}, {"step": 3}]),
         lambda folder: (folder / "a").write_text(LINES),
@@ -338,7 +330,7 @@ class Trials:
         said = [(warning.category, str(warning.message)) for warning in caught]
         if end != "done" or (self._case.is_needed and state != self._new):
             return f"{end}, and left {state}"
-        num_expected = 1 if num_calls and operation != "direct write" else 0
+        num_expected = 1 if num_calls else 0
         if [category for category, _ in said] != [DiskWarning] * num_expected:
             return f"called {num_calls} times, and warned of {said}"
         return None
@@ -347,7 +339,6 @@ class Trials:
 def main(library: str, base: Path, how: str) -> None:
     shim = Shim(library, base)
     warnings.simplefilter("ignore", DiskWarning)
-    direct.PIECE_BYTES = 4096  # so that a small file has several pieces
     cases, num_calls = CASES, 0
     can_swap = not how.endswith("without swapping")
     if not can_swap:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Disk
 
-from kiem.core.direct import PIECE_BYTES, write_and_hash
 from kiem.core.disk import writing_errors
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import (
@@ -19,7 +16,6 @@ from kiem.core.files import (
     check_new_file,
     format_bytes,
     make_folder,
-    new_file,
     new_folder,
     point_link,
     require_free_space,
@@ -63,26 +59,6 @@ def test_file_is_replaced_whole(tmp_path: Path) -> None:
     write_bytes(tmp_path / "f", b"two")
     assert (tmp_path / "f").read_bytes() == b"two"
     assert len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.parametrize("place", ["on a disk", "in memory"])
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        *([], [0, 1], [PIECE_BYTES], [PIECE_BYTES - 1, 2]),
-        [5, 3 * PIECE_BYTES, 0, 4096, 2 * PIECE_BYTES + 7],
-    ],
-)
-def test_large_file_is_what_was_given(
-    place: str, sizes: list[int], tmp_path: Path, disk: Disk
-) -> None:
-    disk.remount("size=100M")
-    blocks = [os.urandom(size) for size in sizes]
-    path = (tmp_path if place == "on a disk" else disk.path) / "large"
-    with new_file(path) as file:
-        sha256 = write_and_hash(file, map(memoryview, blocks))
-    assert path.read_bytes() == b"".join(blocks)
-    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_full_disk_is_named() -> None:

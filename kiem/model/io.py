@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kiem.core.direct import write_and_hash
+from kiem.core.disk import fsync
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import new_file, write_json
 from kiem.core.json_input import read_json, shown
@@ -46,6 +49,9 @@ _SAFETENSORS_DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
+# A tensor of this size leaves the page cache before the next one, which then reuses its pages: for
+# new ones a virtual machine takes twice as long.
+_SYNC_BYTES = 8 << 20
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _OUTPUT_LAYER = "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -89,8 +95,9 @@ def write_model(model: Gemma3, folder: Path, special_ids: dict[str, int]) -> dic
 def write_weights(tensors: dict[str, Tensor], path: Path) -> str:
     """Writes tensors as safetensors, with the metadata that transformers asks for.
 
-    The format is simple (https://huggingface.co/docs/safetensors) and written here, so that the
-    hash is computed beside the writing, from what is in memory, and a full disk is an OSError.
+    The format is simple (https://huggingface.co/docs/safetensors). The library's own `save_file`
+    reports a full disk without its errno and makes files that only their owner can read; here the
+    hash is computed as well, from memory, while each tensor is written.
 
     Returns:
         The SHA-256 of the file.
@@ -114,8 +121,16 @@ def write_weights(tensors: dict[str, Tensor], path: Path) -> str:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start_of_file = memoryview(len(text).to_bytes(8, "little") + text)
-    with new_file(path) as file:
-        return write_and_hash(file, chain([start_of_file], (_bytes_of(tensors[n]) for n in names)))
+    digest = hashlib.sha256()
+    with new_file(path) as file, ThreadPoolExecutor(1) as hasher:
+        for block in chain([start_of_file], (_bytes_of(tensors[name]) for name in names)):
+            hashing = hasher.submit(digest.update, block)
+            file.write(block)
+            if len(block) >= _SYNC_BYTES:
+                fsync(file.fileno(), path)
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            hashing.result()
+    return digest.hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
