@@ -15,7 +15,7 @@ from kiem.config import TrainingOptions
 from kiem.model.gemma3 import Gemma3
 from kiem.model.presets import preset
 from kiem.parallel.distributed import Distributed, init_distributed
-from kiem.planning.compiling import is_wanted
+from kiem.planning.probe import is_compiling_worthwhile
 from kiem.planning.recipe import Recipe
 
 # Losses of updates 1, 10, 25, 50, 75 and 100 of the run below, on an Intel Xeon with AVX-512.
@@ -102,6 +102,10 @@ def test_layers_are_compiled_when_the_run_is_long(
     seconds = minutes * 60 if minutes is not None else None
     recipe = Recipe(4, 1, 4, 1e-3, max_steps=steps, max_seconds=seconds)
     distributed = Distributed(0, 1, torch.device("cpu"), "fp32", 1e12)
-    assert is_wanted(model.config, options, recipe, 256, distributed) == expected
-    assert is_wanted(model.config, replace(options, compile="always"), recipe, 256, distributed)
-    assert not is_wanted(model.config, replace(options, compile="never"), recipe, 256, distributed)
+    assert is_compiling_worthwhile(model.config, options, recipe, 256, distributed) == expected
+    assert is_compiling_worthwhile(
+        model.config, replace(options, compile="always"), recipe, 256, distributed
+    )
+    assert not is_compiling_worthwhile(
+        model.config, replace(options, compile="never"), recipe, 256, distributed
+    )

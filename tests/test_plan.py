@@ -14,10 +14,8 @@ from kiem.core.errors import ExitCode
 from kiem.model.gemma3 import Gemma3
 from kiem.model.presets import preset
 from kiem.optim.optimizer import make_optimizers
-from kiem.planning.dry_run import dry_run
-from kiem.planning.flops import flops_per_token
-from kiem.planning.gpus import GPUS
-from kiem.planning.memory import Setting, calculate_seconds, memory_of
+from kiem.planning.memory_estimate import Setting, dry_run, estimate_memory
+from kiem.planning.time_estimate import GPUS, calculate_step_seconds, flops_per_token
 
 MICRO = preset("gemma3-micro", 1024)
 SETTING = Setting(
@@ -66,9 +64,7 @@ def test_dry_run_counts_what_autograd_keeps(is_alone: bool) -> None:
         loss, _ = model(ids, ids, 0, 1e-5)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     expected = sum(size for pointer, size in saved.items() if pointer not in weights)
-    found = dry_run(
-        MICRO, 2, 64, bf16=False, recompute="none", document_mask=True, is_alone=is_alone
-    )
+    found = dry_run(replace(SETTING, world_size=1 if is_alone else 2))
     held = 2 * 4 * MICRO.num_parameters()
     assert found.kept_bytes - held == pytest.approx(expected, rel=0.03)
     assert found.peak_bytes > found.kept_bytes
@@ -78,15 +74,16 @@ def test_dry_run_counts_what_autograd_keeps(is_alone: bool) -> None:
 def test_a_whole_block_of_logits_is_counted() -> None:
     """A GPU has it in bf16 and in fp32, though a CPU goes over few rows of it at a time."""
     large = preset("gemma3-micro", 262_144)
-    found = dry_run(large, 1, 1024, bf16=True, recompute="full", document_mask=True)
+    one = replace(SETTING, config=large, batch_size=1, chunk_size=1024, bf16=True)
+    found = dry_run(replace(one, recompute="full"))
     held = 2 * 4 * large.num_parameters()
     assert found.peak_bytes > held + (2 + 4) * 1024 * 262_144
 
 
 def test_less_is_kept_when_more_is_computed_again() -> None:
     kept = [
-        dry_run(MICRO, 2, 64, bf16=False, recompute=recompute, document_mask=True).kept_bytes
-        for recompute in ("none", "selective", "full")  # type: ignore[arg-type]
+        dry_run(replace(SETTING, recompute=recompute)).kept_bytes  # type: ignore[arg-type]
+        for recompute in ("none", "selective", "full")
     ]
     assert kept == sorted(kept, reverse=True)
     assert len(set(kept)) == 3
@@ -105,15 +102,15 @@ def test_moments_are_as_large_as_the_optimizers_make_them(kind: str) -> None:
         value.nbytes for values in states for value in values.values() if value.numel() > 1
     )
     setting = replace(SETTING, optimizer=kind)  # type: ignore[arg-type]
-    assert memory_of(setting, 0).optimizer == expected
+    assert estimate_memory(setting, 0).optimizer == expected
     shares = replace(setting, world_size=4, shard="optimizer")
-    assert expected / 4 <= memory_of(shares, 0).optimizer < expected / 4 * 1.35
+    assert expected / 4 <= estimate_memory(shares, 0).optimizer < expected / 4 * 1.35
 
 
 def test_shared_parameters_take_a_share_and_what_is_gathered() -> None:
     setting = replace(SETTING, config=preset("gemma3-1b", 262_144), recompute="full")
-    alone = memory_of(setting, 0)
-    eight = memory_of(replace(setting, world_size=8, shard="parameters"), 0)
+    alone = estimate_memory(setting, 0)
+    eight = estimate_memory(replace(setting, world_size=8, shard="parameters"), 0)
     embedding = 4 * 262_144 * 1152
     layers = 2 * (alone.weights - embedding) / 26
     assert eight.weights == pytest.approx(alone.weights / 8 + embedding + layers)
@@ -126,16 +123,19 @@ def test_calculated_time_follows_published_figures() -> None:
     """By hand: 45 % of an A10G's 70 TFLOP/s, a third more work when all layers are recomputed."""
     config = preset("gemma3-1b", 262_144)
     setting = replace(SETTING, config=config, chunk_size=1024, batch_size=1, recompute="full")
-    one = calculate_seconds(setting, GPUS["a10g"])
     expected = 1024 * flops_per_token(config, 1024) * 4 / 3 / (0.45 * 70e12)
-    assert one.forward_backward == pytest.approx(expected)
-    assert one.exchange == 0
-    four = calculate_seconds(replace(setting, world_size=4), GPUS["a10g"])
+    assert calculate_step_seconds(setting, 2, GPUS["a10g"]) == pytest.approx(2 * expected)
+    four = replace(setting, world_size=4)
     once = 3 / 4 * 4 * config.num_parameters() / 12e9
-    assert four.exchange == pytest.approx(2 * once)
-    shared = calculate_seconds(replace(setting, world_size=4, shard="parameters"), GPUS["a10g"])
-    assert shared.exchange == 0
-    assert shared.forward_backward == pytest.approx(expected + 3 * once)
+    for shard, accumulation, exchanges in (
+        ("none", 2, 2),
+        ("optimizer", 2, 3),
+        ("parameters", 1, 3),
+        ("parameters", 2, 6),
+    ):
+        shared = replace(four, shard=shard)  # type: ignore[arg-type]
+        seconds = calculate_step_seconds(shared, accumulation, GPUS["a10g"])
+        assert seconds == pytest.approx(accumulation * expected + exchanges * once)
 
 
 def test_plan_is_printed_and_nothing_is_made(sample_chunks: Path, tmp_path: Path) -> None:

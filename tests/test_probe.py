@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kiem.model.gemma3 import Gemma3, visible
 from kiem.model.presets import preset
-from kiem.planning.flops import flops_per_token
+from kiem.planning.time_estimate import flops_per_token
 
 
 def test_flops_are_those_that_torch_counts() -> None:

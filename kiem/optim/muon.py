@@ -95,13 +95,6 @@ def orthogonalize(x: Tensor) -> Tensor:
     return x
 
 
-def orthogonalize_flops(rows: int, columns: int, dtype: torch.dtype) -> float:
-    """Returns the FLOP of `orthogonalize` for one matrix of a shape."""
-    m, n = sorted((rows, columns))
-    steps = _steps_on_gram(m, n, dtype)
-    return sum(2 * 2 * m * m * n + (4 * num_steps - 3) * 2 * m**3 for num_steps in steps)
-
-
 def _polynomial(gram: Tensor) -> Tensor:
     """Returns b G + c G^2 of matrices G [S, m, m]."""
     return torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)

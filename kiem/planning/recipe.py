@@ -1,4 +1,4 @@
-"""What the options that were left open become."""
+"""Defaults by the size of the model, and the numbers of a run that follow from its options."""
 
 from __future__ import annotations
 
@@ -10,33 +10,26 @@ from kiem.config import TrainingOptions
 from kiem.model.gemma3 import Recompute
 from kiem.model.presets import Gemma3Config
 
+SECONDS_BETWEEN_SAVES = 1800  # without --save-steps
 # Small data gets small batches: a run of whole epochs should have at least this many updates.
 _MIN_STEPS = 50
 # More tokens in a pass make no GPU faster; fewer are taken where memory is short.
 _GPU_PASS_TOKENS = 16_384
 _RECOMPUTE_ABOVE_PARAMETERS = 500_000_000
-# Without --save-steps.
-SECONDS_BETWEEN_SAVES = 1800
 
 
 @dataclass(frozen=True)
 class ModelDefaults:
-    """What suits a model.
-
-    Attributes:
-        tokens_per_pass: most tokens in a forward pass on a CPU; more make it no faster.
-        tokens_per_step: tokens in one update.
-        learning_rate: highest learning rate.
-    """
+    """What suits a model; more than `tokens_per_pass` make a CPU no faster."""
 
     tokens_per_pass: int
     tokens_per_step: int
     learning_rate: float
 
 
-# By the number of parameters without the embedding, up to which a row applies: the presets micro,
-# nano, 270m and 1b, and whatever models training starts from.
-USUAL = {
+# By the largest number of parameters without the embedding: for the presets micro, nano, 270m and
+# 1b, and for models that training starts from.
+_DEFAULTS = {
     3_000_000: ModelDefaults(tokens_per_pass=4_096, tokens_per_step=1_024, learning_rate=4e-3),
     30_000_000: ModelDefaults(tokens_per_pass=4_096, tokens_per_step=4_096, learning_rate=1e-2),
     300_000_000: ModelDefaults(tokens_per_pass=2_048, tokens_per_step=131_072, learning_rate=1e-3),
@@ -46,7 +39,7 @@ USUAL = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settled numbers of a run.
+    """The numbers of a run.
 
     Attributes:
         batch_size: chunks per device in one forward pass.
@@ -66,7 +59,7 @@ class Recipe:
 
 
 def what_to_recompute(options: TrainingOptions, config: Gemma3Config) -> Recompute:
-    """Returns what the backward pass computes again: as the option says, else by the model."""
+    """Returns what the backward pass computes again: by the option, else by the model's size."""
     if options.activation_checkpointing != "auto":
         return options.activation_checkpointing
     return "full" if config.num_parameters() > _RECOMPUTE_ABOVE_PARAMETERS else "none"
@@ -74,38 +67,38 @@ def what_to_recompute(options: TrainingOptions, config: Gemma3Config) -> Recompu
 
 def defaults_for(config: Gemma3Config, on_gpu: bool = False) -> ModelDefaults:
     """Returns what suits a model of this shape; GPUs with more memory take larger passes."""
-    body = config.num_parameters() - config.vocab_size * config.hidden_size
-    usual = next(usual for limit, usual in USUAL.items() if body <= limit)
-    return replace(usual, tokens_per_pass=_GPU_PASS_TOKENS) if on_gpu else usual
+    size = config.num_parameters() - config.vocab_size * config.hidden_size
+    defaults = next(defaults for limit, defaults in _DEFAULTS.items() if size <= limit)
+    return replace(defaults, tokens_per_pass=_GPU_PASS_TOKENS) if on_gpu else defaults
 
 
 def resolve_recipe(
     options: TrainingOptions,
-    usual: ModelDefaults,
+    defaults: ModelDefaults,
     num_chunks: int,
     chunk_size: int,
     world_size: int,
-    fitting: Callable[[int], int] = lambda wanted: wanted,
+    largest_fitting: Callable[[int], int] = lambda wanted: wanted,
 ) -> Recipe:
-    """Returns the numbers of a run: as the options say, else what suits model and data.
+    """Returns the numbers of a run: by the options, else what suits model and data.
 
     Args:
         options: all options of training.py.
-        usual: what suits the model.
+        defaults: what suits the model.
         num_chunks: chunks in the training split.
         chunk_size: tokens in a chunk.
         world_size: devices.
-        fitting: returns how many chunks of a wanted number fit into memory in a pass.
+        largest_fitting: returns how many of the wanted chunks in a pass fit into memory.
     """
     has_budget = options.max_steps is not None or options.max_minutes is not None
-    wanted_chunks = usual.tokens_per_step / chunk_size
+    wanted_chunks = defaults.tokens_per_step / chunk_size
     if not has_budget:
         wanted_chunks = min(wanted_chunks, options.epochs * num_chunks / _MIN_STEPS)
     batch_size = options.batch_size
     if batch_size is None:
-        largest = usual.tokens_per_pass // chunk_size
-        batch_size = max(1, min(largest, round(wanted_chunks / world_size)))
-        batch_size = max(1, fitting(batch_size))
+        most = defaults.tokens_per_pass // chunk_size
+        wanted = max(1, min(most, round(wanted_chunks / world_size)))
+        batch_size = max(1, largest_fitting(wanted))
     accumulation = options.gradient_accumulation_steps
     if accumulation is None:
         accumulation = max(1, round(wanted_chunks / (batch_size * world_size)))
@@ -117,7 +110,7 @@ def resolve_recipe(
         batch_size=batch_size,
         accumulation=accumulation,
         chunks_per_step=chunks_per_step,
-        learning_rate=options.learning_rate or usual.learning_rate,
+        learning_rate=options.learning_rate or defaults.learning_rate,
         max_steps=max_steps,
         max_seconds=options.max_minutes * 60 if options.max_minutes is not None else None,
     )

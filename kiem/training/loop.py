@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from kiem.compute.memory import peak_memory_bytes
+from kiem.compute.memory import is_out_of_memory, peak_memory_bytes
 from kiem.config import TrainingOptions
 from kiem.core.errors import UserError
 from kiem.optim.batch import Collator, Order, micro_batches
 from kiem.optim.optimizer import learning_rate_share
 from kiem.optim.step import train_step
 from kiem.parallel.distributed import Distributed, init_distributed
-from kiem.planning.fit import is_out_of_memory, out_of_memory
-from kiem.planning.flops import flops_per_token
+from kiem.planning.probe import out_of_memory
+from kiem.planning.time_estimate import flops_per_token
 from kiem.training.accessories import attempt
 from kiem.training.display import Display, show_plan, show_results
 from kiem.training.energy import EnergyMeter

@@ -1,112 +1,77 @@
-"""`training.py --plan`: what a training will need and cost, before anything starts."""
+"""Plans of a training, `training.py --plan`: its memory, time and cost, before anything starts."""
 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from itertools import product
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from kiem.compute.memory import (
+    give_back_free_memory,
+    held_to_the_end,
+    keep_freed_memory,
+    peak_memory_bytes,
+)
 from kiem.config import TrainingOptions
 from kiem.core.files import format_bytes
-from kiem.data.chunks import open_split, read_manifest, read_tokenizer
+from kiem.data.chunks import Chunks, open_split, read_manifest, read_tokenizer
 from kiem.model.config_json import read_config
-from kiem.model.gemma3 import Recompute
+from kiem.model.gemma3 import Gemma3, Recompute
+from kiem.model.initialize import initialize
 from kiem.model.io import find_model
-from kiem.model.presets import Gemma3Config, name_of, preset
+from kiem.model.presets import name_of, preset
+from kiem.optim.batch import Collator, Order
+from kiem.optim.optimizer import make_optimizers
+from kiem.optim.step import train_step
 from kiem.parallel.distributed import Distributed
-from kiem.parallel.parallel_model import Shard
-from kiem.planning.gpus import GPUS, Gpu
-from kiem.planning.memory import (
-    GPU_BASE_BYTES,
+from kiem.parallel.parallel_model import ParallelModel, Shard
+from kiem.planning.memory_estimate import (
     GPU_USABLE_SHARE,
+    Hardware,
     Memory,
-    Seconds,
     Setting,
-    calculate_seconds,
-    memory_of,
+    estimate_memory,
+    hardware_here,
+    largest_batch,
+    setting_of,
 )
-from kiem.planning.recipe import Recipe, defaults_for, resolve_recipe, what_to_recompute
-from kiem.planning.time_step import time_step
+from kiem.planning.probe import Probe
+from kiem.planning.recipe import Recipe, defaults_for, resolve_recipe
+from kiem.planning.time_estimate import GPUS, calculate_step_seconds
 from kiem.training.options import check_devices, check_options
 
-_PARTS = {
-    "base": "program and libraries",
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer's moments",
-    "compute_copy": "weights in bf16",
-    "activations": "activations",
-    "logits": "logits of a block of tokens",
-    "temporary": "other temporary tensors",
-}
+_GPU_BASE_BYTES = 600_000_000  # of a driver and its libraries
+_TIMING_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """What is planned for.
-
-    Attributes:
-        description: for people.
-        usable_bytes: memory that a device's process may take.
-        base_bytes: what of it the program takes before it makes a model.
-    """
-
-    description: str
-    usable_bytes: int
-    base_bytes: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a training will need.
-
-    Attributes:
-        recipe: the settled numbers.
-        setting: what decides about memory and time.
-        hardware: on what.
-        memory: of a device.
-        seconds: of the parts of an update.
-    """
+class TrainingPlan:
+    """What a training will need; `step_seconds` is None if it does not fit into this machine."""
 
     recipe: Recipe
     setting: Setting
     hardware: Hardware
-    memory: Memory
-    seconds: Seconds
+    step_seconds: float | None
+
+    @property
+    def memory(self) -> Memory:
+        """Memory of a device."""
+        return estimate_memory(self.setting, self.hardware.base_bytes)
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens in an update."""
         return self.recipe.chunks_per_step * self.setting.chunk_size
 
-    @property
-    def step_seconds(self) -> float:
-        """Time of an update."""
-        passes = self.recipe.accumulation * self.seconds.forward_backward
-        return passes + self.seconds.update + self.seconds.exchange
 
-    @property
-    def num_steps(self) -> int:
-        """Updates."""
-        most = [] if self.recipe.max_steps is None else [self.recipe.max_steps]
-        if self.recipe.max_seconds is not None:
-            most.append(math.ceil(self.recipe.max_seconds / self.step_seconds))
-        return min(most)
-
-
-def make_plan(options: TrainingOptions, distributed: Distributed, console: Console) -> Plan:
-    """Plans a training.
-
-    Args:
-        options: all options of training.py.
-        distributed: this machine's, which are planned for without `--gpu`.
-        console: where it goes if the layers cannot be compiled.
+def make_plan(options: TrainingOptions, distributed: Distributed, console: Console) -> TrainingPlan:
+    """Plans a training: calculates with `--gpu`, else times true updates if they fit.
 
     Raises:
         UserError: an option, the data or the model is wrong.
@@ -114,119 +79,155 @@ def make_plan(options: TrainingOptions, distributed: Distributed, console: Conso
     check_options(options)
     manifest = read_manifest(options.dataset_path)
     tokenizer = read_tokenizer(options.dataset_path, manifest)
-    config = (
-        preset(options.model, tokenizer.num_rows)
-        if options.init_from is None
-        else read_config(find_model(options.init_from))
-    )
+    if options.init_from is None:
+        config = preset(options.model, tokenizer.num_rows)
+    else:
+        config = read_config(find_model(options.init_from))
+
+    # Hardware.
     gpu = GPUS[options.gpu] if options.gpu else None
-    if gpu is not None:
-        precision: Literal["fp32", "bf16"] = "fp32" if options.precision == "fp32" else "bf16"
-        where = torch.device("cuda")
+    if gpu is None:
+        hardware = hardware_here(distributed)
+    else:
         distributed = replace(
-            distributed, world_size=options.num_gpus or 1, device=where, precision=precision
+            distributed,
+            world_size=options.num_gpus or 1,
+            device=torch.device("cuda"),
+            precision="fp32" if options.precision == "fp32" else "bf16",
         )
+        description = f"{gpu.name} of {gpu.memory_bytes / 1e9:g} GB"
+        usable_bytes = int(gpu.memory_bytes * GPU_USABLE_SHARE)
+        hardware = Hardware(description, usable_bytes, _GPU_BASE_BYTES)
     check_devices(options, distributed)
-    hardware = _planned_hardware(gpu, distributed)
-    num_chunks, chunk_size = (
-        manifest["splits"]["train"]["chunks"],
-        manifest["options"]["chunk_size"],
-    )
+
+    # Recipe.
+    chunk_size = manifest["options"]["chunk_size"]
     setting = setting_of(config, options, distributed, chunk_size)
     recipe = resolve_recipe(
         options,
         defaults_for(config, distributed.device.type == "cuda"),
-        num_chunks,
+        manifest["splits"]["train"]["chunks"],
         chunk_size,
         distributed.world_size,
         partial(largest_batch, setting, hardware),
     )
     setting = replace(setting, batch_size=recipe.batch_size)
-    if gpu:
-        seconds = calculate_seconds(setting, gpu)
-    else:
-        chunks = open_split(options.dataset_path, manifest, "train")
-        rehearsal = time_step(
-            setting, options, recipe, chunks, tokenizer.special_ids, distributed, console
+    plan = TrainingPlan(recipe, setting, hardware, None)
+
+    # Time.
+    if gpu is not None:
+        step_seconds = calculate_step_seconds(setting, recipe.accumulation, gpu)
+        return replace(plan, step_seconds=step_seconds)
+    if estimate_memory(_alone(setting), hardware.base_bytes).total > hardware.usable_bytes:
+        return plan
+    bos_id, pad_id = tokenizer.bos_id, tokenizer.pad_id
+    collate = Collator(bos_id, pad_id, options.document_mask, distributed.device)
+    chunks = open_split(options.dataset_path, manifest, "train")
+    return _measure(plan, options, chunks, collate, distributed, console)
+
+
+def _alone(setting: Setting) -> Setting:
+    return replace(setting, world_size=1, shard="none")
+
+
+def _measure(
+    plan: TrainingPlan,
+    options: TrainingOptions,
+    chunks: Chunks,
+    collate: Collator,
+    distributed: Distributed,
+    console: Console,
+) -> TrainingPlan:
+    """Returns the plan with what updates on this device alone take, with passes that fit."""
+    # Prepare the model as the training would.
+    with distributed.device:
+        model = Gemma3(plan.setting.config)
+    initialize(model, seed=0)  # with larger logits, numbers too small for full speed come up
+    model.recompute = plan.setting.recompute
+    model.model.embed_tokens.adds_to_gradient = True
+    keep_freed_memory()
+    probe = Probe(model, options, plan.setting.chunk_size, distributed, console)
+    recipe = probe.fit_recipe(plan.recipe)
+    probe.compile_if_worthwhile(recipe)
+    give_back_free_memory()
+    alone = replace(distributed, rank=0, world_size=1)
+    with held_to_the_end():
+        parallel_model = ParallelModel(model, alone, "none")
+        optimizers = make_optimizers(
+            model, options.optimizer, options.weight_decay, matrix_dtype=distributed.matrix_dtype
         )
-        seconds = rehearsal.seconds
-        if rehearsal.base_bytes is not None:
-            hardware = replace(hardware, base_bytes=rehearsal.base_bytes)
-    memory = memory_of(setting, hardware.base_bytes)
-    return Plan(recipe, setting, hardware, memory, seconds)
+    batch = collate(chunks.read(Order(chunks.num_chunks, 0).chunks(0, recipe.batch_size)))
 
+    def step(num_passes: int) -> float:
+        started = time.perf_counter()
+        train_step(
+            parallel_model,
+            optimizers,
+            [batch] * num_passes,
+            alone,
+            learning_rate=0.0,
+            max_grad_norm=options.max_grad_norm,
+            z_loss=options.z_loss,
+            accept=lambda *_: True,
+        )
+        if distributed.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
 
-def setting_of(
-    config: Gemma3Config, options: TrainingOptions, distributed: Distributed, chunk_size: int
-) -> Setting:
-    """Returns what the options settle but the batch size, which is 1 here."""
-    return Setting(
-        config=config,
-        chunk_size=chunk_size,
-        batch_size=1,
-        bf16=distributed.precision == "bf16",
-        recompute=what_to_recompute(options, config),
-        document_mask=options.document_mask,
-        optimizer=options.optimizer,
-        world_size=distributed.world_size,
-        shard=options.shard,
-    )
+    # Time updates of one and of two passes; each further pass takes as long as the second.
+    step(1)  # prepares what stays
+    one = two = math.inf
+    deadline = time.monotonic() + _TIMING_SECONDS
+    while two == math.inf or time.monotonic() < deadline:
+        one, two = min(one, step(1)), min(two, step(2))
+    step_seconds = one + (recipe.accumulation - 1) * (two - one)
+
+    setting, hardware = replace(plan.setting, batch_size=recipe.batch_size), plan.hardware
+    if distributed.device.type == "cpu":  # elsewhere the peak is that of tensors
+        tensor_bytes = estimate_memory(_alone(setting), 0).total
+        base_bytes = max(0, peak_memory_bytes(distributed.device) - tensor_bytes)
+        hardware = replace(hardware, base_bytes=base_bytes)
+    return TrainingPlan(recipe, setting, hardware, step_seconds)
 
 
 def print_plan(options: TrainingOptions, distributed: Distributed, console: Console) -> None:
-    """Prints the plan of a training; arguments and errors as of `make_plan`."""
+    """Prints the plan of a training; errors as of `make_plan`."""
     plan = make_plan(options, distributed, console)
-    config, setting = plan.setting.config, plan.setting
-    precision = "bf16" if setting.bf16 else "fp32"
-    source = (
+    config, setting, hardware = plan.setting.config, plan.setting, plan.hardware
+    console.print(
+        f"{name_of(config)}: {config.num_parameters():,} parameters, vocabulary of "
+        f"{config.vocab_size:,}; {setting.world_size} x {hardware.description} in "
+        f"{'bf16' if setting.bf16 else 'fp32'}"
+    )
+    console.print(
         "All figures are calculated: memory from tensor sizes, time from published peaks."
         if options.gpu
         else "Tensors are calculated; what the program takes beside them, and time, are measured."
+        if plan.step_seconds is not None
+        else "All figures are calculated. The training does not fit, so there are no times."
     )
-    console.print(
-        f"{name_of(config)}: {config.num_parameters():,} parameters, vocabulary of "
-        f"{config.vocab_size:,}; {setting.world_size} x {plan.hardware.description} in {precision}"
-    )
-    console.print(source)
-    console.print(_memory_table(plan))
-    console.print(_ways_table(plan))
-    console.print(_time_table(plan, options.price))
-
-
-def _planned_hardware(gpu: Gpu | None, distributed: Distributed) -> Hardware:
-    if gpu is not None:
-        usable_bytes = int(gpu.memory_bytes * GPU_USABLE_SHARE)
-        return Hardware(
-            f"{gpu.name} of {gpu.memory_bytes / 1e9:g} GB", usable_bytes, GPU_BASE_BYTES
-        )
-    return hardware_here(distributed)
-
-
-def hardware_here(distributed: Distributed) -> Hardware:
-    """Returns what this process has to itself."""
-    if distributed.device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(distributed.device)
-        return Hardware(distributed.name, int(free_bytes * GPU_USABLE_SHARE), 0)
-    here = psutil.Process().memory_info().rss
-    usable_bytes = psutil.virtual_memory().available // distributed.world_size + here
-    return Hardware(distributed.name, usable_bytes, here)
-
-
-def _memory_table(plan: Plan) -> Table:
-    table = Table(title="memory of a device", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+    table = _table("memory of a device")
     for part, num_bytes in vars(plan.memory).items():
-        table.add_row(_PARTS[part], format_bytes(num_bytes))
-    usable = plan.hardware.usable_bytes
+        table.add_row(part, format_bytes(num_bytes))
+    usable = hardware.usable_bytes
     verdict = "fits into" if plan.memory.total <= usable else "DOES NOT FIT into"
     table.add_section()
     table.add_row(f"in all; {verdict} {format_bytes(usable)}", format_bytes(plan.memory.total))
+    console.print(table)
+    console.print(_fitting_table(plan))
+    if plan.step_seconds is not None:
+        console.print(_time_table(plan, plan.step_seconds, options.price))
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
     return table
 
 
-def _ways_table(plan: Plan) -> Table:
-    """What fits: for each way to save memory the largest batch that does, with the same update."""
+def _fitting_table(plan: TrainingPlan) -> Table:
+    """Returns the largest batch that fits, for each way to save memory."""
     setting, hardware = plan.setting, plan.hardware
     num_chunks = plan.recipe.batch_size * plan.recipe.accumulation
     table = Table(title="what fits", title_justify="left")
@@ -235,47 +236,33 @@ def _ways_table(plan: Plan) -> Table:
     table.add_column("memory", justify="right")
     recomputes: tuple[Recompute, ...] = ("none", "selective", "full")
     shards: tuple[Shard, ...] = ("none",)
-    if setting.world_size > 1:
-        shards = ("none", "optimizer", "parameters")
-        if setting.optimizer == "muon":  # which needs whole matrices
-            shards = shards[:2]
-    for recompute in recomputes:
-        for shard in shards:
-            way = replace(setting, recompute=recompute, shard=shard)
-            size = largest_batch(way, hardware, setting.batch_size)
-            memory = memory_of(replace(way, batch_size=size or 1), hardware.base_bytes)
-            cut = f"{size} x {num_chunks // size}" if size else "not even 1"
-            table.add_row(recompute, shard, cut, format_bytes(memory.total))
+    if setting.world_size > 1:  # Muon needs whole matrices
+        muon = setting.optimizer == "muon"
+        shards = ("none", "optimizer") if muon else ("none", "optimizer", "parameters")
+    for recompute, shard in product(recomputes, shards):
+        way = replace(setting, recompute=recompute, shard=shard)
+        size = largest_batch(way, hardware, setting.batch_size)
+        memory = estimate_memory(replace(way, batch_size=size or 1), hardware.base_bytes)
+        passes = f"{size} x {num_chunks // size}" if size else "not even 1"
+        table.add_row(recompute, shard, passes, format_bytes(memory.total))
     return table
 
 
-def _time_table(plan: Plan, price: float | None) -> Table:
+def _time_table(plan: TrainingPlan, step_seconds: float, price: float | None) -> Table:
     recipe = plan.recipe
-    hours = plan.num_steps * plan.step_seconds / 3600
-    table = Table(title="time", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    cut = f"{recipe.batch_size} x {recipe.accumulation} x {plan.setting.world_size}"
-    table.add_row("batch size x accumulation x devices", cut)
+    limits = [recipe.max_steps] if recipe.max_steps is not None else []
+    if recipe.max_seconds is not None:
+        limits.append(math.ceil(recipe.max_seconds / step_seconds))
+    num_steps = min(limits)
+    hours = num_steps * step_seconds / 3600
+    passes = f"{recipe.batch_size} x {recipe.accumulation} x {plan.setting.world_size}"
+    table = _table("time")
+    table.add_row("batch size x accumulation x devices", passes)
     table.add_row("tokens per update", f"{plan.tokens_per_step:,}")
-    table.add_row("updates", f"{plan.num_steps:,}")
-    table.add_row("tokens", f"{plan.num_steps * plan.tokens_per_step:,}")
-    table.add_row("tokens per second", f"{plan.tokens_per_step / plan.step_seconds:,.0f}")
+    table.add_row("updates", f"{num_steps:,}")
+    table.add_row("tokens", f"{num_steps * plan.tokens_per_step:,}")
+    table.add_row("tokens per second", f"{plan.tokens_per_step / step_seconds:,.0f}")
     table.add_row("hours", f"{hours:,.2f}")
     if price is not None:
         table.add_row("cost", f"{hours * price:,.2f}")
     return table
-
-
-def largest_batch(setting: Setting, hardware: Hardware, wanted: int) -> int:
-    """Returns the largest number of chunks in a pass, `wanted` or its half and so on, that fits.
-
-    0 if not even one chunk does.
-    """
-    size = wanted
-    while size:
-        memory = memory_of(replace(setting, batch_size=size), hardware.base_bytes)
-        if memory.total <= hardware.usable_bytes:
-            return size
-        size //= 2
-    return 0

@@ -40,8 +40,8 @@ from kiem.parallel.agreement import (
 )
 from kiem.parallel.distributed import Distributed
 from kiem.parallel.parallel_model import ParallelModel, full_model, shard_parameters
-from kiem.planning.compiling import compile_if_worthwhile
-from kiem.planning.fit import fit_recipe
+from kiem.planning.memory_estimate import hardware_here, largest_batch, setting_of
+from kiem.planning.probe import Probe
 from kiem.planning.recipe import SECONDS_BETWEEN_SAVES, Recipe, defaults_for, resolve_recipe
 from kiem.tokenizer.tokenizer import Tokenizer
 from kiem.training.accessories import error_of
@@ -52,7 +52,6 @@ from kiem.training.log import open_log
 from kiem.training.metadata import run_metadata
 from kiem.training.metrics import Metrics
 from kiem.training.options import check_devices, check_options, check_sample_prompts
-from kiem.training.print_plan import hardware_here, largest_batch, setting_of
 from kiem.training.resume import (
     CHANGEABLE,
     check_same_run,
@@ -261,8 +260,9 @@ def prepare_run(
     keep_freed_memory()
     if options.shard == "parameters":
         shard_parameters(model, distributed)
-    recipe = fit_recipe(model, options, recipe, train.chunk_size, distributed, console)
-    compiled = compile_if_worthwhile(model, options, recipe, train.chunk_size, distributed, console)
+    probe = Probe(model, options, train.chunk_size, distributed, console)
+    recipe = probe.fit_recipe(recipe)
+    compiled = probe.compile_if_worthwhile(recipe)
     give_back_free_memory()
     with held_to_the_end():  # gradients and moments
         parallel_model = ParallelModel(model, distributed, options.shard)

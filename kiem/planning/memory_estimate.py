@@ -1,0 +1,213 @@
+"""Estimates of the memory that training takes, from a pass on tensors that have no data.
+
+torch's fake tensors go through the true operations of the true model, and their sizes are counted:
+nothing here depends on layers, masks, recomputation or blocks of the loss. Memory within an
+operation is not seen, nor what an allocator loses.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import psutil
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kiem.config import TrainingOptions
+from kiem.model.gemma3 import Gemma3, Recompute
+from kiem.model.presets import Gemma3Config
+from kiem.optim.optimizer import is_hidden_matrix
+from kiem.parallel.distributed import Distributed
+from kiem.parallel.parallel_model import Shard, owners
+from kiem.planning.recipe import what_to_recompute
+
+# The share of a GPU's memory that its allocator can make use of.
+GPU_USABLE_SHARE = 0.95
+# What fully_shard gathers at once: the layer that computes, and the next one.
+_GATHERED_LAYERS = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What memory and time depend on; `batch_size` is chunks per device in one pass."""
+
+    config: Gemma3Config
+    chunk_size: int
+    batch_size: int
+    bf16: bool
+    recompute: Recompute
+    document_mask: bool
+    optimizer: Literal["adamw", "muon"]
+    world_size: int
+    shard: Shard
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device to plan for; `base_bytes` is what the program takes before it makes a model."""
+
+    description: str
+    usable_bytes: int
+    base_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one device needs at the peak, by use."""
+
+    program: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(vars(self).values())
+
+
+class PassMemory(NamedTuple):
+    """What lives between forward and backward, and at most; weights and gradients included."""
+
+    kept_bytes: int
+    peak_bytes: int
+
+
+def setting_of(
+    config: Gemma3Config, options: TrainingOptions, distributed: Distributed, chunk_size: int
+) -> Setting:
+    """Returns what the options determine; the batch size is 1."""
+    return Setting(
+        config=config,
+        chunk_size=chunk_size,
+        batch_size=1,
+        bf16=distributed.precision == "bf16",
+        recompute=what_to_recompute(options, config),
+        document_mask=options.document_mask,
+        optimizer=options.optimizer,
+        world_size=distributed.world_size,
+        shard=options.shard,
+    )
+
+
+def hardware_here(distributed: Distributed) -> Hardware:
+    """Returns this process's device with the memory that is free now."""
+    if distributed.device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(distributed.device)
+        return Hardware(distributed.name, int(free_bytes * GPU_USABLE_SHARE), 0)
+    base_bytes = psutil.Process().memory_info().rss
+    usable_bytes = psutil.virtual_memory().available // distributed.world_size + base_bytes
+    return Hardware(distributed.name, usable_bytes, base_bytes)
+
+
+def largest_batch(setting: Setting, hardware: Hardware, wanted: int) -> int:
+    """Returns the first of `wanted`, its half and so on that fits into memory; 0 if none does."""
+    size = wanted
+    while size:
+        memory = estimate_memory(replace(setting, batch_size=size), hardware.base_bytes)
+        if memory.total <= hardware.usable_bytes:
+            break
+        size //= 2
+    return size
+
+
+def estimate_memory(setting: Setting, base_bytes: int) -> Memory:
+    """Returns the memory at the peak of an update that has several passes.
+
+    Args:
+        setting: what is trained and how.
+        base_bytes: what the program takes before it makes a model.
+    """
+    config = setting.config
+    weights = held_weights = held_gradients = 4 * config.num_parameters()
+    embedding = 4 * config.vocab_size * config.hidden_size
+    world_size = min(setting.world_size, 2)  # a pass is the same with more
+    one = dry_run(replace(setting, optimizer="adamw", world_size=world_size, shard="none"))
+    # With other devices, the forward pass of the loss leaves the embedding's gradient.
+    gradient_of_loss = embedding if world_size > 1 else 0
+    activations = max(0, one.kept_bytes - 2 * weights - gradient_of_loss)
+    if setting.shard == "parameters":
+        # The gradient of the whole embedding is part of `temporary`.
+        layers = _GATHERED_LAYERS * (weights - embedding) // config.num_hidden_layers
+        share = -(-weights // setting.world_size)
+        held_weights, held_gradients = share + embedding + layers, share + layers
+    return Memory(
+        program=base_bytes,
+        weights=held_weights,
+        gradients=held_gradients,
+        optimizer=optimizer_bytes(setting),
+        activations=activations,
+        temporary=one.peak_bytes - 2 * weights - activations,
+    )
+
+
+def optimizer_bytes(setting: Setting) -> int:
+    """Returns the bytes of the moments on the device that has most of them."""
+    if setting.shard == "parameters":
+        return -(-2 * 4 * setting.config.num_parameters() // setting.world_size)
+    with torch.device("meta"):
+        model = Gemma3(setting.config)
+    owner = owners(model, setting.world_size) if setting.shard == "optimizer" else {}
+    num_bytes = [0] * setting.world_size
+    for name, parameter in model.named_parameters():
+        by_muon = setting.optimizer == "muon" and is_hidden_matrix(name, parameter)
+        num_bytes[owner.get(name, 0)] += 4 * (1 if by_muon else 2) * parameter.numel()
+    return max(num_bytes)
+
+
+@functools.cache
+def dry_run(setting: Setting) -> PassMemory:
+    """Runs a forward and a backward pass on fake tensors."""
+    with FakeTensorMode(), _Counter() as counter:
+        model = Gemma3(setting.config)
+        model.recompute = setting.recompute
+        model.model.embed_tokens.adds_to_gradient = setting.world_size == 1
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        ids = torch.zeros(setting.batch_size, setting.chunk_size, dtype=torch.int64)
+        counter.peak_bytes = counter.live_bytes
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
+            loss, nats = model(ids, ids, 0 if setting.document_mask else None, 1e-5)
+            kept_bytes = counter.live_bytes
+        loss.backward()
+        del nats
+    return PassMemory(kept_bytes, counter.peak_bytes)
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the bytes of the live tensors that were made within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._known:  # a view, or written in place
+            return
+        self._known.add(storage._cdata)
+        self.live_bytes += storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
+
+    def _remove(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self.live_bytes -= num_bytes
