@@ -1,36 +1,43 @@
-"""The only place that talks to the Hugging Face Hub: it brings files into the Hub's own cache.
+"""Downloads from and uploads to the Hugging Face Hub, with every error explained.
 
-A download is of one commit, so its files belong together. With HF_HUB_OFFLINE=1 the cache answers.
+Files go into the Hub's own cache. All files of a download belong to one commit. With
+HF_HUB_OFFLINE=1 the newest cached commit is used.
 """
 
 from __future__ import annotations
 
+import errno
 import re
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import filter as matching
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
+import yaml
 from rich.console import Console
 
-from kiem.core.console import PlainConsole
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import format_bytes, require_free_space
-from kiem.core.front_matter import read_front_matter
-from kiem.download_progress import DownloadProgress
-from kiem.hub_errors import explain, pause_seconds
 
 _MODEL_FILES = (
     *("README.md", "config.json", "generation_config.json"),
     *("*.safetensors", "*.safetensors.index.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
 )
-_ONLINE = "Run it once without HF_HUB_OFFLINE, or name local files or a local folder instead."
-_NUM_TRIES = 4
+_FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
+_LOG_IN = "run `hf auth login` or set HF_TOKEN (tokens: https://huggingface.co/settings/tokens)"
+_LOCAL = "or name local files or a local folder instead."
+_AGAIN = "Run it again; files that are complete are not downloaded again."
+_MAX_TRIES, _MAX_PAUSE_SECONDS = 6, 60
+_TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
+_TRANSIENT_ERRORS = ("ReadError", "ReadTimeout", "RemoteProtocolError")
 
 
 def looks_like_hub_id(name: str) -> bool:
@@ -41,20 +48,11 @@ def looks_like_hub_id(name: str) -> bool:
 
 @dataclass(frozen=True)
 class HubFiles:
-    """Files of a dataset: the commit, where they are on disk, and their names on the Hub."""
+    """Downloaded files: their commit, where they are on disk, and their names on the Hub."""
 
     revision: str
     paths: list[Path]
     names: list[str]
-
-
-@dataclass(frozen=True)
-class HubTokenizer:
-    """Files of a tokenizer: the commit, and where they are on disk."""
-
-    revision: str
-    tokenizer_json: Path
-    config_json: Path | None
 
 
 def download_dataset_files(
@@ -68,83 +66,68 @@ def download_dataset_files(
 
     Args:
         dataset: the Hub id of a dataset.
-        config: a configuration of the dataset's card or, if it names none, a folder.
-        split: a split of the configuration.
+        config, split: as the dataset's card names them or, without one, CONFIG/SPLIT-*.parquet.
         revision: a branch, tag or commit; by default the newest commit.
-        console: where the progress is shown.
+        console: for a line about what is downloaded.
 
     Raises:
         UserError: not there, no access, no network, or no room on the disk.
     """
     repo = _Repo("dataset", dataset, revision)
-    commit, files = repo.files(f"{config}/*")
-    names = list(files)
-    card = repo.download(commit, "README.md") if "README.md" in names else None
-    parquet = matching(names, "*.parquet")
-    configs = _configs_by_card(card) or _configs_by_folder(parquet)
+    commit, files = repo.list_files(f"{config}/*")
+    parquet = sorted(matching(files, "*.parquet"))
+    card = [name for name in files if name == "README.md"]
+    configs = _read_configs([repo.download(commit, files, card) / name for name in card], parquet)
     if config not in configs:
         raise repo.lacks(f"configuration {config!r}", list(configs))
     if split not in configs[config]:
         raise repo.lacks(f"split {split!r} in configuration {config!r}", list(configs[config]))
     patterns = configs[config][split]
-    chosen = sorted(name for name in parquet if any(_matches(name, p) for p in patterns))
+    chosen = [name for name in parquet if any(_matches(name, pattern) for pattern in patterns)]
     if not chosen:
-        raise repo.lacks(f"parquet file {' or '.join(patterns)}", names)
+        raise repo.lacks(f"parquet file {' or '.join(patterns)}", list(files))
     repo.require_all_parts(chosen)
-    shown = console or PlainConsole(quiet=True)
-    return HubFiles(commit, repo.download_all(commit, {n: files[n] for n in chosen}, shown), chosen)
+    folder = repo.download(commit, files, chosen, console)
+    return HubFiles(commit, [folder / name for name in chosen], chosen)
 
 
-def download_tokenizer(repo: str, revision: str | None = None) -> HubTokenizer:
-    """Downloads tokenizer.json and, if there is one, tokenizer_config.json; returns where they are.
-
-    Args:
-        repo: the Hub id of a model.
-        revision: a branch, tag or commit; by default the newest commit.
+def download_tokenizer(repo: str, revision: str | None = None) -> HubFiles:
+    """Downloads the tokenizer.json of a model.
 
     Raises:
         UserError: as `download_dataset_files`.
     """
-    model, config = _Repo("model", repo, revision), "tokenizer_config.json"
-    commit, files = model.files("tokenizer.json")
-    names = list(files)
-    if "tokenizer.json" not in names:
-        raise model.lacks("tokenizer.json", names)
-    tokenizer_json = model.download(commit, "tokenizer.json")
-    config_json = model.download(commit, config) if config in names else None
-    return HubTokenizer(commit, tokenizer_json, config_json)
+    model, name = _Repo("model", repo, revision), "tokenizer.json"
+    commit, files = model.list_files(name)
+    if name not in files:
+        raise model.lacks(name, list(files))
+    return HubFiles(commit, [model.download(commit, files, [name]) / name], [name])
 
 
 def download_model(repo: str) -> Path:
     """Downloads a model's card, configuration, weights and tokenizer; returns their folder.
 
-    Args:
-        repo: the Hub id of a model.
-
     Raises:
         UserError: as `download_dataset_files`, or the repository holds no such model.
     """
-    from huggingface_hub import snapshot_download
-
     model = _Repo("model", repo)
-    commit, files = model.files("config.json")
-    names = list(files)
-    top = [name for name in names if "/" not in name]
+    commit, files = model.list_files("config.json")
+    top = [name for name in files if "/" not in name]
     weights = matching(top, "*.safetensors")
     if "config.json" not in top or not weights:
-        raise model.lacks("config.json with *.safetensors", names, ExitCode.NOT_A_MODEL)
+        raise model.lacks("config.json with *.safetensors", list(files), ExitCode.NOT_A_MODEL)
     model.require_all_parts(weights)
-    wanted = [name for p in _MODEL_FILES for name in matching(top, p)]
-    return Path(model.call(snapshot_download, repo, revision=commit, allow_patterns=wanted))
+    wanted = [name for pattern in _MODEL_FILES for name in matching(top, pattern)]
+    return model.download(commit, files, wanted)
 
 
 def upload(repo: str, path: Path, *, private: bool) -> str:
     """Uploads a file or a folder to a model repository in one commit; returns the page's address.
 
     Args:
-        repo: the repository, which is made if need be.
+        repo: the repository, which is created if it does not exist.
         path: what to upload; a folder's files go to the top of the repository.
-        private: whether only you see a repository that is made.
+        private: whether a repository that is created is private.
 
     Raises:
         UserError: no login, no right to write there, no network, or no OWNER/NAME.
@@ -162,11 +145,23 @@ def upload(repo: str, path: Path, *, private: bool) -> str:
     return str(url)
 
 
-class _File(NamedTuple):
-    """A file's size and its name among the blobs of the cache; zero and "" when not known."""
+def read_front_matter(path: Path) -> dict[str, Any]:
+    """Returns the YAML metadata at the top of a README.md, every scalar as text; {} without any.
 
-    num_bytes: int = 0
-    blob: str = ""
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8, or its metadata is not a YAML mapping.
+    """
+    block = _FRONT_MATTER.match(path.read_text(encoding="utf-8-sig"))
+    try:
+        # Not SafeLoader, for which the language `no` is false.
+        values = yaml.load(block[1], Loader=yaml.BaseLoader) if block else None
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the lines between '---' are not YAML ({reason})") from error
+    if not isinstance(values, dict | None):
+        raise ValueError("the lines between '---' are no keys with values")
+    return values or {}
 
 
 @dataclass(frozen=True)
@@ -176,78 +171,86 @@ class _Repo:
     revision: str | None = None
     needed_right: str = "read"
 
-    def files(self, needed: str) -> tuple[str, dict[str, _File]]:
-        """Returns a commit and its files; offline the newest cached one, best with `needed`."""
+    def list_files(self, needed: str) -> tuple[str, dict[str, Any]]:
+        """Returns a commit and its files, as the Hub describes them.
+
+        Offline that is the newest cached commit, if possible one with `needed`; its files have
+        None as their description.
+        """
         from huggingface_hub import HfApi, constants
 
         if not constants.HF_HUB_OFFLINE:
-            which = {"repo_type": self.kind, "revision": self.revision, "timeout": 30}
-            info = self.call(HfApi().repo_info, self.id, files_metadata=True, **which)
-            return info.sha, {file.rfilename: _describe(file) for file in info.siblings or []}
+            options = {"repo_type": self.kind, "revision": self.revision, "timeout": 30}
+            info = self.call(HfApi().repo_info, self.id, files_metadata=True, **options)
+            return info.sha, {file.rfilename: file for file in info.siblings or []}
         cached = []
-        for commit in (self.cache() / "snapshots").glob(self.revision or "*"):
+        for commit in (self.cache / "snapshots").glob(self.revision or "*"):
             paths = [path for path in commit.rglob("*") if path.is_file()]
             names = sorted(path.relative_to(commit).as_posix() for path in paths)
-            rank = (bool(matching(names, needed)), commit.stat().st_mtime)
-            cached.append((rank, commit.name, names))
+            cached.append((bool(matching(names, needed)), commit.stat().st_mtime, commit, names))
         if not cached:
             raise self.lacks("copy of it", [])
-        _, commit_id, names = max(cached)
-        return commit_id, dict.fromkeys(names, _File())
+        *_, newest, names = max(cached)
+        return newest.name, dict.fromkeys(names)
 
+    @property
     def cache(self) -> Path:
-        """Returns the folder of the Hub's cache that is this repository's."""
+        """The folder of this repository in the Hub's cache."""
         from huggingface_hub import constants
-        from huggingface_hub.file_download import repo_folder_name
 
-        folder = self.call(repo_folder_name, repo_id=self.id, repo_type=self.kind)
-        return Path(constants.HF_HUB_CACHE, folder)
+        return Path(constants.HF_HUB_CACHE, f"{self.kind}s--{self.id.replace('/', '--')}")
 
-    def download(self, commit: str, name: str, tqdm_class: type | None = None) -> Path:
-        from huggingface_hub import hf_hub_download
+    def download(
+        self, commit: str, files: dict[str, Any], names: list[str], console: Console | None = None
+    ) -> Path:
+        """Downloads what is missing of some files in parallel; returns the commit's folder."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
-        which = {"repo_type": self.kind, "revision": commit, "tqdm_class": tqdm_class}
-        return Path(self.call(hf_hub_download, self.id, name, **which))
-
-    def download_all(self, commit: str, files: dict[str, _File], console: Console) -> list[Path]:
-        """Downloads files with one progress bar, if there is room for all; returns their paths."""
-        blobs = self.cache() / "blobs"
-        missing = [file for file in files.values() if not (blobs / file.blob).exists()]
-        missing_bytes = sum(file.num_bytes for file in missing)
+        folder, blobs = self.cache / "snapshots" / commit, self.cache / "blobs"
+        described = [files[name] for name in names if not (folder / name).is_file()]
+        if not described:
+            return folder
+        # Large files are kept under their SHA-256, and shared by commits.
+        by_blob = {str(f.lfs.sha256 if f.lfs else f.blob_id): f.size or 0 for f in described}
+        sizes = [size for blob, size in by_blob.items() if not (blobs / blob).exists()]
         fix = "Free some space, or set HF_HOME to a folder on a larger disk."
-        require_free_space(blobs, missing_bytes, f"the files of {self.id}", fix)
-        if missing:
-            what = f"{len(missing)} of {len(files)} files ({format_bytes(missing_bytes)})"
+        require_free_space(blobs, sum(sizes), f"the files of {self.id}", fix)
+        if console and sizes:
+            what = f"{len(sizes)} of {len(names)} files ({format_bytes(sum(sizes))})"
             console.print(f"downloading {what} of {self.id} at {commit[:12]}")
-        total_bytes = sum(file.num_bytes for file in files.values())
-        paths = []
-        with DownloadProgress(len(files), total_bytes, console) as progress:
-            for name, file in files.items():
-                with progress.file(file.num_bytes):
-                    paths.append(self.download(commit, name, progress.tqdm_class()))
-        return paths
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+        which = {"repo_type": self.kind, "revision": commit, "allow_patterns": names}
+        self.call(snapshot_download, self.id, **which)
+        # If the Hub does not list its files, snapshot_download is content with what is there.
+        if not all((folder / name).is_file() for name in names):
+            raise self.error("the Hub does not list its files", _AGAIN, ExitCode.NETWORK)
+        return folder
 
     def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Calls huggingface_hub; tries again what may pass, and explains the rest."""
+        """Calls huggingface_hub, again after a transient error; explains any other error."""
         from huggingface_hub.errors import LocalEntryNotFoundError
 
-        for attempt in range(_NUM_TRIES):
+        for attempt in range(_MAX_TRIES):
             try:
                 return function(*args, **options)
             except Exception as raised:  # noqa: BLE001 - all of them are explained
                 error: BaseException = raised
                 while isinstance(error, LocalEntryNotFoundError) and error.__cause__:
                     error = error.__cause__
-                pause = pause_seconds(error, attempt)
-                if pause is None or attempt == _NUM_TRIES - 1:
+                response = getattr(error, "response", None)
+                asked = getattr(response, "headers", {}).get("Retry-After", "")
+                pause = int(asked) if asked.isdigit() else 2**attempt
+                is_transient = getattr(response, "status_code", 0) in _TRANSIENT_STATUS
+                is_transient = is_transient or type(error).__name__ in _TRANSIENT_ERRORS
+                if not is_transient or pause > _MAX_PAUSE_SECONDS or attempt + 1 == _MAX_TRIES:
                     # Not "from error": a message about a malformed header quotes the token.
-                    raise self.error(
-                        *explain(error, self.kind, self.id, self.needed_right)
-                    ) from None
+                    raise self.error(*self.explain(error)) from None
                 time.sleep(pause)
 
     def require_all_parts(self, names: list[str]) -> None:
-        """Checks that of files such as a-00000-of-00002.parquet none is missing, as in a cache."""
+        """Checks that no file such as a-00000-of-00002.parquet is missing, as in a cache."""
         totals = [int(match[1]) for name in names if (match := re.search(r"-of-(\d+)\.", name))]
         if len(totals) < max(totals, default=0):
             raise self.lacks(f"full set, only {len(totals)} of {max(totals)} parts", names)
@@ -256,54 +259,86 @@ class _Repo:
         from huggingface_hub import constants
 
         what, fix = f"there is no {what}", f"There is: {', '.join(has[:40]) or 'nothing'}."
-        if constants.HF_HUB_OFFLINE:  # the Hub itself may well have it
-            return self.error(f"{what} in the cache", f"{fix} {_ONLINE}", ExitCode.NETWORK)
-        return self.error(what, fix, code)
+        if not constants.HF_HUB_OFFLINE:
+            return self.error(what, fix, code)
+        fix += f" Run it once without HF_HUB_OFFLINE, {_LOCAL}"
+        return self.error(f"{what} in the cache", fix, ExitCode.NETWORK)
 
     def error(self, what: str, fix: str, exit_code: ExitCode) -> UserError:
         where = f"{self.kind} {self.id}" + (f" at {self.revision}" if self.revision else "")
         return UserError(what, where=where, fix=fix, exit_code=exit_code)
 
+    def explain(self, error: BaseException) -> tuple[str, str, ExitCode]:
+        """Returns what went wrong, what to do about it, and the exit code."""
+        from huggingface_hub import constants, errors
 
-def _describe(file: Any) -> _File:
-    """Returns what the Hub says of a file: large ones are kept under their SHA-256."""
-    return _File(file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or "")
+        response, number = getattr(error, "response", None), getattr(error, "errno", None)
+        status = getattr(response, "status_code", None)
+        has_token = response is not None and "authorization" in response.request.headers
+        page = f"https://huggingface.co/{'datasets/' * (self.kind == 'dataset')}{self.id}"
+        cache = constants.HF_HUB_CACHE
+        # What the Hub answers
+        if isinstance(error, errors.GatedRepoError) and not has_token:
+            what = "you are not logged in, and it has a licence to accept"
+            return what, f"Accept the licence on {page}, then {_LOG_IN}.", ExitCode.HUB_LOGIN
+        if isinstance(error, errors.GatedRepoError) and status == 403:
+            fix = f"Accept it on {page}. A fine-grained token must be allowed gated repositories."
+            return "your account has not accepted its licence", fix, ExitCode.HUB_LICENCE
+        if status in (401, 403) and has_token:
+            fix = f"Use a valid one that may {self.needed_right} this {self.kind}: {_LOG_IN}."
+            return f"the Hub refuses your login token ({status})", fix, ExitCode.HUB_LOGIN
+        if status == 401:
+            fix = f"Check the name on {page}. If it is private, {_LOG_IN}."
+            what = "it does not exist, or it is private and you are not logged in"
+            return what, fix, ExitCode.HUB_LOGIN
+        if status == 404:
+            thing = "revision" if isinstance(error, errors.RevisionNotFoundError) else self.kind
+            return f"the Hub has no such {thing}", f"Check the name on {page}.", ExitCode.NOT_FOUND
+        if status == 429:
+            fix = "Wait a few minutes and run it again. Logged-in users may send more requests."
+            return "too many requests to the Hub (429)", fix, ExitCode.NETWORK
+        if status:
+            return f"the Hub answers with error {status}", _AGAIN, ExitCode.NETWORK
+        # What this machine or the options refuse
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            fix = f"Free some space in {cache}, or set HF_HOME to a larger disk."
+            return "the disk is full", fix, ExitCode.DISK_SPACE
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            fix = f"Make {cache} writable, or set HF_HOME to another folder."
+            return "the cache folder cannot be written", fix, ExitCode.NOT_WRITABLE
+        if isinstance(error, errors.HFValidationError):
+            return "this is not a Hub name", "Write it as OWNER/NAME.", ExitCode.BAD_OPTION
+        if type(error).__name__ in ("UnicodeEncodeError", "LocalProtocolError"):
+            return "your login token is damaged", f"Repair it: {_LOG_IN}.", ExitCode.HUB_LOGIN
+        # Everything else; the reason must not show a token
+        reason = re.sub(r"(hf_|Bearer |://)[^\s'\"]+", r"\1***", f"{type(error).__name__}: {error}")
+        fix = f"Check the network. {_AGAIN} Or set HF_HUB_OFFLINE=1 to use the cache, {_LOCAL}"
+        return f"no connection to the Hub ({reason[:200]})", fix, ExitCode.NETWORK
 
 
-class _Files(msgspec.Struct):
+class _DataFiles(msgspec.Struct):
     split: str
     path: str | list[str]
 
 
 class _Config(msgspec.Struct):
     config_name: str
-    data_files: str | list[str | _Files] = []
+    data_files: str | list[str | _DataFiles] = []
 
 
-def _configs_by_card(card: Path | None) -> dict[str, dict[str, list[str]]]:
-    """Returns configuration -> split -> patterns, as the `configs` in a dataset card say."""
-    configs: dict[str, dict[str, list[str]]] = {}
-    try:
-        metadata = read_front_matter(card) if card else {}
-        entries = msgspec.convert(metadata.get("configs", []), list[_Config])
-    except (ValueError, OSError):  # a card without readable metadata names no files
-        return configs
-    for entry in entries:
-        splits = configs.setdefault(entry.config_name, {})
-        files = entry.data_files
-        for file in files if isinstance(files, list) else [files]:
-            one = _Files("train", file) if isinstance(file, str) else file
-            paths = one.path if isinstance(one.path, list) else [one.path]
-            splits.setdefault(one.split, []).extend(paths)
-    return configs
-
-
-def _configs_by_folder(names: list[str]) -> dict[str, dict[str, list[str]]]:
-    """Returns configuration -> split -> patterns, by the layout CONFIG/SPLIT-*.parquet."""
-    configs: dict[str, dict[str, list[str]]] = {}
-    for name in names:
-        if match := re.fullmatch(r"(.+)/([^/-]+)-[^/]*\.parquet", name):
-            configs.setdefault(match[1], {})[match[2]] = [f"{match[1]}/{match[2]}-*.parquet"]
+def _read_configs(card: list[Path], names: list[str]) -> dict[str, dict[str, list[str]]]:
+    """Returns configuration -> split -> patterns, from the dataset's card or else from names."""
+    configs: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    with suppress(ValueError, OSError):  # a card without readable metadata names no files
+        metadata = read_front_matter(card[0]) if card else {}
+        for entry in msgspec.convert(metadata.get("configs", []), list[_Config]):
+            files = entry.data_files
+            for file in files if isinstance(files, list) else [files]:
+                split, path = ("train", file) if isinstance(file, str) else (file.split, file.path)
+                configs[entry.config_name][split] += path if isinstance(path, list) else [path]
+    matches = [re.fullmatch(r"(.+)/([^/-]+)-[^/]*", name) for name in names if not configs]
+    for match in filter(None, matches):
+        configs[match[1]][match[2]].append(match[0])
     return configs
 
 

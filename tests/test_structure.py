@@ -13,8 +13,6 @@ PACKAGE = ROOT / "kiem"
 ROOMS = (
     "core",
     "config",
-    "hub_errors",
-    "download_progress",
     "hub",
     "tokenizer",
     "data",

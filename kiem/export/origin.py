@@ -8,9 +8,8 @@ from pathlib import Path
 import msgspec
 
 from kiem.core.errors import ExitCode, UserError
-from kiem.core.front_matter import read_front_matter
 from kiem.core.json_input import convert
-from kiem.hub import looks_like_hub_id
+from kiem.hub import looks_like_hub_id, read_front_matter
 
 CARD_FILE = "README.md"
 

@@ -157,7 +157,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         path = path / TOKENIZER_FILE
     elif not path.exists() and looks_like_hub_id(name):
         files = download_tokenizer(name)
-        return parse_tokenizer(files.tokenizer_json.read_bytes(), f"{name}@{files.revision}")
+        return parse_tokenizer(files.paths[0].read_bytes(), f"{name}@{files.revision}")
     try:
         json_bytes = path.read_bytes()
     except OSError as error:
