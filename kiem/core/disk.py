@@ -1,4 +1,4 @@
-"""What a disk refuses: an error becomes a message, what the result can do without a warning."""
+"""Errors of the disk: a `UserError` where the work needs the disk, else a warning."""
 
 from __future__ import annotations
 
@@ -10,22 +10,54 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from kiem.core.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError, bad_option
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
-# How network and FUSE disks, and containers, say that they have no such thing.
-_NOT_THERE = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-_NO_FSYNC = (*_NOT_THERE, errno.EBADF)
-_NO_EXCHANGE = (*_NOT_THERE, errno.EPERM)
-_warned: set[str] = set()  # a disk that cannot do something cannot do it a thousand times
+# How network disks, FUSE and containers report that they lack a function.
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_FSYNC = (*_NOT_SUPPORTED, errno.EBADF)
+_NO_EXCHANGE = (*_NOT_SUPPORTED, errno.EPERM)
+_CANNOT_WRITE = "cannot write here ({reason})"
+_CAUSES = (
+    ((errno.ENOSPC,), "the disk is full", "Free some space, or choose a folder on another disk."),
+    (
+        (errno.EDQUOT,),
+        "your quota on this disk is used up ({reason})",
+        "Remove some of your files, or choose a folder on another disk.",
+    ),
+    (
+        (errno.EFBIG,),
+        "the disk or a limit (ulimit -f) does not allow so large a file ({reason})",
+        "Choose a folder on another disk, or raise the limit.",
+    ),
+    (
+        (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT),
+        "the disk failed ({reason})",
+        "Check the disk and its connection, or choose a folder on another one.",
+    ),
+    (
+        (errno.EEXIST, errno.ENOTDIR, errno.ELOOP),  # the first also for a broken link
+        _CANNOT_WRITE,
+        "A file or a broken link is in the way: remove it, or choose another name.",
+    ),
+    ((errno.EMFILE, errno.ENFILE), _CANNOT_WRITE, "Allow more open files: ulimit -n."),
+    ((errno.ENAMETOOLONG,), _CANNOT_WRITE, "Choose a shorter name."),
+    (
+        (errno.EBUSY, errno.ETXTBSY, errno.EAGAIN, errno.EDEADLK),
+        _CANNOT_WRITE,
+        "Wait until no other program uses it, or choose another name.",
+    ),
+)
+_OTHER_FIX = "Choose a place that exists and that you may write to."
+_warned: set[str] = set()
 
 
 class DiskWarning(UserWarning):
-    """The disk cannot do something that the result does not need; `kiem.cli.run` shows it."""
+    """The disk lacks something that the result does not need; `kiem.cli.run` prints it."""
 
 
 def warn_once(what: str, where: Path, error: OSError) -> None:
-    """Warns that the disk has refused something, once in a process for each `what`."""
+    """Warns that the disk refused something, once in a process for each `what`."""
     if what not in _warned:
         _warned.add(what)
         warnings.warn(f"{where}: {what} ({_reason(error)})", DiskWarning, stacklevel=3)
@@ -35,21 +67,25 @@ def warn_once(what: str, where: Path, error: OSError) -> None:
 def writing_errors(path: Path) -> Iterator[None]:
     """Turns every refusal to write into a `UserError` that names `path` and the reason.
 
-    The reader of a pipe or socket that has gone away is no matter of the disk and passes.
+    A pipe or socket that its reader closed is no fault of the disk; that error passes.
     """
-    _check_name(path)
+    try:
+        is_possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        is_possible = False
+    if not is_possible:
+        fix = "Choose a name of valid characters, without NUL."
+        raise bad_option(ascii(str(path)), "no file can have this name", fix)
     try:
         yield
     except ConnectionError:
         raise
     except OSError as error:
-        what, fix, exit_code = _explain(error)
-        where = str(_place(error, path))
-        raise UserError(what, where=where, fix=fix, exit_code=exit_code) from error
+        raise _explain(error, path) from error
 
 
 def fsync(descriptor: int, path: Path) -> None:
-    """Returns when an open file or folder has reached the disk; warns if the disk cannot say."""
+    """Returns when an open file or folder has reached the disk; warns if the disk cannot tell."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -59,7 +95,7 @@ def fsync(descriptor: int, path: Path) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Returns when the names in a folder have reached the disk; warns if the disk cannot say."""
+    """Returns when the names in a folder have reached the disk; warns if the disk cannot tell."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError as error:  # one may write into it, but not read it
@@ -83,60 +119,26 @@ def exchange(first: Path, second: Path) -> bool:
     error = OSError(number, os.strerror(number), str(first), None, str(second))
     if number not in _NO_EXCHANGE:
         raise error
-    what = "two folders cannot be swapped here; a kill in between is mended at the next start"
+    what = "two folders cannot be swapped here; the next start repairs a kill in between"
     warn_once(what, second, error)
     return False
 
 
-def _check_name(path: Path) -> None:
-    try:
-        is_possible = b"\0" not in os.fsencode(path)
-    except UnicodeEncodeError:
-        is_possible = False
-    if not is_possible:
-        raise UserError(
-            "no file can have this name",
-            where=ascii(str(path)),
-            fix="Choose a name without NUL and other characters that are no text.",
-            exit_code=ExitCode.BAD_OPTION,
-        )
-
-
-def _place(error: OSError, path: Path) -> Path:
-    """Returns what the refusal is about, but never a temporary name beside `path`."""
-    if not isinstance(error.filename, str) or os.sep not in error.filename:
-        return path  # rmtree says only what a file is called inside its folder
-    named = Path(error.filename)
-    return path if named.parent == path.parent else named
-
-
-def _explain(error: OSError) -> tuple[str, str, ExitCode]:
-    """Returns what is wrong, what to do about it, and the exit code."""
-    reason, other = _reason(error), "Choose a folder on another disk, and run it again."
-    match error.errno:
-        case errno.ENOSPC:
-            fix = "Free some space, or choose a folder on another disk, and run it again."
-            return "the disk is full", fix, ExitCode.DISK_SPACE
-        case errno.EDQUOT:
-            fix = "Remove something of yours, or choose a folder on another disk."
-            return f"the disk is full for you ({reason})", fix, ExitCode.DISK_SPACE
-        case errno.EFBIG:
-            what = f"the disk or a limit (ulimit -f) does not allow so large a file ({reason})"
-            return what, other, ExitCode.NOT_WRITABLE
-        case errno.EIO | errno.ENXIO | errno.ENODEV | errno.ESTALE | errno.ETIMEDOUT:
-            fix = "Check the disk and its connection, or choose a folder on another one."
-            return f"the disk failed ({reason})", fix, ExitCode.NOT_WRITABLE
-        case errno.EEXIST | errno.ENOTDIR | errno.ELOOP:  # EEXIST: also a link that leads nowhere
-            fix = "A file or a broken link is in the way: remove it, or choose another name."
-        case errno.EMFILE | errno.ENFILE:
-            fix = "Allow more open files: ulimit -n."
-        case errno.ENAMETOOLONG:
-            fix = "Choose a shorter name."
-        case errno.EBUSY | errno.ETXTBSY | errno.EAGAIN | errno.EDEADLK:
-            fix = "Wait until no other program uses it, or choose another name."
-        case _:
-            fix = "Choose a place that exists and that you may write to."
-    return f"cannot write here ({reason})", fix, ExitCode.NOT_WRITABLE
+def _explain(error: OSError, path: Path) -> UserError:
+    what, fix = _CANNOT_WRITE, _OTHER_FIX
+    for numbers, *found in _CAUSES:
+        if error.errno in numbers:
+            what, fix = found
+    # The file that the error names, but never a temporary name beside `path`; `shutil.rmtree` gives
+    # only a name within a folder.
+    named = Path(error.filename) if isinstance(error.filename, str) else path
+    if os.sep in str(named) and named.parent != path.parent:
+        path = named
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    exit_code = ExitCode.DISK_SPACE if is_full else ExitCode.NOT_WRITABLE
+    return UserError(
+        what.format(reason=_reason(error)), where=str(path), fix=fix, exit_code=exit_code
+    )
 
 
 def _reason(error: OSError) -> str:

@@ -1,9 +1,9 @@
-"""The only place that writes files: all or nothing, and durable before it counts.
+"""Atomic and durable writes; the only place that writes files.
 
 A file or folder appears under its final name in one step, after its content has reached the disk.
-A program killed at any moment leaves the old state or the new one, never half of either; what it
-leaves beside them is for `kiem.core.leftovers`. What a disk refuses becomes a `UserError`, or a
-warning where the result does not need it: see `kiem.core.disk`.
+A program killed at any moment leaves the old state or the new one; `kiem.core.leftovers` removes
+what it leaves beside them. What a disk refuses becomes a `UserError`, or a warning where the result
+does not need it: see `kiem.core.disk`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,14 @@ import json
 import os
 import shutil
 import stat
-import sys
 from collections.abc import Iterable, Iterator
-from io import BufferedIOBase, BufferedRandom, FileIO
+from io import BufferedRandom, BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
 from kiem.core.disk import exchange, fsync, fsync_folder, warn_once, writing_errors
 from kiem.core.errors import ExitCode, UserError
-from kiem.core.leftovers import (
-    discard,
-    hidden,
-    recover_folder,
-    remove_entry,
-    take_away,
-    temporary_path,
-)
+from kiem.core.leftovers import discard, hidden, recover_folder, remove, temporary_path
 
 _READ_BLOCK_BYTES = 1 << 18
 _SEAL_BYTES = hashlib.sha256().digest_size
@@ -40,17 +32,17 @@ _SEAL_BYTES = hashlib.sha256().digest_size
 def sha256_file(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes as 64 hexadecimal digits."""
     with path.open("rb") as file:
-        return _sha256(file, None).hexdigest()
+        return _sha256(file).hexdigest()
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BufferedRandom]:
-    """Fills a file out of sight and gives it its name in one rename.
+    """Fills a temporary file and gives it its name in one rename.
 
     A link stays; the file that it points to is replaced.
 
     Yields:
-        A temporary file, open for writing and reading. When the block raises, it is removed and
+        The temporary file, open for writing and reading. When the block raises, it is removed and
         `path` stays as it was.
 
     Raises:
@@ -83,23 +75,18 @@ def check_new_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def sealed_file(path: Path) -> Iterator[BufferedRandom]:
-    """As `new_file`, and puts the SHA-256 of what was written at the end, for `check_seal`."""
+    """As `new_file`, and appends the SHA-256 of what was written, for `read_sealed`."""
     with new_file(path) as file:
         yield file
         file.seek(0)
-        file.write(_sha256(file, None).digest())
-
-
-def check_seal(path: Path) -> bool:
-    """Says whether a file of `sealed_file` is as it was written."""
-    with path.open("rb") as file:
-        content_bytes = os.fstat(file.fileno()).st_size - _SEAL_BYTES
-        return content_bytes >= 0 and _sha256(file, content_bytes).digest() == file.read()
+        file.write(_sha256(file).digest())
 
 
 def read_sealed(path: Path) -> bytes | None:
     """Returns what was written to a file of `sealed_file`; None if it is missing or damaged."""
-    return path.read_bytes()[:-_SEAL_BYTES] if path.is_file() and check_seal(path) else None
+    data = path.read_bytes() if path.is_file() else b""
+    content, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
+    return content if hashlib.sha256(content).digest() == seal else None
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -114,7 +101,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Returns JSON as `write_json` writes it."""
+    """Returns the text that `write_json` writes."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -134,13 +121,13 @@ def append_json_lines(path: Path, values: Iterable[Any]) -> None:
         try:
             with path.open("a+b", buffering=0) as file:
                 end = _end_of_lines(file)
-                _truncate(path, end)
+                file.truncate(end)
                 while lines:
                     lines = lines[file.write(lines) :]
         except OSError:
             if end is not None:
                 with contextlib.suppress(OSError):  # else the next call does it
-                    _truncate(path, end)
+                    os.truncate(path, end)
             raise
 
 
@@ -154,7 +141,7 @@ def fsync_file(path: Path) -> None:
 def new_folder(
     path: Path, *, overwrite: bool = False, temporary: Path | None = None
 ) -> Iterator[Path]:
-    """Fills a folder out of sight and gives it its name in one rename.
+    """Fills a temporary folder and gives it its name in one rename.
 
     Args:
         path: the final name.
@@ -162,8 +149,7 @@ def new_folder(
         temporary: where it is filled, on the same disk; by default beside `path`.
 
     Yields:
-        The temporary folder to write into. When the block raises, it is removed and
-        `path` stays as it was.
+        The temporary folder. When the block raises, it is removed and `path` stays as it was.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written to.
@@ -175,7 +161,7 @@ def new_folder(
             path.lstat()  # a name that is too long is refused before the work, not after it
         recover_folder(path)
         temporary = temporary or temporary_path(path)
-        remove_entry(temporary)
+        remove(temporary)
         temporary.mkdir()
         try:
             yield temporary
@@ -189,7 +175,7 @@ def new_folder(
             raise
         fsync_folder(path.parent)
         discard(temporary)
-        discard(hidden(path, "old"), path)
+        discard(hidden(path, "old"))
 
 
 def remove_file(path: Path) -> None:
@@ -205,21 +191,19 @@ def make_folder(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder so that no half of it is ever seen under its name.
-
-    Does nothing when it is not there, but for what a killed removal left of it.
+    """Removes a folder, if it is there, so that no half of it is ever seen under its name.
 
     Raises:
         UserError: it cannot be removed.
     """
     with writing_errors(path):
         recover_folder(path)
-        for entry in (hidden(path, "old"), path):
-            remove_entry(take_away(entry, path))
+        remove(hidden(path, "old"))
+        remove(path)
 
 
 def move_folder(path: Path, name: str) -> None:
-    """Gives a folder another name beside its old one; if that is taken, with a number behind it."""
+    """Renames a folder; if the name is taken, to that name with a number."""
     with writing_errors(path):
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         path.rename(next(p for p in map(path.with_name, names) if not os.path.lexists(p)))
@@ -230,13 +214,13 @@ def empty_folder(path: Path) -> None:
     """Removes everything in a folder; raises a UserError if that cannot be done."""
     with writing_errors(path):
         for entry in path.iterdir():
-            remove_entry(entry)
+            remove(entry)
 
 
 def point_link(link: Path, target_name: str) -> None:
     """Makes `link` a relative symbolic link to its sibling `target_name`, in one atomic step.
 
-    A link is a convenience that some disks do not have: if it cannot be made there is a warning.
+    Some disks have no links, and nothing depends on this one: a refusal is only a warning.
     """
     with writing_errors(link):
         temporary = temporary_path(link)
@@ -277,7 +261,7 @@ def require_free_space(
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Returns a number of bytes for people: '52.0 MB', in powers of 1000."""
+    """Returns a number of bytes to show, such as '52.0 MB', in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -286,7 +270,7 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def _behind_links(path: Path) -> Path:
-    """Returns what a file's name stands for; raises a UserError if that is no file."""
+    """Returns the file that a link points to; raises a UserError if it is not a regular file."""
     with writing_errors(path):
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(path.stat().st_mode):  # a device would become a file
@@ -294,14 +278,12 @@ def _behind_links(path: Path) -> Path:
         return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
-def _sha256(file: BufferedIOBase, num_bytes: int | None) -> hashlib._Hash:
-    """Hashes the next `num_bytes` of an open file, by default all that are left."""
+def _sha256(file: BufferedReader | BufferedRandom) -> hashlib._Hash:
+    """Hashes the rest of an open file."""
     digest = hashlib.sha256()
-    left = sys.maxsize if num_bytes is None else num_bytes
-    block = memoryview(bytearray(_READ_BLOCK_BYTES))  # one for all: new memory costs more
-    while num_read := file.readinto(block[: min(left, _READ_BLOCK_BYTES)]):
+    block = memoryview(bytearray(_READ_BLOCK_BYTES))  # reused: new memory costs more
+    while num_read := file.readinto(block):
         digest.update(block[:num_read])
-        left -= num_read
     return digest
 
 
@@ -318,18 +300,13 @@ def _end_of_lines(file: FileIO) -> int:
     return 0
 
 
-def _truncate(path: Path, num_bytes: int) -> None:
-    if path.stat().st_size > num_bytes:
-        os.truncate(path, num_bytes)
-
-
 def _put_in_place(temporary: Path, path: Path) -> None:
-    """Gives a finished folder its name; what had it before is left in a hidden place."""
+    """Gives a finished folder its name; what had the name before stays under a hidden one."""
     if not os.path.lexists(path):
         temporary.rename(path)
     elif not exchange(temporary, path):
         old = hidden(path, "old")
-        discard(old, path)
+        discard(old)
         path.rename(old)
         try:
             temporary.rename(path)

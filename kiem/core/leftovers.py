@@ -1,4 +1,4 @@
-"""What killed programs leave beside the files and folders that they wrote, and putting it right.
+"""Hidden files beside those that kiem writes, and their removal after a kill.
 
 .NAME.partial-...   being filled; the next program that writes into the folder removes it
 .NAME.removed       being removed
@@ -22,12 +22,12 @@ import psutil
 
 from kiem.core.disk import warn_once, writing_errors
 
-# Longer names are hidden under their hash: some disks allow 143 bytes, and something is added.
+# Longer names are hidden under their hash: some disks allow 143 bytes, suffix included.
 _LONGEST_BYTES = 100
 
 
 def hidden(path: Path, suffix: str) -> Path:
-    """Returns the hidden name under which something of a file or folder waits beside it."""
+    """Returns the hidden name beside a file or folder for something that belongs to it."""
     name = path.name
     if len(os.fsencode(name)) > _LONGEST_BYTES:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
@@ -36,18 +36,18 @@ def hidden(path: Path, suffix: str) -> Path:
 
 def temporary_path(path: Path) -> Path:
     """Returns where a file or folder is filled, and removes what killed programs left there."""
-    _clean(path.parent)
+    _remove_partial(path.parent)
     return hidden(path, f"partial-{_machine()}-{os.getpid()}")
 
 
 def recover_folder(path: Path) -> Path:
-    """Puts back a folder whose replacement was killed on a disk that cannot swap two names.
+    """Restores a folder if its replacement was killed on a disk that cannot swap two names.
 
     Returns:
-        The same path, so that whoever wants to know what is there can ask for it in one go.
+        The same path.
 
     Raises:
-        UserError: it cannot be put back.
+        UserError: it cannot be restored.
     """
     if not path.name:  # "." is always there
         return path
@@ -59,75 +59,56 @@ def recover_folder(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Puts right what killed programs left in a folder in which nobody else works."""
+    """Repairs what killed programs left in a folder in which no other program works."""
     with writing_errors(folder):
         for entry in folder.glob(".*.old"):
-            path = recover_folder(entry.with_name(entry.name[1 : -len(".old")]))
-            discard(entry, path)
+            recover_folder(entry.with_name(entry.name[1 : -len(".old")]))
+            discard(entry)
         for entry in [*folder.glob(".*.partial*"), *folder.glob(".*.removed")]:
-            remove_entry(entry)
+            remove(entry)
 
 
 def is_removed(path: Path) -> bool:
-    """Says whether nothing is left of a folder, not even by a killed removal."""
-    beside = (hidden(path, suffix) for suffix in ("old", "removed", "lock"))
-    return not any(map(os.path.lexists, (path, *beside)))
+    """Returns whether nothing is left of a folder, not even by a killed removal."""
+    return not any(map(os.path.lexists, (path, hidden(path, "removed"), hidden(path, "lock"))))
 
 
-def take_away(entry: Path, path: Path) -> Path:
-    """Renames what is to be removed, so that no half of it is ever seen under its name.
-
-    Args:
-        entry: a file or folder, which need not be there.
-        path: the name that it has or had.
-
-    Returns:
-        Where it waits for its end: one name, so that what a kill leaves is found again.
-    """
+def remove(path: Path) -> None:
+    """Removes what has a name, if anything, so that no half of a folder is ever seen under it."""
     removed = hidden(path, "removed")
-    remove_entry(removed)
-    if os.path.lexists(entry):
-        entry.rename(removed)
-    return removed
-
-
-def remove_entry(path: Path) -> None:
-    """Removes a file, a link or a folder with all that is in it, if it is there."""
+    if removed.exists():
+        shutil.rmtree(removed)
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        path.rename(removed)
+        shutil.rmtree(removed)
     else:
         path.unlink(missing_ok=True)
 
 
-def discard(entry: Path, path: Path | None = None) -> None:
-    """Removes what nobody needs any more, if it is there; a refusal is only a warning.
-
-    Args:
-        entry: a file or folder.
-        path: the name that it has or had, if half of it must not be seen under it.
-    """
+def discard(path: Path) -> None:
+    """Removes what is no longer needed; a refusal is only a warning."""
     try:
-        remove_entry(entry if path is None else take_away(entry, path))
+        remove(path)
     except OSError as error:
-        warn_once("what is not needed any more cannot be removed", entry, error)
+        warn_once("what is no longer needed cannot be removed", path, error)
 
 
 @functools.lru_cache(maxsize=1000)  # once in a program, however many files it writes there
-def _clean(folder: Path) -> None:
+def _remove_partial(folder: Path) -> None:
     """Removes what killed programs of this machine left unfinished in a folder."""
     machine = _machine()
-    with contextlib.suppress(OSError):  # what is wrong there, writing will say
+    with contextlib.suppress(OSError):  # writing reports what is wrong there
         for entry in folder.iterdir() if machine else ():
-            found = re.fullmatch(rf"\..+\.partial-{machine}-(\d+)", entry.name)
+            found = re.fullmatch(rf"\..+\.partial-{machine}-(\d+)(\.removed)?", entry.name)
             if found and not psutil.pid_exists(int(found[1])):
-                remove_entry(entry)
+                remove(entry)
 
 
 @functools.cache
 def _machine() -> str:
-    """Returns what tells the process ids of this machine or container from those of others.
+    """Returns an id of the machine or container to which process ids belong.
 
-    Empty where the system does not say; then nothing is taken for the work of a dead program.
+    Empty where the system does not tell; then no file counts as left by a dead program.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()

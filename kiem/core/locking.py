@@ -1,4 +1,4 @@
-"""One program at a time in a folder."""
+"""Locks on folders, for one program at a time."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import make_folder
 from kiem.core.leftovers import discard, hidden
 
-# A killed parent's workers hold its lock for a second or two.
-_LOCK_TRIES = 50
-_LOCK_PAUSE_SECONDS = 0.1
+# The workers of a killed program hold its lock for a second or two.
+_TRIES = 50
+_PAUSE_SECONDS = 0.1
 
 
 @contextlib.contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
-    """Makes a folder if need be and keeps other programs that lock it out.
+    """Makes a folder if it is missing, and keeps out other programs that lock it.
 
-    The lock ends with the process and those it forked, however they end. (`filelock.FileLock`
-    would end with the process alone, whose workers may still be writing.) On a disk that has no
-    locks there is a warning, and nobody is kept out.
+    The lock ends with the process and its forked workers, however they end; that of
+    `filelock.FileLock` would end with the process alone. A disk without locks gives a warning.
 
     Raises:
         UserError: another process holds the lock, or the folder cannot be made.
@@ -42,25 +41,25 @@ def locked_folder(path: Path) -> Iterator[None]:
     finally:
         if _is_open_at(descriptor, file):
             discard(file)
-        with contextlib.suppress(OSError):  # it is closed, whatever the disk says
+        with contextlib.suppress(OSError):  # it is closed in any case
             os.close(descriptor)
 
 
 def _lock(file: Path, folder: Path) -> int:
     """Returns the descriptor of a locked file."""
-    for _ in range(_LOCK_TRIES):
-        # The one that had the lock removes the file at its end.
+    for _ in range(_TRIES):
         with writing_errors(folder):
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-            is_ours = False
             try:
-                is_ours = _is_free(descriptor, folder) and _is_open_at(descriptor, file)
-            finally:
-                if not is_ours:
-                    os.close(descriptor)
-        if is_ours:
-            return descriptor
-        time.sleep(_LOCK_PAUSE_SECONDS)
+                is_free = lock_descriptor(descriptor, blocking=False)
+            except OSError as error:
+                what = "this disk has no locks: do not start a second program on the same folder"
+                warn_once(what, folder, error)
+                is_free = True
+            if is_free and _is_open_at(descriptor, file):  # its last holder removes the file
+                return descriptor
+            os.close(descriptor)
+        time.sleep(_PAUSE_SECONDS)
     raise UserError(
         "another process is working here",
         where=str(folder),
@@ -69,18 +68,8 @@ def _lock(file: Path, folder: Path) -> int:
     )
 
 
-def _is_free(descriptor: int, folder: Path) -> bool:
-    """Takes the lock, or says that another process has it; a disk without locks has all free."""
-    try:
-        return lock_descriptor(descriptor, blocking=False)
-    except OSError as error:
-        what = "this disk has no locks: do not start a second program on the same folder"
-        warn_once(what, folder, error)
-        return True
-
-
 def _is_open_at(descriptor: int, file: Path) -> bool:
-    """Says whether the file that is open is still the one of this name."""
+    """Returns whether the open file is still the one of this name."""
     try:
         return os.path.samestat(file.stat(), os.fstat(descriptor))
     except OSError:

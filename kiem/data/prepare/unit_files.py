@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from kiem.core.errors import ExitCode, UserError
-from kiem.core.files import check_seal, sealed_file
+from kiem.core.files import read_sealed, sealed_file
 from kiem.data.arrow import to_numpy
 from kiem.data.read.rows import reading_errors
 
@@ -65,7 +65,7 @@ def find_damage(path: Path) -> str | None:
     with reading_errors(str(path)):
         if not path.is_file():
             return "is missing"
-        return None if check_seal(path) else "is damaged (its sha256 differs)"
+        return None if read_sealed(path) is not None else "is damaged (its sha256 differs)"
 
 
 def bad_unit(path: Path, fault: str) -> UserError:

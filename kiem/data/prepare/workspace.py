@@ -57,9 +57,9 @@ def working_folder(folder: Path, identity: dict[str, Any], overwrite: bool) -> I
             yield work
         except UserError as error:
             if error.exit_code not in _PASSING:
-                discard(work, work)
+                discard(work)
             raise
-        discard(work, work)
+        discard(work)
 
 
 def clear_after_kill(folder: Path) -> None:
@@ -67,7 +67,7 @@ def clear_after_kill(folder: Path) -> None:
     work = _unfinished(folder)
     if not is_removed(work):
         with locked_folder(work):
-            discard(work, work)
+            discard(work)
 
 
 def earlier_identity(folder: Path) -> dict[str, Any]:
