@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 from kiem.core.files import format_bytes, remove_folder
-from kiem.model.gemma3 import Gemma3
-from kiem.model.initialize import initialize
-from kiem.model.presets import GEMMA_VOCABULARY, preset
+from kiem.model.config import GEMMA_VOCABULARY, preset
+from kiem.model.gemma3 import Gemma3, initialize
 from kiem.optim.optimizer import make_optimizers
 from kiem.parallel.distributed import Distributed
 from kiem.training.checkpoint import checkpoint_bytes, save_checkpoint, verify_checkpoint

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from kiem.model.config_json import describe
-from kiem.model.presets import preset
+from kiem.model.config import describe, preset
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER_REQUIREMENTS = (
@@ -69,7 +67,7 @@ def run_peer(
         options: what else the script asks for.
     """
     ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-    options["config"] = {**describe(preset(model, vocabulary), torch.float32), **ids}
+    options["config"] = {**describe(preset(model, vocabulary), "float32"), **ids}
     command = [str(python), str(ROOT / "benchmarks" / script), json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:

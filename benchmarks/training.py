@@ -34,7 +34,7 @@ from peers import (
 from rich.console import Console
 from rich.table import Table
 
-from kiem.model.presets import GEMMA_VOCABULARY
+from kiem.model.config import GEMMA_VOCABULARY
 
 _SMALL_VOCABULARY = 16_384
 _LITGPT_REQUIREMENTS = ("torch==2.13.0", "litgpt==0.5.13")

@@ -15,7 +15,7 @@ import pytest
 from hub_client import Client, new_hub
 from hub_server import HubServer
 
-from kiem.model.presets import Gemma3Config
+from kiem.model.config import Gemma3Config
 from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:

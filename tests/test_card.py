@@ -11,7 +11,7 @@ import pytest
 from conftest import run_script
 from huggingface_hub import ModelCard
 
-from kiem.model.presets import GEMMA_VOCABULARY
+from kiem.model.config import GEMMA_VOCABULARY
 from kiem.report.card import model_card
 
 

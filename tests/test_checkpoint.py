@@ -21,9 +21,9 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import sha256_file
 from kiem.data.prepare.verify import verify_directory
 from kiem.inference.loading import load_for_inference
+from kiem.model.config import Gemma3Config
 from kiem.model.gemma3 import Gemma3
 from kiem.model.io import write_weights
-from kiem.model.presets import Gemma3Config
 from kiem.optim.batch import Order
 from kiem.optim.optimizer import make_optimizers
 from kiem.parallel.distributed import Distributed

@@ -12,8 +12,8 @@ from conftest import run_script
 
 from kiem.compute.speed import prefers_bf16
 from kiem.config import TrainingOptions
+from kiem.model.config import preset
 from kiem.model.gemma3 import Gemma3
-from kiem.model.presets import preset
 from kiem.parallel.distributed import Distributed, init_distributed
 from kiem.planning.probe import is_compiling_worthwhile
 from kiem.planning.recipe import Recipe

@@ -18,8 +18,8 @@ from conftest import ROOT, run_script
 from safetensors.torch import load_file
 
 from kiem.core.errors import ExitCode
+from kiem.model.config import preset
 from kiem.model.gemma3 import Gemma3
-from kiem.model.presets import preset
 from kiem.parallel.parallel_model import owners
 
 # Several runs one after the other in the same processes, which take long to start.

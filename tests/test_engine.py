@@ -10,11 +10,10 @@ import torch
 from conftest import SMALL, WINDOW
 from transformers import Gemma3ForCausalLM
 
-from kiem.compute.decoding import prepare
+from kiem.inference.decoder import use_kernels
 from kiem.inference.engine import Engine, NewToken, Request
 from kiem.inference.sampling import Sampling
-from kiem.model.gemma3 import Gemma3
-from kiem.model.initialize import initialize
+from kiem.model.gemma3 import Gemma3, initialize
 from kiem.model.io import write_model
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
@@ -88,8 +87,8 @@ def test_many_requests_on_few_slots_get_what_each_gets_alone(model: Gemma3) -> N
 )
 def test_kernels_give_each_request_the_same_bits_in_any_company(quantize: str, dtype: str) -> None:
     model = wide_model(getattr(torch, dtype))
-    prepare(model, quantize)
-    assert model.run_token is not None
+    use_kernels(model, quantize)
+    assert model.decoder is not None
     requests = [
         Request(prompt(length, seed), 5 + 7 * seed % 17, sampling, seed, num_logprobs=3)
         for seed, length in enumerate([1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 33])
@@ -109,7 +108,7 @@ def test_greedy_texts_of_200_prompts_are_those_of_transformers(tmp_path: Path) -
     model = wide_model()
     write_model(model, tmp_path, {"pad": 0, "eos": 1, "bos": 2})
     reference = Gemma3ForCausalLM.from_pretrained(tmp_path)
-    prepare(model, "none")
+    use_kernels(model, "none")
     num_new = 12
     engine = Engine(model, NO_EOS, max_requests=8, max_tokens=64)
     expected = []

@@ -38,9 +38,8 @@ from kiem.evaluation.language_model import (
     windows,
 )
 from kiem.evaluation.minimal_pairs import BUILT_IN, Pair, accuracy, prefers_good, read_suite
-from kiem.model.gemma3 import Gemma3
-from kiem.model.initialize import initialize
-from kiem.model.presets import preset
+from kiem.model.config import preset
+from kiem.model.gemma3 import Gemma3, initialize
 from kiem.tokenizer.tokenizer import Tokenizer
 
 CONTEXT = 24  # tokens in a row, <bos> included; shorter than the model's sliding window

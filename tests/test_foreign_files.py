@@ -35,9 +35,8 @@ from kiem.data.chunks import open_split, open_test_sources, read_manifest, read_
 from kiem.data.prepare.verify import verify_shards
 from kiem.export.origin import Origin, read_origin
 from kiem.export.vocabulary import make_vocabulary
-from kiem.model.config_json import read_config
-from kiem.model.gemma3 import Gemma3
-from kiem.model.initialize import initialize
+from kiem.model.config import read_config
+from kiem.model.gemma3 import Gemma3, initialize
 from kiem.model.io import read_model, write_model
 from kiem.report.page import render
 from kiem.report.record import read_record

@@ -12,15 +12,13 @@ import torch
 from conftest import SMALL, WINDOW
 from transformers import Gemma3ForCausalLM
 
+from kiem.compute.attention import attend
 from kiem.core.errors import ExitCode, UserError
-from kiem.model.attention import attend
 from kiem.model.cache import CachePass, KeyValueCache
-from kiem.model.config_json import read_config
-from kiem.model.gemma3 import Gemma3, Recompute, visible
-from kiem.model.initialize import initialize
+from kiem.model.config import GEMMA3_1B_PARAMETERS, Gemma3Config, preset, read_config
+from kiem.model.gemma3 import Gemma3, Recompute, causal_mask, initialize
 from kiem.model.io import read_model, write_model
 from kiem.model.loss import IGNORE, next_token_targets, summed_cross_entropy, token_cross_entropy
-from kiem.model.presets import GEMMA3_1B_PARAMETERS, Gemma3Config, preset
 
 LENGTHS = [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3]
 BOS, PAD = 2, 0
@@ -169,11 +167,12 @@ def test_attention_in_blocks_equals_the_plain_one(num_tokens: int, window: int |
         tensor.requires_grad_()
     positions = torch.arange(num_tokens)
     document = (torch.rand(2, num_tokens, generator=generator) < 0.01).cumsum(1)
-    mask = visible(positions, positions, window) & (document[:, :, None] == document[:, None])
+    mask = causal_mask(positions, positions, window) & (document[:, :, None] == document[:, None])
     scores = torch.einsum("bhtc,bhsc->bhts", q, k.repeat_interleave(2, 1)) * 0.3
     weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
     expected = torch.einsum("bhts,bhsc->bhtc", weights, v.repeat_interleave(2, 1))
-    found = attend(q, k, v, mask[:, None], window, 0.3)
+    k_all, v_all = (tensor.repeat_interleave(2, 1) for tensor in (k, v))
+    found = attend(q, k_all, v_all, mask[:, None], window, 0.3)
     torch.testing.assert_close(found, expected)
     for one, other in zip(
         torch.autograd.grad(found, (q, k, v), gradient),

@@ -8,9 +8,8 @@ from typing import Literal
 import pytest
 import torch
 
-from kiem.model.gemma3 import Gemma3
-from kiem.model.initialize import initialize
-from kiem.model.presets import preset
+from kiem.model.config import preset
+from kiem.model.gemma3 import Gemma3, initialize
 from kiem.optim import muon
 from kiem.optim.optimizer import BETAS, make_optimizers
 

@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT, run_script
 
 from kiem.core.errors import ExitCode
+from kiem.model.config import preset
 from kiem.model.gemma3 import Gemma3
-from kiem.model.presets import preset
 from kiem.optim.optimizer import make_optimizers
 from kiem.planning.memory_estimate import Setting, dry_run, estimate_memory
 from kiem.planning.time_estimate import GPUS, calculate_step_seconds, flops_per_token

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kiem.model.gemma3 import Gemma3, visible
-from kiem.model.presets import preset
+from kiem.model.config import preset
+from kiem.model.gemma3 import Gemma3, causal_mask
 from kiem.planning.time_estimate import flops_per_token
 
 
@@ -27,7 +27,7 @@ def test_flops_are_those_that_torch_counts() -> None:
     seen = 0
     for layer in range(config.num_hidden_layers):
         window = config.sliding_window if config.is_sliding(layer) else None
-        seen += int(visible(positions, positions, window).sum())
+        seen += int(causal_mask(positions, positions, window).sum())
     # Scores and their sum of values, two operations each, and twice as many for the gradients.
     attention = 2 * 2 * 3 * query_width * seen / 200
     # The norms' gains are counted as if they were matrices.

@@ -1,30 +1,23 @@
-"""Weights for inference: what they are rounded to, and products with them."""
+"""Weights for decoding: their quantization, and products with them."""
 
 from __future__ import annotations
 
 import platform
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch_quantize import dequantize, pack, round_to_int4, round_to_int8
 
 from kiem.compute import kernels
-from kiem.compute.arena import Arena
-from kiem.compute.decoding import prepare
-from kiem.compute.kernels import Form, load_kernels
+from kiem.compute.kernels import Format, load_kernels
 from kiem.compute.native import compile_library, load_library, open_library
-from kiem.compute.quantize import (
-    Weights,
-    dequantize,
-    pack,
-    quantize_matrix,
-    round_to_int4,
-    round_to_int8,
-)
+from kiem.compute.quantize import KernelLinear, quantize
+from kiem.inference.decoder import use_kernels
 from kiem.model.cache import CachePass, KeyValueCache
-from kiem.model.gemma3 import Gemma3
-from kiem.model.initialize import initialize
-from kiem.model.presets import Gemma3Config
+from kiem.model.config import Gemma3Config
+from kiem.model.gemma3 import Gemma3, initialize
 
 WINDOW = 8
 SHAPE = Gemma3Config(
@@ -49,17 +42,17 @@ def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return values
 
 
-def dequantized(weight: torch.Tensor, form: Form) -> torch.Tensor:
+def dequantized(weight: torch.Tensor, format: Format) -> torch.Tensor:
     """Number times scale, the long way."""
-    if form not in ("int8", "int4"):
+    if format not in ("int8", "int4"):
         return weight.float()
-    numbers, scales = round_to_int8(weight) if form == "int8" else round_to_int4(weight)
+    numbers, scales = round_to_int8(weight) if format == "int8" else round_to_int4(weight)
     return numbers * scales.float().repeat_interleave(weight.shape[1] // scales.shape[1], 1)
 
 
-def as_multiplied(x: torch.Tensor, form: Form) -> torch.Tensor:
+def as_multiplied(x: torch.Tensor, format: Format) -> torch.Tensor:
     """Returns x in fp64; with int8 and int4 rounded, the largest of 32 values to 127."""
-    if form not in ("int8", "int4"):
+    if format not in ("int8", "int4"):
         return x.double()
     groups = x.float().unflatten(-1, (-1, 32))
     most = groups.abs().amax(-1, keepdim=True)
@@ -92,59 +85,66 @@ def test_int4_is_no_worse_than_the_usual_scale() -> None:
     assert (found[0, :128] == 0).all()
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("format", ["int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_round_weights_as_torch_does(form: Form, dtype: torch.dtype) -> None:
+def test_kernels_round_weights_as_torch_does(format: Format, dtype: torch.dtype) -> None:
     """To the bit, for rows that fill no block and values of all sizes; and give them back."""
     weight = (matrix(131, 1152) * 10.0 ** torch.arange(-40, 91).clamp(max=37)[:, None]).to(dtype)
     weight[130] = weight[130].abs().amax()  # nothing but ties
     weight[129, ::2] *= -1
-    stored, scales = quantize_matrix(weight, form)
-    expected = pack(*(round_to_int8(weight) if form == "int8" else round_to_int4(weight)), form)
-    assert torch.equal(stored, expected[0])
+    data, scales = quantize(weight, format)
+    expected = pack(*(round_to_int8(weight) if format == "int8" else round_to_int4(weight)), format)
+    assert torch.equal(data, expected[0])
     assert torch.equal(scales, expected[1])
-    weights = Weights(weight, form, dtype)
-    whole = dequantize(weights.matrix)
-    assert torch.equal(whole, dequantized(weight, form))
+    weights = KernelLinear(weight, format, dtype)
+    whole = dequantize(weights.packed)
+    assert torch.equal(whole, dequantized(weight, format))
     assert torch.equal(weights.rows(None), whole.to(dtype))
     chosen = torch.tensor([130, 0, 17, 17])
     assert torch.equal(weights.rows(chosen), whole[chosen].to(dtype))
 
 
-@pytest.mark.parametrize("form", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("format", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("shape", [(131, 384), (48, 128), (7, 1152)])
-def test_products_equal_those_with_the_rounded_weights(form: Form, shape: tuple[int, int]) -> None:
+def test_products_equal_those_with_the_rounded_weights(
+    format: Format, shape: tuple[int, int]
+) -> None:
     """And a row's result has the same bits whatever the others are, and however many."""
     weight = matrix(*shape)
-    if form == "bf16":
+    if format == "bf16":
         weight = weight.bfloat16()
-    weights = Weights(weight, form, torch.float32)
-    in_bf16 = Weights(weight, form, torch.bfloat16)
-    logits = Weights(weight, form, torch.bfloat16, in_fp32=True)
-    whole = dequantized(weight, form).double().T
+    weights = KernelLinear(weight, format, torch.float32)
+    in_bf16 = KernelLinear(weight, format, torch.bfloat16)
+    logits = KernelLinear(weight, format, torch.bfloat16, in_fp32=True)
+    whole = dequantized(weight, format).double().T
     for batch in (*range(1, 10), 16, 27):
         x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(batch))
         x[0, :32] = 0
         found = weights(x)
-        expected = as_multiplied(x, form) @ whole
+        expected = as_multiplied(x, format) @ whole
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
         for row in range(batch):
             assert torch.equal(found[row], weights(x[row : row + 1])[0])
         x = x.bfloat16()
-        expected = as_multiplied(x, form) @ whole
+        expected = as_multiplied(x, format) @ whole
         torch.testing.assert_close(in_bf16(x).double(), expected, rtol=2**-8, atol=2e-5)
         torch.testing.assert_close(logits(x).double(), expected, rtol=0, atol=2e-5)
         assert torch.equal(logits(x).bfloat16(), in_bf16(x))
 
 
-@pytest.mark.parametrize("flags", ["-DKIEM_DOT4=0", "-march=x86-64-v3"])
-def test_every_processor_finds_the_same(
+@pytest.mark.parametrize("flags", ["-DKIEM_DOT4=0", "-march=x86-64-v3", "clang++"])
+def test_every_processor_and_compiler_finds_the_same(
     flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without instructions for whole numbers, and without AVX-512: the same bits."""
+    """Without instructions for whole numbers, without AVX-512, by another compiler: the same."""
     if "march" in flags and platform.machine() != "x86_64":
         pytest.skip("this is for x86-64")
-    kinds: list[tuple[Form, torch.dtype]] = [
+    if flags == "clang++":
+        if shutil.which(flags) is None:
+            pytest.skip("needs clang: apt install clang libomp-dev")
+        monkeypatch.setenv("CXX", flags)
+        flags = "-O2"
+    kinds: list[tuple[Format, torch.dtype]] = [
         ("int8", torch.float32),
         ("int4", torch.bfloat16),
         ("bf16", torch.bfloat16),
@@ -152,11 +152,11 @@ def test_every_processor_finds_the_same(
     x = torch.randn(9, 384, generator=torch.Generator().manual_seed(0))
 
     def results() -> list[torch.Tensor]:
-        weights = [Weights(matrix(131, 384).to(dtype), form, dtype) for form, dtype in kinds]
+        weights = [
+            KernelLinear(matrix(131, 384).to(dtype), format, dtype) for format, dtype in kinds
+        ]
         return [
-            result
-            for one in weights
-            for result in (one.stored, one(x.to(one.dtype)), one.rows(None))
+            result for one in weights for result in (one.data, one(x.to(one.dtype)), one.rows(None))
         ]
 
     expected = results()
@@ -168,27 +168,16 @@ def test_every_processor_finds_the_same(
         assert torch.equal(found, wanted)
 
 
-def test_an_arena_gives_each_tensor_lines_of_its_own() -> None:
-    """Also those larger than a piece, and when the arena is gone before the tensors."""
-    arena = Arena()
-    shapes = [(3, 5), (1,), (17, 1 << 22), (2, 1 << 20), (7, 9)]
-    tensors = [arena.empty(*shape, dtype=torch.bfloat16) for shape in shapes]
-    del arena
-    for number, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True), start=1):
-        assert tensor.shape == shape
-        assert tensor.data_ptr() % 64 == 0
-        assert (tensor.view(torch.int16)[-1] == 0).all()
-        tensor[0] = tensor[-1] = number
-    for number, tensor in enumerate(tensors, start=1):
-        assert (tensor[0] == number).all()
-        assert (tensor[-1] == number).all()
+def test_large_weights_lie_on_large_pages() -> None:
+    data, _ = quantize(torch.ones(2048, 1152), "int8")
+    assert data.data_ptr() % (2 << 20) == 0
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
-def test_many_rows_take_the_same_weights_as_few(form: Form) -> None:
-    weights = Weights(matrix(131, 384), form, torch.float32)
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_many_rows_take_the_same_weights_as_few(format: Format) -> None:
+    weights = KernelLinear(matrix(131, 384), format, torch.float32)
     x = torch.randn(1, 20, 384, generator=torch.Generator().manual_seed(0))
-    rounded = as_multiplied(x, form).float()
+    rounded = as_multiplied(x, format).float()
     few = torch.cat([weights(x[:, :10]), weights(x[:, 10:])], 1)
     torch.testing.assert_close(weights(rounded), few, rtol=1e-5, atol=2e-5)
 
@@ -202,12 +191,12 @@ def test_a_prepared_model_is_the_model_with_rounded_weights(quantize: str) -> No
             parameter.mul_(4).add_(0.01)
     plain = Gemma3(SHAPE)
     plain.load_state_dict(model.state_dict())
-    form: Form = "fp32" if quantize == "none" else quantize
+    format: Format = "fp32" if quantize == "none" else quantize
     with torch.no_grad():
         for parameter in plain.parameters():
             if parameter.ndim == 2:
-                parameter.copy_(dequantized(parameter, form))
-        prepare(model, quantize)
+                parameter.copy_(dequantized(parameter, format))
+        assert use_kernels(model, quantize) is None
         ids = torch.randint(0, 131, (2, 30), generator=torch.Generator().manual_seed(0))
         expected = plain.hidden_states(ids)
         torch.testing.assert_close(model.hidden_states(ids), expected, rtol=0, atol=1e-4)
@@ -215,13 +204,13 @@ def test_a_prepared_model_is_the_model_with_rounded_weights(quantize: str) -> No
         for module in plain.modules():
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_pre_hook(
-                    lambda _, inputs: as_multiplied(inputs[0], form).float()
+                    lambda _, inputs: as_multiplied(inputs[0], format).float()
                 )
         expected = plain.hidden_states(ids)
         tolerance = 1e-4 if quantize == "none" else 2e-2
         last = expected[:, -1]
         torch.testing.assert_close(
-            model.logits(last), plain.logits(as_multiplied(last, form).float()), rtol=0, atol=1e-5
+            model.logits(last), plain.logits(as_multiplied(last, format).float()), rtol=0, atol=1e-5
         )
         # One token in each of two slots, at places before, at and after the window.
         cache = KeyValueCache(SHAPE, 3, 30, torch.float32, torch.device("cpu"))

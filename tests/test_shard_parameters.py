@@ -17,9 +17,8 @@ from torch.multiprocessing import spawn
 from transformers import Gemma3ForCausalLM
 
 from kiem.core.errors import ExitCode
-from kiem.model.gemma3 import Gemma3
-from kiem.model.initialize import initialize
-from kiem.model.presets import preset
+from kiem.model.config import preset
+from kiem.model.gemma3 import Gemma3, initialize
 from kiem.optim.optimizer import make_optimizers
 from kiem.parallel.distributed import Distributed
 from kiem.parallel.parallel_model import (

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, Gemma3ForCausalLM
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode
 from kiem.inference.loading import load_for_inference
-from kiem.model.presets import preset
+from kiem.model.config import preset
 from kiem.optim.batch import Order
 from kiem.optim.optimizer import learning_rate_share
 from kiem.planning.recipe import defaults_for, resolve_recipe

@@ -1,6 +1,6 @@
-"""Calls native/kernels.cpp: what decoding does on the CPU.
+"""Calls into cpp/kernels.cpp: what decoding computes on a CPU.
 
-torch's own leave a large part of the memory's bandwidth unused (docs/decisions.md).
+torch's own kernels leave a large part of the memory's bandwidth unused (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -9,214 +9,193 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kiem.compute.native import Signatures, load_library
-from kiem.model.cache import LayerCache
 
-Form = Literal["fp32", "bf16", "int8", "int4"]
-# Rows of int8 and int4 matrices lie interleaved in blocks of so many.
-BLOCK_ROWS = 16
-_NUMBERS: dict[Form, int] = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
-_BITS: dict[Form, int] = {"int8": 8, "int4": 4}
+Format = Literal["fp32", "bf16", "int8", "int4"]
+_FORMATS: dict[Format, int] = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
+BITS: dict[Format, int] = {"int8": 8, "int4": 4}
 SOURCE = Path(__file__).with_name("cpp") / "kernels.cpp"
 SIGNATURES: Signatures = {
-    "kiem_linear": [*4 * [ctypes.c_void_p], ctypes.c_long],
+    "kiem_linear": [*3 * [ctypes.c_void_p], ctypes.c_long],
     "kiem_layers": [*6 * [ctypes.c_void_p], *2 * [ctypes.c_long]],
     "kiem_quantize": [*3 * [ctypes.c_void_p], *4 * [ctypes.c_long]],
-    "kiem_unpack": [*3 * [ctypes.c_void_p], *4 * [ctypes.c_long]],
+    "kiem_dequantize": [*3 * [ctypes.c_void_p], *4 * [ctypes.c_long]],
 }
 
 
-class Matrix(NamedTuple):
+class Weight(NamedTuple):
     """A matrix [N, K] as the kernels read it.
 
     Attributes:
-        stored: fp32 or bf16 [N, K], or whole numbers as kiem/compute/quantize.py packs them.
+        data: fp32 or bf16 [N, K], or whole numbers packed as kiem/compute/quantize.py describes.
         scales: bf16, of int8 and int4.
         num_rows: N.
         num_columns: K.
-        form: what the weights are stored in.
+        format: of the data.
     """
 
-    stored: Tensor
+    data: Tensor
     scales: Tensor | None
     num_rows: int
     num_columns: int
-    form: Form
+    format: Format
+
+    def struct(self) -> _Weight:
+        """Returns it for C++."""
+        return _Weight(self.data.data_ptr(), _address(self.scales), self.num_rows)
 
 
-class _Matrix(ctypes.Structure):
-    """The struct Matrix of native/linear.h."""
+def _fields(pointers: str, numbers: str, fraction: str = "") -> list[tuple[str, Any]]:
+    """Returns the fields of a C++ struct: pointers, then of type long, then of type float."""
+    return [
+        *((name, ctypes.c_void_p) for name in pointers.split()),
+        *((name, ctypes.c_long) for name in numbers.split()),
+        *((name, ctypes.c_float) for name in fraction.split()),
+    ]
 
+
+# The structs of the same names in cpp/linear.h and cpp/layer.h.
+class _Weight(ctypes.Structure):
+    _fields_ = _fields("data scales", "num_rows")
+
+
+class _Linear(ctypes.Structure):
     _fields_ = (
-        ("weights", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("num_rows", ctypes.c_long),
-    )
-
-
-class _Product(ctypes.Structure):
-    """The struct Product of native/linear.h."""
-
-    _fields_ = (
-        ("matrices", _Matrix * 3),
-        ("gain_before", ctypes.c_void_p),
-        ("gain_after", ctypes.c_void_p),
-        *((name, ctypes.c_long) for name in ("num_matrices", "k", "format")),
-        *((name, ctypes.c_long) for name in ("is_gated", "is_bf16", "y_is_fp32")),
+        ("weights", _Weight * 3),
+        *_fields("norm_before norm_after", "num_weights k format is_gated is_bf16 y_is_fp32"),
         ("eps", ctypes.c_float),
     )
 
 
 class _Layer(ctypes.Structure):
-    """The struct Layer of native/layer.h."""
-
     _fields_ = (
-        *((name, _Product) for name in ("project", "join", "widen", "narrow")),
-        *((name, ctypes.c_void_p) for name in ("q_gain", "k_gain")),
-        *((name, ctypes.c_long) for name in ("num_heads", "num_kv_heads", "c")),
-        ("scale", ctypes.c_float),
+        *((name, _Linear) for name in ("qkv", "o_proj", "gate_up", "down")),
+        *_fields("q_norm k_norm", "num_heads num_kv_heads head_dim", "scale"),
     )
 
 
-class _Held(ctypes.Structure):
-    """The struct Held of native/layer.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("keys", "values")),
-        *((name, ctypes.c_long) for name in ("num_entries", "is_sliding")),
-    )
+class _LayerCache(ctypes.Structure):
+    _fields_ = _fields("keys values", "num_entries is_sliding")
 
 
-class _Body(ctypes.Structure):
-    """The struct TextModel of native/layer.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("layers", "gain")),
-        ("num_layers", ctypes.c_long),
-        ("eps", ctypes.c_float),
-    )
+class _TextModel(ctypes.Structure):
+    _fields_ = _fields("layers norm", "num_layers", "eps")
 
 
-class Product:
-    """The product of few rows with one or several matrices, and what stands around it, in one call.
-
-    Attributes:
-        struct: it, for C++; alive as long as this object.
+class Linear:
+    """The product of few rows with one to three matrices side by side, and the norms around it.
 
     Args:
-        matrices: one to three of the same form and width; their results stand side by side.
-        dtype: of x, gains and residual, and of the result unless that is asked for in fp32.
+        weights: of the same format and width.
+        dtype: of x and the norms, and of the result unless that is asked for in fp32.
         is_gated: the result is the GELU of the first matrix's times the second's.
-        gain_before: of a norm of x, [K].
-        gain_after: of a norm of the result, [N].
+        norm_before: weights of a norm of x, [K].
+        norm_after: weights of a norm of the result, [N].
         eps: of the norms.
         in_fp32: whether the result is fp32.
     """
 
     def __init__(
         self,
-        matrices: Sequence[Matrix],
+        weights: Sequence[Weight],
         dtype: torch.dtype,
         *,
         is_gated: bool = False,
-        gain_before: Tensor | None = None,
-        gain_after: Tensor | None = None,
+        norm_before: Tensor | None = None,
+        norm_after: Tensor | None = None,
         eps: float = 0.0,
         in_fp32: bool = False,
     ):
         self._kernels = kernels()
-        self._kept = matrices, gain_before, gain_after  # the struct has but their addresses
+        self._kept = weights, norm_before, norm_after  # the struct has only their addresses
         self._dtype = torch.float32 if in_fp32 else dtype
-        self._num_rows = sum(m.num_rows for m in (matrices[:1] if is_gated else matrices))
-        first = matrices[0]
-        assert all(m[3:] == first[3:] and m.stored.is_contiguous() for m in matrices)
-        self.struct = _Product(
-            matrices=tuple(map(_struct, matrices)),
-            gain_before=_address(gain_before),
-            gain_after=_address(gain_after),
-            num_matrices=len(matrices),
+        self._num_rows = sum(w.num_rows for w in (weights[:1] if is_gated else weights))
+        first = weights[0]
+        assert all(w[3:] == first[3:] and w.data.is_contiguous() for w in weights)
+        self.struct = _Linear(
+            weights=tuple(weight.struct() for weight in weights),
+            norm_before=_address(norm_before),
+            norm_after=_address(norm_after),
+            num_weights=len(weights),
             k=first.num_columns,
-            format=_NUMBERS[first.form],
+            format=_FORMATS[first.format],
             is_gated=is_gated,
             is_bf16=dtype == torch.bfloat16,
             y_is_fp32=self._dtype == torch.float32,
             eps=eps,
         )
-        self._pointer = ctypes.byref(self.struct)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Returns the result [..., N] of x [..., K], plus `residual` [..., N]; contiguous."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """Returns the result [..., N] of x [..., K]; contiguous."""
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self._num_rows), dtype=self._dtype)
-        num_rows = x.numel() // x.shape[-1]
-        self._kernels.kiem_linear(
-            self._pointer, x.data_ptr(), _address(residual), y.data_ptr(), num_rows
-        )
+        pointers = ctypes.byref(self.struct), x.data_ptr(), y.data_ptr()
+        self._kernels.kiem_linear(*pointers, x.numel() // x.shape[-1])
         return y
 
 
-class LayerKernel:
-    """All that a layer does to one new token in each of B sequences.
+class Layer(NamedTuple):
+    """A decoder layer.
 
     Attributes:
-        struct: it, for C++; alive as long as this object.
-
-    Args:
-        products: queries, keys and values of the normed input; the attention's output; gate times
-            up; what narrows that again.
-        gains: of the norms of queries and keys, [C].
+        qkv: queries, keys and values of the normed input.
+        o_proj: the attention's output, normed.
+        gate_up: gated MLP of the normed input.
+        down: the MLP's output, normed.
+        q_norm, k_norm: weights of the norms of queries and keys, [C].
         num_kv_heads: key and value heads.
         scale: of the attention's scores.
     """
 
-    def __init__(
-        self,
-        products: tuple[Product, Product, Product, Product],
-        gains: tuple[Tensor, Tensor],
-        num_kv_heads: int,
-        scale: float,
-    ):
-        self._kept = products, gains
-        head_dim = len(gains[0])
-        self.struct = _Layer(
-            *(product.struct for product in products),
-            *map(_address, gains),
-            products[1].struct.k // head_dim,
-            num_kv_heads,
+    qkv: Linear
+    o_proj: Linear
+    gate_up: Linear
+    down: Linear
+    q_norm: Tensor
+    k_norm: Tensor
+    num_kv_heads: int
+    scale: float
+
+    def struct(self) -> _Layer:
+        """Returns it for C++."""
+        head_dim = len(self.q_norm)
+        return _Layer(
+            *(linear.struct for linear in self[:4]),
+            self.q_norm.data_ptr(),
+            self.k_norm.data_ptr(),
+            self.o_proj.struct.k // head_dim,
+            self.num_kv_heads,
             head_dim,
-            scale,
+            self.scale,
         )
 
 
-class LayerKernels:
-    """All layers and the last norm, in one call.
+class Layers:
+    """All layers and the last norm, for one new token in each of B sequences, in one call.
 
     Args:
         layers: from the first to the last.
-        gain: of the last norm, [D].
+        norm: weights of the last norm, [D].
         eps: of that norm.
     """
 
-    def __init__(self, layers: Sequence[LayerKernel], gain: Tensor, eps: float):
+    def __init__(self, layers: Sequence[Layer], norm: Tensor, eps: float):
         self._kernels = kernels()
-        self._kept = layers, gain
-        self._layers = (ctypes.c_void_p * len(layers))(
-            *(ctypes.addressof(layer.struct) for layer in layers)
-        )
-        self._body = _Body(ctypes.addressof(self._layers), gain.data_ptr(), len(layers), eps)
-        self._pointer = ctypes.byref(self._body)
-        self._held = _Held * len(layers)
+        self._kept = layers, norm
+        self._layers = (_Layer * len(layers))(*(layer.struct() for layer in layers))
+        address = ctypes.addressof(self._layers)
+        self._struct = _TextModel(address, norm.data_ptr(), len(layers), eps)
 
     def __call__(
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
-        cache: Sequence[LayerCache],
+        caches: Sequence[tuple[Tensor, Tensor, bool]],
         positions: Tensor,
         first_slot: int,
     ) -> None:
@@ -226,46 +205,21 @@ class LayerKernels:
             x: the tokens' input, contiguous.
             rotary: cosines and sines at their positions, fp32 [2, B, C / 2], contiguous, of full
                 layers and of sliding ones.
-            cache: keys and values of all slots, by layer.
+            caches: for each layer, keys and values of all slots [N, K, S, C], and whether it is a
+                sliding layer.
             positions: int64, B values, contiguous.
             first_slot: the slot of the first sequence; the others follow it.
         """
-        held = [
-            _Held(
-                layer.keys.data_ptr(),
-                layer.values.data_ptr(),
-                layer.keys.shape[2],
-                layer.is_sliding,
+        structs = (_LayerCache * len(caches))(
+            *(
+                _LayerCache(keys.data_ptr(), values.data_ptr(), keys.shape[2], is_sliding)
+                for keys, values, is_sliding in caches
             )
-            for layer in cache
-        ]
+        )
         pointers = (tensor.data_ptr() for tensor in (x, *rotary, positions))
-        self._kernels.kiem_layers(self._pointer, self._held(*held), *pointers, len(x), first_slot)
-
-
-def quantize(weight: Tensor, stored: Tensor, scales: Tensor, form: Form) -> None:
-    """Rounds a matrix [N, K] of fp32 or bf16 into `stored` and `scales`."""
-    shape = weight.shape[0], weight.shape[1]
-    weight = weight.contiguous()
-    pointers = weight.data_ptr(), stored.data_ptr(), scales.data_ptr()
-    kernels().kiem_quantize(*pointers, *shape, _BITS[form], weight.dtype == torch.bfloat16)
-
-
-def unpack(matrix: Matrix, ids: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Returns rows of an int8 or int4 matrix, those of int64 `ids` or all, as fp32 or bf16."""
-    num_rows = matrix.num_rows if ids is None else len(ids)
-    out = torch.empty(num_rows, matrix.num_columns, dtype=dtype)
-    pointers = ctypes.byref(_struct(matrix)), _address(ids), out.data_ptr()
-    shape = num_rows, matrix.num_columns
-    kernels().kiem_unpack(*pointers, *shape, _BITS[matrix.form], dtype == torch.bfloat16)
-    return out
-
-
-def kernels() -> ctypes.CDLL:
-    """Returns the compiled kernels, where `load_kernels` has found that there are some."""
-    found = load_kernels()
-    assert not isinstance(found, str), found
-    return found
+        self._kernels.kiem_layers(
+            ctypes.byref(self._struct), structs, *pointers, len(x), first_slot
+        )
 
 
 @functools.cache
@@ -274,8 +228,11 @@ def load_kernels() -> ctypes.CDLL | str:
     return load_library(SOURCE, SIGNATURES)
 
 
-def _struct(matrix: Matrix) -> _Matrix:
-    return _Matrix(matrix.stored.data_ptr(), _address(matrix.scales), matrix.num_rows)
+def kernels() -> ctypes.CDLL:
+    """Returns the compiled kernels, where `load_kernels` has found that there are some."""
+    found = load_kernels()
+    assert not isinstance(found, str), found
+    return found
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -36,7 +36,7 @@ from kiem.evaluation.foreign import open_foreign_model
 from kiem.evaluation.language_model import LanguageModel, own_language_model
 from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, summarize
 from kiem.inference.loading import load_for_inference
-from kiem.model.config_json import CONFIG_FILE
+from kiem.model.config import CONFIG_FILE
 from kiem.model.io import find_model
 
 _MOST_SOURCES_SHOWN = 50

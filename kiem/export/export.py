@@ -22,7 +22,7 @@ from kiem.core.manifest import write_manifest
 from kiem.export.gguf_file import write_gguf
 from kiem.export.origin import CARD_FILE, read_origin
 from kiem.hub import looks_like_hub_id, upload
-from kiem.model.config_json import CONFIG_FILE
+from kiem.model.config import CONFIG_FILE
 from kiem.model.gemma3 import Gemma3
 from kiem.model.io import (
     find_model,

@@ -13,8 +13,8 @@ from kiem.core.errors import ExitCode, UserError, not_installed
 from kiem.core.files import new_file
 from kiem.export.origin import Origin
 from kiem.export.vocabulary import make_vocabulary
+from kiem.model.config import Gemma3Config
 from kiem.model.gemma3 import Gemma3
-from kiem.model.presets import Gemma3Config
 from kiem.tokenizer.tokenizer import Tokenizer
 
 # What llama.cpp takes for granted in Gemma 3 models.

@@ -9,11 +9,9 @@ from typing import Literal
 
 import torch
 
-from kiem.compute.decoding import prepare
-from kiem.compute.kernels import load_kernels
-from kiem.compute.quantize import can_quantize
 from kiem.compute.speed import prefers_bf16
-from kiem.core.errors import ExitCode, UserError
+from kiem.core.errors import UserError, bad_option
+from kiem.inference.decoder import use_kernels
 from kiem.model.gemma3 import Gemma3
 from kiem.model.io import find_model, read_model, read_model_tokenizer
 from kiem.tokenizer.tokenizer import Tokenizer
@@ -69,17 +67,14 @@ def load_for_inference(
     model = read_model(folder, dtype=dtype, device=device).requires_grad_(False).eval()
     warning = None
     if quantize is not None and device == "cpu":
-        if quantize != "none" and not can_quantize(model):
-            raise _no_quantization(folder, "its widths are no multiples of 128")
-        prepare(model, quantize)
-        kernels = load_kernels()
-        if isinstance(kernels, str):
-            warning = f"The fast matrix products are not used: {kernels}."
+        reason = use_kernels(model, quantize)
+        if reason is not None and is_quantized:
+            raise _no_quantization(folder, reason)
+        if reason is not None:
+            warning = f"The fast matrix products are not used: {reason}."
     tokenizer = read_model_tokenizer(folder, model.config)
     return LoadedModel(model, tokenizer, time.perf_counter() - started, warning)
 
 
 def _no_quantization(folder: Path, reason: str) -> UserError:
-    return UserError(
-        reason, where=str(folder), fix="Leave --quantize out.", exit_code=ExitCode.BAD_OPTION
-    )
+    return bad_option(str(folder), reason, "Leave --quantize out.")

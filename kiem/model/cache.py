@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kiem.model.presets import Gemma3Config
+from kiem.model.config import Gemma3Config
 
 
 class KeyValueCache:

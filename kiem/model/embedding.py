@@ -1,4 +1,4 @@
-"""The embedding, which is also the output layer: one matrix with two uses and one gradient.
+"""Tied embedding: one matrix for the input and the output layer, with one gradient.
 
 Shapes: B sequences in a batch, T tokens, V vocabulary entries, D hidden_size.
 """
@@ -12,29 +12,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Embedding(nn.Embedding):
+class TiedEmbedding(nn.Embedding):
     """The matrix [V, D].
 
     Attributes:
-        adds_to_gradient: whether a training pass adds this matrix's gradient to the one that is
-            there, of earlier passes, and not by way of autograd, which would make a second tensor
-            as large as the matrix; not where something waits for gradients to send them elsewhere.
+        adds_to_gradient: whether the output layer adds its gradient to `weight.grad` by itself.
+            Autograd would make a second tensor as large as the matrix; it has to where its hooks
+            send gradients to other processes.
     """
 
     adds_to_gradient = False
 
-    def at_both_ends(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns the rows of tokens and the matrix for the output layer, as training needs them.
+    def tie(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns what training needs of the input and the output layer.
 
         Args:
             ids: int64 [B, T].
 
         Returns:
-            Rows [B, T, D], the weights [V, D], whose gradients become one in place, and [V, D] to
-            which the output layer adds its gradient; None: it returns it.
+            The rows of the tokens [B, T, D]; the weights [V, D] for the output layer; and the
+            gradient [V, D] to which that adds its own, or None if it returns it to autograd.
         """
         gradient = self.weight.grad if self.adds_to_gradient else None
-        rows, weight = _BothEnds.apply(self.weight, ids, gradient)
+        rows, weight = _Tie.apply(self.weight, ids, gradient)
         return rows, weight, gradient
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -42,7 +42,9 @@ class Embedding(nn.Embedding):
         return F.linear(hidden, self.weight).float()
 
 
-class _BothEnds(torch.autograd.Function):
+class _Tie(torch.autograd.Function):
+    """Adds the few rows of the input's gradient to the dense one of the output, in place."""
+
     @staticmethod
     def forward(
         ctx: Any, weight: Tensor, ids: Tensor, gradient: Tensor | None
@@ -54,11 +56,11 @@ class _BothEnds(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, of_rows: Tensor, of_weight: Tensor | None
+        ctx: Any, rows_gradient: Tensor, weight_gradient: Tensor | None
     ) -> tuple[Tensor | None, None, None]:
         (ids,) = ctx.saved_tensors
-        # The loss made `of_weight` for this and keeps no other reference to it.
-        whole = of_weight if ctx.gradient is None else ctx.gradient
-        assert whole is not None
-        whole.index_add_(0, ids.flatten(), of_rows.flatten(0, 1))
-        return of_weight, None, None
+        # The loss made `weight_gradient` for this and keeps no other reference to it.
+        total = weight_gradient if ctx.gradient is None else ctx.gradient
+        assert total is not None
+        total.index_add_(0, ids.flatten(), rows_gradient.flatten(0, 1))
+        return weight_gradient, None, None

@@ -10,7 +10,6 @@ checkpoint. Shapes in comments:
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -19,26 +18,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from kiem.model.attention import attend, repeat_kv
+from kiem.compute.attention import attend
+from kiem.core.randomness import derive_seed
 from kiem.model.cache import CachePass, LayerCache
-from kiem.model.embedding import Embedding
+from kiem.model.config import Gemma3Config
+from kiem.model.embedding import TiedEmbedding
 from kiem.model.loss import summed_cross_entropy
-from kiem.model.presets import Gemma3Config
 
 Recompute = Literal["none", "selective", "full"]
 
+_INIT_STD = 0.02
 _ATEN = torch.ops.aten
-_KEPT = (
+# Operations whose results "selective" recomputation keeps.
+_KEPT = [
     _ATEN.mm.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     _ATEN._scaled_dot_product_flash_attention.default,
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_cudnn_attention.default,
-)
+]
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the rotary angles, each [T, C] or [B, 1, T, C]."""
+    """Cosines and sines of the rotary angles, each [B or 1, 1, T, C]."""
 
     cos: Tensor
     sin: Tensor
@@ -93,11 +95,12 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # B H T C
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # B K T C
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # B K T C
-        q = rotate(self.q_norm(q), context.rotary)
-        k = rotate(self.k_norm(k), context.rotary)
+        q = apply_rotary(self.q_norm(q), context.rotary)
+        k = apply_rotary(self.k_norm(k), context.rotary)
         if cache is not None and context.cached is not None:
             k, v = cache.extend(k, v, context.cached)  # B K S C
-            k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])  # B H S C
+        k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])  # B H S C
+        if cache is not None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=self.scale)
         else:
             y = attend(q, k, v, context.mask, context.window, self.scale)
@@ -117,8 +120,8 @@ class MLP(nn.Module):
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
 
 
-class Layer(nn.Module):
-    """Attention and feed-forward, each with a norm before and after it."""
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each with a norm before and after it."""
 
     def __init__(self, config: Gemma3Config):
         super().__init__()
@@ -135,12 +138,11 @@ class Layer(nn.Module):
         x: Tensor,
         context: Context,
         cache: LayerCache | None = None,
-        run: Callable[[Layer, Tensor, Context], Tensor] | None = None,
+        run: Callable[[DecoderLayer, Tensor, Context], Tensor] | None = None,
     ) -> Tensor:
-        """Returns the layer's output [B, T, D]; training gives `run`, such as `run_layer`.
+        """Returns the layer's output [B, T, D]; training passes `run`, such as `run_layer`.
 
-        So hooks on the call, which gather the weights where several devices share them, stay
-        outside of what is compiled or computed again.
+        So hooks on this call, which gather a sharded model's weights, are not compiled.
         """
         return self.compute(x, context, cache) if run is None else run(self, x, context)
 
@@ -155,8 +157,8 @@ class TextModel(nn.Module):
 
     def __init__(self, config: Gemma3Config):
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.embed_tokens = TiedEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -167,7 +169,7 @@ class Gemma3(nn.Module):
         config: its shape.
         recompute: what the backward pass computes again instead of keeping it; see `run_layer`.
         run_layer: how training runs a layer: `run_layer`, or what torch.compile made of it.
-        run_token: what inference takes for `hidden_states` of one token a sequence, if faster.
+        decoder: a faster `hidden_states` for one token a sequence, if there is one.
     """
 
     def __init__(self, config: Gemma3Config):
@@ -176,7 +178,7 @@ class Gemma3(nn.Module):
         self.recompute: Recompute = "none"
         self.model = TextModel(config)
         self.run_layer = run_layer
-        self.run_token: Callable[[Tensor, CachePass], Tensor] | None = None
+        self.decoder: Callable[[Tensor, CachePass], Tensor] | None = None
 
     def compile_layers(self) -> None:
         """Lets torch.compile make kernels for the layers, on their first pass with gradients."""
@@ -184,7 +186,7 @@ class Gemma3(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What activations, keys and values are computed in."""
+        """The precision of activations, keys and values."""
         return self.model.norm.weight.dtype
 
     def forward(
@@ -195,29 +197,25 @@ class Gemma3(nn.Module):
         z_loss: float = 0.0,
         scale: Tensor | float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """Returns the summed loss of a batch, times `scale`: what training calls.
+        """Returns the summed loss of a batch, times `scale`, for training.
 
         Args:
             input_ids: int64 [B, T].
             targets: int64 [B, T], the next token at each position, or IGNORE.
             bos_id: tokens attend only to what follows the same `bos_id`; None: to all before them.
             z_loss: weight of the squared log-normalizer in the loss.
-            scale: what multiplies the loss.
+            scale: factor of the loss.
 
         Returns:
             (loss, nats): fp32 scalars; `nats` is the summed cross entropy alone, neither scaled nor
             with a gradient.
         """
-        rows, weight, gradient = self.model.embed_tokens.at_both_ends(input_ids)  # B T D, V D
+        rows, weight, gradient = self.model.embed_tokens.tie(input_ids)  # B T D, V D
         hidden = self._run_layers(rows, input_ids, bos_id, None).flatten(0, 1)  # N D
         return summed_cross_entropy(hidden, weight, targets.flatten(), z_loss, scale, gradient)
 
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        *,
-        bos_id: int | None = None,
-        cached: CachePass | None = None,
+        self, input_ids: Tensor, *, bos_id: int | None = None, cached: CachePass | None = None
     ) -> Tensor:
         """Returns the normalized output of the last layer, [B, T, D].
 
@@ -227,9 +225,13 @@ class Gemma3(nn.Module):
             cached: the cache of the tokens before, and where in it these go.
         """
         assert bos_id is None or cached is None
-        if cached is not None and self.run_token is not None and input_ids.shape[1] == 1:
-            return self.run_token(input_ids, cached)
+        if cached is not None and self.decoder is not None and input_ids.shape[1] == 1:
+            return self.decoder(input_ids, cached)
         return self._run_layers(self.model.embed_tokens(input_ids), input_ids, bos_id, cached)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns fp32 logits [..., vocab_size] of hidden states [..., D]."""
+        return self.model.embed_tokens.logits(hidden)
 
     def _run_layers(
         self, rows: Tensor, input_ids: Tensor, bos_id: int | None, cached: CachePass | None
@@ -237,14 +239,9 @@ class Gemma3(nn.Module):
         # Gemma rounds the scale to the embedding's precision.
         scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype, device=rows.device)
         x = rows * scale  # B T D
-        contexts = {
-            sliding: self._cached_context(cached, sliding)
-            if cached is not None
-            else self._context(input_ids, sliding, bos_id)
-            for sliding in (True, False)
-        }
+        full, sliding = (self._context(input_ids, s, bos_id, cached) for s in (False, True))
         for number, layer in enumerate(self.model.layers):
-            context = contexts[self.config.is_sliding(number)]
+            context = sliding if self.config.is_sliding(number) else full
             if cached is not None:
                 x = layer(x, context, cached.cache.layers[number])
             elif torch.is_grad_enabled():
@@ -253,35 +250,28 @@ class Gemma3(nn.Module):
                 x = layer(x, context)
         return self.model.norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Returns fp32 logits [..., vocab_size] of hidden states [..., D]."""
-        return self.model.embed_tokens.logits(hidden)
-
-    def _context(self, input_ids: Tensor, sliding: bool, bos_id: int | None) -> Context:
+    def _context(
+        self, input_ids: Tensor, sliding: bool, bos_id: int | None, cached: CachePass | None
+    ) -> Context:
         config = self.config
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)  # T
-        rotary = rotary_angles(positions, config.head_dim, self._theta(sliding))
         window = config.sliding_window if sliding else None
-        if bos_id is None and (window is None or len(positions) <= window):
+        theta = config.rope_local_base_freq if sliding else config.rope_theta
+        if cached is not None:
+            positions, keys = cached.positions, cached.key_positions(sliding)  # B T, B S
+        else:
+            positions = keys = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        rotary = rotary_angles(positions, config.head_dim, theta)
+        is_plain = cached is None and (window is None or input_ids.shape[1] <= window)
+        if is_plain and bos_id is None:
             return Context(rotary, None, window)
-        mask = visible(positions, positions, window)[None]  # 1 T T
+        mask = causal_mask(positions, keys, window)  # B T S
         if bos_id is not None:
             document = (input_ids == bos_id).cumsum(1)  # B T
-            mask = mask & (document[:, :, None] == document[:, None, :])  # B T T
-        return Context(rotary, mask[:, None], window)
-
-    def _cached_context(self, cached: CachePass, sliding: bool) -> Context:
-        config = self.config
-        cos, sin = rotary_angles(cached.positions, config.head_dim, self._theta(sliding))  # B T C
-        window = config.sliding_window if sliding else None
-        mask = visible(cached.positions, cached.key_positions(sliding), window)  # B T S
-        return Context(Rotary(cos[:, None], sin[:, None]), mask[:, None], window, cached)
-
-    def _theta(self, sliding: bool) -> float:
-        return self.config.rope_local_base_freq if sliding else self.config.rope_theta
+            mask = mask & (document[:, :, None] == document[:, None, :])
+        return Context(rotary, mask[:, None], window, cached)
 
 
-def run_layer(layer: Layer, x: Tensor, context: Context, recompute: Recompute) -> Tensor:
+def run_layer(layer: DecoderLayer, x: Tensor, context: Context, recompute: Recompute) -> Tensor:
     """Runs a layer for training.
 
     Args:
@@ -294,20 +284,18 @@ def run_layer(layer: Layer, x: Tensor, context: Context, recompute: Recompute) -
     run = partial(
         checkpoint, layer.compute, x, context, use_reentrant=False, preserve_rng_state=False
     )
-    return run() if recompute == "full" else run(context_fn=_keep_products)
+    if recompute == "full":
+        return run()
+    return run(context_fn=partial(create_selective_checkpoint_contexts, _KEPT))
 
 
-def _keep_products() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return create_selective_checkpoint_contexts(list(_KEPT))
-
-
-def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
+def causal_mask(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
     """Returns which keys each query may see: not later ones, and no further back than the window.
 
     Args:
         query_positions: int64 [..., T].
-        key_positions: int64 [..., S]; negative for entries that hold nothing.
-        window: tokens in sight, the query's own included; None for all.
+        key_positions: int64 [..., S]; negative for empty entries of a cache.
+        window: how many tokens, its own included, a query may see; None for all.
 
     Returns:
         bool [..., T, S].
@@ -317,22 +305,46 @@ def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) 
     return seen & (distance < window) if window is not None else seen
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Rotary:
-    """Returns the rotary embedding's cosines and sines (arXiv:2104.09864) at positions [..., T]."""
-    frequencies = rotary_frequencies(head_dim, theta, positions.device)  # C/2
-    angles = positions.float()[..., None] * frequencies  # ... T C/2
-    angles = torch.cat([angles, angles], dim=-1)  # ... T C
-    return Rotary(angles.cos(), angles.sin())
+def repeat_kv(x: Tensor, num_heads: int) -> Tensor:
+    """Gives keys or values [B, K, S, C] to all query heads, [B, H, S, C]; a view if K is 1.
+
+    On CUDA, enable_gqa of scaled_dot_product_attention works only in kernels that take no mask or
+    are slow.
+    """
+    return x[:, :, None].expand(-1, -1, num_heads // x.shape[1], -1, -1).flatten(1, 2)
 
 
 def rotary_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Returns the rotary angles of position 1, fp32 [C / 2]."""
+    """Returns the rotary angles of position 1 (arXiv:2104.09864), fp32 [C / 2]."""
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
     return theta ** -(exponents / head_dim)
 
 
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Rotary:
+    """Returns cosines and sines [B, 1, T, C] of the rotary angles at positions [B, T]."""
+    frequencies = rotary_frequencies(head_dim, theta, positions.device)  # C/2
+    angles = positions.float()[:, None, :, None] * frequencies  # B 1 T C/2
+    angles = torch.cat([angles, angles], dim=-1)  # B 1 T C
+    return Rotary(angles.cos(), angles.sin())
+
+
+def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
     """Turns queries or keys [B, heads, T, C] by the rotary angles of their positions."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return x * rotary.cos.to(x.dtype) + turned * rotary.sin.to(x.dtype)
+
+
+def initialize(model: nn.Module, seed: int) -> None:
+    """Fills matrices with N(0, 0.02) and norm weights with 0 (a gain of 1), in place.
+
+    Each parameter has its own generator, so its values depend only on the seed and its name.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.zero_()
+                continue
+            generator = torch.Generator().manual_seed(derive_seed(seed, f"init {name}"))
+            values = torch.empty(parameter.shape).normal_(0.0, _INIT_STD, generator=generator)
+            parameter.copy_(values)

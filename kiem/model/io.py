@@ -1,4 +1,4 @@
-"""The model directory: config.json and model.safetensors, as transformers writes and reads them."""
+"""Model directories: config.json and model.safetensors, as transformers writes and reads them."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kiem.core.disk import fsync
-from kiem.core.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError, damaged
 from kiem.core.files import new_file, write_json
 from kiem.core.json_input import read_json, shown
 from kiem.core.leftovers import recover_folder
 from kiem.core.manifest import MANIFEST_FILE, verify_manifest
 from kiem.hub import download_model, looks_like_hub_id
-from kiem.model.config_json import (
+from kiem.model.config import (
     CONFIG_FILE,
-    FIX,
+    NOT_A_MODEL,
+    Gemma3Config,
     check_folder,
     describe,
     not_a_model,
     read_config,
 )
 from kiem.model.gemma3 import Gemma3
-from kiem.model.presets import Gemma3Config
 from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -58,7 +58,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class _Entry(NamedTuple):
-    """Where a tensor is, and what."""
+    """A tensor in a file."""
 
     path: Path
     dtype: str
@@ -83,7 +83,7 @@ def write_model(model: Gemma3, folder: Path, special_ids: dict[str, int]) -> dic
         The SHA-256 of the large file, by its name.
     """
     ids = {f"{name}_token_id": token for name, token in special_ids.items()}
-    dtype = model.model.embed_tokens.weight.dtype
+    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     write_json(folder / CONFIG_FILE, {**describe(model.config, dtype), **ids})
     write_json(
         folder / "generation_config.json",
@@ -245,7 +245,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / _INDEX_FILE
     if not index.is_file():
         raise not_a_model(folder, f"there is no {WEIGHTS_FILE}")
-    places = read_json(index, _Index, fix=FIX, exit_code=ExitCode.NOT_A_MODEL).weight_map
+    places = read_json(index, _Index, **NOT_A_MODEL).weight_map
     for name, file in places.items():
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
             what = f"weight_map[{shown(name)}] = {shown(file)}: expected a file of this folder"
@@ -255,16 +255,12 @@ def _weight_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def _opened(path: Path, device: str) -> Iterator[Any]:
-    """Opens a safetensors file, and names it if it is missing or damaged."""
+    """Opens a safetensors file; the error for a missing or damaged one names it."""
     try:
         if not path.is_file():
             raise FileNotFoundError("no such file")
         with safe_open(path, framework="pt", device=device) as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"the weights cannot be read ({error})",
-            where=str(path),
-            fix="The file is damaged or cut short: copy or download it again.",
-            exit_code=ExitCode.DAMAGED,
-        ) from error
+        fix = "The file is damaged or cut short: copy or download it again."
+        raise damaged(str(path), f"the weights cannot be read ({error})", fix) from error

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kiem.config import TrainingOptions
+from kiem.model.config import Gemma3Config
 from kiem.model.gemma3 import Gemma3, Recompute
-from kiem.model.presets import Gemma3Config
 from kiem.optim.optimizer import is_hidden_matrix
 from kiem.parallel.distributed import Distributed
 from kiem.parallel.parallel_model import Shard, owners

@@ -14,8 +14,8 @@ from kiem.compute.memory import is_out_of_memory
 from kiem.config import TrainingOptions
 from kiem.core.console import warn
 from kiem.core.errors import ExitCode, UserError
+from kiem.model.config import Gemma3Config
 from kiem.model.gemma3 import Gemma3, run_layer
-from kiem.model.presets import Gemma3Config
 from kiem.optim.batch import Collator
 from kiem.parallel.distributed import Distributed
 from kiem.planning.recipe import Recipe

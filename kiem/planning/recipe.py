@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from kiem.config import TrainingOptions
+from kiem.model.config import Gemma3Config
 from kiem.model.gemma3 import Recompute
-from kiem.model.presets import Gemma3Config
 
 SECONDS_BETWEEN_SAVES = 1800  # without --save-steps
 # Small data gets small batches: a run of whole epochs should have at least this many updates.

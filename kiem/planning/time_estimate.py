@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kiem.model.presets import Gemma3Config
+from kiem.model.config import Gemma3Config
 from kiem.planning.memory_estimate import Setting
 
 # The share of the published matrix peak that training programs reach: 40 to 50 %.

@@ -12,7 +12,7 @@ import jinja2
 
 from kiem.core.console import printable
 from kiem.core.files import format_bytes
-from kiem.model.presets import GEMMA_VOCABULARY
+from kiem.model.config import GEMMA_VOCABULARY
 
 _MARKUP = "\\`*_[]<>|#~$"
 

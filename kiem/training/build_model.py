@@ -8,10 +8,9 @@ import torch
 
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode, UserError
-from kiem.model.gemma3 import Gemma3
-from kiem.model.initialize import initialize
+from kiem.model.config import preset
+from kiem.model.gemma3 import Gemma3, initialize
 from kiem.model.io import find_model, read_model
-from kiem.model.presets import preset
 from kiem.planning.recipe import what_to_recompute
 from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer
 

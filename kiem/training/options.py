@@ -6,7 +6,7 @@ from functools import partial
 
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode, UserError, no_effect
-from kiem.model.presets import Gemma3Config
+from kiem.model.config import Gemma3Config
 from kiem.parallel.distributed import Distributed
 from kiem.tokenizer.tokenizer import Tokenizer
 from kiem.training.accessories import try_before

@@ -21,11 +21,9 @@ from kiem.compute.memory import (
 from kiem.config import TrainingOptions
 from kiem.core.files import format_bytes
 from kiem.data.chunks import Chunks, open_split, read_manifest, read_tokenizer
-from kiem.model.config_json import read_config
-from kiem.model.gemma3 import Gemma3, Recompute
-from kiem.model.initialize import initialize
+from kiem.model.config import name_of, preset, read_config
+from kiem.model.gemma3 import Gemma3, Recompute, initialize
 from kiem.model.io import find_model
-from kiem.model.presets import name_of, preset
 from kiem.optim.batch import Collator, Order
 from kiem.optim.optimizer import make_optimizers
 from kiem.optim.step import train_step

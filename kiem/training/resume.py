@@ -18,7 +18,7 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import require_free_space, sha256_file
 from kiem.core.manifest import MANIFEST_FILE
 from kiem.core.values import check_name
-from kiem.model.config_json import read_config
+from kiem.model.config import read_config
 from kiem.parallel.agreement import check_same
 from kiem.parallel.distributed import Distributed
 from kiem.planning.recipe import SECONDS_BETWEEN_SAVES, Recipe

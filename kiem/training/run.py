@@ -29,8 +29,8 @@ from kiem.data.chunks import (
     read_tokenizer,
 )
 from kiem.data.prepare.verify import verify_shards
+from kiem.model.config import name_of
 from kiem.model.gemma3 import Gemma3
-from kiem.model.presets import name_of
 from kiem.optim.optimizer import make_optimizers
 from kiem.parallel.agreement import (
     check_same,

@@ -13,13 +13,14 @@
 
 #include <vector>
 
-#include "shares.h"
+#include "parallel.h"
 #include "vectors.h"
 
 static const long GROUP = 32;  // values of x with one scale
 
-struct Matrix {
-    const void *weights;
+// A matrix [num_rows, k]; kernels.py has its twin.
+struct Weight {
+    const void *data;
     const uint16_t *scales;  // bf16; of int8 and int4
     long num_rows;
 };
@@ -39,9 +40,9 @@ template <class T> struct Plain {
     const T *weights;
     long num_rows, k;
 
-    Plain(const Matrix &matrix, long k) : weights((const T *)matrix.weights), num_rows(matrix.num_rows), k(k) {}
+    Plain(const Weight &matrix, long k) : weights((const T *)matrix.data), num_rows(matrix.num_rows), k(k) {}
 
-    const char *place(long n) const { return (const char *)(weights + n * k); }
+    const char *address(long n) const { return (const char *)(weights + n * k); }
 
     template <int NUM_ROWS, int BATCH>
     void dot_rows(long n, const Rows &x, long from, float (*out)[16], long ahead) const {
@@ -49,7 +50,7 @@ template <class T> struct Plain {
         const T *w = weights + n * k;
         for (long at = 0; at < k; at += 32) {
             for (int r = 0; r < NUM_ROWS; r++)
-                for (long i = 0; i < 32; i += 64 / sizeof(T)) fetch((const char *)(w + r * k + at + i) + ahead);
+                for (long i = 0; i < 32; i += 64 / sizeof(T)) prefetch((const char *)(w + r * k + at + i) + ahead);
 #pragma GCC unroll 2
             for (int i = 0; i < 32; i += 16) {
                 Float16 ws[NUM_ROWS];
@@ -67,7 +68,7 @@ template <class T> struct Plain {
 
     template <int BATCH> void dot(long n, const Rows &x, long from, float (*out)[16], const char *next) const {
         const int together = BATCH > 4 ? 2 : ROWS;  // as many as there are registers for
-        long end = std::min(n + ROWS, num_rows), row = n, ahead = next - place(n);
+        long end = std::min(n + ROWS, num_rows), row = n, ahead = next - address(n);
         for (; row + together <= end; row += together)
             dot_rows<together, BATCH>(row, x, from, lanes(out, row - n), ahead);
         for (; row < end; row++) dot_rows<1, BATCH>(row, x, from, lanes(out, row - n), ahead);
@@ -75,7 +76,7 @@ template <class T> struct Plain {
 
     static float (*lanes(float (*out)[16], long lane))[16] { return (float (*)[16])(out[0] + lane); }
 
-    void unpack_row(long n, float *out) const {
+    void dequantize_row(long n, float *out) const {
         for (long at = 0; at < k; at += 16) store(out + at, load16(weights + n * k + at));
     }
 };
@@ -91,13 +92,13 @@ template <int BITS> struct Packed {
     const uint16_t *scales;
     long k;
 
-    Packed(const Matrix &matrix, long k) : weights((const UInt16 *)matrix.weights), scales(matrix.scales), k(k) {}
+    Packed(const Weight &matrix, long k) : weights((const UInt16 *)matrix.data), scales(matrix.scales), k(k) {}
 
-    const char *place(long n) const { return (const char *)(weights + n / ROWS * (k / GROUP * WORDS)); }
+    const char *address(long n) const { return (const char *)(weights + n / ROWS * (k / GROUP * WORDS)); }
 
     template <int BATCH> void dot(long n, const Rows &x, long from, float (*out)[16], const char *next) const {
         Float16 sums[BATCH] = {};
-        const long ahead = next - place(n);
+        const long ahead = next - address(n);
         const UInt16 *w = weights + n / ROWS * (k / GROUP * WORDS);
         const uint16_t *scale = scales + n * (k / SCALED);
         for (long at = 0; at < k; at += SCALED, scale += ROWS) {
@@ -109,7 +110,7 @@ template <int BITS> struct Packed {
                 const int8_t *numbers = x.numbers + from * k + group * GROUP;
 #pragma GCC unroll 8
                 for (int i = 0; i < WORDS; i++) {
-                    fetch((const char *)(w + i) + ahead);
+                    prefetch((const char *)(w + i) + ahead);
                     UInt16 words = load<UInt16>(w + i);
 #pragma GCC unroll 8
                     for (int b = 0; b < BATCH; b++) {
@@ -122,14 +123,14 @@ template <int BITS> struct Packed {
                     }
                 }
                 for (int b = 0; b < BATCH; b++)
-                    parts[b] = fma(to_float(whole[b]), spread(x.scales[(from + b) * (k / GROUP) + group]), parts[b]);
+                    parts[b] = fma(to_float(whole[b]), broadcast(x.scales[(from + b) * (k / GROUP) + group]), parts[b]);
             }
             for (int b = 0; b < BATCH; b++) sums[b] = fma(parts[b], load16(scale), sums[b]);
         }
         for (int b = 0; b < BATCH; b++) store(out[b], sums[b]);
     }
 
-    void unpack_row(long n, float *out) const {
+    void dequantize_row(long n, float *out) const {
         long lane = n % ROWS;
         const uint32_t *w = (const uint32_t *)(weights + n / ROWS * (k / GROUP * WORDS)) + lane;
         const uint16_t *scale = scales + n / ROWS * ROWS * (k / SCALED) + lane;
@@ -166,30 +167,30 @@ static void dot_batch(const Format &format, long n, const Rows &x, long from, lo
     }
 }
 
-// y [batch, width] of the matrices' rows one after the other; or, gated, gelu of the first matrix's
+// y [batch, width] of the weights' rows one after the other; or, gated, gelu of the first matrix's
 // times the second's.
 template <class Format>
-static void multiply(const Matrix *matrices, long num_matrices, bool is_gated, const Rows &x, long batch, float *y,
+static void multiply(const Weight *weights, long num_weights, bool is_gated, const Rows &x, long batch, float *y,
                      long width) {
-    long num_parts = is_gated ? 1 : num_matrices, first_items[4] = {}, first_rows[4] = {};
+    long num_parts = is_gated ? 1 : num_weights, first_items[4] = {}, first_rows[4] = {};
     for (long m = 0; m < num_parts; m++) {
-        first_items[m + 1] = first_items[m] + (matrices[m].num_rows + Format::ROWS - 1) / Format::ROWS;
-        first_rows[m + 1] = first_rows[m] + matrices[m].num_rows;
+        first_items[m + 1] = first_items[m] + (weights[m].num_rows + Format::ROWS - 1) / Format::ROWS;
+        first_rows[m + 1] = first_rows[m] + weights[m].num_rows;
     }
     auto part_of = [&](long item) {
         long m = 0;
         while (item >= first_items[m + 1]) m++;
         return m;
     };
-    share_out(first_items[num_parts], [&](long item, long next_item) {
+    parallel_for(first_items[num_parts], [&](long item, long next_item) {
         long m = part_of(item), next_m = part_of(next_item), n = (item - first_items[m]) * Format::ROWS;
-        long num_rows = std::min<long>(Format::ROWS, matrices[m].num_rows - n);
-        Format format(matrices[m], x.k), second(matrices[is_gated ? 1 : m], x.k);
-        const char *next = Format(matrices[next_m], x.k).place((next_item - first_items[next_m]) * Format::ROWS);
+        long num_rows = std::min<long>(Format::ROWS, weights[m].num_rows - n);
+        Format format(weights[m], x.k), second(weights[is_gated ? 1 : m], x.k);
+        const char *next = Format(weights[next_m], x.k).address((next_item - first_items[next_m]) * Format::ROWS);
         for (long from = 0; from < batch; from += 8) {
             long some = std::min(8L, batch - from);
             alignas(64) float out[8][16], up[8][16];
-            dot_batch(format, n, x, from, some, out, is_gated ? second.place(n) : next);
+            dot_batch(format, n, x, from, some, out, is_gated ? second.address(n) : next);
             if (is_gated) {
                 dot_batch(second, n, x, from, some, up, next);
                 for (long b = 0; b < some; b++) store(out[b], gelu(load<Float16>(out[b])) * load<Float16>(up[b]));
@@ -204,9 +205,9 @@ static void multiply(const Matrix *matrices, long num_matrices, bool is_gated, c
 static void round_row(const float *x, long k, int offset, int8_t *numbers, float *scales, int32_t *starts) {
     for (long at = 0; at < k; at += GROUP) {
         Float16 first = load16(x + at), second = load16(x + at + 16);
-        float most = largest(larger(magnitude(first), magnitude(second)));
+        float most = max_of(max(abs(first), abs(second)));
         float inverse = most > 0 ? 127 / most : 0;
-        Int16 whole[2] = {to_int(nearest(first * inverse)), to_int(nearest(second * inverse))};
+        Int16 whole[2] = {to_int(round(first * inverse)), to_int(round(second * inverse))};
         const int32_t *values = (const int32_t *)whole;
         int32_t total = 0;
         for (int i = 0; i < GROUP; i++) {
@@ -218,50 +219,50 @@ static void round_row(const float *x, long k, int offset, int8_t *numbers, float
     }
 }
 
-// y = x / sqrt(mean(x^2) + eps) * (1 + gain), of n values.
-template <class X, class T> static void norm(const X *x, const T *gain, float *y, long n, float eps) {
+// y = x / sqrt(mean(x^2) + eps) * (1 + weight), of n values.
+template <class X, class T> static void norm(const X *x, const T *weight, float *y, long n, float eps) {
     Float16 squares = {};
     for (long i = 0; i < n; i += 16) squares = fma(load16(x + i), load16(x + i), squares);
     float factor = 1.0f / std::sqrt(sum(squares) / n + eps);
-    for (long i = 0; i < n; i += 16) store(y + i, load16(x + i) * factor * (load16(gain + i) + 1.0f));
+    for (long i = 0; i < n; i += 16) store(y + i, load16(x + i) * factor * (load16(weight + i) + 1.0f));
 }
 
-// What stays the same from token to token of a product; kernels.py has its twin.
-struct Product {
-    Matrix matrices[3];
-    const void *gain_before, *gain_after;  // of norms, or null
-    long num_matrices, k, format;          // format: 0 fp32, 1 bf16, 2 int8, 3 int4
-    long is_gated, is_bf16, y_is_fp32;     // is_bf16: gains, x, residual and y, unless it is fp32
+// One to three matrices side by side, and the norms around them; kernels.py has its twin.
+struct Linear {
+    Weight weights[3];
+    const void *norm_before, *norm_after;  // weights of norms, or null
+    long num_weights, k, format;           // format: 0 fp32, 1 bf16, 2 int8, 3 int4
+    long is_gated, is_bf16, y_is_fp32;     // is_bf16: norms, x, residual and y, unless it is fp32
     float eps;
 };
 
 template <class T>
-static void linear(const Product &product, const T *x, const T *residual, void *y, long batch) {
-    long k = product.k, groups = k / GROUP, width = 0;
-    for (long m = 0; m < (product.is_gated ? 1 : product.num_matrices); m++) width += product.matrices[m].num_rows;
+static void linear(const Linear &layer, const T *x, const T *residual, void *y, long batch) {
+    long k = layer.k, groups = k / GROUP, width = 0;
+    for (long m = 0; m < (layer.is_gated ? 1 : layer.num_weights); m++) width += layer.weights[m].num_rows;
     static thread_local std::vector<float> values, scales, sums;
     static thread_local std::vector<int8_t> numbers;
     static thread_local std::vector<int32_t> starts;
     values.resize(batch * k);
     for (long b = 0; b < batch; b++) {
-        if (product.gain_before) norm(x + b * k, (const T *)product.gain_before, &values[b * k], k, product.eps);
+        if (layer.norm_before) norm(x + b * k, (const T *)layer.norm_before, &values[b * k], k, layer.eps);
         else for (long i = 0; i < k; i += 16) store(&values[b * k + i], load16(x + b * k + i));
     }
-    if (product.format >= 2) {
+    if (layer.format >= 2) {
         numbers.resize(batch * k);
         scales.resize(batch * groups);
         starts.resize(batch * groups);
-        int offset = product.format == 2 ? Packed<8>::OFFSET : Packed<4>::OFFSET;
+        int offset = layer.format == 2 ? Packed<8>::OFFSET : Packed<4>::OFFSET;
         for (long b = 0; b < batch; b++)
             round_row(&values[b * k], k, offset, &numbers[b * k], &scales[b * groups], &starts[b * groups]);
     }
-    bool is_final = product.y_is_fp32 && !product.gain_after && !residual;
+    bool is_final = layer.y_is_fp32 && !layer.norm_after && !residual;
     if (!is_final) sums.resize(batch * width + 16);
     float *out = is_final ? (float *)y : sums.data();
     Rows rows = {k, values.data(), numbers.data(), scales.data(), starts.data()};
 #define MULTIPLY(...) \
-    multiply<__VA_ARGS__>(product.matrices, product.num_matrices, product.is_gated, rows, batch, out, width)
-    switch (product.format) {
+    multiply<__VA_ARGS__>(layer.weights, layer.num_weights, layer.is_gated, rows, batch, out, width)
+    switch (layer.format) {
         case 0: MULTIPLY(Plain<float>); break;
         case 1: MULTIPLY(Plain<uint16_t>); break;
         case 2: MULTIPLY(Packed<8>); break;
@@ -271,7 +272,7 @@ static void linear(const Product &product, const T *x, const T *residual, void *
     if (is_final) return;
     for (long b = 0; b < batch; b++) {
         float *row = out + b * width;
-        if (product.gain_after) norm(row, (const T *)product.gain_after, row, width, product.eps);
+        if (layer.norm_after) norm(row, (const T *)layer.norm_after, row, width, layer.eps);
         if (residual)
             for (long i = 0; i < width; i += 16) store(row + i, load16(row + i) + load16(residual + b * width + i));
     }

@@ -1,4 +1,4 @@
-// Weights to whole numbers in groups, exactly as kiem/compute/quantize.py describes it, and back.
+// Quantization as kiem/compute/quantize.py describes it, and back.
 
 #pragma once
 
@@ -11,14 +11,14 @@ static const float SMALLEST_NORMAL = 1.17549435e-38f;
 static inline float inverse_of(float scale) { return std::fabs(scale) < SMALLEST_NORMAL ? 0.0f : 1.0f / scale; }
 
 static inline Float16 numbers_of(Float16 weights, float inverse, float least, float most) {
-    return smaller(larger(nearest(weights * inverse), spread(least)), spread(most));
+    return min(max(round(weights * inverse), broadcast(least)), broadcast(most));
 }
 
 // 128 weights: numbers, and their scale.
 static float quantize_group8(const float *weights, Float16 *numbers) {
     Float16 most = {};
-    for (int i = 0; i < 8; i++) most = larger(most, magnitude(load16(weights + 16 * i)));
-    float scale = from_bf16(to_bf16(largest(most) / 127.0f * 1.00390625f)), inverse = inverse_of(scale);
+    for (int i = 0; i < 8; i++) most = max(most, abs(load16(weights + 16 * i)));
+    float scale = from_bf16(to_bf16(max_of(most) / 127.0f * 1.00390625f)), inverse = inverse_of(scale);
     for (int i = 0; i < 8; i++) numbers[i] = numbers_of(load16(weights + 16 * i), inverse, -127.0f, 127.0f);
     return scale;
 }
@@ -49,13 +49,13 @@ static float quantize_group4(const float *weights, Float16 *numbers) {
 }
 
 template <int BITS, class T>
-static void quantize(const T *weights, uint32_t *stored, uint16_t *scales, long num_rows, long k) {
+static void quantize(const T *weights, uint32_t *packed, uint16_t *scales, long num_rows, long k) {
     typedef Packed<BITS> Format;
     const long words_of_row = k * BITS / 32, scaled = Format::SCALED;
 #pragma omp parallel for schedule(dynamic, 4)
     for (long block = 0; block < (num_rows + 15) / 16; block++)
         for (long lane = 0; lane < 16; lane++) {
-            uint32_t *to = stored + block * words_of_row * 16 + lane;
+            uint32_t *to = packed + block * words_of_row * 16 + lane;
             uint16_t *scale = scales + block * (k / scaled) * 16 + lane;
             for (long at = 0; at < k; at += scaled, scale += 16) {
                 float group[Format::SCALED];
@@ -81,13 +81,13 @@ static void quantize(const T *weights, uint32_t *stored, uint16_t *scales, long 
 
 // Chosen rows of a matrix, or the first ones where `ids` is null, as fp32 or bf16 [num_ids, k].
 template <class Format, class Y>
-static void unpack(const Format &format, const int64_t *ids, Y *out, long num_ids, long k) {
+static void dequantize(const Format &format, const int64_t *ids, Y *out, long num_ids, long k) {
 #pragma omp parallel
     {
         std::vector<float> row(k);
 #pragma omp for schedule(static)
         for (long i = 0; i < num_ids; i++) {
-            format.unpack_row(ids ? ids[i] : i, row.data());
+            format.dequantize_row(ids ? ids[i] : i, row.data());
             for (long at = 0; at < k; at += 16) store16(out + i * k + at, load16(&row[at]));
         }
     }

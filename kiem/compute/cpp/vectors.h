@@ -40,7 +40,7 @@ template <class V> static inline V load(const void *from) {
 
 template <class V> static inline void store(void *to, V v) { memcpy(to, &v, sizeof v); }
 
-static inline Float16 spread(float value) { return value - (Float16){}; }
+static inline Float16 broadcast(float value) { return value - (Float16){}; }
 
 static inline Float16 fma(Float16 a, Float16 b, Float16 c) {
 #if defined(__AVX512F__)
@@ -53,11 +53,11 @@ static inline Float16 fma(Float16 a, Float16 b, Float16 c) {
 #endif
 }
 
-// GCC 12 takes its generic conversions of narrow vectors apart into single values.
+// GCC 12 takes its generic conversions of down vectors apart into single values.
 static inline Float16 load16(const uint16_t *from) {
 #if defined(__AVX512F__)
-    __m256i narrow = _mm256_loadu_si256((const __m256i *)from);
-    return (Float16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+    __m256i down = _mm256_loadu_si256((const __m256i *)from);
+    return (Float16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(down), 16);
 #else
     return (Float16)(__builtin_convertvector(load<Half16>(from), UInt16) << 16);
 #endif
@@ -106,42 +106,42 @@ static inline float sum(Float16 v) {
     return (quarters[0][0] + quarters[0][2]) + (quarters[0][1] + quarters[0][3]);
 }
 
-static inline float largest(Float16 v) {
+static inline float max_of(Float16 v) {
     float most = v[0];
     for (int i = 1; i < 16; i++) most = v[i] > most ? v[i] : most;
     return most;
 }
 
-static inline Float16 magnitude(Float16 v) { return (Float16)((UInt16)v & 0x7fffffffu); }
+static inline Float16 abs(Float16 v) { return (Float16)((UInt16)v & 0x7fffffffu); }
 
-static inline Float16 larger(Float16 a, Float16 b) { return a > b ? a : b; }
-static inline Float16 smaller(Float16 a, Float16 b) { return a < b ? a : b; }
+static inline Float16 max(Float16 a, Float16 b) { return a > b ? a : b; }
+static inline Float16 min(Float16 a, Float16 b) { return a < b ? a : b; }
 
 // To the nearest whole number, ties to even, of magnitudes up to 2^22: beyond them fp32 has no fractions.
-static inline Float16 nearest(Float16 v) { return (v + 12582912.0f) - 12582912.0f; }
+static inline Float16 round(Float16 v) { return (v + 12582912.0f) - 12582912.0f; }
 
 static inline Int16 to_int(Float16 v) { return __builtin_convertvector(v, Int16); }
 static inline Float16 to_float(Int16 v) { return __builtin_convertvector(v, Float16); }
 
 // e^v, to some 2 units in the last place (range reduction and polynomial of Cephes' expf).
-static inline Float16 exponential(Float16 v) {
-    v = larger(smaller(v, spread(88.0f)), spread(-87.0f));
-    Float16 n = nearest(v * 1.44269504f);
-    Float16 r = fma(n, spread(-0.693359375f), v);
-    r = fma(n, spread(2.12194440e-4f), r);
-    Float16 p = fma(spread(1.9875691500e-4f), r, spread(1.3981999507e-3f));
-    p = fma(p, r, spread(8.3334519073e-3f));
-    p = fma(p, r, spread(4.1665795894e-2f));
-    p = fma(p, r, spread(1.6666665459e-1f));
-    p = fma(p, r, spread(5.0000001201e-1f));
+static inline Float16 exp(Float16 v) {
+    v = max(min(v, broadcast(88.0f)), broadcast(-87.0f));
+    Float16 n = round(v * 1.44269504f);
+    Float16 r = fma(n, broadcast(-0.693359375f), v);
+    r = fma(n, broadcast(2.12194440e-4f), r);
+    Float16 p = fma(broadcast(1.9875691500e-4f), r, broadcast(1.3981999507e-3f));
+    p = fma(p, r, broadcast(8.3334519073e-3f));
+    p = fma(p, r, broadcast(4.1665795894e-2f));
+    p = fma(p, r, broadcast(1.6666665459e-1f));
+    p = fma(p, r, broadcast(5.0000001201e-1f));
     p = fma(p, r * r, r + 1.0f);
     return (Float16)((Int16)p + (to_int(n) << 23));
 }
 
 // GELU in its tanh form: g (1 + tanh u) / 2 is g / (1 + e^-2u).
 static inline Float16 gelu(Float16 g) {
-    Float16 u = g * fma(g * g, spread(0.044715f), spread(1.0f)) * 0.7978845608f;
-    return g / (exponential(u * -2.0f) + 1.0f);
+    Float16 u = g * fma(g * g, broadcast(0.044715f), broadcast(1.0f)) * 0.7978845608f;
+    return g / (exp(u * -2.0f) + 1.0f);
 }
 
 // In each lane, the sum plus four products: of four unsigned bytes of `w` with the signed bytes of `x`.

@@ -1,0 +1,107 @@
+"""Fast decoding on a CPU: a model's weights for the kernels of kiem/compute, and one call a token.
+
+Prompts pass through the model's own code. A layer of that takes some 40 calls for a token; 26
+layers of these take as long as reading half the weights in int4. So one token a sequence passes all
+layers in one call.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kiem.compute.kernels import Format, Layer, Layers, Linear, Weight, load_kernels
+from kiem.compute.quantize import KernelEmbedding, KernelLinear, width_step
+from kiem.model.cache import CachePass
+from kiem.model.gemma3 import DecoderLayer, Gemma3, rotary_frequencies
+
+_HEAD_DIM_STEP = 32  # both halves of a head are whole vectors
+
+
+def use_kernels(model: Gemma3, quantize: Literal["none", "int8", "int4"]) -> str | None:
+    """Gives a model on the CPU weights and a decoder for the kernels, in place.
+
+    Args:
+        model: a model with weights in fp32 or bf16, which stays the precision of the activations.
+        quantize: how; "none" keeps the weights themselves.
+
+    Returns:
+        Why it cannot be done, if so: the model is then unchanged.
+    """
+    kernels = load_kernels()
+    if isinstance(kernels, str):
+        return kernels
+    stored: Format = "bf16" if model.dtype == torch.bfloat16 else "fp32"
+    format: Format = stored if quantize == "none" else quantize
+    step = width_step(format)
+    if any(p.shape[1] % step for p in model.parameters() if p.ndim == 2):
+        return f"its widths are not all multiples of {step}"
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        return f"its weights are {model.dtype}"
+    for layer in model.model.layers:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear):
+                linear = KernelLinear(module.weight.detach(), format, model.dtype)
+                layer.set_submodule(name, linear)
+    weight = model.model.embed_tokens.weight.detach()
+    model.model.set_submodule("embed_tokens", KernelEmbedding(weight, format, model.dtype))
+    if model.config.head_dim % _HEAD_DIM_STEP == 0:
+        model.decoder = Decoder(model)
+    return None
+
+
+class Decoder:
+    """What `Gemma3.hidden_states` does with one token a sequence, in one call."""
+
+    def __init__(self, model: Gemma3):
+        config, norm = model.config, model.model.norm
+        self._embedding = model.model.embed_tokens
+        # Gemma rounds the scale to the embedding's precision.
+        self._scale = torch.tensor(config.hidden_size**0.5, dtype=model.dtype)
+        thetas = config.rope_theta, config.rope_local_base_freq
+        frequencies = [
+            rotary_frequencies(config.head_dim, theta, norm.weight.device) for theta in thetas
+        ]
+        self._frequencies = torch.stack(frequencies)[:, None]  # 2 1 C/2
+        layers = [_layer(layer, model) for layer in model.model.layers]
+        self._layers = Layers(layers, norm.weight, norm.eps)
+
+    def __call__(self, ids: Tensor, where: CachePass) -> Tensor:
+        """Returns the normed output of the last layer [B, 1, D] of tokens int64 [B, 1]."""
+        x = self._embedding(ids) * self._scale  # B 1 D
+        angles = where.positions.float() * self._frequencies  # 2 B C/2
+        rotary = angles.cos(), angles.sin()
+        caches = [(layer.keys, layer.values, layer.is_sliding) for layer in where.cache.layers]
+        self._layers(x, rotary, caches, where.positions, where.first_slot)
+        return x
+
+
+def _layer(layer: nn.Module, model: Gemma3) -> Layer:
+    assert isinstance(layer, DecoderLayer)
+    attention, mlp = layer.self_attn, layer.mlp
+    linear = partial(Linear, dtype=model.dtype, eps=layer.input_layernorm.eps)
+    return Layer(
+        qkv=linear(
+            _weights(attention.q_proj, attention.k_proj, attention.v_proj),
+            norm_before=layer.input_layernorm.weight,
+        ),
+        o_proj=linear(_weights(attention.o_proj), norm_after=layer.post_attention_layernorm.weight),
+        gate_up=linear(
+            _weights(mlp.gate_proj, mlp.up_proj),
+            norm_before=layer.pre_feedforward_layernorm.weight,
+            is_gated=True,
+        ),
+        down=linear(_weights(mlp.down_proj), norm_after=layer.post_feedforward_layernorm.weight),
+        q_norm=attention.q_norm.weight,
+        k_norm=attention.k_norm.weight,
+        num_kv_heads=model.config.num_key_value_heads,
+        scale=attention.scale,
+    )
+
+
+def _weights(*modules: nn.Module) -> list[Weight]:
+    assert all(isinstance(module, KernelLinear) for module in modules)
+    return [module.packed for module in modules if isinstance(module, KernelLinear)]

@@ -1,0 +1,259 @@
+"""Configuration of a Gemma 3 text model: shapes by name, and config.json as transformers has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from kiem.core.errors import ExitCode, UserError, not_found
+from kiem.core.json_input import convert, read_json, shown
+
+CONFIG_FILE = "config.json"
+# The fix and exit code of errors about a folder that does not hold a Gemma 3 text model.
+NOT_A_MODEL: dict[str, Any] = {
+    "fix": "Name a folder with config.json and model.safetensors of a Gemma 3 text model, such as "
+    "the final_model/ of a run.",
+    "exit_code": ExitCode.NOT_A_MODEL,
+}
+GEMMA_VOCABULARY = 262_144
+GEMMA3_1B_PARAMETERS = 999_885_952
+GEMMA3_270M_PARAMETERS = 268_098_176
+
+
+@dataclass(frozen=True)
+class Gemma3Config:
+    """The shape of a Gemma 3 text model; names as in config.json, defaults are gemma3-1b's.
+
+    Attributes:
+        vocab_size: rows of the embedding, which is also the output layer.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the MLP.
+        num_hidden_layers: layers.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads, each shared by several query heads.
+        head_dim: width of a head.
+        sliding_window: how many tokens, itself included, a token sees in a sliding layer.
+        sliding_window_pattern: every n-th layer attends to all tokens, the others slide.
+        query_pre_attn_scalar: queries are multiplied by this to the power -1/2.
+        rope_theta: base of the rotary angles of full layers.
+        rope_local_base_freq: base of the rotary angles of sliding layers.
+        max_position_embeddings: longest text the model is meant for, in tokens.
+        rms_norm_eps: added to the mean square in norms.
+    """
+
+    vocab_size: int = GEMMA_VOCABULARY
+    hidden_size: int = 1152
+    intermediate_size: int = 6912
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 1
+    head_dim: int = 256
+    sliding_window: int = 512
+    sliding_window_pattern: int = 6
+    query_pre_attn_scalar: int = 256
+    rope_theta: float = 1_000_000.0
+    rope_local_base_freq: float = 10_000.0
+    max_position_embeddings: int = 32_768
+    rms_norm_eps: float = 1e-6
+
+    def is_sliding(self, layer: int) -> bool:
+        """Says whether layer number `layer`, counted from 0, has a sliding window."""
+        return (layer + 1) % self.sliding_window_pattern != 0
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The kind of each layer, in transformers' words."""
+        layers = range(self.num_hidden_layers)
+        return ["sliding_attention" if self.is_sliding(n) else "full_attention" for n in layers]
+
+    def num_parameters(self) -> int:
+        """Returns the number of trainable values, the tied embedding counted once."""
+        queries = self.num_attention_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
+        attention = self.hidden_size * (2 * queries + 2 * keys) + 2 * self.head_dim
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        layer = attention + mlp + 4 * self.hidden_size
+        embedding = self.vocab_size * self.hidden_size
+        return embedding + self.num_hidden_layers * layer + self.hidden_size
+
+
+PRESETS = {
+    "gemma3-1b": Gemma3Config(),
+    "gemma3-270m": Gemma3Config(hidden_size=640, intermediate_size=2048, num_hidden_layers=18),
+    "gemma3-nano": Gemma3Config(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        head_dim=64,
+        sliding_window=256,
+        query_pre_attn_scalar=64,
+    ),
+    "gemma3-micro": Gemma3Config(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        head_dim=32,
+        sliding_window=128,
+        query_pre_attn_scalar=32,
+    ),
+}
+CUSTOM = "gemma3-custom"
+# A shape that is slightly off trains well and loads nowhere.
+assert PRESETS["gemma3-1b"].num_parameters() == GEMMA3_1B_PARAMETERS
+assert PRESETS["gemma3-270m"].num_parameters() == GEMMA3_270M_PARAMETERS
+
+
+def preset(name: str, vocab_size: int) -> Gemma3Config:
+    """Returns a named shape with a vocabulary of `vocab_size` rows."""
+    return replace(PRESETS[name], vocab_size=vocab_size)
+
+
+def name_of(config: Gemma3Config) -> str:
+    """Returns the name of the preset that has this shape, whatever its vocabulary, or CUSTOM."""
+    shape = replace(config, vocab_size=GEMMA_VOCABULARY)
+    return next((name for name in PRESETS if PRESETS[name] == shape), CUSTOM)
+
+
+# Written as they are, and required when read: another value means another architecture.
+_FIXED = {
+    "model_type": "gemma3_text",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "tie_word_embeddings": True,
+}
+_FIXED_LATER = {"use_bidirectional_attention": False}  # only in newer files
+_SPELLED_IN_TWO_WAYS = {"sliding_window_pattern", "rope_theta", "rope_local_base_freq"}
+
+_Tokens = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
+_Heads = Annotated[int, msgspec.Meta(ge=1, le=1 << 10)]
+# What the rotary angles and the attention's scale are computed from, in fp32.
+_Base = (
+    Annotated[int, msgspec.Meta(ge=1, le=10**12)] | Annotated[float, msgspec.Meta(ge=1, le=1e12)]
+)
+
+
+class _Rope(msgspec.Struct):
+    """The rotary angles of a kind of layer; scaled ones are not supported."""
+
+    rope_theta: _Base | None = None
+    rope_type: Literal["default"] | None = None
+    type: Literal["default"] | None = None  # its earlier name
+    partial_rotary_factor: Annotated[float, msgspec.Meta(ge=1, le=1)] | None = None
+
+
+class _RopeParameters(msgspec.Struct, forbid_unknown_fields=True):
+    full_attention: _Rope | None = None
+    sliding_attention: _Rope | None = None
+
+
+class _ConfigJson(msgspec.Struct):
+    """Every key that is read, with its type and range; the ranges are far beyond any Gemma."""
+
+    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    hidden_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 17)]
+    intermediate_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=1000)]
+    num_attention_heads: _Heads
+    num_key_value_heads: _Heads
+    head_dim: Annotated[int, msgspec.Meta(ge=2, le=1 << 12, multiple_of=2)]
+    sliding_window: _Tokens
+    query_pre_attn_scalar: _Base
+    max_position_embeddings: _Tokens
+    rms_norm_eps: Annotated[float, msgspec.Meta(ge=1e-12, le=1)]
+    sliding_window_pattern: _Tokens | None = None
+    layer_types: list[Literal["sliding_attention", "full_attention"]] | None = None
+    rope_theta: _Base | None = None
+    rope_local_base_freq: _Base | None = None
+    rope_scaling: _Rope | None = None
+    rope_parameters: _RopeParameters | None = None
+
+
+def describe(config: Gemma3Config, dtype: str) -> dict[str, Any]:
+    """Returns the content of config.json without the tokenizer's ids.
+
+    It has both spellings of what transformers renamed between 4.50 and 5.
+    """
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        **_FIXED,
+        **vars(config),
+        "layer_types": config.layer_types,
+        "rope_scaling": None,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "torch_dtype": dtype,
+    }
+
+
+def read_config(folder: Path) -> Gemma3Config:
+    """Returns the shape that a model directory's config.json describes.
+
+    Raises:
+        UserError: there is no config.json, it is not that of a Gemma 3 text model, or a value is
+            out of its range; names the key.
+    """
+    check_folder(folder)
+    path = folder / CONFIG_FILE
+    description = read_json(path, dict[str, Any], **NOT_A_MODEL)
+    if description.get("model_type") != _FIXED["model_type"]:
+        kind = shown(description.get("model_type"))
+        raise not_a_model(path, f"not a Gemma 3 text model (model_type is {kind})")
+    for name, value in (_FIXED | _FIXED_LATER).items():
+        found = description.get(name, value)
+        if found != value and not (found is None and value is False):
+            raise not_a_model(path, f"{name} = {shown(found)} is not supported")
+    raw = convert(description, _ConfigJson, where=str(path), **NOT_A_MODEL)
+    if raw.num_attention_heads % raw.num_key_value_heads != 0:
+        heads = f"num_attention_heads = {raw.num_attention_heads}"
+        what = f"{heads} is no multiple of num_key_value_heads = {raw.num_key_value_heads}"
+        raise not_a_model(path, what)
+    names = {field.name for field in fields(Gemma3Config)} - _SPELLED_IN_TWO_WAYS
+    rope = raw.rope_parameters or _RopeParameters()
+    full, sliding = rope.full_attention or _Rope(), rope.sliding_attention or _Rope()
+    config = Gemma3Config(
+        **{name: getattr(raw, name) for name in names},
+        sliding_window_pattern=raw.sliding_window_pattern or _pattern(raw.layer_types),
+        rope_theta=full.rope_theta or raw.rope_theta or Gemma3Config.rope_theta,
+        rope_local_base_freq=sliding.rope_theta
+        or raw.rope_local_base_freq
+        or Gemma3Config.rope_local_base_freq,
+    )
+    if raw.layer_types not in (None, config.layer_types):
+        num_types, num_layers = len(raw.layer_types or ()), config.num_hidden_layers
+        what = f"layer_types has {num_types} entries, but num_hidden_layers = {num_layers}"
+        if num_types == num_layers:
+            pattern = f"sliding_window_pattern = {config.sliding_window_pattern}"
+            what = f"layer_types does not follow {pattern}"
+        raise not_a_model(path, what)
+    return config
+
+
+def check_folder(folder: Path) -> None:
+    """Raises a UserError if there is no such folder."""
+    try:
+        is_there = folder.is_dir()
+    except OSError:  # such as a name of 300 characters
+        is_there = False
+    if not is_there:
+        fix = "Name the final_model/ folder of a run, or a Hub id."
+        raise not_found(str(folder), "no such model directory", fix)
+
+
+def not_a_model(where: Path, what: str) -> UserError:
+    """Returns the error for a folder that does not hold a Gemma 3 text model."""
+    return UserError(what, where=str(where), **NOT_A_MODEL)
+
+
+def _pattern(layer_types: list[Any] | None) -> int:
+    """Returns sliding_window_pattern where only layer_types says it, or nothing does."""
+    if layer_types is None:
+        return Gemma3Config.sliding_window_pattern
+    if "full_attention" not in layer_types:
+        return len(layer_types) + 1
+    return layer_types.index("full_attention") + 1
