@@ -11,8 +11,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kiem.data.clean import filters as clean
-from kiem.data.clean.filters import MAX_DUPLICATE_NGRAMS, MAX_TOP_NGRAM, mend, reject
+from kiem.data.clean import filters
+from kiem.data.clean.cleaner import normalize
+from kiem.data.clean.filters import MAX_DUPLICATE_NGRAMS, MAX_TOP_NGRAM, reject_reasons
 
 _CONSONANTS = "bcdfghklmnprstvw"
 # Different words of five letters, none of them a frequent word of any language.
@@ -109,9 +110,9 @@ FILTERS = {
 @pytest.mark.parametrize("name", FILTERS)
 def test_filter_at_its_threshold(name: str) -> None:
     inside, outside = FILTERS[name]
-    assert reject([inside]) == [None]
+    assert reject_reasons([inside]) == [None]
     assert all_reasons(outside) == [name.split(",")[0]]
-    assert reject([outside]) == [name.split(",")[0]]
+    assert reject_reasons([outside]) == [name.split(",")[0]]
 
 
 def document_with(passages: list[list[str]]) -> str:
@@ -131,7 +132,7 @@ def test_frequent_ngram_at_its_threshold(n: int) -> None:
     documents = [document_with([NEUTRAL[:n]] * times) for times in range(1, 30)]
     shares = [top_ngram_share(tokenize(text), text, n) for text in documents]
     first = next(i for i, share in enumerate(shares) if share > MAX_TOP_NGRAM[n])
-    assert reject(documents[first - 1 : first + 1]) == [None, "repeated phrase"]
+    assert reject_reasons(documents[first - 1 : first + 1]) == [None, "repeated phrase"]
     assert all_reasons(documents[first]) == ["repeated phrase"]
 
 
@@ -141,7 +142,7 @@ def test_duplicate_ngrams_at_their_threshold(n: int) -> None:
     documents = [document_with(passages[:number] * 2) for number in range(1, 17)]
     shares = [duplicate_share(tokenize(text), text, n) for text in documents]
     first = next(i for i, share in enumerate(shares) if share > MAX_DUPLICATE_NGRAMS[n])
-    assert reject(documents[first - 1 : first + 1]) == [None, "repeated passages"]
+    assert reject_reasons(documents[first - 1 : first + 1]) == [None, "repeated passages"]
     assert all_reasons(documents[first]) == ["repeated passages"]
 
 
@@ -180,7 +181,7 @@ def all_reasons(text: str) -> list[str]:
     words = [token for token in tokens if any(c.isalnum() for c in token)]
     known = [
         sum(word.lower() in language.split() for word in words)
-        for language in (clean._DUTCH, *clean._OTHER_LANGUAGES)
+        for language in (filters._DUTCH, *filters._OTHER_LANGUAGES)
     ]
     mean_length = sum(map(len, words)) / max(1, len(words))
     with_letter = sum(any(c.isalpha() for c in word) for word in words)
@@ -192,12 +193,12 @@ def all_reasons(text: str) -> list[str]:
     marked = sum(line[-1] in ".!?…:;\"'”’»)" for line in stripped)
     bullets = sum(line[0] in "•-*" for line in stripped)
     cut_off = sum(line.endswith(("...", "…")) for line in stripped)
-    stop_words = {word.lower() for word in words} & set(clean.STOP_WORDS)
+    stop_words = {word.lower() for word in words} & set(filters.STOP_WORDS)
     top = [top_ngram_share(tokens, text, n) > most for n, most in MAX_TOP_NGRAM.items()]
     passages = [duplicate_share(tokens, text, n) > m for n, m in MAX_DUPLICATE_NGRAMS.items()]
     found = {
         "too short": len(words) < 50,
-        "not Dutch": max(known[1:]) > known[0] or known[0] < clean.MIN_DUTCH_WORDS * len(words),
+        "not Dutch": max(known[1:]) > known[0] or known[0] < filters.MIN_DUTCH_WORDS * len(words),
         "few stop words": len(stop_words) < 2,
         "word length": not 3 <= mean_length <= 16,
         "few letters": with_letter < 0.828 * len(words),
@@ -267,24 +268,24 @@ def random_document(seed: int) -> str:
 def test_filters_are_those_of_a_plain_reference() -> None:
     texts = [random_document(seed) for seed in range(600)]
     expected = [all_reasons(text) for text in texts]
-    found = reject(texts)
+    found = reject_reasons(texts)
     assert found == [reasons[0] if reasons else None for reasons in expected]
     # No filter was left out by chance.
-    filters = {name.split(",")[0] for name in FILTERS}
-    assert {r for reasons in expected for r in reasons} >= filters
+    names = {name.split(",")[0] for name in FILTERS}
+    assert {r for reasons in expected for r in reasons} >= names
 
 
 def test_a_document_is_judged_alone_as_in_company() -> None:
     texts = [random_document(seed) for seed in range(60)]
     texts += [text for pair in FILTERS.values() for text in pair]
-    together = reject(texts)
-    assert together == [reject([text])[0] for text in texts]
-    assert together[::-1] == reject(texts[::-1])
-    assert reject([]) == []
+    together = reject_reasons(texts)
+    assert together == [reject_reasons([text])[0] for text in texts]
+    assert together[::-1] == reject_reasons(texts[::-1])
+    assert reject_reasons([]) == []
 
 
 @pytest.mark.parametrize(
-    ("given", "mended"),
+    ("given", "normal"),
     [
         ("een cafe\u0301", "een café"),
         ("één\r\ntwee\rdrie\n\rvier", "één\ntwee\ndrie\n\nvier"),
@@ -295,19 +296,19 @@ def test_a_document_is_judged_alone_as_in_company() -> None:
         ("e\x00\u0301", "é"),
     ],
 )
-def test_mending(given: str, mended: str) -> None:
-    assert mend(given) == mended
+def test_normalization(given: str, normal: str) -> None:
+    assert normalize(given) == normal
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\r\n\x00\ufeffe\u0301")))
 @example("e\ufeff\u0301")
 @example("\r\x00\n")
-def test_mended_text_needs_no_mending(text: str) -> None:
-    mended = mend(text)
-    assert mend(mended) == mended
-    assert unicodedata.is_normalized("NFC", mended)
-    is_control = [unicodedata.category(c) == "Cc" and c not in "\t\n" for c in mended]
+def test_normalized_text_is_normal(text: str) -> None:
+    normal = normalize(text)
+    assert normalize(normal) == normal
+    assert unicodedata.is_normalized("NFC", normal)
+    is_control = [unicodedata.category(c) == "Cc" and c not in "\t\n" for c in normal]
     assert not any(is_control)
     plain = "".join(c for c in text if c != "\ufeff" and unicodedata.category(c) != "Cc")
-    left = mended.replace("\n", "").replace("\t", "")
+    left = normal.replace("\n", "").replace("\t", "")
     assert unicodedata.normalize("NFC", left) == unicodedata.normalize("NFC", plain)

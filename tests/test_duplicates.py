@@ -17,7 +17,7 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.data.chunks import open_split, read_manifest, read_tokenizer
 from kiem.data.clean.contamination import read_evaluation
 from kiem.data.clean.near_duplicates import SHINGLE_WORDS, band_keys
-from kiem.data.clean.words import WordHashes, plain_words
+from kiem.data.clean.ngrams import WordHashes, lowercase_words
 from kiem.data.prepare.preprocess import preprocess
 
 
@@ -29,7 +29,7 @@ def words(number: int, seed: int) -> list[str]:
 def jaccard(first: str, second: str) -> float:
     shingles = []
     for text in (first, second):
-        found = plain_words(text)
+        found = lowercase_words(text)
         last = len(found) - SHINGLE_WORDS + 1
         shingles.append({tuple(found[n : n + SHINGLE_WORDS]) for n in range(last)})
     return len(shingles[0] & shingles[1]) / len(shingles[0] | shingles[1])
@@ -75,7 +75,7 @@ def test_thirteen_consecutive_words_are_contamination(tmp_path: Path) -> None:
     before, after = " ".join(words(30, 1)), " ".join(words(30, 2))
 
     def is_in(found: list[str], between: str = " ") -> bool:
-        return evaluation.is_in(f"{before} {between.join(found)} {after}", WordHashes())
+        return evaluation.overlaps(f"{before} {between.join(found)} {after}", WordHashes())
 
     assert is_in(long)
     for start in (0, 10, 27):
@@ -90,7 +90,7 @@ def test_thirteen_consecutive_words_are_contamination(tmp_path: Path) -> None:
     assert not is_in(twelve[1:])
     assert not is_in(seven)
     assert evaluation.num_ignored == 1
-    assert not evaluation.is_in("", WordHashes())
+    assert not evaluation.overlaps("", WordHashes())
 
 
 def test_bad_row_of_an_evaluation_file_has_a_fix_that_helps(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_everything_that_cleaning_leaves_out_is_counted_and_gone(
     changed[-1] = "anders."
     english = "the cat and the dog went to the house of that man with this hat " * 6
     dirty = good[7].replace(" ", "\x00 ", 3).replace(". ", ".\r\n", 1)
-    mended = good[7].replace(". ", ".\n", 1)
+    normalized = good[7].replace(". ", ".\n", 1)
     texts = [*good[:7], dirty, *good[8:], good[0], " ".join(changed), english, "te kort", "\x00 "]
     console = Console(stderr=True, width=200)
     given = options(tmp_path, texts, near_duplicates=True, decontaminate=(evaluation,))
@@ -162,7 +162,7 @@ def test_everything_that_cleaning_leaves_out_is_counted_and_gone(
     }
     num_kept = sum(split["documents"] for split in manifest["splits"].values())
     assert manifest["documents_read"] == len(texts) == num_kept + 6
-    expected = [*good[:3], *good[4:7], mended, *good[8:]]
+    expected = [*good[:3], *good[4:7], normalized, *good[8:]]
     assert sorted(chunked_texts(folder)) == sorted(expected)
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     assert not {"\x00", "\r"} & set(vocabulary)

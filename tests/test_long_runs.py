@@ -19,7 +19,7 @@ from rich.console import Console
 
 from kiem.config import PreprocessOptions
 from kiem.data.chunks import read_manifest
-from kiem.data.clean.filters import mend
+from kiem.data.clean.cleaner import normalize
 from kiem.data.prepare.preprocess import preprocess
 from kiem.data.prepare.units import plan_units
 from kiem.data.read.sources import resolve_source
@@ -108,8 +108,8 @@ def test_every_odd_document_is_accounted_for(
 @given(st.text("ae\u0301\u0323\u0345\u0591\u1100\u1161\u11a8\u3099か👩-", max_size=700))
 def test_many_marks_are_mended_as_few_are(text: str) -> None:
     marks = text + "\u0323\u0301" * 60 + text
-    assert mend(marks) == unicodedata.normalize("NFC", marks)
-    assert mend(mend(marks)) == mend(marks)
+    assert normalize(marks) == unicodedata.normalize("NFC", marks)
+    assert normalize(normalize(marks)) == normalize(marks)
 
 
 def test_planning_is_linear(tmp_path: Path) -> None:

@@ -1,34 +1,41 @@
-"""What the options say about cleaning, and doing it to the rows of a batch."""
+"""Cleaning of documents: normalization of characters, and reasons to reject a document."""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import groupby
 from typing import Any, Literal
 
 from rich.console import Console
 
 from kiem.config import PreprocessOptions
-from kiem.data.clean.contamination import EvaluationText, read_evaluation
-from kiem.data.clean.filters import mend, reject
-from kiem.data.clean.near_duplicates import require_rensa
-from kiem.data.clean.words import WordHashes
+from kiem.core.errors import not_installed
+from kiem.data.clean.contamination import EvaluationNgrams, read_evaluation
+from kiem.data.clean.filters import reject_reasons
+from kiem.data.clean.ngrams import WordHashes
 from kiem.data.read.rows import Document
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
+_MANY_MARKS = re.compile(r"(?<![^\w\s\x00-\u02ff])[^\w\s\x00-\u02ff]{100,}")
 
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What is mended and left out.
+    """What is normalized and rejected.
 
     Attributes:
         filters: the language whose filters are used.
-        near_duplicates: whether documents like an earlier one are left out.
-        evaluation: what documents must not share; None if that is not looked at.
+        near_duplicates: whether near duplicates of an earlier document are rejected.
+        evaluation: n-grams that documents must not contain, if any.
     """
 
     filters: Literal["none", "dutch"] = "none"
     near_duplicates: bool = False
-    evaluation: EvaluationText | None = None
+    evaluation: EvaluationNgrams | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -39,49 +46,59 @@ class Cleaning:
             "decontaminate": list(self.evaluation.sha256) if self.evaluation else [],
         }
 
-    def mend(self, text: str) -> str:
+    def normalize(self, text: str) -> str:
         """Returns the text of a document as `clean` does."""
-        return mend(text) if self.filters == "dutch" else text
+        return normalize(text) if self.filters == "dutch" else text
 
     def clean(
         self, documents: Sequence[Document], hashes: WordHashes
     ) -> list[tuple[str, str | None]]:
-        """Returns the text of every document, mended, and why it is left out; None: it is not.
+        """Returns the normalized text of every document, and why it is rejected; None: it is kept.
 
-        Args:
-            documents: what was read; what has a problem is left out for the reason it has.
-            hashes: keeps the hashes of words that it saw before.
+        A document with a problem is rejected for that.
         """
-        texts = [self.mend(document.text) for document in documents]
+        texts = [self.normalize(document.text) for document in documents]
         reasons = [document.problem.reason if document.problem else None for document in documents]
         if self.filters == "dutch":
-            reasons = [
-                "empty" if reason is None and not text.strip() else reason
-                for text, reason in zip(texts, reasons, strict=True)
-            ]
-            left = [n for n, reason in enumerate(reasons) if reason is None]
-            for number, reason in zip(left, reject([texts[n] for n in left]), strict=True):
+            kept = [n for n, reason in enumerate(reasons) if reason is None]
+            for number, reason in zip(kept, reject_reasons([texts[n] for n in kept]), strict=True):
                 reasons[number] = reason
         if self.evaluation is not None:
             for number, text in enumerate(texts):
-                if reasons[number] is None and self.evaluation.is_in(text, hashes):
+                if reasons[number] is None and self.evaluation.overlaps(text, hashes):
                     reasons[number] = "contaminated"
         return list(zip(texts, reasons, strict=True))
 
 
 def make_cleaning(options: PreprocessOptions, console: Console) -> Cleaning:
-    """Returns what the options ask for, with the evaluation files read.
-
-    Args:
-        options: all options of preprocess.py.
-        console: where it is said what is not read.
+    """Returns what the options ask for; the console shows which evaluation files are not read.
 
     Raises:
         UserError: rensa is missing, or an evaluation file cannot be read.
     """
-    if options.near_duplicates:
-        require_rensa()
+    if options.near_duplicates and find_spec("rensa") is None:
+        raise not_installed("rensa", "--near-duplicates")
     evaluation = None
     if options.decontaminate:
         evaluation = read_evaluation(options.decontaminate, options.text_column, console)
     return Cleaning(options.clean, options.near_duplicates, evaluation)
+
+
+def normalize(text: str) -> str:
+    """Returns a text in Unicode NFC with LF line ends, without control characters and BOMs.
+
+    Normalizing twice is normalizing once.
+    """
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _CONTROL.sub("", text)
+    # Python sorts the combining marks of a letter in quadratic time.
+    text = _MANY_MARKS.sub(_sort_marks, text)
+    return unicodedata.normalize("NFC", text)
+
+
+def _sort_marks(found: re.Match[str]) -> str:
+    """Returns characters with their combining marks in canonical order, which NFC keeps."""
+    runs = groupby(found[0], key=lambda character: unicodedata.combining(character) > 0)
+    ordered = (sorted(run, key=unicodedata.combining) if marks else run for marks, run in runs)
+    return "".join(map("".join, ordered))

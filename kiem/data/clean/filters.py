@@ -1,27 +1,25 @@
-"""Cleaning of Dutch documents: what is mended in a text, and why a document is left out.
+"""Quality filters for Dutch documents, with the thresholds of FineWeb-2.
 
-The filters and thresholds are FineWeb-2's for Dutch: configs/nld_Latn.yml and
-fineweb-2-pipeline.py of the repository huggingface/fineweb-2, described in arXiv:2506.20920. They
-are those of Gopher (arXiv:2112.11446, appendix A1) and FineWeb, tuned per language. What differs
-here: the language is told by stop words instead of GlotLID, a top n-gram has to occur twice, words
-are cut by a regular expression, not by spaCy, and books are not too long.
+FineWeb-2's are in configs/nld_Latn.yml and fineweb-2-pipeline.py of huggingface/fineweb-2
+(arXiv:2506.20920): the filters of Gopher (arXiv:2112.11446, appendix A1) and FineWeb, tuned per
+language. What differs: frequent words identify the language instead of GlotLID, a top n-gram has to
+occur twice, words are matched by a regular expression, not by spaCy, and no document is too long.
 
-All but the lines is done for many documents at once with numpy.
-D = documents, T = tokens (words and punctuation) of all documents, V = different tokens.
+Many documents are filtered at once with numpy. D = documents, T = tokens (words and punctuation) of
+all documents, V = different tokens.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import count, groupby
+from itertools import count
 from typing import Any
 
 import numpy as np
 
-from kiem.data.clean.words import came_before, group_equal, hash_ngrams
+from kiem.data.clean.ngrams import duplicated, group_equal, hash_ngrams
 
 # Gopher's, which FineWeb-2 keeps.
 MIN_WORDS = 50
@@ -56,44 +54,18 @@ _OTHER_LANGUAGES = (
     "it fan yn foar oan troch ek wie wurdt har dy mei út hat jo kin kinne wurde dizze binne sil",
 )
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
-_MANY_MARKS = re.compile(r"(?<![^\w\s\x00-\u02ff])[^\w\s\x00-\u02ff]{100,}")
 _TOKENS = re.compile(r"'n\b|\w+(?:['’.-]\w+)*|[^\w\s]+")
 _LINE_ENDS = tuple(".!?…:;\"'”’»)")
 
 
-def mend(text: str) -> str:
-    """Returns a text in Unicode NFC, with LF line ends and without control characters.
-
-    A byte order mark inside the text is left out like a control character. mend(mend(text)) is
-    mend(text).
-    """
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = _CONTROL.sub("", text)
-    # Python puts the marks of a letter in order one by one, by the square of their number.
-    text = _MANY_MARKS.sub(_order_marks, text)
-    return unicodedata.normalize("NFC", text)
-
-
-def _order_marks(found: re.Match[str]) -> str:
-    """Returns characters with the marks among them in canonical order, which NFC keeps."""
-    runs = groupby(found[0], key=lambda character: unicodedata.combining(character) > 0)
-    ordered = (sorted(run, key=unicodedata.combining) if marks else run for marks, run in runs)
-    return "".join(map("".join, ordered))
-
-
-def reject(texts: Sequence[str]) -> list[str | None]:
-    """Says of mended documents why they are left out, in a few words; None: they are not.
-
-    Args:
-        texts: the documents, none of them empty.
-    """
+def reject_reasons(texts: Sequence[str]) -> list[str | None]:
+    """Returns why each normalized document is rejected, in a few words; None if it is kept."""
     tokens = _Tokens(texts)
-    failed = {**_fail_by_words(tokens), **_fail_by_lines(texts, tokens), **_fail_by_ngrams(tokens)}
+    rejected = {"empty": tokens.num_tokens == 0}
+    rejected |= _check_words(tokens) | _check_lines(texts, tokens) | _check_ngrams(tokens)
     reasons: list[str | None] = [None] * len(texts)
-    for reason, is_failed in reversed(failed.items()):
-        for number in np.flatnonzero(is_failed):
+    for reason, is_rejected in reversed(rejected.items()):  # the first reason counts
+        for number in np.flatnonzero(is_rejected):
             reasons[number] = reason
     return reasons
 
@@ -104,39 +76,39 @@ class _Tokens:
     Attributes:
         vocabulary: the different tokens, in the order of their ids.
         ids: int64 [T].
-        ends: one past each document's last token, int64 [D].
         document: which document a token is in, int64 [T].
-        length: characters of each token, int64 [T].
-        num_tokens: int64 [D].
-        num_characters: of the text, int64 [D].
+        starts: each document's first token, then T, int64 [D + 1].
+        offsets: characters in the tokens before each one, then in all, int64 [T + 1].
+        num_tokens, num_characters: of each document, int64 [D].
     """
 
     def __init__(self, texts: Sequence[str]):
         numbers: defaultdict[str, int] = defaultdict(count().__next__)
-        parts = []
+        parts = [np.empty(0, np.int64)]
         for text in texts:
             found = _TOKENS.findall(text)
             parts.append(np.fromiter(map(numbers.__getitem__, found), np.int64, len(found)))
         self.vocabulary = list(numbers)
-        self.ids = np.concatenate(parts) if parts else np.empty(0, np.int64)
-        self.num_tokens = np.array([len(part) for part in parts], np.int64)
-        self.ends = np.cumsum(self.num_tokens)
+        self.ids = np.concatenate(parts)
+        self.starts = np.cumsum([len(part) for part in parts])
+        self.num_tokens = np.diff(self.starts)
         self.document = np.repeat(np.arange(len(texts)), self.num_tokens)
-        self.length = np.array([len(token) for token in self.vocabulary], np.int64)[self.ids]
+        lengths = np.array([len(token) for token in self.vocabulary], np.int64)[self.ids]
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
         self.num_characters = np.array([len(text) for text in texts], np.int64)
 
     def count(self, of_vocabulary: list[Any]) -> np.ndarray:
-        """Returns sums over each document's tokens of a value [V] that tokens have: int64 [D]."""
+        """Returns the sum over each document's tokens of a value that tokens have: [V] -> [D]."""
         return self.total(np.array(of_vocabulary, np.int32)[self.ids])
 
     def total(self, values: np.ndarray) -> np.ndarray:
-        """Returns sums over each document's tokens: values [T] -> int64 [D]."""
-        sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)])
-        return sums[self.ends] - sums[self.ends - self.num_tokens]
+        """Returns the sum over each document's tokens: [T] -> int64 [D]."""
+        sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+        return np.diff(sums[self.starts])
 
 
-def _fail_by_words(tokens: _Tokens) -> dict[str, np.ndarray]:
-    """Returns which documents [D] fail, for every reason that is about single words."""
+def _check_words(tokens: _Tokens) -> dict[str, np.ndarray]:
+    """Returns reason -> rejected documents, bool [D], for reasons about single words."""
     words = tokens.vocabulary
     is_word = [any(map(str.isalnum, word)) for word in words]
     num_words = tokens.count(is_word)
@@ -158,27 +130,25 @@ def _fail_by_words(tokens: _Tokens) -> dict[str, np.ndarray]:
 
 
 def _count_known_words(tokens: _Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns for each document [D] how many different stop words it has, how many of its words are
-    frequent ones of Dutch, and of the other language that has most of them there."""
+    """Returns three counts for each document [D]: its different stop words, its frequent words of
+    Dutch, and those of the other language that has most of them."""
     languages = [frozenset(words.split()) for words in (_DUTCH, *_OTHER_LANGUAGES)]
     known = sorted(frozenset(STOP_WORDS).union(*languages))  # K words
     number = {word: n for n, word in enumerate(known)}
-    numbers = [number.get(word.lower(), -1) for word in tokens.vocabulary]
-    found = np.array(numbers, np.int64)[tokens.ids]
+    found = np.array([number.get(w.lower(), -1) for w in tokens.vocabulary], np.int64)[tokens.ids]
     is_known = found >= 0
     cells = tokens.document[is_known] * len(known) + found[is_known]
     num_documents = len(tokens.num_tokens)
     counts = np.bincount(cells, minlength=num_documents * len(known))
     counts = counts.reshape(num_documents, len(known))  # [D, K]
     num_stop_words = np.count_nonzero(counts[:, [number[word] for word in STOP_WORDS]], axis=1)
-    dutch, *others = (counts[:, [number[w] for w in sorted(words)]].sum(1) for words in languages)
+    dutch, *others = (counts[:, [number[word] for word in words]].sum(1) for words in languages)
     return num_stop_words, dutch, np.max(others, axis=0)
 
 
-def _fail_by_lines(texts: Sequence[str], tokens: _Tokens) -> dict[str, np.ndarray]:
-    """Returns which documents [D] fail, for every reason that is about lines."""
-    rows = [_line_shares(text) for text in texts]
-    columns = np.array(rows, np.float64).reshape(len(texts), 6).T
+def _check_lines(texts: Sequence[str], tokens: _Tokens) -> dict[str, np.ndarray]:
+    """Returns reason -> rejected documents, bool [D], for reasons about lines."""
+    columns = np.array([_line_shares(text) for text in texts]).reshape(len(texts), 6).T
     num_lines, duplicates, duplicate_characters, punctuation, bullets, ellipses = columns
     too_many = duplicate_characters > MAX_DUPLICATE_LINE_CHARACTERS
     return {
@@ -191,103 +161,91 @@ def _fail_by_lines(texts: Sequence[str], tokens: _Tokens) -> dict[str, np.ndarra
 
 
 def _line_shares(text: str) -> tuple[float, ...]:
-    """Returns the number of lines, and the shares of duplicate lines, characters in those,
-    lines that end with punctuation, that begin with a bullet and that end with an ellipsis; empty
-    lines do not count."""
+    """Returns the number of lines that are not empty, and the shares of: duplicate lines, their
+    characters, lines ending with punctuation, with a bullet, and ending with an ellipsis."""
     lines = [line for line in map(str.strip, text.split("\n")) if line]
     if not lines:
         return (0.0,) * 6
-    num_characters = sum(map(len, lines))
     different = set(lines)
-    num_different_characters = sum(map(len, different))
     return (
         len(lines),
         1 - len(different) / len(lines),
-        1 - num_different_characters / num_characters,
+        1 - sum(map(len, different)) / sum(map(len, lines)),
         sum(line.endswith(_LINE_ENDS) for line in lines) / len(lines),
         sum(line.startswith(("•", "-", "*")) for line in lines) / len(lines),
         sum(line.endswith(("...", "…")) for line in lines) / len(lines),
     )
 
 
-def _fail_by_ngrams(tokens: _Tokens) -> dict[str, np.ndarray]:
-    """Returns which documents [D] fail because n consecutive words come again and again."""
-    hashes = tokens.ids.astype(np.uint64)
+def _check_ngrams(tokens: _Tokens) -> dict[str, np.ndarray]:
+    """Returns reason -> rejected documents, bool [D], for repeated n-grams."""
     is_top = np.zeros(len(tokens.num_tokens), bool)
     for n, most in MAX_TOP_NGRAM.items():
-        is_top |= _top_ngram_characters(tokens, hashes, n) > most * tokens.num_characters
-    # The words of repeated longer n-grams are all in repeated 5-grams, so these say where to look.
-    covered = tokens.total(tokens.length * _in_repeated(tokens, hashes, min(MAX_DUPLICATE_NGRAMS)))
-    suspects = covered > min(MAX_DUPLICATE_NGRAMS.values()) * tokens.num_characters
-    is_duplicate = np.zeros(len(tokens.num_tokens), bool)
-    for number in np.flatnonzero(suspects):
-        here = slice(tokens.ends[number] - tokens.num_tokens[number], tokens.ends[number])
-        ends = np.concatenate([[0], np.cumsum(tokens.length[here])])
+        is_top |= _top_ngram_characters(tokens, n) > most * tokens.num_characters
+    # Repeated longer n-grams consist of repeated 5-grams, so these find the documents to look at.
+    in_repeated = _in_repeated(tokens, min(MAX_DUPLICATE_NGRAMS))
+    covered = tokens.total(np.diff(tokens.offsets) * in_repeated)
+    is_duplicate = covered > min(MAX_DUPLICATE_NGRAMS.values()) * tokens.num_characters
+    for number in np.flatnonzero(is_duplicate):
+        start, end = tokens.starts[number : number + 2]
+        ids, offsets = tokens.ids[start:end], tokens.offsets[start : end + 1]
         is_duplicate[number] = any(
-            _duplicate_characters(hashes[here], ends, n) > most * tokens.num_characters[number]
+            _duplicate_characters(ids, offsets, n) > most * tokens.num_characters[number]
             for n, most in MAX_DUPLICATE_NGRAMS.items()
         )
     return {"repeated phrase": is_top, "repeated passages": is_duplicate}
 
 
-def _ngrams(tokens: _Tokens, hashes: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where the n-grams begin that are in one document, and a key of each.
+def _ngrams(tokens: _Tokens, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns where each n-gram within one document starts, and its key.
 
-    The number of the document is in a key's highest bits, its hash in the others.
+    A key has the number of the document in its highest bits and the n-gram's hash in the others.
     """
-    ngrams = hash_ngrams(hashes, n)
+    ngrams = hash_ngrams(tokens.ids.astype(np.uint64), n)
     documents = tokens.document[: len(ngrams)]
-    starts = np.flatnonzero(documents == tokens.document[len(hashes) - len(ngrams) :])
+    starts = np.flatnonzero(documents == tokens.document[len(tokens.ids) - len(ngrams) :])
     bits = len(tokens.num_tokens).bit_length()
     documents = documents[starts].astype(np.uint64) << np.uint64(64 - bits)
     return starts, documents | ngrams[starts] >> np.uint64(bits)
 
 
-def _top_ngram_characters(tokens: _Tokens, hashes: np.ndarray, n: int) -> np.ndarray:
+def _top_ngram_characters(tokens: _Tokens, n: int) -> np.ndarray:
     """Returns the characters in all occurrences of the most frequent n-gram, int64 [D]; 0 if none
-    comes twice. Of several, the first in the text counts."""
-    characters = np.zeros(len(tokens.num_tokens), np.int64)
-    starts, keys = _ngrams(tokens, hashes, n)
+    occurs twice. Of equally frequent ones the first in the text counts."""
+    starts, keys = _ngrams(tokens, n)
     firsts, counts = group_equal(keys)
     firsts, counts = starts[firsts[counts > 1]], counts[counts > 1]
-    if len(firsts) == 0:
-        return characters
-    documents = tokens.document[firsts]
-    begins = np.flatnonzero(np.diff(documents, prepend=-1))
-    rank = (counts << 32) - firsts - 1  # most occurrences, then the first place
-    best = np.maximum.reduceat(rank, begins)
-    counts = (best >> 32) + 1
-    firsts = (counts << 32) - best - 1
-    ends = np.concatenate([[0], np.cumsum(tokens.length)])
-    with_spaces = ends[firsts + n] - ends[firsts] + n - 1
-    characters[documents[begins]] = counts * with_spaces
+    order = np.lexsort((firsts, -counts, tokens.document[firsts]))
+    documents, best = np.unique(tokens.document[firsts[order]], return_index=True)
+    firsts, counts = firsts[order[best]], counts[order[best]]
+    with_spaces = tokens.offsets[firsts + n] - tokens.offsets[firsts] + n - 1
+    characters = np.zeros(len(tokens.num_tokens), np.int64)
+    characters[documents] = counts * with_spaces
     return characters
 
 
-def _in_repeated(tokens: _Tokens, hashes: np.ndarray, n: int) -> np.ndarray:
-    """Returns which tokens are in an n-gram that came before in the document, bool [T]."""
-    starts, keys = _ngrams(tokens, hashes, n)
-    changes = np.zeros(len(hashes) + 1, np.int64)
-    again = starts[came_before(keys)]
+def _in_repeated(tokens: _Tokens, n: int) -> np.ndarray:
+    """Returns which tokens are in an n-gram that occurred before in the document, bool [T]."""
+    starts, keys = _ngrams(tokens, n)
+    changes = np.zeros(len(tokens.ids) + 1, np.int64)
+    again = starts[duplicated(keys)]
     changes[again] += 1
     changes[again + n] -= 1
     return np.cumsum(changes[:-1]) > 0
 
 
-def _duplicate_characters(hashes: np.ndarray, ends: np.ndarray, n: int) -> int:
-    """Returns the characters in n-grams that came before, none overlapping, as Gopher counts."""
-    ngrams = hash_ngrams(hashes, n)
-    firsts, counts = group_equal(ngrams)
-    is_single = np.zeros(len(ngrams), bool)
-    is_single[firsts[counts == 1]] = True
-    places = np.flatnonzero(~is_single)
+def _duplicate_characters(ids: np.ndarray, offsets: np.ndarray, n: int) -> int:
+    """Returns the characters in repetitions of n-grams, none overlapping, as Gopher counts."""
+    ngrams = hash_ngrams(ids.astype(np.uint64), n)
+    _, group, sizes = np.unique(ngrams, return_inverse=True, return_counts=True)
+    places = np.flatnonzero(sizes[group] > 1)
     seen = set()
-    num_characters = free_from = 0
+    num_characters = next_place = 0
     for place, ngram in zip(places.tolist(), ngrams[places].tolist(), strict=True):
-        if place < free_from:
+        if place < next_place:
             continue
         if ngram in seen:
-            num_characters += int(ends[place + n] - ends[place])
-            free_from = place + n
+            num_characters += int(offsets[place + n] - offsets[place])
+            next_place = place + n
         seen.add(ngram)
     return num_characters

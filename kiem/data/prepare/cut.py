@@ -109,13 +109,13 @@ def _labels(units: Sequence[Unit], job: UnitJob, fates: Fates) -> list[str]:
 
 
 def _read_first(units: Sequence[Unit], job: UnitJob, fates: Fates) -> tuple[str, str]:
-    """Returns the text of the first document that is cut, mended, and its place."""
+    """Returns the text of the first document that is cut, normalized, and its place."""
     pairs = zip(units, fates.per_unit, strict=False)
     unit, fate = next(pair for pair in pairs if (pair[1] == CUT).any())
     wanted, source = int(np.argmax(fate == CUT)), job.reading.source
     for number, (part, row) in enumerate(read_unit_rows(unit, job.reading)):
         if number == wanted:
-            text = job.cleaning.mend(row.text)
+            text = job.cleaning.normalize(row.text)
             if split_position(text, job.seed) == fates.split.limit:
                 return text, place(source, part, row.number)
     raise bad_input(

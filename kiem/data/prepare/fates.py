@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kiem.data.clean.near_duplicates import band_names
-from kiem.data.clean.words import came_before
+from kiem.data.clean.ngrams import duplicated
 from kiem.data.prepare.split import Split, decide_split
 from kiem.data.prepare.unit_files import bad_unit, read_columns, read_unit
 from kiem.data.prepare.units import Unit, UnitJob, find_fault
@@ -186,7 +186,7 @@ def _reject_repeated(fates: list[np.ndarray], keys: list[np.ndarray], code: int)
     """Marks the documents whose key an earlier one has, itself left out for likeness or not."""
     is_document = [(fate == TRAIN) | (fate == _NEAR_DUPLICATE) for fate in fates]
     chosen = [key[here].astype(np.uint64) for key, here in zip(keys, is_document, strict=True)]
-    is_again = came_before(np.concatenate(chosen))
+    is_again = duplicated(np.concatenate(chosen))
     start = 0
     for fate, here in zip(fates, is_document, strict=True):
         places = np.flatnonzero(here)

@@ -25,7 +25,7 @@ from kiem.core.leftovers import recover_folder
 from kiem.core.values import check_name
 from kiem.data.chunks import finish_directory
 from kiem.data.clean.cleaner import Cleaning, make_cleaning
-from kiem.data.clean.contamination import MIN_WORDS
+from kiem.data.clean.contamination import MIN_EVALUATION_WORDS
 from kiem.data.prepare.assemble import write_splits
 from kiem.data.prepare.cut import cut_documents
 from kiem.data.prepare.fates import decide
@@ -112,7 +112,10 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     cleaning = make_cleaning(options, console)
     if cleaning.evaluation is not None and (num_ignored := cleaning.evaluation.num_ignored):
         texts = "1 evaluation text has" if num_ignored == 1 else f"{num_ignored} texts have"
-        warn(console, f"--decontaminate: {texts} fewer than {MIN_WORDS} words, not looked for")
+        warn(
+            console,
+            f"--decontaminate: {texts} fewer than {MIN_EVALUATION_WORDS} words, not looked for",
+        )
     identity = _identity(options, source, tokenizer, cleaning)
     refuse_foreign(recover_folder(folder))
     if _is_made(folder, identity, options, console):

@@ -10,7 +10,7 @@ import numpy as np
 
 from kiem.data.clean.cleaner import Cleaning
 from kiem.data.clean.near_duplicates import NUM_BANDS, band_keys
-from kiem.data.clean.words import WordHashes, came_before
+from kiem.data.clean.ngrams import WordHashes, duplicated
 from kiem.data.prepare.split import decide_split, find_border, split_position
 from kiem.data.prepare.units import Reading, Unit, read_unit_rows, row_batches
 from kiem.data.read.sources import count_words
@@ -24,7 +24,7 @@ class TrainingTexts:
     Args:
         units: the plan.
         reading: how the source is read.
-        cleaning: what is mended and left out.
+        cleaning: what is normalized and rejected.
         word_limit: documents are taken as long as they have no more words together.
         test_share: share of the documents for testing.
         seed: of the split.
@@ -61,10 +61,10 @@ class TrainingTexts:
         # The split is that of the documents that are like no earlier one, as for the chunks.
         places = np.arange(len(positions))
         if cleaning.filters != "none":
-            places = places[~came_before(self._positions)]
+            places = places[~duplicated(self._positions)]
         if cleaning.near_duplicates:
             bands = np.concatenate(keys)[places].T
-            places = places[~np.any([came_before(band) for band in bands], axis=0)]
+            places = places[~np.any([duplicated(band) for band in bands], axis=0)]
         self._split = decide_split(
             self._positions[places], np.array(num_bytes)[places], test_share, chunk_size
         )
@@ -76,7 +76,7 @@ class TrainingTexts:
         for is_kept, row in zip(self._is_kept, rows, strict=False):
             if not is_kept or (position := next(positions)) < limit:
                 continue
-            text = self._cleaning.mend(row.text)
+            text = self._cleaning.normalize(row.text)
             if position > limit or cut_bytes is None:
                 yield text
             elif (border := find_border(text, cut_bytes)) is not None:

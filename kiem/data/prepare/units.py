@@ -21,7 +21,7 @@ import pyarrow as pa
 from kiem.data.arrow import from_numpy
 from kiem.data.clean.cleaner import Cleaning
 from kiem.data.clean.near_duplicates import band_keys, band_names
-from kiem.data.clean.words import WordHashes
+from kiem.data.clean.ngrams import WordHashes
 from kiem.data.prepare.packing import frame
 from kiem.data.prepare.split import split_position
 from kiem.data.prepare.unit_files import SCHEMA, UnitSummary, find_damage, read_unit, write_unit
@@ -75,7 +75,7 @@ class UnitJob:
         seed: of the split.
         bos_id: put before every document.
         eos_id: put after every document.
-        cleaning: what is mended and left out.
+        cleaning: what is normalized and rejected.
     """
 
     folder: Path
