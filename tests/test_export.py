@@ -20,7 +20,7 @@ from kiem.cli import parse
 from kiem.config import ExportOptions
 from kiem.core.errors import ExitCode, UserError
 from kiem.export.export import export
-from kiem.export.vocabulary import TokenType, Vocabulary, make_vocabulary
+from kiem.export.vocabulary import Vocabulary, make_vocabulary
 from kiem.tokenizer.tokenizer import Tokenizer, parse_tokenizer
 
 HARD_TEXTS = (
@@ -110,10 +110,10 @@ def test_gguf_reads_back(final_model: Path, dtype: str, tmp_path: Path) -> None:
     scores = reader.get_field("tokenizer.ggml.scores").contents()
     types = reader.get_field("tokenizer.ggml.token_type").contents()
     assert len(scores) == len(types) == len(tokens)
-    kinds = [TokenType(kind) for kind in types]
-    assert kinds[:4] == [TokenType.CONTROL] * 3 + [TokenType.UNKNOWN]
-    assert kinds[4:260] == [TokenType.BYTE] * 256
-    assert set(kinds[260:]) == {TokenType.NORMAL}
+    kinds = [gguf.TokenType(kind) for kind in types]
+    assert kinds[:4] == [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.UNKNOWN]
+    assert kinds[4:260] == [gguf.TokenType.BYTE] * 256
+    assert set(kinds[260:]) == {gguf.TokenType.NORMAL}
 
 
 def encode_as_llama_cpp(vocabulary: Vocabulary, text: str) -> list[int]:
@@ -123,7 +123,7 @@ def encode_as_llama_cpp(vocabulary: Vocabulary, text: str) -> list[int]:
     defined = [
         token
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
-        if kind == TokenType.USER_DEFINED and token in text
+        if kind == gguf.TokenType.USER_DEFINED and token in text
     ]
     parts: list[str | int] = [text]
     for token in sorted(defined, key=len, reverse=True):
@@ -175,16 +175,20 @@ def test_trained_vocabulary_encodes_the_same(trained: Tokenizer, sample_texts: l
 def test_gemma_vocabulary_encodes_the_same(gemma: Tokenizer, sample_texts: list[str]) -> None:
     vocabulary = make_vocabulary(gemma, gemma.num_rows)
     assert len(vocabulary.tokens) == 262_144
-    assert vocabulary.types[106] == TokenType.CONTROL  # <end_of_turn>
-    assert vocabulary.types[107] == TokenType.USER_DEFINED  # a line end
-    assert vocabulary.types[138] == TokenType.NORMAL  # two spaces
+    assert vocabulary.types[106] == gguf.TokenType.CONTROL  # <end_of_turn>
+    assert vocabulary.types[107] == gguf.TokenType.USER_DEFINED  # a line end
+    assert vocabulary.types[138] == gguf.TokenType.NORMAL  # two spaces
     for text in (*HARD_TEXTS, *sample_texts):
         assert encode_as_llama_cpp(vocabulary, text) == gemma.encode(text)
 
 
 def test_rows_without_an_entry_are_unused(trained: Tokenizer) -> None:
     vocabulary = make_vocabulary(trained, trained.num_rows + 2)
-    assert vocabulary.types[-3:] == [TokenType.NORMAL, TokenType.UNUSED, TokenType.UNUSED]
+    assert vocabulary.types[-3:] == [
+        gguf.TokenType.NORMAL,
+        gguf.TokenType.UNUSED,
+        gguf.TokenType.UNUSED,
+    ]
     assert len(set(vocabulary.tokens)) == trained.num_rows + 2
 
 

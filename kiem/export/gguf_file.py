@@ -1,15 +1,14 @@
-"""A model as one GGUF file, the format of llama.cpp and what is built on it."""
+"""Writer of GGUF files, the format of llama.cpp and programs built on it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
-import torch
-from torch import Tensor
 
-from kiem.core.errors import ExitCode, UserError, not_installed
+from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import new_file
 from kiem.export.origin import Origin
 from kiem.export.vocabulary import make_vocabulary
@@ -20,23 +19,6 @@ from kiem.tokenizer.tokenizer import Tokenizer
 # What llama.cpp takes for granted in Gemma 3 models.
 _LAYER_PATTERN = 6
 _LOCAL_ROPE_BASE = 10_000.0
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
 
 
 def write_gguf(model: Gemma3, tokenizer: Tokenizer, origin: Origin, dtype: str, path: Path) -> None:
@@ -45,32 +27,32 @@ def write_gguf(model: Gemma3, tokenizer: Tokenizer, origin: Origin, dtype: str, 
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        origin: what the file says of the model's name, languages and licence.
+        origin: the model's name, languages and licence.
         dtype: "f32", "f16", "bf16" or "q8_0" (blocks of 32 values with a common scale).
         path: the file.
 
     Raises:
-        UserError: gguf is not installed, or llama.cpp cannot run this shape or tokenizer.
+        UserError: llama.cpp cannot run this shape or tokenizer.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise not_installed("gguf", "--format gguf") from error
     _check_shape(model.config, dtype)
     vocabulary = make_vocabulary(tokenizer, model.config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, model.config.num_hidden_layers)
     matrix_type = gguf.GGMLQuantizationType[dtype.upper()]
-    tensors = [(gguf_name(key), tensor) for key, tensor in model.state_dict().items()]
+    tensors = [
+        (f"{names[key.removesuffix('.weight')]}.weight", tensor)
+        for key, tensor in model.state_dict().items()
+    ]
     types = {n: matrix_type if t.ndim == 2 else gguf.GGMLQuantizationType.F32 for n, t in tensors}
     with new_file(path) as file:
         # The writer opens the file by its name; the name goes, the content stays.
         writer = gguf.GGUFWriter(Path(file.name), "gemma3")
-        _describe(writer, model.config, int(gguf.LlamaFileType[_FILE_TYPES[dtype]]))
-        _describe_origin(writer, origin)
+        _add_origin(writer, origin)
+        _add_config(writer, model.config, dtype)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_list(vocabulary.tokens)
         writer.add_token_scores(vocabulary.scores)
-        writer.add_token_types([int(kind) for kind in vocabulary.types])
+        writer.add_token_types(vocabulary.types)
         writer.add_bos_token_id(tokenizer.bos_id)
         writer.add_eos_token_id(tokenizer.eos_id)
         writer.add_pad_token_id(tokenizer.pad_id)
@@ -79,63 +61,33 @@ def write_gguf(model: Gemma3, tokenizer: Tokenizer, origin: Origin, dtype: str, 
         writer.add_add_bos_token(True)
         writer.add_add_eos_token(False)
         writer.add_add_space_prefix(False)
-        for key, tensor in tensors:
-            shape = gguf.quant_shape_to_byte_shape(tuple(tensor.shape), types[key])
-            writer.add_tensor_info(
-                key, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=types[key]
-            )
+        for name, tensor in tensors:
+            shape = gguf.quant_shape_to_byte_shape(tuple(tensor.shape), types[name])
+            num_bytes = int(np.prod(shape))
+            writer.add_tensor_info(name, shape, np.dtype(np.uint8), num_bytes, types[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for key, tensor in tensors:
-            values = gguf.quants.quantize(gguf_values(key, tensor), types[key])
-            writer.write_tensor_data(values.view(np.uint8))
+        for name, tensor in tensors:
+            values = tensor.float().cpu().numpy()
+            if name.endswith("norm.weight"):
+                values = values + 1  # llama.cpp's norms multiply by the weight, Gemma's by 1 more
+            writer.write_tensor_data(gguf.quants.quantize(values, types[name]).view(np.uint8))
         writer.close()
 
 
-def gguf_name(key: str) -> str:
-    """Returns llama.cpp's name of a parameter."""
-    prefix, rest = "", key.removesuffix(".weight")
-    if rest.startswith("model.layers."):
-        number, rest = rest.removeprefix("model.layers.").split(".", 1)
-        prefix = f"blk.{number}."
-    return f"{prefix}{_NAMES[rest]}.weight"
-
-
-def gguf_values(name: str, tensor: Tensor) -> np.ndarray:
-    """Returns a parameter's values in fp32, as llama.cpp uses them.
-
-    Its norms multiply by the weight itself, Gemma's by 1 + weight.
-    """
-    values = tensor.detach().to("cpu", torch.float32).numpy()
-    return values + 1 if name.endswith("norm.weight") else values
-
-
-_FILE_TYPES = {
-    "f32": "ALL_F32",
-    "f16": "MOSTLY_F16",
-    "bf16": "MOSTLY_BF16",
-    "q8_0": "MOSTLY_Q8_0",
-}
-
-
-def _describe_origin(writer: Any, origin: Origin) -> None:
+def _add_origin(writer: Any, origin: Origin) -> None:
     """Writes what is known; an empty text would be a statement."""
-    for value, add in (
-        (origin.name, writer.add_name),
-        (origin.languages, writer.add_languages),
-        (origin.license, writer.add_license),
-        (origin.license_name, writer.add_license_name),
-        (origin.license_link, writer.add_license_link),
-    ):
+    for key, value in vars(origin).items():
         if value:
-            add(value)
+            getattr(writer, f"add_{key}")(value)
 
 
-def _describe(writer: Any, config: Gemma3Config, file_type: int) -> None:
+def _add_config(writer: Any, config: Gemma3Config, dtype: str) -> None:
+    file_type = "ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"
     writer.add_type("model")
-    writer.add_file_type(file_type)
-    writer.add_quantization_version(2)
+    writer.add_file_type(int(gguf.LlamaFileType[file_type]))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -152,22 +104,22 @@ def _describe(writer: Any, config: Gemma3Config, file_type: int) -> None:
 
 
 def _check_shape(config: Gemma3Config, dtype: str) -> None:
-    def refuse(what: str) -> UserError:
-        return UserError(
-            f"llama.cpp cannot run this shape: {what}",
-            where="config.json",
-            fix="Train one of the shapes that training.py --model offers, or choose another format "
-            "or --dtype.",
-            exit_code=ExitCode.NOT_A_MODEL,
+    problems = [
+        f"{name} is {getattr(config, name)}, not {expected}"
+        for name, expected in (
+            ("sliding_window_pattern", _LAYER_PATTERN),
+            ("rope_local_base_freq", _LOCAL_ROPE_BASE),
+            ("query_pre_attn_scalar", config.head_dim),
         )
-
-    for name, expected in (
-        ("sliding_window_pattern", _LAYER_PATTERN),
-        ("rope_local_base_freq", _LOCAL_ROPE_BASE),
-        ("query_pre_attn_scalar", config.head_dim),
-    ):
-        if getattr(config, name) != expected:
-            raise refuse(f"{name} is {getattr(config, name)}, not {expected}")
+        if getattr(config, name) != expected
+    ]
     widths = (config.hidden_size, config.intermediate_size)
     if dtype == "q8_0" and any(width % 32 for width in widths):
-        raise refuse(f"q8_0 needs widths that are multiples of 32, not {widths}")
+        problems.append(f"q8_0 needs widths that are multiples of 32, not {widths}")
+    if problems:
+        raise UserError(
+            f"llama.cpp cannot run this shape: {problems[0]}",
+            where="config.json",
+            fix="Train a shape of training.py --model, or choose another --format or --dtype.",
+            exit_code=ExitCode.NOT_A_MODEL,
+        )

@@ -1,7 +1,7 @@
-"""A tokenizer.json as llama.cpp wants it: entries with scores and types, and no list of merges.
+"""Vocabularies as llama.cpp reads them: entries with scores and types, and no list of merges.
 
 llama.cpp encodes as SentencePiece does: of all neighbours that together are an entry it merges
-those whose entry has the highest score, the leftmost first. A list of merges says the same if it
+those whose entry has the highest score, the leftmost first. A list of merges means the same if it
 has every way to make each entry and keeps those that make the same entry together; the score is
 then the place in the list. Both are checked here, for Gemma's own tokenizer as for one that kiem
 trained. (The usual converter needs Gemma's tokenizer.model, and takes a wrong path without it:
@@ -11,24 +11,15 @@ llama.cpp#19152.)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 
 import msgspec
+from gguf import TokenType
 
 from kiem.core.errors import ExitCode, UserError
 from kiem.tokenizer.tokenizer import BYTE_TOKENS, WORD_PIECES, Tokenizer
 from kiem.tokenizer.tokenizer_json import AddedToken, TokenizerJson
 
-
-class TokenType(IntEnum):
-    """llama.cpp's kinds of entries."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
+_OTHER_KIND = "it is not a byte-fallback BPE over text with its spaces replaced"
 
 
 @dataclass(frozen=True)
@@ -53,7 +44,7 @@ def make_vocabulary(tokenizer: Tokenizer, num_rows: int) -> Vocabulary:
     """
     content = tokenizer.content
     if content is None or not content.is_gemma_style:
-        raise _not_expressible("it is not a byte-fallback BPE over text with its spaces replaced")
+        raise _not_expressible(_OTHER_KIND)
     added = content.added_tokens
     ranks = _ranks(content)
     lowest = -float(len(ranks))
@@ -89,8 +80,7 @@ def _ranks(content: TokenizerJson) -> dict[str, int]:
         and pre_tokenizer.get("pattern") in ({"String": " "}, {"Regex": WORD_PIECES})
     )
     if not never_cuts:
-        raise _not_expressible("it is not a byte-fallback BPE over text with its spaces replaced")
-    entries, reserved = content.vocabulary, {*BYTE_TOKENS, *content.added_tokens}
+        raise _not_expressible(_OTHER_KIND)
     try:
         kind = list[tuple[str, str] | str]
         merges = msgspec.json.decode(content.description.model.merges, type=kind)
@@ -108,13 +98,14 @@ def _ranks(content: TokenizerJson) -> dict[str, int]:
             raise _not_expressible(f"the merges that make {made!r} are not together")
         ranks.setdefault(made, len(ranks))
         previous = made
-    possible = sum(
+    entries, reserved = content.vocabulary, {*BYTE_TOKENS, *content.added_tokens}
+    num_possible = sum(
         entry[:cut] in entries and entry[cut:] in entries
         for entry in entries
         if entry not in reserved or entry in ranks
         for cut in range(1, len(entry))
     )
-    if possible != len(merges):
+    if num_possible != len(merges):
         raise _not_expressible("not every pair of entries that make an entry may merge")
     return ranks
 
