@@ -173,7 +173,7 @@ JSONL = {
         "in.jsonl", b'{"text": NaN}', "1: the text is float, not a string", "not a string"
     ),
     "text is a huge number": bad(
-        "in.jsonl", b'{"text": %s}' % (b"9" * 5000), "1: the text is float, not a string",
+        "in.jsonl", b'{"text": %s}' % (b"9" * 5000), "1: the text is int, not a string",
         "not a string",
     ),
     "same key twice, the last counts": good("in.jsonl", b'{"text": 1, "text": "a"}', "a"),

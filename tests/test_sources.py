@@ -13,7 +13,7 @@ import pytest
 from kiem.core.errors import ExitCode, UserError
 from kiem.data.read.readers import list_parts, place, read_parts
 from kiem.data.read.rows import Document
-from kiem.data.read.sources import resolve_source, take_words, word_limit
+from kiem.data.read.sources import resolve_source, word_limit
 
 
 def read(*files: Path, text_column: str = "text", part_bytes: int = 1 << 20) -> list[Document]:
@@ -183,9 +183,6 @@ def test_words_are_counted_in_the_datasets_unit() -> None:
     for size in ("k", "0", "-1", "1.5k", "10K", "١٢", ""):
         with pytest.raises(UserError):
             word_limit(size)
-    texts = ["een twee", "drie"] * 3
-    assert len(list(take_words(texts, 7))) == 4
-    assert len(list(take_words(texts, None))) == 6
 
 
 def test_sample_is_what_it_says(sample_texts: list[str]) -> None:

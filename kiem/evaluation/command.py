@@ -28,9 +28,9 @@ from kiem.data.chunks import (
     read_tokenizer,
 )
 from kiem.data.prepare.verify import verify_shards
+from kiem.data.read.find_files import check_one_reader
 from kiem.data.read.readers import check_effects, read_documents
 from kiem.data.read.sources import resolve_source
-from kiem.data.read.standard_input import check_one_reader
 from kiem.evaluation.bits_per_byte import Document, bits_per_byte, measure
 from kiem.evaluation.foreign import open_foreign_model
 from kiem.evaluation.language_model import LanguageModel, own_language_model

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from kiem.core.errors import bad_input
 from kiem.data.read.formats import WITH_COLUMNS
-from kiem.data.read.records import read_records
+from kiem.data.read.readers import place, read_records
 from kiem.data.read.sources import local_source
 from kiem.evaluation.language_model import LanguageModel, text_nats
 
@@ -101,13 +101,16 @@ def accuracy(correct: int, pairs: int) -> Accuracy:
 
 def _read(names: Sequence[str], console: Console | None) -> list[Pair]:
     pairs = []
-    for name, place, row in read_records(local_source(names, "--suite", console), _FIX):
+    source = local_source(names, "--suite", console)
+    for part, number, row in read_records(source, _FIX):
         texts = [row.get("sentence_good"), row.get("sentence_bad")]
         good, bad = (text.strip() if isinstance(text, str) else "" for text in texts)
         if not good or not bad or good == bad:
-            raise bad_input(place, "no two sentences that differ", _FIX)
+            raise bad_input(place(source, part, number), "no two sentences that differ", _FIX)
         phenomena = (row[key] for key in _PHENOMENON_KEYS if isinstance(row.get(key), str))
-        pairs.append(Pair(good, bad, next(phenomena, PurePath(name).name.split(".")[0])))
+        pairs.append(
+            Pair(good, bad, next(phenomena, PurePath(source.names[part.file]).name.split(".")[0]))
+        )
     if not pairs:
         raise bad_input(f"--suite {' '.join(names)}", "there are no pairs", _FIX)
     return pairs

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from kiem.core.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError, bad_input
 from kiem.data.arrow import from_numpy
 from kiem.data.prepare.fates import CUT, TEST, TRAIN, Fates
 from kiem.data.prepare.packing import frame
@@ -21,7 +21,6 @@ from kiem.data.prepare.split import find_border, split_position
 from kiem.data.prepare.unit_files import SCHEMA, UnitSummary, read_columns, write_unit
 from kiem.data.prepare.units import Unit, UnitJob, read_unit_rows
 from kiem.data.read.readers import place
-from kiem.data.read.rows import bad_input
 from kiem.data.read.sources import count_words
 from kiem.tokenizer.encoding import Encoder
 

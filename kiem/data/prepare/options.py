@@ -6,8 +6,8 @@ import dataclasses
 
 from kiem.config import PreprocessOptions
 from kiem.core.errors import ExitCode, UserError, no_effect
+from kiem.data.read.find_files import check_one_reader
 from kiem.data.read.sources import DEFAULT_HUB_SIZE, check_hub_size, word_limit
-from kiem.data.read.standard_input import check_one_reader
 
 
 def check_options(options: PreprocessOptions) -> None:

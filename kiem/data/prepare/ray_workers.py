@@ -16,8 +16,8 @@ from kiem.core.errors import ExitCode, UserError, not_installed
 from kiem.core.files import write_bytes
 from kiem.data.prepare.unit_files import UnitSummary
 from kiem.data.prepare.units import Unit, UnitJob, finish_unit
+from kiem.data.read.find_files import STANDARD_INPUT
 from kiem.data.read.sources import Source
-from kiem.data.read.standard_input import STANDARD_INPUT
 from kiem.tokenizer.encoding import Encoder, fast_path
 from kiem.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
 

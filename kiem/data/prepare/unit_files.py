@@ -20,7 +20,7 @@ import pyarrow as pa
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import read_sealed, sealed_file
 from kiem.data.arrow import to_numpy
-from kiem.data.read.rows import reading_errors
+from kiem.data.read.section import reading_errors
 
 SCHEMA = pa.schema(
     [

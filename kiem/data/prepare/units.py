@@ -26,7 +26,8 @@ from kiem.data.prepare.packing import frame
 from kiem.data.prepare.split import split_position
 from kiem.data.prepare.unit_files import SCHEMA, UnitSummary, find_damage, read_unit, write_unit
 from kiem.data.read.readers import FilePart, list_parts, place, read_parts
-from kiem.data.read.rows import Document, reading_errors
+from kiem.data.read.rows import Document
+from kiem.data.read.section import reading_errors
 from kiem.data.read.sources import Source, count_words
 from kiem.tokenizer.encoding import Encoder
 

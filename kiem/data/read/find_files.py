@@ -1,22 +1,26 @@
-"""Which files paths, folders and globs stand for; none is left out unsaid."""
+"""The files that paths, folders, globs and "-" stand for; what is left out is counted."""
 
 from __future__ import annotations
 
 import glob
 import os
+import shutil
+import sys
+import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kiem.core.errors import ExitCode, UserError
+from kiem.core.disk import writing_errors
+from kiem.core.errors import bad_input, bad_option, not_found
 from kiem.data.chunks import MANIFEST_FILE
 from kiem.data.read.formats import READABLE, format_of, is_metadata, shown_suffix
-from kiem.data.read.rows import bad_input, reading_errors
-from kiem.data.read.standard_input import STANDARD_INPUT, keep_standard_input
+from kiem.data.read.section import reading_errors
 from kiem.tokenizer.tokenizer import TOKENIZER_FILE
 
+STANDARD_INPUT = "-"
 _MOST_SUFFIXES_SHOWN = 8
 _IN_CHUNK_DIRECTORIES = "in chunk directories"
 
@@ -49,7 +53,7 @@ def find_files(patterns: Sequence[str], option: str) -> FoundFiles:
     files = FoundFiles()
     for pattern in patterns:
         if pattern == STANDARD_INPUT:
-            files.paths.append(keep_standard_input())
+            files.paths.append(_keep_standard_input())
             files.names.append(STANDARD_INPUT)
             continue
         with reading_errors(f"{option} {pattern}"):
@@ -57,29 +61,27 @@ def find_files(patterns: Sequence[str], option: str) -> FoundFiles:
             files.paths += paths
             files.names += map(str, paths)
             files.not_read += not_read
-    folders: dict[Path, str] = {}
-    counts = Counter(
-        name if name == STANDARD_INPUT else _true_path(path, folders)
-        for path, name in zip(files.paths, files.names, strict=True)
-    )
-    repeated = sorted(path for path, count in counts.items() if count > 1)
-    if repeated:
-        raise UserError(
-            f"named twice: {', '.join(repeated)}",
-            where=option,
-            fix="Name each file once, so that its text does not count double.",
-            exit_code=ExitCode.BAD_OPTION,
-        )
+    counts: Counter[str] = Counter()
+    folders: dict[Path, str] = {}  # without links
+    for path, name in zip(files.paths, files.names, strict=True):
+        if name == STANDARD_INPUT or path.is_symlink():
+            counts[name if name == STANDARD_INPUT else str(path.resolve())] += 1
+            continue
+        if path.parent not in folders:
+            folders[path.parent] = str(path.parent.resolve())
+        counts[f"{folders[path.parent]}/{path.name}"] += 1
+    if repeated := sorted(path for path, count in counts.items() if count > 1):
+        fix = "Name each file once, so that its text does not count double."
+        raise bad_option(option, f"named twice: {', '.join(repeated)}", fix)
     return files
 
 
-def _true_path(path: Path, folders: dict[Path, str]) -> str:
-    """Returns a file's path without links; `folders` keeps those of folders."""
-    if path.is_symlink():
-        return str(path.resolve())
-    if path.parent not in folders:
-        folders[path.parent] = str(path.parent.resolve())
-    return f"{folders[path.parent]}/{path.name}"
+def check_one_reader(**values: Sequence[str | Path]) -> None:
+    """Raises a UserError if standard input, which can be read once, is a value of two options."""
+    readers = [name for name, given in values.items() if STANDARD_INPUT in map(str, given)]
+    if len(readers) > 1:
+        what = f"standard input is read for --{readers[0]} already"
+        raise bad_option(f"--{readers[1]} {STANDARD_INPUT}", what, "Give a file.")
 
 
 def show_counts(not_read: Counter[str]) -> str:
@@ -89,6 +91,19 @@ def show_counts(not_read: Counter[str]) -> str:
     more = ", ..." if len(common) > _MOST_SUFFIXES_SHOWN else ""
     total = not_read.total()
     return f"{total:,} {'file' if total == 1 else 'files'} ({shown}{more})"
+
+
+def _keep_standard_input() -> Path:
+    """Copies standard input into a nameless temporary file and returns a path that opens it.
+
+    It is read in parallel and more than once. The file is gone as soon as this process and those
+    that it forked are, however they end.
+    """
+    folder = Path(tempfile.gettempdir())
+    with writing_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+        file.flush()
+        return Path(f"/proc/self/fd/{os.dup(file.fileno())}")
 
 
 def _expand(pattern: str, option: str) -> tuple[list[Path], Counter[str]]:
@@ -103,26 +118,21 @@ def _expand(pattern: str, option: str) -> tuple[list[Path], Counter[str]]:
     else:
         # A glob may give a folder and what is in it as well.
         matches = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-        parts = [_walk(match) if match.is_dir() else [match] for match in matches]
-        files = [file for part in parts for file in part]
+        files = [file for m in matches for file in (_walk(m) if m.is_dir() else [m])]
         by_place = {(os.path.realpath(file.parent), file.name): file for file in files[::-1]}
         found = sorted(by_place.values())
     made = _in_chunk_directories(found)
     others = [path for path in found if path not in made]
     read = [path for path in others if not is_metadata(path.name) and format_of(path.name)]
     not_read = Counter(shown_suffix(path.name) for path in {*others}.difference(read))
-    not_read[_IN_CHUNK_DIRECTORIES] += len(made)
-    not_read = +not_read
+    not_read += Counter({_IN_CHUNK_DIRECTORIES: len(made)})
     for path in read:
         _check_file(path)
     if not read:
         what = "has no file that can be read" if is_there else "no such file"
-        raise UserError(
-            f"{what}, but {show_counts(not_read)}" if not_read else what,
-            where=f"{option} {pattern}",
-            fix=f"Name existing files, or a folder with files that end in {READABLE}.",
-            exit_code=ExitCode.NOT_FOUND,
-        )
+        what += f", but {show_counts(not_read)}" if not_read else ""
+        fix = f"Name existing files, or a folder with files that end in {READABLE}."
+        raise not_found(f"{option} {pattern}", what, fix)
     return read, not_read
 
 
@@ -162,6 +172,6 @@ def _check_file(path: Path) -> None:
         is_dangling = path.is_symlink() and not path.exists()
         what = "is a link to a file that is not there" if is_dangling else "is not a regular file"
         fix = "Remove it, or name only files. Text from a pipe is read from standard input: -"
-        raise bad_input(str(path), what, fix)
+        raise bad_input(text, what, fix)
     if format_of(path.name) is None:
-        raise bad_input(str(path), "unknown type of file", f"Files must end in {READABLE}.")
+        raise bad_input(text, "unknown type of file", f"Files must end in {READABLE}.")

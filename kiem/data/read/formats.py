@@ -1,29 +1,42 @@
-"""How a file is read, by its name and for some names its first line; see docs/formats.md."""
+"""The table of formats: which reader reads a file, by its name and sometimes its first line.
+
+docs/formats.md explains it.
+"""
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import io
-import lzma
 import re
-import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePath
-from typing import BinaryIO, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
-from kiem.core.json_input import JsonError, parse_json
-from kiem.data.read.rows import (
-    BOM,
-    HEAD_BYTES,
+from kiem.core.errors import UserError
+from kiem.data.read.columnar import read_arrow, read_parquet
+from kiem.data.read.json_files import parse_line, read_json, read_json_lines
+from kiem.data.read.rows import BOM, HEAD_BYTES, Problem, Row, foreign_content, lfs_pointer
+from kiem.data.read.section import (
+    COMPRESSIONS,
     MAX_DOCUMENT_BYTES,
-    bad_input,
-    damaged,
-    foreign_content,
-    lfs_pointer,
+    Section,
+    decompression_errors,
+    open_content,
 )
+from kiem.data.read.tables import read_table
+from kiem.data.read.text_files import read_text, read_wikiextractor
 
 Kind = Literal["text", "json lines", "json", "csv", "tsv", "parquet", "arrow", "wikiextractor"]
 
+READERS: dict[Kind, Callable[[Section], Iterator[Row]]] = {
+    "text": read_text,
+    "json lines": read_json_lines,
+    "json": read_json,
+    "csv": read_table,
+    "tsv": partial(read_table, delimiter="\t"),
+    "parquet": read_parquet,
+    "arrow": read_arrow,
+    "wikiextractor": read_wikiextractor,
+}
 KINDS: dict[str, Kind] = {
     ".txt": "text",
     ".jsonl": "json lines",
@@ -35,19 +48,16 @@ KINDS: dict[str, Kind] = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
-WHOLE: tuple[Kind, ...] = ("parquet", "arrow")  # compressed inside, so not as files
+WITHOUT_COLUMNS: tuple[Kind, ...] = ("text", "wikiextractor")
+_COMPRESSED_INSIDE: tuple[Kind, ...] = ("parquet", "arrow")
 READABLE = (
-    f"{', '.join(suffix for suffix, kind in KINDS.items() if kind not in WHOLE)}, "
+    f"{', '.join(suffix for suffix, kind in KINDS.items() if kind not in _COMPRESSED_INSIDE)}, "
     f"also with {', '.join(COMPRESSIONS)} after it, "
-    f"or {', '.join(suffix for suffix, kind in KINDS.items() if kind in WHOLE)}"
+    f"or {', '.join(suffix for suffix, kind in KINDS.items() if kind in _COMPRESSED_INSIDE)}"
 )
-WITH_COLUMNS = ", ".join(suffix for suffix, kind in KINDS.items() if kind != "text")
+WITH_COLUMNS = ", ".join(suffix for suffix, kind in KINDS.items() if kind not in WITHOUT_COLUMNS)
 # What libraries put beside data, which is no text to read.
 _METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
-_BLOCK_BYTES = 1 << 17
-# What the libraries raise at compressed bytes that are damaged; OSError when it has no number.
-DECOMPRESSION_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
 class Format(NamedTuple):
@@ -71,7 +81,7 @@ def format_of(name: str) -> Format | None:
     if not suffix and re.fullmatch(r"wiki_\d+", stem):
         return Format("wikiextractor", compression)
     kind = KINDS.get(suffix)
-    if kind is None or (compression and kind in WHOLE):
+    if kind is None or (compression and kind in _COMPRESSED_INSIDE):
         return None
     return Format(kind, compression)
 
@@ -98,31 +108,6 @@ def shown_suffix(name: str) -> str:
     return suffix if suffix.isprintable() and suffix else "without suffix"
 
 
-def open_content(path: Path, compression: str | None) -> BinaryIO:
-    """Opens a file to read what it was before it was compressed."""
-    if compression == "gzip":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if compression == "bzip2":
-        return cast(BinaryIO, bz2.open(path, "rb"))
-    if compression == "xz":
-        return cast(BinaryIO, lzma.open(path, "rb"))
-    if compression == "zstd":
-        import pyarrow as pa
-
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), _BLOCK_BYTES)
-    return path.open("rb", buffering=_BLOCK_BYTES)
-
-
-def is_damage(compression: str | None, error: Exception) -> bool:
-    """Says whether one of DECOMPRESSION_ERRORS is the file's fault, not the disk's."""
-    return compression is not None and getattr(error, "errno", None) is None
-
-
-def decompression_error(place: str, compression: str | None, error: Exception) -> Exception:
-    """Returns the error to raise for one of DECOMPRESSION_ERRORS."""
-    return damaged(place, str(compression), error) if is_damage(compression, error) else error
-
-
 def look_inside(path: Path, name: str, named: Format | None, is_cut: bool) -> Format:
     """Returns how a file is read, where its name does not say it all.
 
@@ -133,40 +118,26 @@ def look_inside(path: Path, name: str, named: Format | None, is_cut: bool) -> Fo
         is_cut: whether files of text are cut into documents.
 
     Raises:
-        UserError: it is compressed or encoded in a way that its name does not say, or damaged.
+        UserError: it is compressed or encoded in a way that its name does not say.
     """
     kind, compression = named or Format("text")
-    if kind in WHOLE:
-        with path.open("rb") as content:
-            if (found := lfs_pointer(content.read(HEAD_BYTES))) is not None:
-                raise bad_input(name, found.what, found.fix)
-        return Format(kind, compression)
     if kind == "text" and named is not None and not is_cut:
-        return Format(kind, compression)
+        return named  # its one document says so itself
+    has_lines = kind in ("json", "wikiextractor") or named is None  # if it is JSON
     try:
-        with open_content(path, compression) as file:
-            head = file.read(HEAD_BYTES)
-            if (found := foreign_content(head)) is not None:
-                raise bad_input(name, found.what, found.fix)
-            if kind not in ("json", "wikiextractor") and named is not None:
-                return Format(kind, compression)
-            head = head.removeprefix(BOM).lstrip()
-            if head.startswith(b"[") and kind != "wikiextractor":
-                return Format("json", compression)
-            if head.startswith(b"{"):
-                first = head + file.readline(MAX_DOCUMENT_BYTES)
-                return Format("json lines" if _is_line(first) else "json", compression)
-            return Format(kind, compression)
-    except DECOMPRESSION_ERRORS as error:
-        if not is_damage(compression, error):
-            raise
+        with decompression_errors(lambda: name, compression), open_content(path, compression) as f:
+            head = f.read(HEAD_BYTES)
+            start = head.removeprefix(BOM).lstrip()
+            if has_lines and start.startswith(b"{"):
+                start += f.readline(MAX_DOCUMENT_BYTES)
+    except UserError:
         return Format(kind, compression)  # reading finds the damage again, and the line
-
-
-def _is_line(data: bytes) -> bool:
-    """Says whether the first line is JSON by itself."""
-    try:
-        parse_json(data.split(b"\n", 1)[0], is_strict=False)
-    except JsonError:
-        return False
-    return True
+    found = lfs_pointer(head) if kind in _COMPRESSED_INSIDE else foreign_content(head)
+    if found is not None:
+        raise found.error(name)
+    if has_lines and start.startswith(b"["):
+        kind = kind if kind == "wikiextractor" else "json"
+    elif has_lines and start.startswith(b"{"):
+        is_line = not isinstance(parse_line(start.split(b"\n", 1)[0]), Problem)
+        kind = "json lines" if is_line else "json"
+    return Format(kind, compression)

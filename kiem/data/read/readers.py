@@ -1,31 +1,20 @@
-"""Reading the documents of one part of a file: a byte range, a row group, or the whole."""
+"""The documents and records of a source, read in parts that do not depend on each other."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from kiem.core.errors import ExitCode, UserError, no_effect
-from kiem.data.read.arrow_files import read_arrow
-from kiem.data.read.formats import DECOMPRESSION_ERRORS, decompression_error, open_content
-from kiem.data.read.json_lines import read_json_lines
-from kiem.data.read.json_values import read_json
-from kiem.data.read.lines import read_lines
-from kiem.data.read.parquet import read_row_group, row_groups
-from kiem.data.read.rows import Document, bad_input, reading_errors
+from kiem.core.errors import ExitCode, UserError, bad_input, no_effect
+from kiem.data.read.columnar import row_groups
+from kiem.data.read.find_files import STANDARD_INPUT
+from kiem.data.read.formats import READERS, WITH_COLUMNS, WITHOUT_COLUMNS
+from kiem.data.read.rows import NOT_OBJECT, Document, Problem, Row, document_in
+from kiem.data.read.section import Section, decompression_errors, reading_errors
 from kiem.data.read.sources import Source, file_stamp
-from kiem.data.read.standard_input import STANDARD_INPUT
-from kiem.data.read.tables import read_table
-from kiem.data.read.text_files import (
-    BLANK_LINES,
-    EVERY_LINE,
-    read_separated_text,
-    read_whole_text,
-    read_wikiextractor,
-    separator_test,
-)
+from kiem.data.read.text_files import BLANK_LINES, EVERY_LINE, separator_test
 
 
 class FilePart(NamedTuple):
@@ -51,14 +40,12 @@ def list_parts(source: Source, part_bytes: int) -> list[FilePart]:
         UserError: a file is empty, gone, or a damaged Parquet file.
     """
     return [
-        part
-        for file, name in enumerate(source.names)
-        for part in _cut_file(source, file, name, part_bytes)
+        part for file in range(len(source.paths)) for part in _file_parts(source, file, part_bytes)
     ]
 
 
-def _cut_file(source: Source, file: int, name: str, part_bytes: int) -> list[FilePart]:
-    path, (kind, compression) = source.paths[file], source.formats[file]
+def _file_parts(source: Source, file: int, part_bytes: int) -> list[FilePart]:
+    path, name, (kind, compression) = source.paths[file], source.names[file], source.formats[file]
     with reading_errors(name):
         size = path.stat().st_size
         whole = [FilePart(file, 0, size, size)]
@@ -76,31 +63,10 @@ def _cut_file(source: Source, file: int, name: str, part_bytes: int) -> list[Fil
         return [FilePart(file, a, b, b - a) for a, b in zip(starts, stops, strict=True)]
 
 
-def check_effects(source: Source, text_column: str) -> None:
-    """Raises a UserError if there are no columns to choose from, or nothing is separated."""
-    kinds = {kind for kind, _ in source.formats}
-    if text_column != "text" and kinds <= {"text", "wikiextractor"}:
-        raise no_effect("--text-column", "on this source, which has no columns")
-    separator = source.document_separator
-    if separator is None:
-        return
-    files = [n for n, (kind, _) in enumerate(source.formats) if kind == "text"]
-    if not files:
-        raise no_effect("--document-separator", "on this source, which has no files of text")
-    if separator == EVERY_LINE or any(_has_separator(source, n, separator) for n in files):
-        return
-    raise UserError(
-        "has no effect: no file of text has such a line",
-        where=f"--document-separator {separator}",
-        fix=f"Give the text of a whole line, {BLANK_LINES} or {EVERY_LINE}, or leave it out.",
-        exit_code=ExitCode.NO_EFFECT,
-    )
-
-
 def read_parts(
     source: Source, parts: Iterable[FilePart], text_column: str, on_bad: Literal["stop", "skip"]
 ) -> Iterator[tuple[FilePart, Document]]:
-    """Yields every row of some parts, with the part it is in.
+    """Yields the document in every row of some parts, with the part it is in.
 
     Args:
         source: where the files are.
@@ -113,15 +79,12 @@ def read_parts(
             names file and line.
     """
     for part in parts:
-        path, name = source.paths[part.file], source.names[part.file]
-        with reading_errors(name):
-            for row in _read_part(source, part, text_column):
-                if row.problem is not None and on_bad == "stop":
-                    raise row.problem.error(place(source, part, row.number))
-                yield part, row
-            if file_stamp(path) != source.stamps[part.file]:
-                fix = "Run it again when nothing writes to the file any more."
-                raise bad_input(name, "the file changed while it was read", fix)
+        label = _default_label(source, part.file)
+        for row in _read_rows(source, part, text_column):
+            document = document_in(row, text_column, label)
+            if document.problem is not None and on_bad == "stop":
+                raise document.problem.error(place(source, part, document.number))
+            yield part, document
 
 
 def read_documents(source: Source, text_column: str, fix: str) -> Iterator[Document]:
@@ -140,12 +103,33 @@ def read_documents(source: Source, text_column: str, fix: str) -> Iterator[Docum
     parts = list_parts(source, sys.maxsize)
 
     def documents() -> Iterator[Document]:
-        for part, row in read_parts(source, parts, text_column, "skip"):
-            if row.problem is not None:
-                raise bad_input(place(source, part, row.number), row.problem.what, fix)
-            yield row
+        for part, document in read_parts(source, parts, text_column, "skip"):
+            if document.problem is not None:
+                raise document.problem.error(place(source, part, document.number), fix)
+            yield document
 
     return documents()
+
+
+def read_records(source: Source, fix: str) -> Iterator[tuple[FilePart, int, dict[str, Any]]]:
+    """Yields the rows of a source: part of a file, number in it and the values by column.
+
+    Args:
+        source: where the files are.
+        fix: what to do about a row that is no record.
+
+    Raises:
+        UserError: a file is damaged or has no columns, or a row is no record; names it.
+    """
+    for name, (kind, _) in zip(source.names, source.formats, strict=True):
+        if kind in WITHOUT_COLUMNS:
+            raise bad_input(name, "has no columns", f"Give a file with columns: {WITH_COLUMNS}.")
+    for part in list_parts(source, sys.maxsize):
+        for number, value in _read_rows(source, part, column=None):
+            if not isinstance(value, dict):
+                problem = value if isinstance(value, Problem) else NOT_OBJECT
+                raise problem.error(place(source, part, number), fix)
+            yield part, number, value
 
 
 def place(source: Source, part: FilePart, number: int) -> str:
@@ -158,67 +142,72 @@ def count_rows(source: Source, file: int, start: int, stop: int) -> int:
     """Returns how many lines begin in a byte range of a file, or the rows of row groups."""
     if start == stop:
         return 0
-    path, name = source.paths[file], source.names[file]
-    with reading_errors(name):
+    with reading_errors(source.names[file]):
         if source.formats[file].kind == "parquet":
-            return sum(num_rows for num_rows, _ in row_groups(path, name)[start:stop])
-        with path.open("rb") as content:
-            return sum(1 for _ in read_lines(content, start, stop))
+            groups = row_groups(source.paths[file], source.names[file])
+            return sum(num_rows for num_rows, _ in groups[start:stop])
+        return sum(1 for _ in _section(source, FilePart(file, start, stop, 0)).lines())
 
 
-def _read_part(source: Source, part: FilePart, text_column: str) -> Iterator[Document]:
-    """Yields every row of a part, whether it is a document or not."""
-    path, name = source.paths[part.file], source.names[part.file]
-    kind, compression = source.formats[part.file]
-    label = _label(name)
-    if kind == "parquet":
-        yield from read_row_group(path, part.start, name, text_column, label)
-        return
-    if kind == "arrow":
-        yield from read_arrow(path, name, text_column, label)
-        return
-    number = 0
-    try:
-        with open_content(path, compression) as file:
-            for row in _read_content(file, source, part, text_column):
-                number = row.number
-                yield row
-    except DECOMPRESSION_ERRORS as error:
-        raise decompression_error(f"{name}:{number + 1}", compression, error) from error
-
-
-def _read_content(
-    file: BinaryIO, source: Source, part: FilePart, text_column: str
-) -> Iterator[Document]:
-    """Yields the rows of a part of a file that is read as bytes, from its decompressed content."""
-    name, (kind, compression) = source.names[part.file], source.formats[part.file]
-    start, stop = part.start, sys.maxsize if compression else part.stop
-    label = _label(name)
+def check_effects(source: Source, text_column: str) -> None:
+    """Raises a UserError if there are no columns to choose from, or nothing is separated."""
+    kinds = [kind for kind, _ in source.formats]
+    if text_column != "text" and not set(kinds).difference(WITHOUT_COLUMNS):
+        raise no_effect("--text-column", "on this source, which has no columns")
     separator = source.document_separator
-    if kind == "text" and separator is None:
-        yield read_whole_text(file, stop, label if name == STANDARD_INPUT else Path(name).name)
-    elif kind == "text" and separator is not None:
-        yield from read_separated_text(file, start, stop, separator, label)
-    elif kind == "json lines":
-        yield from read_json_lines(read_lines(file, start, stop), text_column, label)
-    elif kind == "json":
-        yield from read_json(file, name, text_column, label)
-    elif kind == "csv" or kind == "tsv":
-        yield from read_table(file, kind, name, text_column, label)
-    else:
-        assert kind == "wikiextractor", kind
-        yield from read_wikiextractor(read_lines(file, start, stop), label)
-
-
-def _label(name: str) -> str:
-    """Returns what the rows of a file are counted under that do not say it themselves."""
-    return "stdin" if name == STANDARD_INPUT else Path(name).name.split(".")[0]
+    if separator is None:
+        return
+    if "text" not in kinds:
+        raise no_effect("--document-separator", "on this source, which has no files of text")
+    files = [n for n, kind in enumerate(kinds) if kind == "text"]
+    if separator == EVERY_LINE or any(_has_separator(source, n, separator) for n in files):
+        return
+    raise UserError(
+        "has no effect: no file of text has such a line",
+        where=f"--document-separator {separator}",
+        fix=f"Give the text of a whole line, {BLANK_LINES} or {EVERY_LINE}, or leave it out.",
+        exit_code=ExitCode.NO_EFFECT,
+    )
 
 
 def _has_separator(source: Source, file: int, separator: str) -> bool:
-    name, compression = source.names[file], source.formats[file].compression
-    try:
-        with reading_errors(name), open_content(source.paths[file], compression) as content:
-            return any(map(separator_test(separator), read_lines(content, 0, sys.maxsize)))
-    except DECOMPRESSION_ERRORS as error:
-        raise decompression_error(name, compression, error) from error
+    section = _section(source, FilePart(file, 0, sys.maxsize, 0))
+    name = section.name
+    with reading_errors(name), decompression_errors(lambda: name, section.compression):
+        return any(map(separator_test(separator), section.lines()))
+
+
+def _read_rows(source: Source, part: FilePart, column: str | None) -> Iterator[Row]:
+    """Yields every row of a part of a file, with the values of one column or of all."""
+    section = _section(source, part, column)
+    name, number = section.name, 0
+    damage = decompression_errors(lambda: f"{name}:{number + 1}", section.compression)
+    with reading_errors(name), damage:
+        for row in READERS[source.formats[part.file].kind](section):
+            number = row[0]
+            yield row
+        if file_stamp(section.path) != source.stamps[part.file]:
+            fix = "Run it again when nothing writes to the file any more."
+            raise bad_input(name, "the file changed while it was read", fix)
+
+
+def _section(source: Source, part: FilePart, column: str | None = None) -> Section:
+    file, compression = part.file, source.formats[part.file].compression
+    return Section(
+        source.paths[file],
+        source.names[file],
+        compression,
+        part.start,
+        sys.maxsize if compression else part.stop,
+        column,
+        source.document_separator,
+    )
+
+
+def _default_label(source: Source, file: int) -> str:
+    """Returns what the rows of a file are counted under that do not say it themselves."""
+    if source.names[file] == STANDARD_INPUT:
+        return "stdin"
+    name = Path(source.names[file]).name
+    is_document = source.formats[file].kind == "text" and source.document_separator is None
+    return name if is_document else name.split(".")[0]

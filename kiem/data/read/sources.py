@@ -1,10 +1,10 @@
-"""Where text comes from: the files of the Hub dataset, local files or the built-in sample."""
+"""Sources of text: the files of the Hub dataset, local files or the built-in sample."""
 
 from __future__ import annotations
 
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from itertools import pairwise
@@ -15,12 +15,11 @@ from rich.console import Console
 
 from kiem.config import DATASET_SIZES, HUB_DATASET
 from kiem.core.console import warn
-from kiem.core.errors import ExitCode, UserError, no_effect
+from kiem.core.errors import ExitCode, UserError, bad_option, no_effect
 from kiem.core.files import sha256_file
-from kiem.data.read.find_files import FoundFiles, find_files, show_counts
+from kiem.data.read.find_files import STANDARD_INPUT, FoundFiles, find_files, show_counts
 from kiem.data.read.formats import Format, format_of, look_inside
-from kiem.data.read.rows import reading_errors
-from kiem.data.read.standard_input import STANDARD_INPUT
+from kiem.data.read.section import reading_errors
 from kiem.data.read.text_files import BLANK_LINES, EVERY_LINE
 from kiem.hub import download_dataset_files
 
@@ -71,7 +70,7 @@ def resolve_source(
     """Finds (and for the Hub, downloads) the files that an option names.
 
     Args:
-        source: ("hub",), ("sample",), or files, folders and globs.
+        source: ("hub",), ("sample",), or files, folders, globs and standard input ("-").
         dataset_size: the Hub dataset's config; not looked at for other sources.
         revision: the Hub dataset's commit, by default the newest.
         console: where the progress of a download is shown, and what is not read.
@@ -82,9 +81,12 @@ def resolve_source(
         UserError: unknown size, no such file, a file that cannot be read, or trouble with the Hub.
     """
     if document_separator is not None:
-        _check_separator(document_separator)
-    if source == ("hub",) and document_separator is not None:
-        raise no_effect("--document-separator", "on the Hub dataset, whose documents are rows")
+        if not document_separator.strip() or len(document_separator.splitlines()) > 1:
+            what = f"{document_separator!r} is not the text of one line"
+            fix = f"Give such a text, or {BLANK_LINES} or {EVERY_LINE}."
+            raise bad_option("--document-separator", what, fix)
+        if source == ("hub",):
+            raise no_effect("--document-separator", "on the Hub dataset, whose documents are rows")
     if source == ("hub",):
         return _resolve_hub(dataset_size or DEFAULT_HUB_SIZE, revision, console)
     if source == ("sample",):
@@ -92,23 +94,9 @@ def resolve_source(
         files = FoundFiles([path], ["sample"])
         return _files_source("sample", "sample", files, document_separator)
     if "hub" in source or "sample" in source:
-        raise UserError(
-            "'hub' and 'sample' stand alone",
-            where=option,
-            fix="Give either one of them, or files.",
-            exit_code=ExitCode.BAD_OPTION,
-        )
+        fix = "Give either one of them, or files."
+        raise bad_option(option, "'hub' and 'sample' stand alone", fix)
     return local_source(source, option, console, document_separator)
-
-
-def _check_separator(separator: str) -> None:
-    if not separator.strip() or len(separator.splitlines()) > 1:
-        raise UserError(
-            f"{separator!r} is not the text of one line",
-            where="--document-separator",
-            fix=f"Give such a text, or {BLANK_LINES} or {EVERY_LINE}.",
-            exit_code=ExitCode.BAD_OPTION,
-        )
 
 
 def local_source(
@@ -117,13 +105,7 @@ def local_source(
     console: Console | None = None,
     document_separator: str | None = None,
 ) -> Source:
-    """Returns the source that files, folders, globs and standard input ("-") are.
-
-    Args:
-        patterns: one or more of these.
-        option: the option's name, for messages.
-        console: where it is said what is not read.
-        document_separator: what cuts text files into documents; None: each is one.
+    """Returns the source that files, folders, globs and standard input are; see `resolve_source`.
 
     Raises:
         UserError: there is no such file, or one cannot be read.
@@ -148,59 +130,13 @@ def _files_source(name: str, kind: str, files: FoundFiles, separator: str | None
             hashes[file_name] = sha256_file(path)
             named = format_of(path.name)
             formats.append(look_inside(path, file_name, named, is_cut=separator is not None))
-    return Source(
-        name,
-        files.paths,
-        files.names,
-        formats,
-        {"kind": kind, "sha256": hashes},
-        stamps,
-        separator,
-        files.not_read,
-    )
-
-
-def word_limit(dataset_size: str | None) -> int | None:
-    """Returns the number of white-space words that `--dataset-size` stands for: 10k is 10 000."""
-    if dataset_size is None:
-        return None
-    factor = {"k": 10**3, "M": 10**6, "B": 10**9}.get(dataset_size[-1:], 1)
-    digits = dataset_size if factor == 1 else dataset_size[:-1]
-    # int() refuses thousands of digits.
-    if not (digits.isascii() and digits.isdecimal()) or len(digits) > 18 or int(digits) == 0:
-        raise UserError(
-            f"{reprlib.repr(dataset_size)} is not a number of words",
-            where="--dataset-size",
-            fix="Give a number such as 50000, 10k, 1M or 1B.",
-            exit_code=ExitCode.UNKNOWN_SIZE,
-        )
-    return int(digits) * factor
-
-
-def take_words(texts: Iterable[str], limit: int | None) -> Iterator[str]:
-    """Yields texts for as long as they together stay within `limit` white-space words."""
-    num_words = 0
-    for text in texts:
-        if limit is not None:
-            num_words += count_words(text)
-            if num_words > limit:
-                return
-        yield text
-
-
-def count_words(text: str) -> int:
-    """Returns the number of white-space words, `len(text.split())`, in little memory."""
-    blocks = [text[n : n + _WORD_BLOCK] for n in range(0, len(text), _WORD_BLOCK)]
-    cut = sum(not a[-1].isspace() and not b[0].isspace() for a, b in pairwise(blocks))
-    return sum(len(block.split()) for block in blocks) - cut
+    description = {"kind": kind, "sha256": hashes}
+    found = (files.paths, files.names, formats, description, stamps)
+    return Source(name, *found, separator, files.not_read)
 
 
 def check_hub_size(dataset_size: str) -> None:
-    """Checks that the Hub dataset has a config of this name.
-
-    Raises:
-        UserError: it has not; lists those it has.
-    """
+    """Raises a UserError, which lists the sizes, if the Hub dataset has no config of this name."""
     if dataset_size not in DATASET_SIZES:
         raise UserError(
             f"{HUB_DATASET} has no size {dataset_size!r}",
@@ -224,3 +160,27 @@ def _resolve_hub(dataset_size: str, revision: str | None, console: Console | Non
     stamps = [file_stamp(path) for path in files.paths]
     formats = [Format("parquet")] * len(files.paths)
     return Source(dataset_size, files.paths, files.names, formats, description, stamps)
+
+
+def word_limit(dataset_size: str | None) -> int | None:
+    """Returns the number of white-space words that `--dataset-size` stands for: 10k is 10 000."""
+    if dataset_size is None:
+        return None
+    factor = {"k": 10**3, "M": 10**6, "B": 10**9}.get(dataset_size[-1:], 1)
+    digits = dataset_size if factor == 1 else dataset_size[:-1]
+    # int() refuses thousands of digits.
+    if not (digits.isascii() and digits.isdecimal()) or len(digits) > 18 or int(digits) == 0:
+        raise UserError(
+            f"{reprlib.repr(dataset_size)} is not a number of words",
+            where="--dataset-size",
+            fix="Give a number such as 50000, 10k, 1M or 1B.",
+            exit_code=ExitCode.UNKNOWN_SIZE,
+        )
+    return int(digits) * factor
+
+
+def count_words(text: str) -> int:
+    """Returns the number of white-space words, `len(text.split())`, in little memory."""
+    blocks = [text[n : n + _WORD_BLOCK] for n in range(0, len(text), _WORD_BLOCK)]
+    cut = sum(not a[-1].isspace() and not b[0].isspace() for a, b in pairwise(blocks))
+    return sum(len(block.split()) for block in blocks) - cut

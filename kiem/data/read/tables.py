@@ -1,4 +1,4 @@
-"""Reading tables of text, .csv and .tsv, whose first line names the columns."""
+"""Reader for tables of text, .csv and .tsv, whose first line names the columns."""
 
 from __future__ import annotations
 
@@ -7,16 +7,10 @@ import io
 import re
 from collections.abc import Iterator
 from itertools import chain
-from typing import BinaryIO, Literal
 
-from kiem.data.read.rows import (
-    MAX_DOCUMENT_BYTES,
-    Document,
-    Problem,
-    bad_input,
-    no_column,
-    record_row,
-)
+from kiem.core.errors import bad_input
+from kiem.data.read.rows import Problem, Row, no_column
+from kiem.data.read.section import MAX_DOCUMENT_BYTES, Section
 
 _QUOTES = (
     'A field that begins with a double quote must end with one, and have "" for those in it. Such '
@@ -24,43 +18,27 @@ _QUOTES = (
 )
 
 
-def read_table(
-    file: BinaryIO, kind: Literal["csv", "tsv"], name: str, column: str, default_source: str
-) -> Iterator[Document]:
-    """Yields the rows of a table.
+def read_table(section: Section, delimiter: str | None = None) -> Iterator[Row]:
+    """Yields the rows of a table, each with the number of its first line.
 
     Args:
-        file: the file.
-        kind: tsv: tabs are between fields. csv: what is most often between the first line's.
-        name: what it is called in messages.
-        column: the column that holds the text.
-        default_source: what a row without a `source` is counted under.
+        section: the file.
+        delimiter: what is between fields; by default what is most often in the first line.
 
     Raises:
         UserError: there is no such column, or quotes are not balanced; names the line.
     """
-    for number, record in read_table_records(file, kind, name, column):
-        if isinstance(record, Problem):
-            yield Document("", default_source, number, record)
-        else:
-            yield record_row(record, number, column, default_source)
-
-
-def read_table_records(
-    file: BinaryIO, kind: Literal["csv", "tsv"], name: str, *needed: str
-) -> Iterator[tuple[int, dict[str, str] | Problem]]:
-    """Yields each row's first line and its fields by column, or what is wrong with it.
-
-    Bytes that are not UTF-8 become lone surrogates, as "surrogateescape" makes them.
-    """
     csv.field_size_limit(MAX_DOCUMENT_BYTES)  # of the process; the usual one is 131 072
-    with io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text:
+    with io.TextIOWrapper(section.open(), "utf-8-sig", "surrogateescape", newline="") as text:
         lines = iter(lambda: text.readline(MAX_DOCUMENT_BYTES + 1), "")
         first = next(lines, "")
-        reader = csv.reader(chain([first], lines), delimiter=_delimiter(first, kind), strict=True)
+        if delimiter is None:
+            delimiter = max(",;\t", key=re.sub(r'"[^"]*"', "", first).count)
+        reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
         try:
             columns = next(reader, [])
-            _check_columns(columns, needed, name)
+            if section.column is not None:
+                _check_column(columns, section.column, f"{section.name}:1")
             number = reader.line_num + 1
             for fields in reader:
                 if len(fields) == len(columns):
@@ -69,27 +47,17 @@ def read_table_records(
                     yield number, _other_fields(len(fields), len(columns))
                 number = reader.line_num + 1
         except csv.Error as error:
-            what = f"not a table ({error})"
-            raise bad_input(f"{name}:{reader.line_num}", what, _QUOTES) from error
+            where = f"{section.name}:{reader.line_num}"
+            raise bad_input(where, f"not a table ({error})", _QUOTES) from error
 
 
-def _delimiter(first_line: str, kind: Literal["csv", "tsv"]) -> str:
-    unquoted = re.sub(r'"[^"]*"', "", first_line)
-    return "\t" if kind == "tsv" else max(",;\t", key=unquoted.count)
-
-
-def _check_columns(columns: list[str], needed: tuple[str, ...], name: str) -> None:
-    for column in needed:
-        if column not in columns:
-            problem = no_column(column, columns)
-            raise bad_input(
-                f"{name}:1", problem.what, f"The first line must name the columns. {problem.fix}"
-            )
-    twice = sorted({column for column in columns if columns.count(column) > 1})
-    if set(twice) & set(needed):
-        raise bad_input(
-            f"{name}:1", f"has several columns {twice[0]!r}", "Rename or remove the others."
-        )
+def _check_column(columns: list[str], column: str, place: str) -> None:
+    if column not in columns:
+        problem = no_column(column, columns)
+        raise problem.error(place, f"The first line must name the columns. {problem.fix}")
+    if columns.count(column) > 1:
+        what = f"has several columns {column!r}"
+        raise bad_input(place, what, "Rename or remove the others.")
 
 
 def _other_fields(num_fields: int, num_columns: int) -> Problem:

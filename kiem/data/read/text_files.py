@@ -1,23 +1,14 @@
-"""Reading files of plain text: one document each, or cut into documents; and WikiExtractor's."""
+"""Readers for plain text, one document or cut into several, and for WikiExtractor's files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO
+from itertools import chain
 
-from kiem.data.read.lines import next_line, read_lines, seek_line
-from kiem.data.read.rows import (
-    BOM,
-    MAX_DOCUMENT_BYTES,
-    NOT_UTF8,
-    TOO_LONG,
-    Document,
-    Problem,
-    checked_row,
-    foreign_content,
-)
+from kiem.data.read.rows import BOM, NOT_UTF8, TOO_LONG, Problem, Row, foreign_content
+from kiem.data.read.section import MAX_DOCUMENT_BYTES, Section, next_line, seek_line
 
-# What `--document-separator` takes beside a line of text.
+# Values of `--document-separator` that are not the text of a line.
 BLANK_LINES = "blank-lines"
 EVERY_LINE = "every-line"
 
@@ -25,118 +16,114 @@ _NOT_CLOSED = Problem("not WikiExtractor", "a <doc ...> that no </doc> ends")
 _OUTSIDE = Problem("not WikiExtractor", "text outside of <doc ...> and </doc>")
 
 
-def read_whole_text(file: BinaryIO, stop: int, source: str) -> Document:
-    """Returns the one document that a file is, of `stop` bytes or fewer."""
-    data = file.read(min(MAX_DOCUMENT_BYTES, stop) + 1)  # memory for all that is asked for is made
-    if len(data) > MAX_DOCUMENT_BYTES:
-        fix = "Cut it into documents with --document-separator, or into several files."
-        return Document("", source, 1, Problem(TOO_LONG.reason, TOO_LONG.what, fix))
-    if (problem := foreign_content(data)) is not None:
-        return Document("", source, 1, problem)
-    return _text_row(data.removeprefix(BOM), source, 1)
+def read_text(section: Section) -> Iterator[Row]:
+    """Yields the one document that a text file is, or those that `section.separator` makes of it.
 
-
-def read_separated_text(
-    file: BinaryIO, start: int, stop: int, separator: str, source: str
-) -> Iterator[Document]:
-    """Yields the documents of a byte range of a text file.
-
-    Args:
-        file: the file.
-        start: first byte of the range.
-        stop: one past the last. A document is in the range in which the line begins that separates
-            it from the one before; the first document is in the first range.
-        separator: the text of a line that separates documents, BLANK_LINES or EVERY_LINE.
-        source: what the documents are counted under.
+    A document is in the section in which the line begins that separates it from the one before;
+    the first document is in the first section.
     """
-    if separator == EVERY_LINE:
-        for number, line in enumerate(read_lines(file, start, stop), start=1):
-            if line.removeprefix(BOM).strip():
-                yield _text_row(line.removeprefix(BOM).rstrip(b"\r\n"), source, number)
-        return
-    is_separator = separator_test(separator)
-    position = seek_line(file, start, stop)
-    number = 0
-    is_inside = position == 0  # so that the next line is one of a document of this range
-    document = _Document(source)
-    while position < stop or is_inside:
-        line, num_bytes = next_line(file)
-        if num_bytes == 0:
-            break
-        number += 1
-        if is_separator(line):
-            yield from document.take()
-            is_inside = position < stop
-        elif is_inside:
-            document.add(line.removeprefix(BOM) if position == 0 else line, number)
-        position += num_bytes
-    yield from document.take()
+    if section.separator is None:
+        yield _read_whole(section)
+    elif section.separator == EVERY_LINE:
+        for number, line in enumerate(section.lines(), start=1):
+            if (line := line.removeprefix(BOM)).strip():
+                yield _text_row(number, line.rstrip(b"\r\n"))
+    else:
+        yield from _join_lines(_marked_lines(section, separator_test(section.separator)))
 
 
 def separator_test(separator: str) -> Callable[[bytes], bool]:
-    """Returns what says whether a line separates documents; white space around it is no matter."""
+    """Returns a function that says whether a line separates documents, white space aside."""
     wanted = b"" if separator == BLANK_LINES else separator.strip().encode()
     return lambda line: line.removeprefix(BOM).strip() == wanted
 
 
-def read_wikiextractor(lines: Iterable[bytes], source: str) -> Iterator[Document]:
-    """Yields the documents of a file as WikiExtractor writes them.
+def read_wikiextractor(section: Section) -> Iterator[Row]:
+    """Yields the documents of a file as WikiExtractor writes them: `<doc id="..." url="..."
+    title="...">`, the title and the text, `</doc>`."""
+    return _join_lines(_wiki_lines(section.lines()))
 
-    Args:
-        lines: `<doc id="..." url="..." title="...">`, the title and the text, `</doc>`.
-        source: what the documents are counted under.
-    """
-    document = _Document(source)
-    begun = None
+
+def _read_whole(section: Section) -> Row:
+    with section.open() as file:
+        # Memory for all that is asked for is made.
+        data = file.read(min(MAX_DOCUMENT_BYTES, section.stop) + 1)
+    if len(data) > MAX_DOCUMENT_BYTES:
+        fix = "Cut it into documents with --document-separator, or into several files."
+        return 1, Problem(TOO_LONG.reason, TOO_LONG.what, fix)
+    if (problem := foreign_content(data)) is not None:
+        return 1, problem
+    return _text_row(1, data.removeprefix(BOM))
+
+
+def _text_row(number: int, data: bytes) -> Row:
+    try:
+        return number, data.decode()
+    except UnicodeDecodeError as error:
+        return number + data.count(b"\n", 0, error.start), NOT_UTF8
+
+
+# Lines with their numbers; None ends a document, a Problem drops the one that was begun.
+_Marked = Iterable[tuple[int, bytes | Problem | None]]
+
+
+def _join_lines(lines: _Marked) -> Iterator[Row]:
+    """Yields the documents that lines make, without blank lines before and after them."""
+    kept: list[bytes] = []
+    first = num_bytes = 0
+    for number, line in chain(lines, [(0, None)]):
+        if isinstance(line, bytes):
+            if num_bytes == 0:
+                if not line.strip():
+                    continue
+                first = number
+            num_bytes += len(line)
+            if num_bytes <= MAX_DOCUMENT_BYTES:
+                kept.append(line)
+            continue
+        if line is not None:
+            yield number, line
+        elif num_bytes > MAX_DOCUMENT_BYTES:
+            yield first, TOO_LONG
+        elif num_bytes:
+            yield _text_row(first, b"".join(kept).rstrip(b"\r\n"))
+        kept, num_bytes = [], 0
+
+
+def _marked_lines(section: Section, is_separator: Callable[[bytes], bool]) -> _Marked:
+    with section.open() as file:
+        position = seek_line(file, section.start, section.stop)
+        is_inside = position == 0  # so that the next line is one of a document of this section
+        number = 0
+        while position < section.stop or is_inside:
+            line, num_bytes = next_line(file)
+            if num_bytes == 0:
+                return
+            number += 1
+            if is_separator(line):
+                yield number, None
+                is_inside = position < section.stop
+            elif is_inside:
+                yield number, line.removeprefix(BOM) if position == 0 else line
+            position += num_bytes
+
+
+def _wiki_lines(lines: Iterable[bytes]) -> _Marked:
+    begun = 0
     for number, line in enumerate(lines, start=1):
         stripped = line.removeprefix(BOM).strip()
-        is_main = stripped.startswith(b"<doc ") and stripped.endswith(b">")
-        if is_main or stripped == b"</doc>":
-            if begun is not None and is_main:
-                yield Document("", source, begun, _NOT_CLOSED)
-                document = _Document(source)
-            elif begun is None and not is_main:
-                yield Document("", source, number, _OUTSIDE)
-            yield from document.take()
-            begun = number if is_main else None
-        elif begun is not None:
-            document.add(line, number)
+        is_start = stripped.startswith(b"<doc ") and stripped.endswith(b">")
+        if is_start or stripped == b"</doc>":
+            if begun and is_start:
+                yield begun, _NOT_CLOSED
+            elif begun:
+                yield number, None
+            elif not is_start:
+                yield number, _OUTSIDE
+            begun = number if is_start else 0
+        elif begun:
+            yield number, line
         elif stripped:
-            yield Document("", source, number, _OUTSIDE)
-    if begun is not None:
-        yield Document("", source, begun, _NOT_CLOSED)
-
-
-class _Document:
-    """The lines of a document until it ends; no more of them than a document may have."""
-
-    def __init__(self, source: str):
-        self._source = source
-        self._lines: list[bytes] = []
-        self._first = self._num_bytes = 0
-
-    def add(self, line: bytes, number: int) -> None:
-        """Takes a line; blank ones before the first are left out."""
-        if self._num_bytes == 0:
-            if not line.strip():
-                return
-            self._first = number
-        self._num_bytes += len(line)
-        if self._num_bytes <= MAX_DOCUMENT_BYTES:
-            self._lines.append(line)
-
-    def take(self) -> Iterator[Document]:
-        """Yields the document, if there is one, and begins the next."""
-        if self._num_bytes > MAX_DOCUMENT_BYTES:
-            yield Document("", self._source, self._first, TOO_LONG)
-        elif self._num_bytes:
-            yield _text_row(b"".join(self._lines).rstrip(b"\r\n"), self._source, self._first)
-        self._lines, self._num_bytes = [], 0
-
-
-def _text_row(data: bytes, source: str, number: int) -> Document:
-    try:
-        return checked_row(data.decode(), source, number)
-    except UnicodeDecodeError as error:
-        line = number + data.count(b"\n", 0, error.start)
-        return Document("", source, line, NOT_UTF8)
+            yield number, _OUTSIDE
+    if begun:
+        yield begun, _NOT_CLOSED

@@ -1,0 +1,214 @@
+"""Readers for Parquet, and for Arrow's own files: streams (as `datasets` saves) and Feather."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kiem.core.errors import bad_input
+from kiem.data.read.rows import Row, no_column
+from kiem.data.read.section import Section, damaged_file
+
+_BATCH_ROWS = 1024
+_BATCH_BYTES = 1 << 25
+_FILE_MAGIC = b"ARROW1"
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+_AS_BYTES = {"string": "binary", "large_string": "large_binary", "string_view": "binary_view"}
+
+# By the name of a column: the names that lead to it, more than one if it is in other columns.
+Paths = dict[str, tuple[str, ...]]
+
+
+def row_groups(path: Path, name: str) -> list[tuple[int, int]]:
+    """Returns the number of rows and bytes of each row group of a Parquet file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with _damage(name, "Parquet"), _open_parquet(path) as file:
+        groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
+        sizes = [(group.num_rows, max(0, group.total_byte_size)) for group in groups]
+        if sum(num_rows for num_rows, _ in sizes) != file.metadata.num_rows:
+            raise ValueError("the row groups have other rows than the file")
+        return sizes
+
+
+def read_parquet(section: Section) -> Iterator[Row]:
+    """Yields the rows of the row groups of a section.
+
+    Raises:
+        UserError: the file is damaged or has no such column of strings.
+    """
+    with _damage(section.name, "Parquet"), _open_parquet(section.path) as file:
+        paths = _find_columns(file.schema_arrow, section)
+        yield from _rows(_parquet_batches(file, section, paths), paths)
+
+
+def read_arrow(section: Section) -> Iterator[Row]:
+    """Yields the rows of an Arrow file; raises as `read_parquet`."""
+    with _damage(section.name, "Arrow"), _open_arrow(section.path) as (schema, batches):
+        paths = _find_columns(schema, section)
+        yield from _rows((_checked(batch, paths) for batch in batches), paths)
+
+
+def _open_parquet(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    # Not memory-mapped: a file that shrinks meanwhile would end the program.
+    return pq.ParquetFile(path, memory_map=False, page_checksum_verification=True)
+
+
+def _parquet_batches(file: Any, section: Section, paths: Paths | None) -> Iterator[Any]:
+    columns = None if paths is None else [".".join(path) for path in paths.values()]
+    for group in range(section.start, section.stop):
+        size = file.metadata.row_group(group)
+        row_bytes = max(1, size.total_byte_size) // max(1, size.num_rows)
+        batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, row_bytes)))
+        num_read = 0
+        for batch in file.iter_batches(batch_rows, [group], columns=columns):
+            num_read += batch.num_rows
+            yield batch
+        if num_read != size.num_rows:
+            raise ValueError(f"{num_read} rows of {size.num_rows}")
+
+
+@contextmanager
+def _open_arrow(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
+    """Gives the schema and the record batches, cut so that few rows are in Python at once."""
+    import pyarrow as pa
+
+    with path.open("rb") as content:
+        is_file = content.read(len(_FILE_MAGIC)) == _FILE_MAGIC
+        content.seek(-min(len(_STREAM_END), path.stat().st_size), os.SEEK_END)
+        if not is_file and content.read() != _STREAM_END:
+            raise ValueError("the end is missing")
+    with pa.OSFile(str(path)) as file:
+        if is_file:
+            reader = pa.ipc.open_file(file)
+            batches = (reader.get_batch(n) for n in range(reader.num_record_batches))
+        else:
+            batches = reader = pa.ipc.open_stream(file)
+        starts = ((b, n) for b in batches for n in range(0, b.num_rows, _BATCH_ROWS))
+        yield reader.schema, (batch.slice(start, _BATCH_ROWS) for batch, start in starts)
+
+
+def _checked(batch: Any, paths: Paths | None) -> Any:
+    """Raises an error at places that are outside of the text, which would end the program."""
+    import pyarrow as pa
+
+    batch.validate(full=paths is None)
+    for path in (paths or {}).values():
+        array = _array(batch, path)
+        if str(array.type) in _AS_BYTES:  # what is not UTF-8 is found later, text by text
+            array = array.view(getattr(pa, _AS_BYTES[str(array.type)])())
+        array.validate(full=True)
+    return batch
+
+
+def _rows(batches: Iterable[Any], paths: Paths | None) -> Iterator[Row]:
+    number = 1
+    for batch in batches:
+        if paths is None:
+            yield from enumerate(batch.to_pylist(), number)
+        else:
+            columns = [_values(_array(batch, path)) for path in paths.values()]
+            values = zip(*columns, strict=True)
+            yield from enumerate((dict(zip(paths, row)) for row in values), number)  # noqa: B905
+        number += batch.num_rows
+
+
+def _find_columns(schema: Any, section: Section) -> Paths | None:
+    """Returns where the column of the section is, and `source` if it has names; None: read all."""
+    import pyarrow as pa
+
+    column, name = section.column, section.name
+    if column is None:
+        return None
+    if schema.names.count(column) > 1:
+        what = f"has several columns {column!r}"
+        raise bad_input(name, what, "Rename or remove the others.")
+    found = _find(list(schema), column)
+    if found is None:
+        raise no_column(column, _names(schema)).error(name)
+    path, kind = found
+    if _plain(kind) not in (*_AS_BYTES, *_AS_BYTES.values()) and not pa.types.is_null(kind):
+        fix = "Name the column that holds the text with --text-column."
+        raise bad_input(name, f"column {column!r} is {kind}, not a string", fix)
+    has_label = column != "source" and schema.names.count("source") == 1
+    if has_label and _plain(schema.field("source").type) in _AS_BYTES:
+        return {column: path, "source": ("source",)}
+    return {column: path}
+
+
+def _find(fields: list[Any], column: str) -> tuple[tuple[str, ...], Any] | None:
+    """Returns the names that lead to a column, and its type."""
+    import pyarrow as pa
+
+    for field in fields:
+        if field.name == column:
+            return (column,), field.type
+    for field in fields:
+        if column.startswith(f"{field.name}.") and pa.types.is_struct(field.type):
+            inner = _find(_fields(field.type), column[len(field.name) + 1 :])
+            if inner is not None:
+                return (field.name, *inner[0]), inner[1]
+    return None
+
+
+def _names(schema: Any) -> Iterator[str]:
+    import pyarrow as pa
+
+    for field in schema:
+        if pa.types.is_struct(field.type):
+            yield from (f"{field.name}.{inner.name}" for inner in _fields(field.type))
+        else:
+            yield field.name
+
+
+def _fields(struct: Any) -> list[Any]:
+    return [struct.field(number) for number in range(struct.num_fields)]
+
+
+def _plain(kind: Any) -> str:
+    import pyarrow as pa
+
+    return str(kind.value_type if pa.types.is_dictionary(kind) else kind)
+
+
+def _array(batch: Any, path: tuple[str, ...]) -> Any:
+    import pyarrow.compute as pc
+
+    array = batch.column(batch.schema.names.index(path[0]))
+    for name in path[1:]:
+        array = pc.struct_field(array, array.type.get_field_index(name))
+    return array
+
+
+def _values(array: Any) -> list[Any]:
+    """Returns an array's texts; what is not UTF-8 in them is lone surrogates."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(array.type):
+        values = _values(array.dictionary)
+        return [None if n is None else values[n] for n in array.indices.to_pylist()]
+    try:
+        values = array.to_pylist()
+    except UnicodeDecodeError:
+        values = array.cast(pa.large_binary()).to_pylist()
+    return [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for v in values]
+
+
+@contextmanager
+def _damage(name: str, kind: str) -> Iterator[None]:
+    """Turns what pyarrow raises at damaged files into a UserError that names the file."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged_file(name, kind, error) from error

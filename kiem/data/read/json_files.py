@@ -1,0 +1,139 @@
+"""Readers for JSON Lines, and for JSON that is an array or several values."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from kiem.data.read.rows import BOM, NOT_OBJECT, NOT_UTF8, TOO_LONG, UNDECODED, Problem, Row
+from kiem.data.read.section import MAX_DOCUMENT_BYTES, Section, damaged_file
+
+_BLOCK_CHARACTERS = 1 << 20
+_SPACE = re.compile(r"[ \t\r\n]*")
+# Numbers are not used, and Python refuses those of thousands of digits.
+_DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits[:9]))
+
+
+def read_json_lines(section: Section) -> Iterator[Row]:
+    """Yields the object in each line; blank lines are no rows, but are counted."""
+    decode = msgspec.json.Decoder().decode
+    for number, line in enumerate(section.lines(), start=1):
+        try:
+            value = decode(line)
+        except (ValueError, RecursionError):
+            # A BOM is where files begin, so where they were joined it is in front of a later line.
+            if not line.removeprefix(BOM).strip():
+                continue
+            value = parse_line(line)
+        yield number, value if isinstance(value, (dict, Problem)) else NOT_OBJECT
+
+
+def parse_line(line: bytes) -> Any:
+    """Returns what a line says, or a Problem; slower than msgspec, but takes NaN and any bytes."""
+    if len(line) > MAX_DOCUMENT_BYTES:
+        return TOO_LONG
+    text = line.removeprefix(BOM).decode("utf-8", "surrogateescape")
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        if UNDECODED.search(text):
+            return NOT_UTF8
+        return Problem("not JSON", f"not JSON ({error.msg} at character {error.colno})")
+    except RecursionError:
+        return Problem("not JSON", "not JSON (nested too deeply)")
+
+
+def read_json(section: Section) -> Iterator[Row]:
+    """Yields the elements of the array that a file holds, or its values if it is no array.
+
+    They are read one by one, so that memory is bounded by the longest one.
+
+    Raises:
+        UserError: it is not JSON; names the line.
+    """
+    with io.TextIOWrapper(section.open(), "utf-8-sig", "surrogateescape", newline="") as stream:
+        for number, value in enumerate(_values(_JsonText(stream, section.name)), start=1):
+            yield number, value if isinstance(value, (dict, str)) else NOT_OBJECT
+
+
+def _values(text: _JsonText) -> Iterator[Any]:
+    if text.peek() != "[":
+        while text.peek():
+            yield text.value()
+        return
+    text.skip()
+    end = text.peek()
+    while end != "]":
+        yield text.value()
+        if (end := text.peek()) == ",":
+            text.skip()
+        elif end != "]":
+            raise text.error("no comma" if end else "the array does not end")
+    text.skip()
+    if text.peek():
+        raise text.error("something stands after the array")
+
+
+class _JsonText:
+    """The rest of a file, of which so much is in memory as the next value needs."""
+
+    def __init__(self, stream: io.TextIOWrapper, name: str):
+        self._stream = stream
+        self._name = name
+        self._buffer = ""
+        self._position = 0
+        self._num_lines = 0  # before the buffer
+
+    def peek(self) -> str:
+        """Returns the next character that is no white space; "" at the end of the file."""
+        while True:
+            space = _SPACE.match(self._buffer, self._position)
+            assert space is not None
+            self._position = space.end()
+            if self._position < len(self._buffer):
+                return self._buffer[self._position]
+            if not self._read():
+                return ""
+
+    def skip(self) -> None:
+        """Goes beyond the character that `peek` found."""
+        self._position += 1
+
+    def value(self) -> Any:
+        """Returns the next value and goes beyond it."""
+        self.peek()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._buffer, self._position)
+            except RecursionError as error:
+                raise self.error("nested too deeply") from error
+            except json.JSONDecodeError as error:
+                if not self._read():
+                    raise self.error(error.msg, error.pos) from error
+            else:
+                # A number at the end of what was read may go on.
+                if end < len(self._buffer) or not self._read():
+                    self._position = end
+                    return value
+
+    def error(self, what: str, position: int | None = None) -> Exception:
+        """Returns the error for text that is not JSON, by default at the next character."""
+        position = self._position if position is None else position
+        line = self._num_lines + self._buffer.count("\n", 0, position) + 1
+        return damaged_file(f"{self._name}:{line}", "JSON", ValueError(what))
+
+    def _read(self) -> bool:
+        """Drops what was read and reads as much again as is left; False at the end of the file."""
+        left = self._buffer[self._position :]
+        if len(left) > MAX_DOCUMENT_BYTES:
+            raise self.error(f"a value longer than {MAX_DOCUMENT_BYTES // 10**6} MB")
+        if not (more := self._stream.read(max(_BLOCK_CHARACTERS, len(left)))):
+            return False
+        self._num_lines += self._buffer.count("\n", 0, self._position)
+        self._buffer, self._position = left + more, 0
+        return True
