@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from peers import ROOT, TRAINER_REQUIREMENTS, environment
 from rich.console import Console
 from rich.table import Table
 
+from kiem.cli import parse
 from kiem.inference.benchmark import copy_bytes_per_second
 from kiem.model.io import WEIGHTS_FILE
 
@@ -77,7 +77,7 @@ class Options:
 
 
 def main() -> int:
-    options = tyro.cli(Options)
+    options = parse(Options, sys.argv[1:], __file__)
     console = Console()
     columns = "prefill", "decode", "bandwidth", "batch of 8", "load"
     table = Table("", *columns, title="tokens/s; share; seconds")

@@ -26,10 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import tyro
 from peers import ROOT, environment
 from rich.console import Console
 from rich.table import Table
+
+from kiem.cli import parse
 
 PEER_REQUIREMENTS = ("datasets==5.2.0", "transformers==5.23.0")
 _SAMPLE_SECONDS = 0.25
@@ -185,4 +186,4 @@ def timed(command: list[str], watch_memory: bool) -> Result:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options), Console())
+    main(parse(Options, sys.argv[1:], __file__), Console())

@@ -14,16 +14,18 @@ counts are the same. Settings were found on a split of the training texts (docs/
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 from peers import TRAINER_REQUIREMENTS, environment, make_chunks, run_peer, run_script
 from rich.console import Console
 from rich.table import Table
+
+from kiem.cli import parse
 
 _VOCABULARY = 16_384
 _CHUNK_SIZE = 512
@@ -158,4 +160,4 @@ def measure(model: Path, heldout: Path) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options), Console())
+    main(parse(Options, sys.argv[1:], __file__), Console())

@@ -14,6 +14,7 @@ their own, which are made on first use.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from peers import (
     TRAINER_REQUIREMENTS,
     Speed,
@@ -34,6 +34,7 @@ from peers import (
 from rich.console import Console
 from rich.table import Table
 
+from kiem.cli import parse
 from kiem.model.config import GEMMA_VOCABULARY
 
 _SMALL_VOCABULARY = 16_384
@@ -198,4 +199,4 @@ def activation_memory(case: Case, folder: Path) -> Table:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options), Console())
+    main(parse(Options, sys.argv[1:], __file__), Console())

@@ -1,38 +1,60 @@
-"""From command line to options, and from errors to messages and exit codes."""
+"""Command lines of the scripts: from arguments to options, from errors to exit codes."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
+import difflib
 import os
 import shlex
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
-import tyro
 from rich.console import Console
-from tyro.constructors import PrimitiveConstructorSpec
 
 from kiem.core.console import PlainConsole, open_output, warn
 from kiem.core.disk import DiskWarning
-from kiem.core.errors import ExitCode, UserError
-from kiem.core.values import OptionType, describe_limits, is_boolean, option_types
+from kiem.core.errors import ExitCode, UserError, bad_option
+from kiem.core.values import OptionType, describe_limits, option_flag, option_help, option_types
 from kiem.core.yaml_options import read_options
 from kiem.parallel.launch import prints_output
 
 Options = TypeVar("Options")
-_FEWEST_COLUMNS = 40  # for help; in fewer than 6 tyro never ends
-_SHELLS = ("bash", "zsh", "tcsh", "fish")
-
-_METAVARS = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
+_METAVARS = {str: "TEXT", int: "INT", float: "FLOAT", Path: "PATH"}
 _CONFIG_HELP = (
     "Options as YAML, as in a run's config.yaml. What is given on the command line, lists "
     "included, replaces what the file says."
 )
+_VALUE = "\0"  # begins a value that is no option, whatever it looks like; no argument has it
+
+
+class _Flag(argparse.Action):
+    """`--x` and `--no-x`."""
+
+    def __call__(
+        self,
+        _: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        written = str(option_string)
+        if values is not None:
+            fix = f"Write {' or '.join(self.option_strings)}."
+            raise bad_option(written, "takes no value", fix)
+        setattr(namespace, self.dest, not written.startswith("--no-"))
+
+
+class _Formatter(argparse.HelpFormatter):
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, _Flag):
+            return ", ".join(action.option_strings)
+        return super()._format_action_invocation(action)
 
 
 def parse(options_class: type[Options], arguments: Sequence[str], program: str) -> Options:
@@ -42,69 +64,117 @@ def parse(options_class: type[Options], arguments: Sequence[str], program: str) 
     in the dataclass.
 
     Args:
-        options_class: one of the dataclasses in kiem.config.
+        options_class: a dataclass, such as those in kiem.config.
         arguments: the command line without the program's name.
         program: the script's name, for the help text.
 
     Raises:
-        UserError: a value is not possible, or there is something wrong with the YAML file.
-        SystemExit: with 2, after a message, when the command line is wrong; with 0 after --help.
+        UserError: an option or its value is not possible, or the YAML file has a mistake.
+        SystemExit: with 2, after a message, when a value is missing; with 0 after --help.
     """
-    arguments, config = _take_config(arguments)
-    defaults = _defaults(options_class)
-    if config is not None:
-        defaults |= read_options(options_class, config)
-    _refuse_values_of_flags(arguments, option_types(options_class))
-    with around_tyro(arguments):
-        parsed = tyro.cli(
-            command_line(options_class, defaults),
-            args=arguments,
-            prog=program,
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-    values = {}
-    for name, kind in option_types(options_class).items():
-        value = getattr(parsed, name)
-        values[name] = _list(name, kind, value, defaults.get(name)) if kind.is_list else value
+    kinds = option_types(options_class)
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(options_class)  # type: ignore[arg-type]
+        if field.default is not dataclasses.MISSING
+    }
+    parser = _parser(options_class, program, kinds, defaults)
+    known = ["--config", *(flag for name, kind in kinds.items() for flag in flags(name, kind))]
+    namespace, unknown = parser.parse_known_args(list(_mark_values(arguments, known)))
+    if unknown:
+        similar = difflib.get_close_matches(unknown[0], known, n=1)
+        fix = f"Did you mean {similar[0]}?" if similar else f"See {program} --help."
+        raise bad_option(unknown[0], f"{program} has no such option", fix)
+    given = vars(namespace)
+    if files := given.pop("config", None):
+        defaults |= read_options(options_class, _one_file(files))
+    values = defaults | given
+    for name, kind in kinds.items():
+        if kind.is_list and name in given:
+            values[name] = tuple(given[name])
+        value = values.get(name, ())
+        is_pointless = name in given and value == defaults.get(name) == ()
+        is_missing = name not in values or (kind.is_list and len(value) < kind.min_length)
+        if is_missing or is_pointless:
+            fix = f"Give {kind.describe()}{', or leave it out' if name in defaults else ''}."
+            raise bad_option(option_flag(name), "no value is given", fix)
     return options_class(**values)
 
 
-def command_line(options_class: type[Any], defaults: dict[str, Any] | None = None) -> type[Any]:
-    """Returns the dataclass that tyro makes a command line from.
-
-    It differs from the options in this: kiem.core.values reads the texts; a list is a list of
-    lists, one for each time that its option is given; there is `--config`, which `parse` takes
-    out before.
-
-    Args:
-        options_class: one of the dataclasses in kiem.config.
-        defaults: values by name; without one an option is required. None: those of the dataclass.
-    """
-    defaults = _defaults(options_class) if defaults is None else defaults
-    fields: list[tuple[str, Any, Any]] = []
-    for name, kind in option_types(options_class).items():
-        is_optional = name in defaults and defaults[name] is None
-        hint: Any = kind.base | None if is_optional else kind.base
-        if kind.base is not bool:
-            hint = Annotated[hint, _reader(name, kind)]
-        default = dataclasses.field()
-        if kind.is_list:
-            hint = tyro.conf.UseAppendAction[tuple[tuple[hint, ...], ...]]
-            default = dataclasses.field(default=())
-        elif name in defaults:
-            default = dataclasses.field(default=defaults[name])
-        shown = _hint(kind, defaults[name]) if name in defaults else "(required)"
-        fields.append((name, Annotated[hint, tyro.conf.arg(help_behavior_hint=shown)], default))
-    config = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=_CONFIG_HELP)]
-    fields.append(("config", config, dataclasses.field(default=None)))
-    return dataclasses.make_dataclass(
-        options_class.__name__,
-        fields,
-        bases=(options_class,),  # which has the help texts
-        namespace={"__doc__": options_class.__doc__},
-        frozen=True,
-        kw_only=True,  # those with a default may come first
+def _parser(
+    options_class: type[Any], program: str, kinds: dict[str, OptionType], defaults: dict[str, Any]
+) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        program,
+        usage="%(prog)s [options]",
+        description=options_class.__doc__,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
     )
+    texts = option_help(options_class)
+    for name, kind in kinds.items():
+        flag = option_flag(name)
+        hint = _hint(kind, defaults[name]) if name in defaults else "(required)"
+        text = f"{texts.get(name, '')} {hint}".replace("%", "%%")
+        if kind.base is bool:
+            parser.add_argument(*flags(name, kind), action=_Flag, nargs="?", help=text)
+            continue
+        parser.add_argument(
+            flag,
+            action="extend" if kind.is_list else "store",
+            nargs="*" if kind.is_list else None,
+            type=partial(_read, kind, flag),
+            metavar=f"{{{','.join(kind.choices)}}}" if kind.choices else _METAVARS[kind.base],
+            help=text,
+        )
+    parser.add_argument(
+        "--config", action="append", nargs="?", const="", metavar="FILE", help=_CONFIG_HELP
+    )
+    return parser
+
+
+def _read(kind: OptionType, flag: str, word: str) -> Any:
+    return kind.read(word.removeprefix(_VALUE), flag)
+
+
+def flags(name: str, kind: OptionType) -> list[str]:
+    """Returns the ways in which an option is written on the command line."""
+    flag = option_flag(name)
+    return [flag, f"--no-{flag[2:]}"] if kind.base is bool else [flag]
+
+
+def _mark_values(arguments: Sequence[str], known: Sequence[str]) -> Iterator[str]:
+    """Separates options from values behind "=", and takes `--a_b` for `--a-b`."""
+    for word in arguments:
+        written, equals, value = word.partition("=")
+        flag = written.replace("_", "-")
+        yield flag if flag in known else word
+        if flag in known and equals:
+            yield _VALUE + value
+
+
+def _one_file(files: Sequence[str]) -> Path:
+    names = [name.removeprefix(_VALUE) for name in files]
+    if not all(names):
+        raise bad_option("--config", "no file is named", "Write --config FILE.")
+    if len(names) > 1:
+        fix = "Put their lines into one file."
+        raise bad_option("--config", f"{len(names)} files are named", fix)
+    OptionType(Path).read(names[0], "--config")
+    return Path(names[0])
+
+
+def _hint(kind: OptionType, default: Any) -> str:
+    """Returns what follows the help of an option: its limits and default."""
+    words = [describe_limits(kind.limits)] if kind.limits else []
+    if kind.base is bool:
+        words.append(f"default: {'on' if default else 'off'}")
+    elif isinstance(default, tuple):
+        words.append(f"default: {shlex.join(map(str, default)) or 'none'}")
+    elif default is not None:
+        words.append(f"default: {default}")
+    return f"({'; '.join(words)})" if words else ""
 
 
 def run(
@@ -116,7 +186,7 @@ def run(
     """Parses the command line, runs a script's main function and returns its exit code.
 
     A `UserError` becomes one message on standard error; Ctrl-C stops quietly. Of several processes
-    on a machine only the first one speaks.
+    on a machine only the first one prints.
 
     Args:
         options_class: one of the dataclasses in kiem.config.
@@ -144,57 +214,26 @@ def report_errors(work: Callable[[Console], Any]) -> int:
         messages.print("stopped")
         return int(ExitCode.INTERRUPTED)
     except BrokenPipeError:
-        pass  # the reader of our text, such as `head`, has what it wanted
+        pass  # the reader of the output, such as `head`, has what it wanted
     except OSError as error:  # a path that the system refuses even to look at
         if not isinstance(error.filename, str):
             raise
         what = f"error: {error.filename}: {error.strerror}"
-        messages.print(f"{what}\n  Correct this path, or who may use its folders.")
+        messages.print(f"{what}\n  Correct this path, or the permissions of its folders.")
         return int(ExitCode.NOT_FOUND)
     return 0
 
 
 @contextlib.contextmanager
-def around_tyro(arguments: Sequence[str]) -> Iterator[None]:
-    """Keeps from tyro what it has no message for: an unknown shell, a terminal of few columns.
-
-    Raises:
-        UserError: completion is asked for a shell that has none.
-    """
-    is_completion = "".join(arguments[:1]).startswith(("--tyro-print-", "--tyro-write-"))
-    if is_completion and (len(arguments) < 2 or arguments[1] not in _SHELLS):
-        raise UserError(
-            "no shell is named that has completion",
-            where=arguments[0],
-            fix=f"Give one of {', '.join(_SHELLS)}.",
-            exit_code=ExitCode.BAD_OPTION,
-        )
-    before = os.environ.get("COLUMNS")
-    if shutil.get_terminal_size().columns < _FEWEST_COLUMNS:
-        os.environ["COLUMNS"] = str(_FEWEST_COLUMNS)
-    try:
-        yield
-    finally:
-        os.environ.pop("COLUMNS", None)
-        if before is not None:
-            os.environ["COLUMNS"] = before
-
-
-@contextlib.contextmanager
 def _disk_warnings(console: Console) -> Iterator[None]:
-    """Shows what the disk cannot do as the program's other warnings; forked workers say nothing."""
+    """Prints disk warnings as the program's own; forked workers print none."""
     process, show = os.getpid(), warnings.showwarning
 
     def show_plainly(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
+        message: Warning | str, category: type[Warning], *place: Any, **rest: Any
     ) -> None:
         if not issubclass(category, DiskWarning):
-            show(message, category, filename, lineno, file, line)
+            show(message, category, *place, **rest)
         elif os.getpid() == process:
             warn(console, str(message))
 
@@ -202,103 +241,3 @@ def _disk_warnings(console: Console) -> Iterator[None]:
         warnings.simplefilter("always", DiskWarning)
         warnings.showwarning = show_plainly
         yield
-
-
-def _take_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
-    """Returns the arguments without --config FILE, and the file.
-
-    Raises:
-        UserError: the file is missing, or there are two.
-    """
-
-    def bad(what: str, fix: str) -> UserError:
-        return UserError(what, where="--config", fix=fix, exit_code=ExitCode.BAD_OPTION)
-
-    rest: list[str] = []
-    files: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        name, equals, file = word.partition("=")
-        if name != "--config":
-            rest.append(word)
-            continue
-        if not equals:
-            file = next(words, "")
-        if not file or (file.startswith("-") and not equals):
-            raise bad("no file is named", "Write --config FILE.")
-        files.append(file)
-    if len(files) > 1:
-        raise bad(f"{len(files)} files are named", "Put their lines into one file.")
-    return rest, OptionType(Path).read(files[0], "--config") if files else None
-
-
-def _refuse_values_of_flags(arguments: Sequence[str], kinds: dict[str, OptionType]) -> None:
-    """Names the option of which tyro would only say that "False" is unrecognized.
-
-    Raises:
-        UserError: a flag has a value.
-    """
-    flags = {_flag(name) for name, kind in kinds.items() if kind.base is bool}
-    for word, following in zip(arguments, [*arguments, ""][1:], strict=True):
-        written, equals, _ = word.partition("=")
-        flag = "--" + written.replace("_", "-").removeprefix("--").removeprefix("no-")
-        if word.startswith("--") and flag in flags and (equals or is_boolean(following)):
-            raise UserError(
-                "takes no value",
-                where=written,
-                fix=f"Write {flag} or --no-{flag[2:]}.",
-                exit_code=ExitCode.BAD_OPTION,
-            )
-
-
-def _defaults(options_class: type[Any]) -> dict[str, Any]:
-    """Returns the defaults by name of the options that have one."""
-    return {
-        field.name: field.default
-        for field in dataclasses.fields(options_class)
-        if field.default is not dataclasses.MISSING
-    }
-
-
-def _reader(name: str, kind: OptionType) -> PrimitiveConstructorSpec[Any]:
-    """Returns what makes tyro leave the reading of a text to kiem.core.values."""
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=f"{{{','.join(kind.choices)}}}" if kind.choices else _METAVARS[kind.base],
-        instance_from_str=lambda texts: kind.read(texts[0], _flag(name)),
-        is_instance=lambda _: True,
-        str_from_instance=lambda value: [str(value)],
-        choices=kind.choices or None,
-    )
-
-
-def _hint(kind: OptionType, default: Any) -> str:
-    """Returns what stands behind the help of an option: its limits and default."""
-    shown = shlex.join(map(str, default)) if isinstance(default, tuple) else str(default)
-    limits = f"{describe_limits(kind.limits)}; " if kind.limits else ""
-    return f"({limits}default: {shown})"
-
-
-def _list(
-    name: str, kind: OptionType, given: tuple[tuple[Any, ...], ...], default: tuple[Any, ...] | None
-) -> tuple[Any, ...]:
-    """Returns the value of a list option.
-
-    Args:
-        name, kind: of the option.
-        given: the values of each time that it is given.
-        default: its value when it is not given; None: it is required.
-
-    Raises:
-        UserError: it needs a value and has none, or its having none changes nothing.
-    """
-    value = tuple(item for items in given for item in items) if given else default
-    is_pointless = given and value == default == ()
-    if value is not None and len(value) >= kind.min_length and not is_pointless:
-        return value
-    fix = f"Give {kind.describe()}" + (", or leave it out." if default is not None else ".")
-    raise UserError("no value is given", where=_flag(name), fix=fix, exit_code=ExitCode.BAD_OPTION)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

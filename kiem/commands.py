@@ -5,16 +5,15 @@ kiem train, and `accelerate launch -m kiem train` for several devices, are `trai
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import tyro
 from rich.console import Console
 
-from kiem.cli import around_tyro, command_line, report_errors, run
+from kiem.cli import flags, report_errors, run
 from kiem.config import (
     EvaluationOptions,
     ExportOptions,
@@ -23,6 +22,18 @@ from kiem.config import (
     ReportOptions,
     TrainingOptions,
 )
+from kiem.core.console import show
+from kiem.core.values import option_flag, option_types
+
+_COMPLETION = """_kiem() {{
+  local words=
+  case "$COMP_CWORD ${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD-1]}}" in
+{cases}
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _kiem kiem
+"""
 
 
 @dataclass(frozen=True)
@@ -69,18 +80,35 @@ def main() -> int:
         command = COMMANDS[arguments[0]]
         rest = [*command.arguments, *arguments[1:]]
         return run(command.options, f"kiem {arguments[0]}", command, rest)
-    return report_errors(lambda _: _help(arguments))
+    return report_errors(lambda console: _main(arguments, console))
 
 
-def _help(arguments: list[str]) -> None:
-    """Answers what names no command: help, shell completion or a mistake; tyro exits after each."""
-    options: dict[str, Callable[..., Any]] = {
-        name: command_line(command.options) for name, command in COMMANDS.items()
-    }
-    with around_tyro(arguments):
-        tyro.extras.subcommand_cli_from_dict(
-            options,
-            prog="kiem",
-            description="Train Gemma 3 language models from scratch on Dutch text.",
-            args=arguments,
-        )
+def _main(arguments: list[str], console: Console) -> None:
+    """Does what names no command: prints completion or help, or reports a mistake and exits."""
+    if arguments == ["--print-completion"]:
+        show(console, completion())
+        return
+    parser = argparse.ArgumentParser(
+        "kiem",
+        description="Train Gemma 3 language models from scratch on Dutch text.",
+        epilog="kiem --print-completion: a script that completes commands and options in bash.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        script = " ".join([command.script, *command.arguments])
+        commands.add_parser(name, help=f"{command.options.__doc__} ({script})")
+    parser.parse_args(arguments)
+
+
+def completion() -> str:
+    """Returns a bash script, which zsh can read, for commands, options and choices."""
+    cases = [f"1\\ *) words='{' '.join(COMMANDS)}' ;;"]
+    for name, command in COMMANDS.items():
+        kinds = option_types(command.options)
+        for option, kind in kinds.items():
+            if kind.choices:
+                choices = " ".join(kind.choices)
+                cases.append(f"*\\ {name}\\ {option_flag(option)}) words='{choices}' ;;")
+        words = " ".join(flag for option, kind in kinds.items() for flag in flags(option, kind))
+        cases.append(f"*\\ {name}\\ *) words='{words} --config --help' ;;")
+    return _COMPLETION.format(cases="\n".join(f"    {case}" for case in cases))

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 from collections.abc import Iterator
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from kiem.commands import COMMANDS
-from kiem.core.values import OptionType, describe_limits, option_types
+from kiem.core.values import OptionType, option_flag, option_help, option_types
 
 _HEAD = """# Reference
 
 Made from kiem/config.py by `make reference`; change it there. Exit codes:
-[troubleshooting.md](troubleshooting.md). Completion of commands and options:
-`source <(kiem --tyro-print-completion bash)`; in zsh, `kiem --tyro-write-completion zsh
-~/.zfunc/_kiem`, with that folder in `fpath`.
+[troubleshooting.md](troubleshooting.md). Completion of commands and options in bash:
+`source <(kiem --print-completion)`; in zsh the same after `autoload -U +X bashcompinit &&
+bashcompinit`.
 
 ## On the command line
 
@@ -46,9 +42,6 @@ text. An unknown option, or the same option twice, is an error.
 """
 
 
-_WORDS = {str: "text", int: "whole number", float: "number", bool: "flag", Path: "path"}
-
-
 def reference() -> str:
     """Returns the page: every command with every option, its values, default and meaning."""
     lines = [_HEAD]
@@ -66,35 +59,21 @@ def reference() -> str:
 
 def _rows(options: type[Any]) -> Iterator[tuple[str, str, str, str]]:
     """Yields name, values, default and meaning of each option."""
-    types, meanings = option_types(options), _meanings(options)
+    types, meanings = option_types(options), option_help(options)
     for field in dataclasses.fields(options):
         is_required = field.default is dataclasses.MISSING
         yield (
-            f"`--{field.name.replace('_', '-')}`",
+            f"`{option_flag(field.name)}`",
             _values(types[field.name]),
             "required" if is_required else _default(field.default),
             meanings[field.name].replace("|", "\\|"),
         )
 
 
-def _meanings(options: type[Any]) -> dict[str, str]:
-    """Returns the string below each field: Python keeps it nowhere but in the source."""
-    described = ast.parse(inspect.getsource(options)).body[0]
-    assert isinstance(described, ast.ClassDef)
-    return {
-        ast.unparse(field.target): " ".join(ast.literal_eval(below.value).split())
-        for field, below in pairwise(described.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
-    }
-
-
 def _values(kind: OptionType) -> str:
-    """Returns an option's values as people write them."""
-    if kind.choices:
-        words = ", ".join(f"`{choice}`" for choice in kind.choices)
-    else:
-        limits = f" {describe_limits(kind.limits)}" if kind.limits else ""
-        words = f"{_WORDS[kind.base]}{limits}"
+    """Returns what an option takes, such as `a`, `b` ... or whole number from 1 to 8."""
+    words = ", ".join(f"`{choice}`" for choice in kind.choices)
+    words = words or ("flag" if kind.base is bool else kind.describe().removeprefix("a "))
     return f"{words} ..." if kind.is_list else words
 
 

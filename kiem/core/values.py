@@ -1,19 +1,23 @@
-"""What values an option takes, and its value from the text on a command line or in a file."""
+"""Types of options: the values that an option takes, read from text."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 import re
 import reprlib
 import types
 import typing
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta
 
-from kiem.core.errors import ExitCode, UserError
+from kiem.core.errors import bad_option
 
 _LONGEST_NAME_BYTES = 255  # of a file or folder, on most disks
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -41,65 +45,42 @@ class OptionType:
     may_be_empty: bool = True
 
     def read(self, text: str, where: str) -> Any:
-        """Returns the value, for a list that of one item, that a text stands for.
+        """Returns the value of a text, for a list that of one item.
 
         Args:
-            text: what stands on the command line or in the file.
+            text: from the command line or a file.
             where: the option, or the place in the file, for the message.
 
         Raises:
-            UserError: it stands for no possible value.
+            UserError: the text has no possible value.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:  # Python keeps other bytes as half surrogate pairs
-            raise UserError(
-                f"not UTF-8 at character {error.start + 1}",
-                where=where,
-                fix="Write it in UTF-8; a file with such a name has to be renamed.",
-                exit_code=ExitCode.BAD_OPTION,
-            ) from error
+            fix = "Write it in UTF-8; a file with such a name has to be renamed."
+            raise bad_option(where, f"not UTF-8 at character {error.start + 1}", fix) from error
         try:
             value = _BOOLEANS[text.lower()] if self.base is bool else self.base(text)
-            is_possible = "\0" not in text and self._has(value)
+            if self.limits:
+                msgspec.convert(value, Annotated[self.base, self.limits])
+            is_possible = not self.choices or text in self.choices
         except (ValueError, KeyError):
             is_possible = False
-        if not is_possible or (not text and (self.base is Path or not self.may_be_empty)):
-            raise UserError(
-                f"{reprlib.repr(text)} is not possible",
-                where=where,
-                fix=f"Give {self.describe()}.",
-                exit_code=ExitCode.BAD_OPTION,
-            )
+        is_empty = not text and (self.base is Path or not self.may_be_empty)
+        is_nan = self.base is float and is_possible and math.isnan(value)
+        if not is_possible or is_empty or is_nan or "\0" in text:
+            what = f"{reprlib.repr(text)} is not possible"
+            raise bad_option(where, what, f"Give {self.describe()}.")
         return value
 
     def describe(self) -> str:
-        """Returns in words which values are possible, such as "a whole number from 1 to 8"."""
+        """Returns which values are possible, such as "a whole number from 1 to 8"."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         words = "a path" if self.base is Path else _WORDS[self.base]
         if not self.may_be_empty:
-            words = "text that is not empty"
+            words = "non-empty text"
         return f"{words} {describe_limits(self.limits)}" if self.limits else words
-
-    def _has(self, value: Any) -> bool:
-        if self.choices:
-            return value in self.choices
-        if self.limits is None:
-            return True
-        limits = self.limits
-        return (
-            math.isfinite(value)
-            and (limits.ge is None or value >= limits.ge)
-            and (limits.gt is None or value > limits.gt)
-            and (limits.le is None or value <= limits.le)
-            and (limits.lt is None or value < limits.lt)
-        )
-
-
-def is_boolean(text: str) -> bool:
-    """Returns whether a text stands for true or false."""
-    return text.lower() in _BOOLEANS
 
 
 def describe_limits(limits: Meta) -> str:
@@ -117,12 +98,31 @@ def option_types(options_class: type[Any]) -> dict[str, OptionType]:
     return {name: _option_type(hint) for name, hint in hints.items()}
 
 
+def option_help(options_class: type[Any]) -> dict[str, str]:
+    """Returns the string below each field of a dataclass, which only its source has."""
+    try:
+        described = ast.parse(inspect.getsource(options_class)).body[0]
+    except (OSError, TypeError):  # a class without a source file
+        return {}
+    assert isinstance(described, ast.ClassDef)
+    return {
+        ast.unparse(field.target): " ".join(ast.literal_eval(below.value).split())
+        for field, below in pairwise(described.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
+
+
+def option_flag(name: str) -> str:
+    """Returns an option's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 def _option_type(hint: Any) -> OptionType:
     """Reads an annotation: a type, Literal or tuple of several, perhaps optional or with limits."""
     limits, is_list, min_length, may_be_empty = None, False, 0, True
     while True:
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-        if origin is typing.Annotated:
+        if origin is Annotated:
             hint, (meta,) = arguments[0], arguments[1:]
             if typing.get_origin(hint) is tuple:
                 min_length = meta.min_length
@@ -144,15 +144,13 @@ def check_name(name: str, option: str) -> str:
     """Returns `name` when it is safe as the name of one folder.
 
     Raises:
-        UserError: it is empty or too long, starts with a dot or dash, or has characters that paths
-            dislike.
+        UserError: it is empty or too long, or has characters that cause trouble in paths.
     """
     if not re.fullmatch(r"[\w][\w.+-]*", name) or len(name.encode()) > _LONGEST_NAME_BYTES:
-        raise UserError(
+        raise bad_option(
+            option,
             f"{name!r} cannot be a folder name",
-            where=option,
-            fix="Use letters, digits, '.', '_', '+' and '-', beginning with a letter or digit, "
+            "Use letters, digits, '.', '_', '+' and '-', beginning with a letter or digit, "
             f"and no more than {_LONGEST_NAME_BYTES} bytes.",
-            exit_code=ExitCode.BAD_OPTION,
         )
     return name

@@ -1,7 +1,7 @@
-"""Options as YAML: `--config` reads them, and every run leaves them behind.
+"""YAML files of options, which `--config` reads and every run writes.
 
-A scalar is the text that stands there; the option's type says what it means. YAML's own guesses,
-to which `no` is false, 1.10 a number and 017 fifteen, are not asked.
+A scalar is the text that the file has; the option's type gives its value. YAML's own rules, to
+which `no` is false, 1.10 a number and 017 fifteen, do not apply.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from kiem.core.errors import ExitCode, UserError
+from kiem.core.errors import bad_option
 from kiem.core.values import OptionType, option_types
 
 _MOST_BYTES = 1 << 20
@@ -42,15 +42,17 @@ def read_options(options_class: type[Any], path: Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
     for key, node in _entries(path):
-        where = _place(path, key)
+        line = key.start_mark.line + 1
+        where = f"{path}:{line}"
         written = _text(key, where)
         name = written.replace("-", "_")
         if name not in known:
-            raise _bad(where, f"no option {written!r}", f"The options are: {', '.join(known)}.")
+            fix = f"The options are: {', '.join(known)}."
+            raise bad_option(where, f"no option {written!r}", fix)
         if name in lines:
             what = f"{written} stands in line {lines[name]} already"
-            raise _bad(where, what, "Leave one of the two out.")
-        lines[name] = _line(key)
+            raise bad_option(where, what, "Remove one of the two.")
+        lines[name] = line
         if not _is_unset(node):
             values[name] = _value(known[name], node, path, written)
     return values
@@ -65,34 +67,32 @@ def to_yaml(options: Any) -> str:
 
 def to_dict(options: Any) -> dict[str, Any]:
     """Returns options as plain values by name; unset ones are left out."""
-    values: dict[str, Any] = {}
-    for name, value in dataclasses.asdict(options).items():
-        if isinstance(value, tuple):
-            values[name] = [_plain(item) for item in value]
-        elif value is not None:
-            values[name] = _plain(value)
-    return values
 
+    def plain(value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
 
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+    return {
+        name: list(map(plain, value)) if isinstance(value, tuple) else plain(value)
+        for name, value in dataclasses.asdict(options).items()
+        if value is not None
+    }
 
 
 def _value(kind: OptionType, node: yaml.Node, path: Path, option: str) -> Any:
     """Returns the value that a node stands for."""
-    where = f"{_place(path, node)}: {option}"
+    where = f"{path}:{node.start_mark.line + 1}: {option}"
     if not kind.is_list:
         return kind.read(_text(node, where), where)
     _refuse_tag(node, where)
     items = node.value if isinstance(node, yaml.SequenceNode) else [node]
     if len(items) < kind.min_length:
-        raise _bad(where, "the list is empty", f"Give at least {kind.min_length}.")
+        raise bad_option(where, "the list is empty", f"Give at least {kind.min_length}.")
     values = []
     for item in items:
-        where = f"{_place(path, item)}: {option}"
+        where = f"{path}:{item.start_mark.line + 1}: {option}"
         if _is_unset(item):
-            what = "an item has no value"
-            raise _bad(where, what, "Give one; put the word null and empty text in quotes.")
+            fix = "Give one; put the word null and empty text in quotes."
+            raise bad_option(where, "an item has no value", fix)
         values.append(kind.read(_text(item, where), where))
     return tuple(values)
 
@@ -100,24 +100,16 @@ def _value(kind: OptionType, node: yaml.Node, path: Path, option: str) -> Any:
 def _text(node: yaml.Node, where: str) -> str:
     _refuse_tag(node, where)
     if not isinstance(node, yaml.ScalarNode):
-        is_list = isinstance(node, yaml.SequenceNode)
-        what = "a list is too much" if is_list else "a mapping has no meaning"
-        raise _bad(where, what, "Give one value, in quotes if it has brackets or a colon.")
+        what = "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+        fix = "Give one value, in quotes if it has brackets or a colon."
+        raise bad_option(where, f"{what} is not possible here", fix)
     return node.value
 
 
 def _refuse_tag(node: yaml.Node, where: str) -> None:
     if node.tag.removeprefix("tag:yaml.org,2002:") not in ("str", "seq", "map"):
-        what = f"the tag {node.tag} is not read"
-        raise _bad(where, what, "Leave it out: the option says what kind of value it is.")
-
-
-def _place(path: Path, node: yaml.Node) -> str:
-    return f"{path}:{_line(node)}"
-
-
-def _line(node: yaml.Node) -> int:
-    return int(node.start_mark.line) + 1
+        fix = "Remove it: the option says what kind of value it is."
+        raise bad_option(where, f"the tag {node.tag} is not read", fix)
 
 
 def _is_unset(node: yaml.Node) -> bool:
@@ -131,28 +123,26 @@ def _entries(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
         with path.open("rb") as file:
             data = file.read(_MOST_BYTES + 1)
         if len(data) > _MOST_BYTES:
-            raise _bad(str(path), f"larger than {_MOST_BYTES:,} bytes", "Correct --config.")
-        # BaseLoader takes every plain scalar for a text.
+            raise bad_option(str(path), f"larger than {_MOST_BYTES:,} bytes", "Correct --config.")
+        # BaseLoader reads every scalar as text.
         root = yaml.compose(data.decode("utf-8-sig"), Loader=yaml.BaseLoader)
     except OSError as error:
-        raise _bad(str(path), f"cannot be read ({error.strerror})", "Correct --config.") from error
+        what = f"cannot be read ({error.strerror})"
+        raise bad_option(str(path), what, "Correct --config.") from error
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise _bad(f"{path}:{line}", "not UTF-8", "Save the file as UTF-8 text.") from error
+        raise bad_option(f"{path}:{line}", "not UTF-8", "Save the file as UTF-8 text.") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise _bad(f"{path}:{line}", f"not YAML ({error.problem})", fix) from error
+        raise bad_option(f"{path}:{line}", f"not YAML ({error.problem})", fix) from error
     except yaml.YAMLError as error:  # a character that YAML does not have
-        raise _bad(str(path), f"not YAML ({str(error).splitlines()[0]})", fix) from error
+        reason = str(error).splitlines()[0]
+        raise bad_option(str(path), f"not YAML ({reason})", fix) from error
     except RecursionError as error:
-        raise _bad(str(path), "nested too deeply", fix) from error
+        raise bad_option(str(path), "nested too deeply", fix) from error
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
-        raise _bad(str(path), "no options by name", fix)
+        raise bad_option(str(path), "no options by name", fix)
     _refuse_tag(root, str(path))
     return list(root.value)
-
-
-def _bad(where: str, what: str, fix: str) -> UserError:
-    return UserError(what, where=where, fix=fix, exit_code=ExitCode.BAD_OPTION)
