@@ -9,9 +9,9 @@ from kiem.config import InferenceOptions
 
 
 def main(options: InferenceOptions, console: Console) -> None:
-    from kiem.inference.write import write  # slow to import: not before the options are right
+    from kiem.inference.generate import generate  # slow to import: not before the options are right
 
-    write(options, console)
+    generate(options, console)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def expect(model_path: str) -> dict[str, list[dict[str, object]]]:
     """Returns kiem's ids of each text, and its greedy continuation of each prompt."""
     from kiem.inference.engine import Engine, Request
     from kiem.inference.loading import load_for_inference
-    from kiem.inference.sampling import Sampling
+    from kiem.inference.sampling import SamplingParams
 
     loaded = load_for_inference(model_path, "fp32")
     tokenizer = loaded.tokenizer
@@ -61,15 +61,12 @@ def expect(model_path: str) -> dict[str, list[dict[str, object]]]:
         ids = tokenizer.encode(text)
         texts.append({"text": text, "ids": ids, "decoded": tokenizer.decode(ids)})
     continuations = []
-    greedy = Sampling(temperature=0, repetition_penalty=1)
+    greedy = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=NEW_TOKENS)
     for prompt in PROMPTS:
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
         max_tokens = len(ids) + NEW_TOKENS
-        engine = Engine(loaded.model, -1, max_requests=1, max_tokens=max_tokens)
-        engine.add(Request(ids, NEW_TOKENS, greedy, 0))
-        written: list[int] = []
-        while engine.num_waiting or engine.num_running:
-            written += [new.token for new in engine.step()]
+        engine = Engine(loaded.model, None, max_requests=1, max_tokens=max_tokens)
+        written = [output.token for _, output in engine.stream([Request(ids, greedy, seed=0)])]
         continuations.append({"prompt_ids": ids, "ids": written})
     return {"texts": texts, "continuations": continuations}
 

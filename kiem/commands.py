@@ -63,9 +63,9 @@ COMMANDS = {
         "preprocess.py", PreprocessOptions, "kiem.data.prepare.preprocess", "preprocess"
     ),
     "train": Command("training.py", TrainingOptions, "kiem.training.loop", "train"),
-    "generate": Command("inference.py", InferenceOptions, "kiem.inference.write", "write"),
+    "generate": Command("inference.py", InferenceOptions, "kiem.inference.generate", "generate"),
     "serve": Command(
-        "inference.py", InferenceOptions, "kiem.inference.write", "write", ("--serve",)
+        "inference.py", InferenceOptions, "kiem.inference.generate", "generate", ("--serve",)
     ),
     "evaluate": Command("evaluate.py", EvaluationOptions, "kiem.evaluation.command", "evaluate"),
     "export": Command("export.py", ExportOptions, "kiem.export.export", "export"),

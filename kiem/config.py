@@ -31,6 +31,10 @@ Count = Annotated[int, Meta(ge=1, le=_MOST)]
 CountOrZero = Annotated[int, Meta(ge=0, le=_MOST)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Price = Annotated[float, Meta(ge=0, le=10**6)]
+Temperature = Annotated[float, Meta(ge=0, le=100)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Penalty = Annotated[float, Meta(gt=0, le=100)]
 Name = Annotated[str, Meta(min_length=1)]  # an empty one is a variable that was not set
 
 
@@ -223,15 +227,15 @@ class InferenceOptions:
     max_new_tokens: Annotated[int, Meta(ge=1, le=_MOST_TOKENS)] = 128
     """Most tokens to add to a prompt. With --serve: where a request does not say; so are the
     options of the choice of tokens, from --temperature to --stop."""
-    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.8
+    temperature: Temperature = 0.8
     """How adventurous the choice of tokens is; 0 always takes the likeliest."""
     top_k: Annotated[int, Meta(ge=0, le=_MOST)] = 0
     """Choose from the k likeliest tokens; 0: from all."""
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 0.9
+    top_p: TopP = 0.9
     """Choose from the likeliest tokens that together have this probability."""
-    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    min_p: Share = 0.0
     """Choose from tokens that have at least this share of the likeliest one's probability."""
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.1
+    repetition_penalty: Penalty = 1.1
     """Above 1: tokens that occurred before become less likely."""
     stop: tuple[str, ...] = ()
     """Texts that end a continuation, and are left out of it."""

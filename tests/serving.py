@@ -23,7 +23,7 @@ from conftest import ROOT
 
 from kiem.config import InferenceOptions
 from kiem.inference.loading import LoadedModel
-from kiem.inference.sampling import Sampling
+from kiem.inference.sampling import SamplingParams
 from kiem.inference.server.serve import make_server, open_socket
 
 # So repetitive that the model never ends its text.
@@ -117,7 +117,7 @@ class ServerProcess(RunningServer):
 def serving_here(loaded: LoadedModel, **options: Any) -> Iterator[RunningServer]:
     """Runs a server in a thread: quick to start, and its model can be given faults."""
     given = InferenceOptions("here", serve=True, **{"max_requests": 2, **options})
-    server, worker = make_server(loaded, Sampling(), given)
+    server, worker = make_server(loaded, SamplingParams(), given)
     with open_socket("127.0.0.1", 0) as listening:
         listening.listen()
         thread = threading.Thread(target=server.run, args=([listening],))

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from kiem.config import InferenceOptions
 from kiem.core.errors import ExitCode, UserError
+from kiem.inference.generate import generate
 from kiem.inference.prompts import read_prompts
-from kiem.inference.write import write
 
 NUM_PROMPTS = 12
 STARTS = ("De stad", "Het water", "Een huis", "In de winter")
@@ -56,7 +56,7 @@ def expected(
 ) -> list[dict[str, Any]]:
     """What an undisturbed run of one process writes."""
     output = tmp_path_factory.mktemp("whole") / "out.jsonl"
-    write(replace(options, output_file=output), Console(quiet=True))
+    generate(replace(options, output_file=output), Console(quiet=True))
     assert list(output.parent.iterdir()) == [output]
     return read(output)
 
@@ -84,7 +84,7 @@ def test_the_number_at_a_time_changes_nothing(
 ) -> None:
     output = tmp_path / "out.jsonl"
     changed = replace(options, max_requests=max_requests, output_file=output)
-    write(changed, Console(quiet=True))
+    generate(changed, Console(quiet=True))
     assert read(output) == expected
 
 
@@ -133,7 +133,7 @@ def test_another_command_does_not_go_on_with_it(
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     (journal,) = tmp_path.iterdir()
-    write(replace(options, output_file=output), Console(quiet=True))
+    generate(replace(options, output_file=output), Console(quiet=True))
     assert read(output) == expected
     assert set(tmp_path.iterdir()) == {output, journal}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,13 +13,12 @@ from conftest import SMALL, WINDOW
 from transformers import Gemma3ForCausalLM
 
 from kiem.inference.decoder import use_kernels
-from kiem.inference.engine import Engine, NewToken, Request
-from kiem.inference.sampling import Sampling
+from kiem.inference.engine import Engine, Request, RequestOutput
+from kiem.inference.sampling import SamplingParams
 from kiem.model.gemma3 import Gemma3, initialize
 from kiem.model.io import write_model
 
-GREEDY = Sampling(temperature=0, repetition_penalty=1)
-NO_EOS = -1
+GREEDY = SamplingParams(temperature=0, repetition_penalty=1)
 # Widths that the kernels take.
 WIDE = replace(SMALL, hidden_size=128, intermediate_size=256, head_dim=32, query_pre_attn_scalar=32)
 
@@ -48,35 +49,35 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return torch.randint(3, SMALL.vocab_size, (length,), generator=generator).tolist()
 
 
-def run(engine: Engine) -> dict[int, list[NewToken]]:
-    found: dict[int, list[NewToken]] = {}
+def run(engine: Engine) -> dict[int, list[RequestOutput]]:
+    found: dict[int, list[RequestOutput]] = {}
     while engine.num_running or engine.num_waiting:
         for new in engine.step():
-            found.setdefault(new.request, []).append(new)
+            found.setdefault(new.request_id, []).append(new)
     return found
 
 
-def tokens(news: list[NewToken]) -> list[int]:
-    return [new.token for new in news]
+def tokens(news: list[RequestOutput]) -> list[int]:
+    return [new.token for new in news if new.token is not None]
 
 
 def test_many_requests_on_few_slots_get_what_each_gets_alone(model: Gemma3) -> None:
     """Lengths around the window; slots are left and taken again in every order."""
     requests = [
-        Request(prompt(length, seed), 1 + 7 * seed % 23, sampling, seed)
+        Request(prompt(length, seed), replace(params, max_new_tokens=1 + 7 * seed % 23), seed)
         for seed, length in enumerate([1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 33] * 3)
-        for sampling in (GREEDY, Sampling())
+        for params in (GREEDY, SamplingParams())
     ]
-    together = Engine(model, NO_EOS, max_requests=5, max_tokens=64)
+    together = Engine(model, None, max_requests=5, max_tokens=64)
     numbers = [together.add(request) for request in requests]
     assert (together.num_running, together.num_waiting) == (0, len(requests))
     found = run(together)
     for number, request in zip(numbers, requests, strict=True):
-        alone = Engine(model, NO_EOS, max_requests=1, max_tokens=64)
+        alone = Engine(model, None, max_requests=1, max_tokens=64)
         alone.add(request)
         expected = run(alone)[0]
         assert tokens(found[number]) == tokens(expected)
-        assert len(expected) == request.max_new_tokens
+        assert len(expected) == request.params.max_new_tokens
         reasons = [new.finish_reason for new in found[number]]
         assert reasons == [None] * (len(reasons) - 1) + ["length"]
 
@@ -90,18 +91,23 @@ def test_kernels_give_each_request_the_same_bits_in_any_company(quantize: str, d
     use_kernels(model, quantize)
     assert model.decoder is not None
     requests = [
-        Request(prompt(length, seed), 5 + 7 * seed % 17, sampling, seed, num_logprobs=3)
+        Request(
+            prompt(length, seed),
+            replace(params, max_new_tokens=5 + 7 * seed % 17),
+            seed,
+            num_logprobs=3,
+        )
         for seed, length in enumerate([1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 33])
-        for sampling in (GREEDY, Sampling())
+        for params in (GREEDY, SamplingParams())
     ]
-    together = Engine(model, NO_EOS, max_requests=9, max_tokens=64)
+    together = Engine(model, None, max_requests=9, max_tokens=64)
     for request in requests:
         together.add(request)
     found = run(together)
     for number, request in enumerate(requests):
-        alone = Engine(model, NO_EOS, max_requests=1, max_tokens=64)
+        alone = Engine(model, None, max_requests=1, max_tokens=64)
         alone.add(request)
-        assert [replace(new, request=number) for new in run(alone)[0]] == found[number]
+        assert [replace(new, request_id=number) for new in run(alone)[0]] == found[number]
 
 
 def test_greedy_texts_of_200_prompts_are_those_of_transformers(tmp_path: Path) -> None:
@@ -110,7 +116,7 @@ def test_greedy_texts_of_200_prompts_are_those_of_transformers(tmp_path: Path) -
     reference = Gemma3ForCausalLM.from_pretrained(tmp_path)
     use_kernels(model, "none")
     num_new = 12
-    engine = Engine(model, NO_EOS, max_requests=8, max_tokens=64)
+    engine = Engine(model, None, max_requests=8, max_tokens=64)
     expected = []
     for length in range(1, 26):
         prompts = [prompt(length, 100 * length + seed) for seed in range(8)]
@@ -126,45 +132,48 @@ def test_greedy_texts_of_200_prompts_are_those_of_transformers(tmp_path: Path) -
         )
         expected += written.sequences[:, length:].tolist()
         for ids in prompts:
-            engine.add(Request(ids, num_new, GREEDY, 0))
+            engine.add(Request(ids, replace(GREEDY, max_new_tokens=num_new), seed=0))
     found = run(engine)
     assert [tokens(found[number]) for number in range(200)] == expected
 
 
 def test_greedy_tokens_are_the_likeliest_after_all_before_them(model: Gemma3) -> None:
-    engine = Engine(model, NO_EOS, max_requests=1, max_tokens=1100)
+    engine = Engine(model, None, max_requests=1, max_tokens=1100)
     ids = prompt(1030)  # longer than a part of prefill
-    engine.add(Request(ids, 20, GREEDY, 0, num_logprobs=3))
+    engine.add(Request(ids, replace(GREEDY, max_new_tokens=20), seed=0, num_logprobs=3))
     for new in run(engine)[0]:
         logits = model.logits(model.hidden_states(torch.tensor([ids]))[0, -1])
         logprobs = logits.log_softmax(-1)
         likeliest = logprobs.topk(3)
         assert new.token == likeliest.indices[0]
-        assert new.logprob == pytest.approx(likeliest.values[0].item(), abs=1e-4)
-        assert [token for token, _ in new.alternatives] == likeliest.indices.tolist()
-        assert [p for _, p in new.alternatives] == pytest.approx(
+        assert new.score is not None
+        assert new.score.logprob == pytest.approx(likeliest.values[0].item(), abs=1e-4)
+        assert [token for token, _ in new.score.alternatives] == likeliest.indices.tolist()
+        assert [p for _, p in new.score.alternatives] == pytest.approx(
             likeliest.values.tolist(), abs=1e-4
         )
         ids.append(new.token)
 
 
 def test_a_request_ends_with_eos(model: Gemma3) -> None:
-    request = Request(prompt(5), 30, Sampling(), 3)
-    engine = Engine(model, NO_EOS, max_requests=1, max_tokens=64)
+    request = Request(prompt(5), SamplingParams(max_new_tokens=30), 3)
+    engine = Engine(model, None, max_requests=1, max_tokens=64)
     engine.add(request)
     whole = tokens(run(engine)[0])
     eos_id = whole[10]
-    engine = Engine(model, eos_id, max_requests=1, max_tokens=64)
+    tokenizer: Any = Mock(eos_id=eos_id, decode=str)
+    engine = Engine(model, tokenizer, max_requests=1, max_tokens=64)
     engine.add(request)
     news = run(engine)[0]
     assert tokens(news) == whole[: whole.index(eos_id) + 1]
     assert news[-1].finish_reason == "eos"
-    assert news[-1].logprob is None
+    assert news[-1].score is None
 
 
 def test_a_cancelled_request_leaves_its_place_and_no_trace(model: Gemma3) -> None:
-    requests = [Request(prompt(9, seed), 20, Sampling(), seed) for seed in range(4)]
-    engine = Engine(model, NO_EOS, max_requests=2, max_tokens=64)
+    params = SamplingParams(max_new_tokens=20)
+    requests = [Request(prompt(9, seed), params, seed) for seed in range(4)]
+    engine = Engine(model, None, max_requests=2, max_tokens=64)
     for request in requests:
         engine.add(request)
     first = engine.step()
@@ -174,17 +183,17 @@ def test_a_cancelled_request_leaves_its_place_and_no_trace(model: Gemma3) -> Non
     found = run(engine)
     engine.cancel(0)  # ended long ago
     assert found.keys() == {1, 3}
-    alone = Engine(model, NO_EOS, max_requests=1, max_tokens=64)
+    alone = Engine(model, None, max_requests=1, max_tokens=64)
     for request in (requests[1], requests[3]):
         alone.add(request)
     expected = run(alone)
-    begun = [new.token for new in first if new.request == 1]
+    begun = [new.token for new in first if new.request_id == 1]
     assert begun + tokens(found[1]) == tokens(expected[0])
     assert tokens(found[3]) == tokens(expected[1])
 
 
 def test_nothing_to_do_is_done_at_once(model: Gemma3) -> None:
-    engine = Engine(model, NO_EOS, max_requests=2, max_tokens=8)
+    engine = Engine(model, None, max_requests=2, max_tokens=8)
     assert engine.step() == []
     with pytest.raises(AssertionError, match="9 tokens in a slot of 8"):
-        engine.add(Request(prompt(5), 4, GREEDY, 0))
+        engine.add(Request(prompt(5), replace(GREEDY, max_new_tokens=4), seed=0))

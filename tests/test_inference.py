@@ -16,13 +16,12 @@ from kiem.config import InferenceOptions
 from kiem.core.console import printable
 from kiem.core.errors import ExitCode, UserError
 from kiem.inference.engine import Engine, Request
+from kiem.inference.generate import generate
 from kiem.inference.loading import LoadedModel, load_for_inference
-from kiem.inference.sampling import Sampling
-from kiem.inference.streaming import Writer, request_for
+from kiem.inference.sampling import SamplingParams
 from kiem.inference.text import TextStream
-from kiem.inference.write import write
 
-GREEDY = Sampling(temperature=0, repetition_penalty=1)
+GREEDY = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=20)
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +45,21 @@ def test_greedy_equals_transformers_generate(
         do_sample=False,
         eos_token_id=None,
     )
-    engine = Engine(loaded.model, -1, max_requests=1, max_tokens=prompt_tokens + 20)
-    engine.add(Request(prompt[0].tolist(), 20, GREEDY, 0))
-    tokens = []
-    while engine.num_waiting or engine.num_running:
-        tokens += [new.token for new in engine.step()]
+    engine = Engine(loaded.model, None, max_requests=1, max_tokens=prompt_tokens + 20)
+    request = Request(prompt[0].tolist(), GREEDY, seed=0)
+    tokens = [output.token for _, output in engine.stream([request])]
     assert tokens == expected[0, prompt_tokens:].tolist()
 
 
 def test_sequences_do_not_depend_on_their_neighbours(loaded: LoadedModel) -> None:
     def texts(num_sequences: int, seed: int) -> list[str]:
         model, tokenizer = loaded.model, loaded.tokenizer
-        writer = Writer(model, tokenizer, max_requests=num_sequences, max_tokens=30)
-        how = {"max_new_tokens": 12, "sampling": Sampling(), "seed": seed}
+        engine = Engine(model, tokenizer, max_requests=num_sequences, max_tokens=30)
+        ids, params = [2, *tokenizer.encode("De stad")], SamplingParams(max_new_tokens=12)
         places = range(num_sequences)
-        requests = [request_for("De stad", tokenizer, **how, sequence=place) for place in places]
         found = [""] * num_sequences
-        for piece in writer.stream(requests):
-            found[piece.number] += piece.text
+        for place, output in engine.stream(Request(ids, params, seed, 0, n) for n in places):
+            found[place] += output.text
         return found
 
     assert texts(3, seed=1)[:1] == texts(1, seed=1)
@@ -202,7 +198,7 @@ def test_impossible_options_are_found_before_anything_else(
     options: dict[str, Any], code: int, message: str
 ) -> None:
     with pytest.raises(UserError) as found:
-        write(InferenceOptions("nergens", **options), Console(quiet=True))
+        generate(InferenceOptions("nergens", **options), Console(quiet=True))
     assert found.value.exit_code == code
     assert message in str(found.value)
 

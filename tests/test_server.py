@@ -19,10 +19,11 @@ import pytest
 from conftest import run_script
 from serving import ENDLESS, ServerProcess, open_stream, serving, wait_until
 
+from kiem.inference.engine import Engine, Request, RequestOutput
 from kiem.inference.loading import load_for_inference
-from kiem.inference.sampling import Sampling
+from kiem.inference.sampling import SamplingParams
+from kiem.inference.server.metrics import ServerMetrics
 from kiem.inference.server.worker import Worker
-from kiem.inference.streaming import Piece, Writer, request_for
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -297,17 +298,18 @@ def test_more_than_the_queue_takes_is_refused(server: ServerProcess) -> None:
 
 def test_what_was_written_before_anybody_listened_is_not_lost(model: Path) -> None:
     loaded = load_for_inference(str(model), "fp32")
-    writer = Writer(loaded.model, loaded.tokenizer, max_requests=2, max_tokens=16)
-    how: dict[str, Any] = {"max_new_tokens": 2, "sampling": Sampling(temperature=0), "seed": 1}
-    requests = [request_for(text, loaded.tokenizer, **how) for text in ("Het", "Een")]
+    engine = Engine(loaded.model, loaded.tokenizer, max_requests=2, max_tokens=16)
+    params = SamplingParams(temperature=0, max_new_tokens=2)
+    texts = [[2, *loaded.tokenizer.encode(text)] for text in ("Het", "Een")]
+    requests = [Request(ids, params, seed=1) for ids in texts]
 
-    async def listen_late() -> list[tuple[int, Piece]]:
-        worker = Worker(writer, 2, lambda _: None)
+    async def listen_late() -> list[tuple[int, RequestOutput]]:
+        worker = Worker(engine, 2, ServerMetrics(engine, 2))
         worker.start(lambda: None)
-        job = worker.submit(requests, ())
+        job = worker.submit(requests)
         while job.open:
             await asyncio.sleep(0.01)
-        found = [event async for event in job.pieces()]
+        found = [event async for event in job.outputs()]
         worker.stop()
         return found
 

@@ -25,7 +25,7 @@ from serving import ServerProcess, open_stream, serving, wait_until
 
 from kiem.config import InferenceOptions
 from kiem.core.errors import ExitCode, UserError
-from kiem.inference.write import write
+from kiem.inference.generate import generate
 
 KEY = "een-sleutel-van-lengte"
 ROUTES = ("/", "/page.js", "/metrics", "/v1/models", "/v1/models/short", "/niets")
@@ -166,14 +166,14 @@ def test_mistakes_are_told_before_the_model_is_loaded(
     options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as found:
-        write(InferenceOptions("nergens", serve=True, **options), Console(quiet=True))
+        generate(InferenceOptions("nergens", serve=True, **options), Console(quiet=True))
     assert found.value.exit_code == ExitCode.BAD_OPTION
 
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "starlette", None)  # as if it were not installed
     with pytest.raises(UserError, match="needs starlette uvicorn prometheus-client"):
-        write(InferenceOptions("nergens", serve=True), Console(quiet=True))
+        generate(InferenceOptions("nergens", serve=True), Console(quiet=True))
 
 
 def test_a_port_in_use_is_told() -> None:
@@ -182,4 +182,4 @@ def test_a_port_in_use_is_told() -> None:
         pytest.raises(UserError, match="Address already in use"),
     ):
         port = taken.getsockname()[1]
-        write(InferenceOptions("nergens", serve=True, port=port), Console(quiet=True))
+        generate(InferenceOptions("nergens", serve=True, port=port), Console(quiet=True))

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from kiem.inference.engine import Engine, Request
 from kiem.inference.loading import LoadedModel, load_for_inference
-from kiem.inference.sampling import Sampling, generator_seed
+from kiem.inference.sampling import SamplingParams
+from kiem.inference.server.metrics import ServerMetrics
 from kiem.inference.server.worker import Worker
-from kiem.inference.streaming import Writer
 from kiem.tokenizer.tokenizer import Tokenizer
 
 
@@ -69,13 +69,19 @@ RANDOM = {"temperature": 5, "top_p": 1, "repetition_penalty": 1}
 def faulty(trained_run: Path) -> Iterator[tuple[RunningServer, FaultyModel, int]]:
     """A server, its faults, and a token that it writes after PROMPT but not after "De"."""
     loaded = load_for_inference(str(trained_run / "final_model"), "fp32")
-    engine = Engine(loaded.model, -1, max_requests=2, max_tokens=200)
+    engine = Engine(loaded.model, None, max_requests=2, max_tokens=200)
     tokens: tuple[list[int], list[int]] = [], []
-    engine.add(Request(PROMPT, 3, Sampling(**RANDOM), generator_seed(1, 0, 0)))
-    engine.add(Request([2, *loaded.tokenizer.encode("De")], 120, Sampling(**ENDLESS), 0))
-    while engine.num_waiting or engine.num_running:
-        for new in engine.step():
-            tokens[new.request].append(new.token)
+    asked = [
+        Request(PROMPT, SamplingParams(**RANDOM, max_new_tokens=3), seed=1),
+        Request(
+            [2, *loaded.tokenizer.encode("De")],
+            SamplingParams(**ENDLESS, max_new_tokens=120),
+            seed=0,
+        ),
+    ]
+    for number, output in engine.stream(asked):
+        assert output.token is not None
+        tokens[number].append(output.token)
     token = next(token for token in tokens[0] if token not in tokens[1])
     fault = FaultyModel(loaded)
     given = {each.name: getattr(loaded.tokenizer, each.name) for each in fields(Tokenizer)}
@@ -143,12 +149,12 @@ def test_the_event_loop_may_end_within_a_step(trained_run: Path) -> None:
         assert is_over.wait(60)
 
     loaded.model.model.norm.register_forward_pre_hook(read_on)
-    writer = Writer(loaded.model, loaded.tokenizer, max_requests=2, max_tokens=16)
-    worker = Worker(writer, 2, lambda _: None)
+    engine = Engine(loaded.model, loaded.tokenizer, max_requests=2, max_tokens=16)
+    worker = Worker(engine, 2, ServerMetrics(engine, 2))
 
     async def leave_early() -> None:
         worker.start(lambda: None)
-        worker.submit([Request(PROMPT, 2, Sampling(temperature=0), 0)], ())
+        worker.submit([Request(PROMPT, SamplingParams(0, max_new_tokens=2), seed=0)])
         assert await asyncio.to_thread(is_reading.wait, 60)
 
     asyncio.run(leave_early())

@@ -1,22 +1,27 @@
-"""The engine: requests in, new tokens out, as many requests at a time as there are slots.
+"""Continuous batching: requests in, new tokens and their text out, many requests at a time.
 
-A step first reads the prompts of waiting requests into free slots, then writes one token of every
-running request. Running requests are always in the first slots, so that a step touches no others.
+A step first reads the prompts of waiting requests into free slots, then adds one token to every
+running request. Running requests occupy the first slots, so a step touches no others.
 Shapes: B running requests, T tokens, V vocabulary entries.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kiem.inference.sampling import Sampling, choose_token
+from kiem.core.randomness import derive_seed
+from kiem.inference.sampling import SamplingParams, choose_token
+from kiem.inference.text import TextStream
 from kiem.model.cache import CachePass, KeyValueCache
 from kiem.model.gemma3 import Gemma3
+from kiem.tokenizer.tokenizer import Tokenizer
 
 # Prompts are read in parts, which bounds the memory of a long prompt's attention.
 _PREFILL_TOKENS = 512
@@ -25,7 +30,7 @@ _SCORED_TOKENS = 128
 # Full layers look at a number of cache entries that is a multiple of this.
 _ENTRIES_STEP = 256
 
-FinishReason = Literal["eos", "length"]
+FinishReason = Literal["eos", "length", "stop", "error"]
 
 
 @dataclass(frozen=True)
@@ -34,27 +39,29 @@ class Request:
 
     Attributes:
         prompt_ids: the prompt's tokens with <bos>.
-        max_new_tokens: most tokens to add; with 0 the prompt is read, and that is all.
-        sampling: how tokens are chosen.
-        generator_seed: seed of this request's own random generator.
-        num_logprobs: how many of the likeliest tokens to tell of at each place; 0: tell nothing.
-        scores_prompt: whether the prompt's own tokens are told of, too.
+        params: how tokens are chosen, and when the text ends.
+        seed, prompt_number, sequence: determine the choices; the number of the prompt among
+            several, and of the continuation among those of its prompt.
+        num_logprobs: how many of the likeliest tokens to report at each position; 0: no
+            probabilities at all.
+        scores_prompt: whether the prompt's own tokens are scored, too.
     """
 
     prompt_ids: list[int]
-    max_new_tokens: int
-    sampling: Sampling
-    generator_seed: int
+    params: SamplingParams
+    seed: int
+    prompt_number: int = 0
+    sequence: int = 0
     num_logprobs: int = 0
     scores_prompt: bool = False
 
 
 class Score(NamedTuple):
-    """How likely a token was.
+    """How likely a token was, before temperature and filters.
 
     Attributes:
-        logprob: log of its probability before any temperature or filter.
-        alternatives: the likeliest tokens at its place with theirs.
+        logprob: log of its probability.
+        alternatives: the likeliest tokens at its position with theirs.
     """
 
     logprob: float
@@ -62,83 +69,71 @@ class Score(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ReadPrompt:
-    """A prompt that has been read, of a request that asks for its scores or for nothing more.
+class RequestOutput:
+    """What a step adds to a request.
 
     Attributes:
-        request: the request's number.
-        scores: of the prompt's tokens from the second one on; None if not asked for.
-        finish_reason: "length" if there is nothing to add.
+        request_id: the request's number in its engine.
+        text: new text; may be empty, since a character can take several tokens.
+        token: the new token, the last one perhaps <eos>; None if there is none.
+        score: of the token, if asked for.
+        prompt_scores: once, if asked for: of the prompt's tokens from the second one on.
+        finish_reason: why the request ends here; None if it goes on. "stop" is a stop string.
+        error: the error that has ended the request, with "error".
     """
 
-    request: int
-    scores: list[Score] | None
-    finish_reason: FinishReason | None
+    request_id: int
+    text: str = ""
+    token: int | None = None
+    score: Score | None = None
+    prompt_scores: list[Score] | None = None
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
 
-
-@dataclass(frozen=True)
-class Failure:
-    """A request that has ended at an error."""
-
-    request: int
-    error: Exception
-
-
-@dataclass(frozen=True)
-class NewToken:
-    """A token that a step added to a request.
-
-    Attributes:
-        request: the request's number.
-        token: the token; the last one may be <eos>.
-        logprob: log of its probability before any temperature or filter; None if not asked for.
-        alternatives: the likeliest tokens with theirs, as many as the request asks for.
-        finish_reason: why the request ends with this token; None if it goes on.
-    """
-
-    request: int
-    token: int
-    logprob: float | None
-    alternatives: list[tuple[int, float]]
-    finish_reason: FinishReason | None
-
-
-Event = NewToken | ReadPrompt | Failure
+    @property
+    def num_tokens(self) -> int:
+        """1 for a new token of text; <eos> does not count."""
+        return int(self.token is not None and self.finish_reason != "eos")
 
 
 @dataclass(eq=False)
-class _Running:
+class _Sequence:
+    """A request that waits or runs; the last of `ids`, prompt and new, is not in the cache yet."""
+
     number: int
     request: Request
     generator: torch.Generator
-    ids: list[int]  # prompt and new tokens; the last one is not in the cache yet
+    ids: list[int]
+    text: TextStream | None
 
 
 class Engine:
-    """Continues many requests at a time (continuous batching).
+    """Continues many requests at a time.
 
-    What a request is given depends on its own prompt, sampling and seed; its neighbours can change
-    its logits only by the rounding of matrix products whose order of sums depends on their number
-    of rows.
+    The result of a request depends on its own prompt, parameters and seed. Its neighbours change
+    its logits only through the rounding of matrix products whose order of sums depends on their
+    number of rows.
 
     Args:
-        model: the model, in evaluation.
-        eos_id: the token that ends a text.
+        model: the model, in evaluation mode.
+        tokenizer: the model's; None: tokens only, which no <eos> ends.
         max_requests: most requests that run at a time; each takes memory for `max_tokens`.
         max_tokens: most tokens of a request, prompt included.
     """
 
-    def __init__(self, model: Gemma3, eos_id: int, *, max_requests: int, max_tokens: int):
+    def __init__(
+        self, model: Gemma3, tokenizer: Tokenizer | None, *, max_requests: int, max_tokens: int
+    ):
         self.max_tokens = max_tokens
         self._model = model
-        self._eos_id = eos_id
+        self._tokenizer = tokenizer
         self._max_requests = max_requests
         self._device = model.model.norm.weight.device
         self._cache = KeyValueCache(
             model.config, max_requests, max_tokens, model.dtype, self._device
         )
-        self._waiting: deque[_Running] = deque()
-        self._running: list[_Running] = []  # by slot
+        self._waiting: deque[_Sequence] = deque()
+        self._running: list[_Sequence] = []  # by slot
         self._next_number = 0
 
     @property
@@ -152,78 +147,91 @@ class Engine:
         return len(self._waiting)
 
     def add(self, request: Request) -> int:
-        """Takes a request, to be begun as soon as a slot is free.
-
-        Returns:
-            The request's number, by which `step` and `cancel` know it.
-        """
+        """Takes a request, which begins as soon as a slot is free, and returns its number."""
         assert request.prompt_ids, "a prompt has at least <bos>"
-        assert request.max_new_tokens >= 0
         assert request.num_logprobs > 0 or not request.scores_prompt
-        num_tokens = len(request.prompt_ids) + request.max_new_tokens
+        num_tokens = len(request.prompt_ids) + request.params.max_new_tokens
         assert num_tokens <= self.max_tokens, f"{num_tokens} tokens in a slot of {self.max_tokens}"
         number = self._next_number
         self._next_number += 1
-        generator = torch.Generator().manual_seed(request.generator_seed)
-        self._waiting.append(_Running(number, request, generator, list(request.prompt_ids)))
+        seed = derive_seed(request.seed, "sample", request.prompt_number, request.sequence)
+        generator = torch.Generator().manual_seed(seed)
+        text = TextStream(self._tokenizer, request.params.stop) if self._tokenizer else None
+        self._waiting.append(_Sequence(number, request, generator, list(request.prompt_ids), text))
         return number
 
     def cancel(self, number: int) -> None:
         """Forgets a request; does nothing if it has ended already."""
         self._waiting = deque(entry for entry in self._waiting if entry.number != number)
-        for slot, running in enumerate(self._running):
-            if running.number == number:
+        for slot, entry in enumerate(self._running):
+            if entry.number == number:
                 self._free(slot)
                 return
 
-    def step(self) -> list[NewToken]:
-        """Does what `advance` does, for those who ask for new tokens only.
+    def stream(self, requests: Iterable[Request]) -> Generator[tuple[int, RequestOutput]]:
+        """Yields the outputs of requests, with their indices, until all have ended.
+
+        It takes a request from the iterable when a slot is free, and cancels those that run when
+        it is closed. The engine must have no other requests.
 
         Raises:
-            Exception: what a request has failed at; the others may go on.
+            Exception: the error that has ended a request.
         """
-        events = self.advance()
-        for event in events:
-            if isinstance(event, Failure):
-                raise event.error
-        return [event for event in events if isinstance(event, NewToken)]
+        assert not self._running and not self._waiting
+        indices: dict[int, int] = {}
+        indexed = enumerate(requests)
+        try:
+            while True:
+                for index, request in islice(indexed, self._max_requests - len(self._running)):
+                    indices[self.add(request)] = index
+                outputs = self.step()
+                if not outputs:
+                    return
+                for output in outputs:
+                    if output.error is not None:
+                        raise output.error
+                    yield indices[output.request_id], output
+        finally:
+            self._waiting.clear()
+            self._running.clear()
 
-    def advance(self) -> list[Event]:
-        """Begins waiting requests while there are free slots, then goes on with all that run.
+    def step(self) -> list[RequestOutput]:
+        """Begins waiting requests while there are free slots, then continues all that run.
 
-        A request that begins in this step gets its first token from its prompt and, unless that
-        ends it, its second one. An error ends the request at which it occurs and frees its slot;
-        one of the pass that they all share ends them all.
+        A request that begins gets its first token from its prompt and, unless that ends it, its
+        second one. An error ends the request in which it occurs and frees its slot; an error in
+        the pass that all share ends them all.
 
         Returns:
-            What has happened, in that order; empty if there is nothing to do.
+            The outputs in the order they came; empty if there is nothing to do.
         """
-        events: list[Event] = []
+        outputs: list[RequestOutput] = []
         # Not as a decorator: the mode must not stay on in the caller's code.
         with torch.inference_mode():
             while self._waiting and len(self._running) < self._max_requests:
                 entry = self._waiting.popleft()
                 try:
-                    events += self._begin(entry)
-                except Exception as error:  # noqa: BLE001 - whoever asked is told
-                    events.append(self._fail(entry, error))
+                    outputs.append(self._begin(entry))
+                except Exception as error:  # noqa: BLE001 - the output has it
+                    outputs.append(self._fail(entry, error))
             if self._running:
-                events += self._decode()
-        return events
+                outputs += self._decode()
+        return outputs
 
-    def check_model(self, token: int) -> None:
-        """Reads one token alone, to tell a fault of the model from one of a request.
+    def check_model(self) -> None:
+        """Reads <bos> alone, to tell an error of the model from an error of a request.
 
         Raises:
             Exception: the model cannot even do that.
         """
+        assert self._tokenizer is not None
         with torch.inference_mode():
-            ids = torch.tensor([[token]], device=self._device)
+            ids = torch.tensor([[self._tokenizer.bos_id]], device=self._device)
             logits = self._model.logits(self._model.hidden_states(ids)[:, -1])
-            choose_token(logits[0], ids[0], Sampling(temperature=0), torch.Generator())
+            choose_token(logits[0], ids[0], SamplingParams(temperature=0), torch.Generator())
 
-    def _begin(self, entry: _Running) -> list[Event]:
-        """Gives a request the first free slot and reads its prompt."""
+    def _begin(self, entry: _Sequence) -> RequestOutput:
+        """Gives a request the first free slot, reads its prompt and adds the first token."""
         slot = len(self._running)
         self._running.append(entry)
         request = entry.request
@@ -236,51 +244,35 @@ class Engine:
             where = CachePass(self._cache, slot, positions, end)
             hidden = self._model.hidden_states(ids[:, start:end], cached=where)
             if request.scores_prompt:
-                scores += self._scores(hidden, ids[0, start + 1 : end + 1], request.num_logprobs)
-        if request.max_new_tokens == 0:
+                following = ids[0, start + 1 : end + 1]  # one shorter at the prompt's end
+                for part in range(0, len(following), _SCORED_TOKENS):
+                    tokens = following[part : part + _SCORED_TOKENS]
+                    logits = self._model.logits(hidden[0, part : part + len(tokens)])
+                    scores += _scores(logits, tokens, request.num_logprobs)
+        prompt_scores = scores if request.scores_prompt else None
+        if request.params.max_new_tokens == 0:
             self._free(slot)
-            return [ReadPrompt(entry.number, scores if request.scores_prompt else None, "length")]
-        new = self._add_token(slot, self._model.logits(hidden[:, -1]))
-        return [ReadPrompt(entry.number, scores, None), new] if request.scores_prompt else [new]
+            return RequestOutput(entry.number, prompt_scores=prompt_scores, finish_reason="length")
+        output = self._add_token(slot, self._model.logits(hidden[:, -1]))
+        return replace(output, prompt_scores=prompt_scores)
 
-    def _scores(self, hidden: Tensor, following: Tensor, num_alternatives: int) -> list[Score]:
-        """Returns the scores of `following` [T]: what comes after the places of `hidden` [1, T, D].
-
-        Where the prompt ends, `hidden` has one place more, which nothing follows yet.
-        """
-        scores = []
-        for part in range(0, len(following), _SCORED_TOKENS):
-            tokens = following[part : part + _SCORED_TOKENS]  # N
-            logits = self._model.logits(hidden[:, part : part + len(tokens)])[0]  # N V
-            logprobs = logits.log_softmax(-1)
-            own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
-            alternatives = _likeliest(logprobs, num_alternatives)
-            scores += [Score(*pair) for pair in zip(own, alternatives, strict=True)]
-        return scores
-
-    def _fail(self, entry: _Running, error: Exception) -> Failure:
-        """Ends a request at an error."""
-        if entry in self._running:
-            self._free(self._running.index(entry))
-        return Failure(entry.number, error)
-
-    def _decode(self) -> list[Event]:
-        """Writes one token of every running request."""
+    def _decode(self) -> list[RequestOutput]:
+        """Adds one token to every running request."""
         try:
             logits = self._next_logits()  # B V
-        except Exception as error:  # noqa: BLE001 - whoever asked is told
+        except Exception as error:  # noqa: BLE001 - the outputs have it
             return [self._fail(entry, error) for entry in list(self._running)]
-        events: list[Event] = []
+        outputs = []
         # From the last slot on: what moves into a freed slot has had its token already.
         for slot, entry in reversed(list(enumerate(self._running))):
             try:
-                events.append(self._add_token(slot, logits[slot : slot + 1]))
-            except Exception as error:  # noqa: BLE001 - whoever asked is told
-                events.append(self._fail(entry, error))
-        return events[::-1]
+                outputs.append(self._add_token(slot, logits[slot : slot + 1]))
+            except Exception as error:  # noqa: BLE001 - the output has it
+                outputs.append(self._fail(entry, error))
+        return outputs[::-1]
 
     def _next_logits(self) -> Tensor:
-        """Returns what follows the last token of every running request, [B, V]."""
+        """Returns the logits after the last token of every running request, [B, V]."""
         last = torch.tensor([[entry.ids[-1]] for entry in self._running], device=self._device)
         lengths = [len(entry.ids) for entry in self._running]
         positions = torch.tensor(lengths, device=self._device)[:, None] - 1  # B 1
@@ -288,26 +280,36 @@ class Engine:
         where = CachePass(self._cache, 0, positions, end)
         return self._model.logits(self._model.hidden_states(last, cached=where)[:, 0])
 
-    def _add_token(self, slot: int, logits: Tensor) -> NewToken:
-        """Chooses a request's next token from its logits [1, V] and ends it if that is the last."""
+    def _add_token(self, slot: int, logits: Tensor) -> RequestOutput:
+        """Chooses a request's next token from its logits [1, V], and frees its slot at the end."""
         entry = self._running[slot]
         request = entry.request
         seen = torch.tensor(entry.ids, device=self._device)
-        token = choose_token(logits[0], seen, request.sampling, entry.generator)
-        logprob, alternatives = None, []
+        token = choose_token(logits[0], seen, request.params, entry.generator)
+        score = None
         if request.num_logprobs > 0:
-            logprobs = logits.log_softmax(-1)
-            logprob = float(logprobs[0, token])
-            (alternatives,) = _likeliest(logprobs, request.num_logprobs)
+            chosen = torch.tensor([token], device=self._device)
+            (score,) = _scores(logits, chosen, request.num_logprobs)
         entry.ids.append(token)
         reason: FinishReason | None = None
-        if token == self._eos_id:
+        if self._tokenizer is not None and token == self._tokenizer.eos_id:
             reason = "eos"
-        elif len(entry.ids) == len(request.prompt_ids) + request.max_new_tokens:
+        elif len(entry.ids) == len(request.prompt_ids) + request.params.max_new_tokens:
             reason = "length"
+        text = ""
+        if entry.text is not None:
+            text = "" if reason == "eos" else entry.text.add(token)
+            text += "" if reason is None else entry.text.end()
+            reason = "stop" if entry.text.is_stopped else reason
         if reason is not None:
             self._free(slot)
-        return NewToken(entry.number, token, logprob, alternatives, reason)
+        return RequestOutput(entry.number, text, token, score, finish_reason=reason)
+
+    def _fail(self, entry: _Sequence, error: Exception) -> RequestOutput:
+        """Ends a request at an error."""
+        if entry in self._running:
+            self._free(self._running.index(entry))
+        return RequestOutput(entry.number, finish_reason="error", error=error)
 
     def _free(self, slot: int) -> None:
         """Frees a slot; the request of the last slot moves into it."""
@@ -318,8 +320,20 @@ class Engine:
             self._running[slot] = last
 
 
-def _likeliest(logprobs: Tensor, count: int) -> list[list[tuple[int, float]]]:
-    """Returns the likeliest tokens of each row of [N, V] with their log probabilities."""
-    found = logprobs.topk(min(count, logprobs.shape[1]))
-    rows = zip(found.indices.tolist(), found.values.tolist(), strict=True)
-    return [list(zip(*row, strict=True)) for row in rows]
+def complete(
+    model: Gemma3, tokenizer: Tokenizer, prompt: str, params: SamplingParams, seed: int
+) -> str:
+    """Returns one continuation of a prompt."""
+    request = Request([tokenizer.bos_id, *tokenizer.encode(prompt)], params, seed)
+    max_tokens = len(request.prompt_ids) + params.max_new_tokens
+    engine = Engine(model, tokenizer, max_requests=1, max_tokens=max_tokens)
+    return "".join(output.text for _, output in engine.stream([request]))
+
+
+def _scores(logits: Tensor, tokens: Tensor, num_alternatives: int) -> list[Score]:
+    """Returns the scores of `tokens` [N] under `logits` [N, V]."""
+    logprobs = logits.log_softmax(-1)
+    own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+    found = logprobs.topk(min(num_alternatives, logprobs.shape[1]))
+    rows = zip(own, found.indices.tolist(), found.values.tolist(), strict=True)
+    return [Score(logprob, [*zip(ids, values, strict=True)]) for logprob, ids, values in rows]

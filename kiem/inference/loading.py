@@ -1,16 +1,15 @@
-"""Opening a model directory for inference."""
+"""Loading of a model directory for inference."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from kiem.compute.speed import prefers_bf16
-from kiem.core.errors import UserError, bad_option
+from kiem.core.errors import bad_option
 from kiem.inference.decoder import use_kernels
 from kiem.model.gemma3 import Gemma3
 from kiem.model.io import find_model, read_model, read_model_tokenizer
@@ -19,13 +18,13 @@ from kiem.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that is ready to write.
+    """A model ready for inference.
 
     Attributes:
-        model: in evaluation, on its device.
+        model: in evaluation mode, on its device.
         tokenizer: its tokenizer.
         load_seconds: how long loading took.
-        warning: why it writes more slowly than it could, if so.
+        warning: why it decodes more slowly than it could, if so.
     """
 
     model: Gemma3
@@ -43,10 +42,10 @@ def load_for_inference(
 
     Args:
         path: the folder or Hub id.
-        precision: "auto" takes fp32 where bf16 is slow; elsewhere bf16 on GPUs and for quantized
-            weights, and what the file has for others.
-        quantize: how the weights are kept for the engine; None: as the plain model has them, which
-            does not write as fast.
+        precision: "auto" is fp32 where bf16 is slow; elsewhere bf16 on GPUs and for quantized
+            weights, and as in the file for others.
+        quantize: the form of the weights for the engine; None: as in the plain model, which
+            decodes more slowly.
 
     Raises:
         UserError: it is not a Gemma 3 text model, its tokenizer does not fit, or it cannot be
@@ -57,7 +56,8 @@ def load_for_inference(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     is_quantized = quantize in ("int8", "int4")
     if is_quantized and device == "cuda":
-        raise _no_quantization(folder, "weights are quantized on CPUs only, and here is a GPU")
+        what = "weights are quantized on CPUs only, and here is a GPU"
+        raise bad_option(f"--quantize {quantize}", what, "Leave it out.")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision)
     if precision == "auto":
         if not prefers_bf16(torch.device(device)):
@@ -69,12 +69,8 @@ def load_for_inference(
     if quantize is not None and device == "cpu":
         reason = use_kernels(model, quantize)
         if reason is not None and is_quantized:
-            raise _no_quantization(folder, reason)
+            raise bad_option(f"--quantize {quantize}", f"{folder}: {reason}", "Leave it out.")
         if reason is not None:
             warning = f"The fast matrix products are not used: {reason}."
     tokenizer = read_model_tokenizer(folder, model.config)
     return LoadedModel(model, tokenizer, time.perf_counter() - started, warning)
-
-
-def _no_quantization(folder: Path, reason: str) -> UserError:
-    return bad_option(str(folder), reason, "Leave --quantize out.")

@@ -1,4 +1,4 @@
-"""Where prompts come from: an option, a file, or five Dutch ones."""
+"""Prompts from an option or a file, or five Dutch ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kiem.core.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError, bad_input
 from kiem.data.read.formats import READABLE
 from kiem.data.read.readers import read_documents
 from kiem.data.read.sources import local_source
@@ -25,12 +25,12 @@ _FIX = f'Give one prompt a line (.txt), or a column or key "prompt" ({READABLE})
 def read_prompts(
     prompt: str | None, path: Path | None, console: Console | None = None
 ) -> list[str]:
-    """Returns the prompts that the options name, or the five default ones.
+    """Returns the one prompt, those of a file, or the default ones.
 
     Args:
-        prompt: the one prompt, if it is given.
-        path: a file with prompts, if it is given.
-        console: where it is said what is not read.
+        prompt: the prompt of `--prompt`.
+        path: the file of `--prompts-file`.
+        console: where files that are not read are listed.
 
     Raises:
         UserError: the file is missing, empty or malformed; names the line.
@@ -41,14 +41,11 @@ def read_prompts(
         return list(DEFAULT_PROMPTS)
     try:
         source = local_source([str(path)], "--prompts-file", console, EVERY_LINE)
-        prompts = [row.text for row in read_documents(source, "prompt", _FIX)]
+        prompts = [row.text for row in read_documents(source, "prompt", _FIX) if row.text]
     except UserError as error:
-        if error.exit_code != ExitCode.BAD_INPUT:
-            raise
-        where, what = error.where, error.what  # its advice is about documents
-        raise UserError(what, where=where, fix=_FIX, exit_code=ExitCode.BAD_INPUT) from error
+        if error.exit_code == ExitCode.BAD_INPUT:
+            error.fix = _FIX  # the readers' own advice is about documents
+        raise
     if not prompts:
-        raise UserError(
-            "the file has no prompts", where=str(path), fix=_FIX, exit_code=ExitCode.BAD_INPUT
-        )
+        raise bad_input(str(path), "the file has no prompts", _FIX)
     return prompts

@@ -1,17 +1,15 @@
-"""Type a text, see how the model goes on."""
+"""Interactive mode: type a text, and the model continues it."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -19,9 +17,10 @@ from kiem.config import InferenceOptions
 from kiem.core.console import show
 from kiem.core.errors import UserError
 from kiem.core.files import write_text
+from kiem.core.values import option_types
+from kiem.inference.engine import Engine, Request
 from kiem.inference.loading import LoadedModel
-from kiem.inference.sampling import Sampling, out_of_range
-from kiem.inference.streaming import Writer, request_for
+from kiem.inference.sampling import SamplingParams
 
 _HELP = """This is a base model: it does not answer, it continues the text you type.
 What you type next goes on where that text ended.
@@ -35,36 +34,17 @@ What you type next goes on where that text ended.
 Ctrl-C stops the text, not the program."""
 # A base model takes this for a list of questions and answers; it must not go on to the next one.
 _FRAME = "Vraag: {}\nAntwoord:"
-_FRAME_ENDS = ("\nVraag:",)
+_FRAME_STOP = ("\nVraag:",)
 
 
-@dataclass
-class _State:
-    """What commands change.
-
-    Attributes:
-        sampling, max_new_tokens: how the next answer is written.
-        seed, number: with both the choices of the next answer are determined.
-        text: all that has been typed and written since /new.
-        is_ended: whether the model has ended the text.
-    """
-
-    sampling: Sampling
-    max_new_tokens: int
-    seed: int
-    number: int = 0
-    text: str = ""
-    is_ended: bool = False
-
-
-def talk(
-    loaded: LoadedModel, sampling: Sampling, options: InferenceOptions, console: Console
+def run_repl(
+    loaded: LoadedModel, params: SamplingParams, options: InferenceOptions, console: Console
 ) -> None:
     """Reads prompts from the keyboard and streams continuations until end of input or /quit.
 
     Args:
         loaded: the model.
-        sampling: how tokens are chosen.
+        params: how tokens are chosen.
         options: all options of inference.py.
         console: where text goes.
     """
@@ -72,8 +52,7 @@ def talk(
         import readline  # noqa: F401
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
-    state = _State(sampling, options.max_new_tokens, options.seed)
-    writer = Writer(loaded.model, loaded.tokenizer, max_requests=1, max_tokens=options.max_context)
+    repl = _Repl(loaded, params, options, console)
     console.print(_HELP)
     while True:
         try:
@@ -85,137 +64,123 @@ def talk(
             console.print()
             continue
         command, _, argument = line.strip().partition(" ")
-        argument = argument.strip()
         if command in ("/quit", "/exit"):
             return
-        if command == "/vraag" and argument:
-            state.text = ""
-            _answer(loaded, writer, state, _FRAME.format(argument), _FRAME_ENDS, console)
-        elif command.startswith("/"):
-            _obey(command, argument, state, console)
+        if command.startswith("/"):
+            repl.obey(command, argument.strip())
         elif command:
-            _answer(loaded, writer, state, line, options.stop, console)
+            repl.answer(line)
 
 
-def _obey(command: str, argument: str, state: _State, console: Console) -> None:
-    """Does what a command other than /quit and /vraag says."""
-    if command == "/help":
-        console.print(_HELP)
-    elif command == "/new":
-        state.text = ""
-        console.print("A new text.")
-    elif command == "/seed":
-        try:
-            state.seed, state.number = int(argument), 0
-        except ValueError:
-            console.print("Give a whole number: /seed 7")
+class _Repl:
+    """The text so far, and the parameters that commands change; arguments as in `run_repl`."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        params: SamplingParams,
+        options: InferenceOptions,
+        console: Console,
+    ):
+        self._tokenizer = loaded.tokenizer
+        max_tokens = options.max_context
+        self._engine = Engine(loaded.model, loaded.tokenizer, max_requests=1, max_tokens=max_tokens)
+        self._params = params
+        self._seed, self._number = options.seed, 0  # determine the choices of the next answer
+        self._text = ""  # all that was typed and written since /new
+        self._has_ended = False  # whether the model has ended the text
+        self._console = console
+
+    def obey(self, command: str, argument: str) -> None:
+        """Runs a command other than /quit."""
+        say = self._console.print
+        if command == "/help":
+            say(_HELP)
+        elif command == "/new":
+            self._text = ""
+            say("A new text.")
+        elif command == "/vraag" and argument:
+            self._text = ""
+            self.answer(_FRAME.format(argument), replace(self._params, stop=_FRAME_STOP))
+        elif command == "/vraag":
+            say("Give a question: /vraag Wat is de hoofdstad van Nederland?")
+        elif command == "/seed":
+            try:
+                self._seed, self._number = int(argument), 0
+                say(f"The seed is {self._seed}.")
+            except ValueError:
+                say("Give a whole number: /seed 7")
+        elif command == "/set":
+            self._set(argument)
+        elif command == "/save":
+            self._save(argument)
         else:
-            console.print(f"The seed is {state.seed}.")
-    elif command == "/set":
-        _set(argument, state, console)
-    elif command == "/save":
-        _save(argument, state, console)
-    elif command == "/vraag":
-        console.print("Give a question: /vraag Wat is de hoofdstad van Nederland?")
-    else:
-        console.print(f"unknown command {command}; /help lists them")
+            say(f"unknown command {command}; /help lists them")
 
-
-def _set(argument: str, state: _State, console: Console) -> None:
-    """Changes one value, or shows all of them."""
-    values: dict[str, Any] = {
-        **dataclasses.asdict(state.sampling),
-        "max_new_tokens": state.max_new_tokens,
-    }
-    if not argument:
-        for name, value in values.items():
-            console.print(f"  {name} {value}")
-        return
-    given, _, text = argument.partition(" ")
-    name = given.lstrip("-").replace("-", "_")
-    if name not in values:
-        console.print(f"There is {', '.join(values)}, but no {given}.")
-        return
-    kind = type(values[name])
-    try:
-        value = kind(text)
-    except ValueError:
-        what = "a whole number" if kind is int else "a number"
-        console.print(f"{name} is {what}: /set {name} {values[name]}")
-        return
-    if name == "max_new_tokens":
-        if value < 1:
-            console.print("max_new_tokens must be 1 or more.")
+    def _set(self, argument: str) -> None:
+        """Changes one value, or shows all of them."""
+        values = {name: value for name, value in asdict(self._params).items() if name != "stop"}
+        if not argument:
+            for name, value in values.items():
+                self._console.print(f"  {name} {value}")
             return
-        state.max_new_tokens = value
-    else:
-        sampling = replace(state.sampling, **{name: value})
-        if wrong := out_of_range(sampling):
-            console.print(f"{name} must be {wrong[1]}.")
+        given, _, text = argument.partition(" ")
+        name = given.lstrip("-").replace("-", "_")
+        if name not in values:
+            self._console.print(f"There is {', '.join(values)}, but no {given}.")
             return
-        state.sampling = sampling
-    console.print(f"  {name} {value}")
-
-
-def _save(argument: str, state: _State, console: Console) -> None:
-    if not argument:
-        console.print("Give a file: /save verhaal.txt")
-        return
-    try:
-        path = Path(argument).expanduser()
-        if path.exists():
-            console.print(f"{path} exists; choose another name.")
+        try:
+            value = option_types(InferenceOptions)[name].read(text.strip(), f"/set {name}")
+        except UserError as error:
+            self._console.print(str(error))
             return
-        write_text(path, state.text + "\n")
-    except (UserError, OSError, ValueError, RuntimeError) as error:
-        # No home of that user, a name that is too long or has a NUL: the text is still here.
-        console.print(f"error: {error}")
-    else:
-        console.print(f"The text is in {path}.")
+        self._params = replace(self._params, **{name: value})
+        self._console.print(f"  {name} {value}")
 
+    def _save(self, argument: str) -> None:
+        if not argument:
+            self._console.print("Give a file: /save verhaal.txt")
+            return
+        try:
+            path = Path(argument).expanduser()
+            if path.exists():
+                self._console.print(f"{path} exists; choose another name.")
+                return
+            write_text(path, self._text + "\n")
+        except (UserError, OSError, ValueError, RuntimeError) as error:
+            # No home of that user, a name that is too long or has a NUL: the text is still here.
+            self._console.print(f"error: {error}")
+        else:
+            self._console.print(f"The text is in {path}.")
 
-def _answer(
-    loaded: LoadedModel,
-    writer: Writer,
-    state: _State,
-    line: str,
-    stop: Sequence[str],
-    console: Console,
-) -> None:
-    """Adds a line to the text and lets the model go on, until it ends or Ctrl-C is pressed."""
-    before = "" if state.is_ended or not state.text else f"{state.text}\n"
-    request = request_for(
-        before + line,
-        loaded.tokenizer,
-        max_new_tokens=state.max_new_tokens,
-        sampling=state.sampling,
-        seed=state.seed,
-        prompt_number=state.number,
-    )
-    if len(request.prompt_ids) + state.max_new_tokens > writer.max_tokens:
-        console.print(
-            f"{len(request.prompt_ids)} tokens and {state.max_new_tokens} new ones are more than "
-            f"the {writer.max_tokens} of --max-context; /new begins a new text."
-        )
-        return
-    state.text, state.is_ended = before + line, False
-    state.number += 1
-    started = time.perf_counter()
-    num_tokens = 0
-    note = ""
-    with _interrupts() as presses, contextlib.closing(writer.stream([request], stop)) as pieces:
-        for piece in pieces:
-            show(console, piece.text)
-            state.text += piece.text
-            num_tokens += piece.token is not None
-            state.is_ended = piece.finish_reason == "eos"
-            if presses:
-                note = ", stopped"
-                break
-    rate = num_tokens / (time.perf_counter() - started)
-    if state.is_ended:
-        note = "; the model ended its text, the next one is new"
-    console.print(f"\n{num_tokens} tokens, {rate:.1f} tokens/s{note}", style="dim")
+    def answer(self, line: str, params: SamplingParams | None = None) -> None:
+        """Adds a line to the text and lets the model continue it until it ends or Ctrl-C."""
+        params = params or self._params
+        before = "" if self._has_ended or not self._text else f"{self._text}\n"
+        prompt_ids = [self._tokenizer.bos_id, *self._tokenizer.encode(before + line)]
+        if len(prompt_ids) + params.max_new_tokens > self._engine.max_tokens:
+            self._console.print(
+                f"{len(prompt_ids)} tokens and {params.max_new_tokens} new ones are more than "
+                f"the {self._engine.max_tokens} of --max-context; /new begins a new text."
+            )
+            return
+        request = Request(prompt_ids, params, self._seed, self._number)
+        self._text, self._has_ended = before + line, False
+        self._number += 1
+        started, num_tokens, note = time.perf_counter(), 0, ""
+        with _interrupts() as presses, contextlib.closing(self._engine.stream([request])) as stream:
+            for _, output in stream:
+                show(self._console, output.text)
+                self._text += output.text
+                num_tokens += output.num_tokens
+                self._has_ended = output.finish_reason == "eos"
+                if presses:
+                    note = ", stopped"
+                    break
+        rate = num_tokens / (time.perf_counter() - started)
+        if self._has_ended:
+            note = "; the model ended its text, the next one is new"
+        self._console.print(f"\n{num_tokens} tokens, {rate:.1f} tokens/s{note}", style="dim")
 
 
 @contextlib.contextmanager
@@ -223,7 +188,7 @@ def _interrupts() -> Iterator[list[int]]:
     """Collects Ctrl-C instead of raising it, which would stop the engine in the middle of a step.
 
     Yields:
-        A list that is longer by one after each press.
+        A list that grows by one with each press.
     """
     presses: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: presses.append(number))

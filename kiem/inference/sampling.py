@@ -1,19 +1,19 @@
-"""From logits to the next token: a penalty, filters and one generator per sequence.
+"""Sampling of the next token from logits: a penalty, filters and one generator per sequence.
 
-Sequences are chosen for one by one, so that none depends on its neighbours, and each may have its
-own way of choosing. Shapes: V vocabulary entries, T tokens so far, N tokens that the filters leave.
+Each sequence is sampled by itself, so none depends on its neighbours, and each has its own
+parameters. Shapes: V vocabulary entries, T tokens so far, N tokens that the filters leave.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kiem.core.errors import ExitCode, UserError
-from kiem.core.randomness import derive_seed
 
 _FP32 = torch.finfo(torch.float32)
 # Sorting all of 262 144 logits takes 16 ms, finding the 1024 largest 0.9 ms; they nearly always do.
@@ -21,8 +21,8 @@ _NUM_FIRST_TRIED = 1024
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen.
+class SamplingParams:
+    """How tokens are chosen, and when a text ends. The ranges are those of InferenceOptions.
 
     Attributes:
         temperature: logits are divided by it; 0, and what fp32 cannot divide by (below 1.2e-38),
@@ -30,9 +30,11 @@ class Sampling:
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens whose probabilities add up to it; 1 keeps all
             (arXiv:1904.09751).
-        min_p: keep tokens at least so likely as this share of the likeliest one's probability;
-            0 keeps all (arXiv:2407.01082).
+        min_p: keep tokens with at least this share of the likeliest one's probability; 0 keeps
+            all (arXiv:2407.01082).
         repetition_penalty: above 1 makes tokens that occurred less likely (arXiv:1909.05858).
+        max_new_tokens: most tokens to add; with 0 the prompt is only read.
+        stop: strings that end the text, and are left out of it.
     """
 
     temperature: float = 0.8
@@ -40,6 +42,8 @@ class Sampling:
     top_p: float = 0.9
     min_p: float = 0.0
     repetition_penalty: float = 1.1
+    max_new_tokens: int = 128
+    stop: Sequence[str] = ()
 
     @property
     def is_greedy(self) -> bool:
@@ -52,51 +56,27 @@ class Sampling:
         return self.top_k == 0 and self.top_p == 1 and self.min_p == 0
 
 
-def out_of_range(sampling: Sampling) -> tuple[str, str] | None:
-    """Returns the name of the first value that is not possible and what is, or None."""
-    positive_penalty = 0 < sampling.repetition_penalty <= 100
-    possible = {
-        "temperature": (0 <= sampling.temperature <= 100, "0 to 100"),
-        "top_k": (sampling.top_k >= 0, "0 or more"),
-        "top_p": (0 < sampling.top_p <= 1, "above 0, at most 1"),
-        "min_p": (0 <= sampling.min_p <= 1, "0 to 1"),
-        "repetition_penalty": (positive_penalty, "above 0, at most 100"),
-    }
-    return next(((name, values) for name, (fine, values) in possible.items() if not fine), None)
-
-
-def generator_seed(seed: int, prompt_number: int, sequence: int) -> int:
-    """Returns the seed of one sequence's choices.
-
-    Args:
-        seed: what the user gave as `--seed`.
-        prompt_number: place of the prompt among several.
-        sequence: place of the sequence among those of its prompt.
-    """
-    return derive_seed(seed, "sample", prompt_number, sequence)
-
-
 def choose_token(
-    logits: Tensor, ids: Tensor, sampling: Sampling, generator: torch.Generator
+    logits: Tensor, ids: Tensor, params: SamplingParams, generator: torch.Generator
 ) -> int:
     """Returns the next token of one sequence; takes one random number unless that is certain.
 
     Args:
         logits: fp32 [V].
         ids: int64 [T], the tokens so far, prompt included, on the same device.
-        sampling: how to choose.
+        params: how to choose.
         generator: of the sequence, on the CPU.
 
     Raises:
         UserError: a logit is not a number, or the largest is infinite.
     """
-    logits = penalize_repetition(logits, ids, sampling.repetition_penalty)
-    if sampling.is_greedy:
+    logits = penalize_repetition(logits, ids, params.repetition_penalty)
+    if params.is_greedy:
         # On CPUs torch's takes thirty times as long as numpy's. Both find a NaN if there is one.
         token = int(logits.numpy().argmax() if logits.device.type == "cpu" else logits.argmax())
         _check_finite(logits[token])
         return token
-    scaled, tokens = filtered(logits, sampling)  # N
+    scaled, tokens = filtered(logits, params)  # N
     sums = scaled.double().softmax(0).cumsum(0).cpu()  # N
     chance = torch.rand((), generator=generator, dtype=torch.float64) * sums[-1]
     place = min(int(torch.searchsorted(sums, chance, right=True)), len(sums) - 1)
@@ -115,7 +95,7 @@ def penalize_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
     return logits.scatter(0, ids, penalized)
 
 
-def filtered(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def filtered(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """Returns what temperature and filters leave of logits [V].
 
     The filters work one after the other, top-k, top-p, min-p, as in transformers.
@@ -130,37 +110,37 @@ def filtered(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     largest = logits.max()
     _check_finite(largest)
     # Shifted first: a small temperature would make infinities of both.
-    scaled = (logits - largest) / sampling.temperature  # V
-    if sampling.keeps_all:
+    scaled = (logits - largest) / params.temperature  # V
+    if params.keeps_all:
         return scaled, torch.arange(len(scaled), device=scaled.device)
-    if sampling.top_k < _NUM_FIRST_TRIED < len(scaled):
+    if params.top_k < _NUM_FIRST_TRIED < len(scaled):
         likeliest, tokens = scaled.topk(_NUM_FIRST_TRIED)
-        num_kept = _num_kept(likeliest, scaled, sampling)
+        num_kept = _num_kept(likeliest, scaled, params)
         if num_kept < _NUM_FIRST_TRIED:
             return likeliest[:num_kept], tokens[:num_kept]
     ordered, tokens = scaled.sort(descending=True)  # V
-    num_kept = _num_kept(ordered, scaled, sampling)
+    num_kept = _num_kept(ordered, scaled, params)
     return ordered[:num_kept], tokens[:num_kept]
 
 
-def _num_kept(likeliest: Tensor, scaled: Tensor, sampling: Sampling) -> int:
+def _num_kept(likeliest: Tensor, scaled: Tensor, params: SamplingParams) -> int:
     """Returns how many of the likeliest tokens the filters leave; if all, maybe more of the rest.
 
     Args:
         likeliest: the largest of `scaled`, in order.
         scaled: fp32 [V], all of them.
-        sampling: how to choose.
+        params: how to choose.
     """
     rivals = scaled
-    if 0 < sampling.top_k < len(likeliest):
-        smallest = likeliest[sampling.top_k - 1]
+    if 0 < params.top_k < len(likeliest):
+        smallest = likeliest[params.top_k - 1]
         likeliest, rivals = likeliest[likeliest >= smallest], scaled[scaled >= smallest]
-    if sampling.top_p < 1:
+    if params.top_p < 1:
         probabilities = likeliest.exp() / rivals.exp().sum()
         before = probabilities.cumsum(0) - probabilities
-        likeliest = likeliest[before < max(sampling.top_p, _FP32.tiny)]
-    if sampling.min_p > 0:
-        likeliest = likeliest[likeliest >= math.log(sampling.min_p)]
+        likeliest = likeliest[before < max(params.top_p, _FP32.tiny)]
+    if params.min_p > 0:
+        likeliest = likeliest[likeliest >= math.log(params.min_p)]
     return len(likeliest)
 
 

@@ -1,4 +1,4 @@
-"""Token ids to text while they come."""
+"""Incremental decoding of token ids to text."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _MAX_TOKENS_IN_CHARACTER = 8
 
 
 class TextStream:
-    """Turns token ids into text one by one, up to the first stop string.
+    """Decodes tokens one by one, up to the first stop string.
 
-    Held back is what may be half a character, which a vocabulary without it writes as several byte
-    tokens, or the beginning of a stop string. (The DecodeStream of the tokenizers library stops
-    with an error when a model writes bytes that are no character.)
+    It holds back what may be half a character, which a vocabulary can write as several byte
+    tokens, and what may be the beginning of a stop string. (The DecodeStream of the tokenizers
+    library fails when a model writes bytes that are no character.)
 
     Args:
         tokenizer: of the tokens.
-        stop: texts that end the stream and are left out. The one that is complete first counts;
+        stop: strings that end the text and are left out. The one that is complete first counts;
             of those complete with the same character, the one that began first.
 
     Attributes:
@@ -50,23 +50,17 @@ class TextStream:
         return text
 
     def _until_stop(self, text: str) -> str:
-        """Takes text and returns what of it, and of the text held before, is surely wanted."""
+        """Takes text and returns what of it, and of the text held before, no stop can take back."""
         if self.is_stopped:
             return ""
         text, self._held = self._held + text, ""
         found = [(text.find(stop), stop) for stop in self._stop if stop in text]
-        places = [(start + len(stop), start) for start, stop in found]
-        if places:
+        if found:
             self.is_stopped = True
-            return text[: min(places)[1]]
-        cut = len(text) - self._num_to_hold(text)
-        self._held = text[cut:]
-        return text[:cut]
-
-    def _num_to_hold(self, text: str) -> int:
-        """Returns how long the longest end of a text is that begins a stop string."""
+            return text[: min((start + len(stop), start) for start, stop in found)[1]]
         longest = max(map(len, self._stop), default=0) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop):
-                return length
-        return 0
+                self._held = text[-length:]
+                return text[:-length]
+        return text

@@ -13,8 +13,8 @@ from torch import Tensor
 from kiem.compute.memory import give_back_free_memory
 from kiem.evaluation.language_model import own_language_model
 from kiem.evaluation.minimal_pairs import BUILT_IN, Pair, prefers_good, read_suite, summarize
-from kiem.inference.sampling import Sampling
-from kiem.inference.streaming import complete
+from kiem.inference.engine import complete
+from kiem.inference.sampling import SamplingParams
 from kiem.model.loss import IGNORE, next_token_targets, token_cross_entropy
 from kiem.parallel.distributed import Distributed
 from kiem.training.accessories import attempt, attempt_together
@@ -192,10 +192,10 @@ def sample_texts(run: Run, distributed: Distributed, console: Console, name: str
     """
     if not distributed.is_main:
         return {"samples": []}
-    how: dict[str, Any] = {"max_new_tokens": SAMPLE_TOKENS, "sampling": Sampling()}
+    params = SamplingParams(max_new_tokens=SAMPLE_TOKENS)
 
     def write(prompt: str) -> dict[str, str]:
-        text = complete(run.model, run.tokenizer, prompt, seed=run.options.seed, **how)
+        text = complete(run.model, run.tokenizer, prompt, params, run.options.seed)
         return {"prompt": prompt, "text": text}
 
     written = attempt(run, console, name, lambda: [*map(write, run.options.sample_prompt)])

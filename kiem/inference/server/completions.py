@@ -1,31 +1,30 @@
-"""What /v1/completions is asked, as OpenAI defines it, and what the engine shall do for it.
+"""Requests to /v1/completions, as OpenAI defines them, translated for the engine.
 
-https://platform.openai.com/docs/api-reference/completions. What a request may say beyond that
-(top_k, min_p, repetition_penalty) is called as vLLM calls it. Fields that others define and kiem
-has nothing for are in kiem/inference/server/foreign.py.
+https://platform.openai.com/docs/api-reference/completions. Additional fields (top_k, min_p,
+repetition_penalty) have vLLM's names; for other fields see unsupported.py.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
+from kiem.config import Penalty, Share, Temperature, TopP
 from kiem.inference.engine import Request
-from kiem.inference.sampling import Sampling, generator_seed, out_of_range
+from kiem.inference.sampling import SamplingParams
 from kiem.inference.server.errors import ApiError, shown
-from kiem.inference.server.foreign import without_foreign
+from kiem.inference.server.unsupported import without_unsupported
 from kiem.tokenizer.tokenizer import Tokenizer
 
-_MOST_STOPS = 16
-_MOST_STOP_CHARACTERS = 256
 _MOST_LOGPROBS = 20
 
-Count = Annotated[int, msgspec.Meta(ge=1)]
+Count = Annotated[int, Meta(ge=1)]
+StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -36,68 +35,64 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_obfuscation: bool = False  # OpenAI pads its stream with noise; kiem never does
 
 
-class CompletionBody(msgspec.Struct, forbid_unknown_fields=True):
+class CompletionBody(msgspec.Struct):
     """The body of a request; None stands for the server's default."""
 
     prompt: str | list[str | int | list[int]]
     model: str | None = None
     best_of: Count | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, msgspec.Meta(ge=0, le=_MOST_LOGPROBS)] | None = None
-    max_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    min_p: float | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=_MOST_LOGPROBS)] | None = None
+    max_tokens: Annotated[int, Meta(ge=0)] | None = None
+    min_p: Share | None = None
     n: Count | None = None
-    repetition_penalty: float | None = None
+    repetition_penalty: Penalty | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: StopText | Annotated[list[StopText], Meta(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
+    temperature: Temperature | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    top_p: TopP | None = None
     user: str | None = None
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServerSettings:
     """What the server was started with.
 
     Attributes:
         model: the name that the model goes by.
-        sampling, max_new_tokens, stop: what holds where a request says nothing.
+        params: defaults for requests.
         max_context: most tokens of a prompt and its continuation together.
         max_sequences: most sequences that run or wait, of all requests together.
     """
 
     model: str
-    sampling: Sampling
-    max_new_tokens: int
-    stop: tuple[str, ...]
+    params: SamplingParams
     max_context: int
     max_sequences: int
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A request that is understood.
+class Completion:
+    """A valid request.
 
     Attributes:
-        requests: what the engine shall do, the sequences of the first prompt first.
+        requests: for the engine, the sequences of the first prompt first.
         prompts: the text of each prompt.
         prompt_ids: the tokens of each: of texts with <bos>, else those given.
         num_prompt_tokens: of all prompts, each counted once.
-        stop: texts that end a sequence.
-        num_alternatives: how many tokens to tell of at each place; None: nothing of probabilities.
-        echo: whether the prompt is part of the answer.
-        stream: whether the answer comes in pieces.
-        include_usage: whether such an answer ends with the numbers of tokens.
+        num_alternatives: how many tokens to list at each position; None: no probabilities.
+        echo: whether the prompt is part of the response.
+        stream: whether the response comes in parts.
+        include_usage: whether such a response ends with the numbers of tokens.
     """
 
     requests: list[Request]
     prompts: list[str]
     prompt_ids: list[list[int]]
     num_prompt_tokens: int
-    stop: Sequence[str]
     num_alternatives: int | None
     echo: bool
     stream: bool
@@ -105,90 +100,96 @@ class Plan:
 
     @property
     def scores_prompts(self) -> bool:
-        """Whether the tokens of the prompts are told of, too."""
+        """Whether the tokens of the prompts have probabilities, too."""
         return self.echo and self.num_alternatives is not None
 
 
-def read_body(data: bytes) -> CompletionBody:
-    """Returns what a request's JSON says.
+def parse_completion(data: bytes, settings: ServerSettings, tokenizer: Tokenizer) -> Completion:
+    """Returns what a request asks for.
 
     Raises:
-        ApiError: it is not JSON, or a field is unknown or of another type or range.
+        ApiError: it is not valid, or asks for what this server cannot do.
     """
-    try:
-        given = msgspec.json.decode(data, type=dict[str, Any])
-        if given.get("logprobs") is False:  # as in OpenAI's API for chats
-            del given["logprobs"]
-        return msgspec.convert(without_foreign(given), CompletionBody)
-    except msgspec.ValidationError as error:
-        what, _, path = str(error).partition(" - at `$")
-        unknown = re.search(r"unknown field `(.*)`", what, re.DOTALL)
-        if unknown and not path:
-            known = ", ".join(CompletionBody.__struct_fields__)
-            message = f"There is no field {shown(unknown[1])} here; there are {known}."
-            raise ApiError(400, message, param=shown(unknown[1])) from error
-        names = re.findall(r"\w+", path)
-        where = f"{path.strip('.`')}: " if names else ""
-        raise ApiError(400, f"{where}{what}.", param=names[0] if names else None) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(400, f"The body is not JSON: {error}") from error
-
-
-def plan(body: CompletionBody, limits: Limits, tokenizer: Tokenizer) -> Plan:
-    """Returns what to do for a request.
-
-    Raises:
-        ApiError: it asks for what this server cannot do.
-    """
-    if body.model is not None and body.model != limits.model:
-        message = f"The model {shown(body.model)} is not here; the only one is {limits.model}."
-        raise ApiError(404, message, param="model", code="model_not_found")
+    # Read the fields.
+    body = _read_body(data)
+    if body.model not in (None, settings.model):
+        raise model_not_found(body.model, settings)
     num_sequences = body.n or 1
     if body.best_of not in (None, num_sequences):
         message = f"best_of is {shown(body.best_of)}; what works: n, here {shown(num_sequences)}."
         raise ApiError(400, message, param="best_of")
     include_usage = _include_usage(body)
     prompts = _prompts(body.prompt)
-    if len(prompts) * num_sequences > limits.max_sequences:
-        message = f"More than {limits.max_sequences} sequences at once are never possible here."
+    if len(prompts) * num_sequences > settings.max_sequences:
+        message = f"More than {settings.max_sequences} sequences at once are never possible here."
         raise ApiError(400, message, param="n" if len(prompts) == 1 else "prompt")
-    sampling = _sampling(body, limits.sampling)
-    max_new_tokens = limits.max_new_tokens if body.max_tokens is None else body.max_tokens
-    seed = secrets.randbits(63) if body.seed is None else body.seed
+    params = _params(body, settings.params)
+
+    # Encode the prompts.
     ids = [_prompt_ids(prompt, tokenizer) for prompt in prompts]
     longest = max(map(len, ids))
-    if longest + max_new_tokens > limits.max_context:
+    if longest + params.max_new_tokens > settings.max_context:
         message = (
-            f"{longest} tokens of the prompt and {shown(max_new_tokens)} new ones are more than "
-            f"the {limits.max_context} that fit."
+            f"{longest} tokens of the prompt and {shown(params.max_new_tokens)} new ones are more "
+            f"than the {settings.max_context} that fit."
         )
         raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+
+    # Make a request to the engine for each sequence.
     num_alternatives = body.logprobs
-    scores_prompts = bool(body.echo) and num_alternatives is not None
+    seed = secrets.randbits(63) if body.seed is None else body.seed
     requests = [
         Request(
-            prompt_ids=prompt_ids,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            generator_seed=generator_seed(seed, number, sequence),
-            # The engine tells the chosen token's probability only beside some other's.
+            prompt_ids,
+            params,
+            seed,
+            prompt_number,
+            sequence,
+            # The engine gives the chosen token's probability only with those of others.
             num_logprobs=0 if num_alternatives is None else max(1, num_alternatives),
-            scores_prompt=scores_prompts,
+            scores_prompt=bool(body.echo) and num_alternatives is not None,
         )
-        for number, prompt_ids in enumerate(ids)
+        for prompt_number, prompt_ids in enumerate(ids)
         for sequence in range(num_sequences)
     ]
-    return Plan(
+    return Completion(
         requests,
         [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts],
         [read if isinstance(p, str) else p for p, read in zip(prompts, ids, strict=True)],
         sum(map(len, ids)),
-        _stop(body.stop) if body.stop is not None else limits.stop,
         num_alternatives,
         bool(body.echo),
         bool(body.stream),
         include_usage,
     )
+
+
+def model_not_found(name: str | None, settings: ServerSettings) -> ApiError:
+    """Returns the error for another model than the server's."""
+    message = f"The model {shown(name)} is not here; the only one is {settings.model}."
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+def _read_body(data: bytes) -> CompletionBody:
+    """Returns a request's JSON with types and ranges checked."""
+    try:
+        given = msgspec.json.decode(data, type=dict[str, Any])
+        if given.get("logprobs") is False:  # as in OpenAI's API for chats
+            del given["logprobs"]
+        given = without_unsupported(given)
+        known = CompletionBody.__struct_fields__
+        for name in given:
+            if name not in known:
+                message = f"There is no field {shown(name)} here; there are {', '.join(known)}."
+                raise ApiError(400, message, param=shown(name))
+        return msgspec.convert(given, CompletionBody)
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).partition(" - at `$")
+        names = re.findall(r"\w+", path)
+        where = f"{path.strip('.`')}: " if names else ""
+        raise ApiError(400, f"{where}{what}.", param=names[0] if names else None) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, f"The body is not JSON: {error}") from error
 
 
 def _include_usage(body: CompletionBody) -> bool:
@@ -224,23 +225,14 @@ def _prompt_ids(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
     return prompt if prompt[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *prompt]
 
 
-def _sampling(body: CompletionBody, default: Sampling) -> Sampling:
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
-    if given.get("top_k") == -1:  # as vLLM and llama.cpp call all of them
-        given["top_k"] = 0
-    sampling = replace(default, **given)
-    if wrong := out_of_range(sampling):
-        name, possible = wrong
-        message = f"{name} is {shown(getattr(sampling, name))}; possible are {possible}."
-        raise ApiError(400, message, param=name)
-    return sampling
-
-
-def _stop(given: str | list[str]) -> list[str]:
-    stop = [given] if isinstance(given, str) else given
-    fine = all(0 < len(text) <= _MOST_STOP_CHARACTERS for text in stop)
-    if len(stop) > _MOST_STOPS or not fine:
-        message = f"stop: at most {_MOST_STOPS} texts of 1 to {_MOST_STOP_CHARACTERS} characters."
-        raise ApiError(400, message, param="stop")
-    return stop
+def _params(body: CompletionBody, default: SamplingParams) -> SamplingParams:
+    given: dict[str, Any] = {
+        "temperature": body.temperature,
+        "top_k": 0 if body.top_k == -1 else body.top_k,  # as vLLM and llama.cpp say "all"
+        "top_p": body.top_p,
+        "min_p": body.min_p,
+        "repetition_penalty": body.repetition_penalty,
+        "max_new_tokens": body.max_tokens,
+        "stop": [body.stop] if isinstance(body.stop, str) else body.stop,
+    }
+    return replace(default, **{n: value for n, value in given.items() if value is not None})

@@ -1,4 +1,4 @@
-"""What uvicorn leaves open."""
+"""HTTP connections with a time limit for the next request, which uvicorn lacks."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ REQUEST_SECONDS = 10
 
 
 class Connection(H11Protocol):
-    """A client's connection, which ends if the next request does not come within a while.
+    """A client's connection, closed if its next request does not come in time.
 
-    Uvicorn itself would wait forever for the first one, and for the rest of any that has begun.
-    Since it takes so many connections and no more, those who say nothing could keep all others out.
+    Uvicorn itself would wait forever for the first request, and for the rest of one that has
+    begun. Its connections are limited, so silent clients could keep all others out.
     """
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begins to wait."""
+        """Starts the time limit."""
         super().connection_made(transport)
-        self._wait_for_request()
+        self._update_deadline()
 
     def data_received(self, data: bytes) -> None:
-        """Waits no longer if that was a request, and otherwise no longer than before."""
+        """Ends the time limit if that was a whole request; else it stays as it was."""
         super().data_received(data)
-        self._wait_for_request()
+        self._update_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Waits no longer."""
-        self._wait_no_longer()
+        """Ends the time limit."""
+        self._end_deadline()
         super().connection_lost(exc)
 
-    def _wait_for_request(self) -> None:
+    def _update_deadline(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
-            self._wait_no_longer()
+            self._end_deadline()
         elif self._deadline is None:
             self._deadline = self.loop.call_later(REQUEST_SECONDS, self.transport.close)
 
-    def _wait_no_longer(self) -> None:
+    def _end_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
     def _should_upgrade(self) -> bool:
-        """Ignores wishes for another protocol, as HTTP allows: some clients ask each time."""
+        """Ignores requests for another protocol, as HTTP allows: some clients send many."""
         return False

@@ -1,95 +1,63 @@
-"""What /metrics tells Prometheus."""
+"""Metrics of the server for Prometheus."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from kiem.inference.streaming import Piece, Writer
+from kiem.inference.engine import Engine, RequestOutput
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 
 
-class Metrics:
-    """Counters of a server's life, in a registry of its own.
+class ServerMetrics:
+    """The figures of one server, in a registry of its own.
 
     Args:
-        writer: whose sequences are counted.
-        max_sequences: most of them that can be there, running or waiting.
+        engine: the engine that runs the sequences.
+        max_sequences: most sequences that can run or wait.
     """
 
-    def __init__(self, writer: Writer, max_sequences: int):
-        self._registry = registry = CollectorRegistry()
-        running = Gauge("kiem_sequences_running", "Sequences that have a slot", registry=registry)
-        running.set_function(lambda: writer.num_running)
-        waiting = Gauge("kiem_sequences_waiting", "Sequences without a slot", registry=registry)
-        waiting.set_function(lambda: writer.num_waiting)
-        most = Gauge("kiem_sequences_limit", "Most running and waiting", registry=registry)
-        most.set(max_sequences)
+    def __init__(self, engine: Engine, max_sequences: int):
+        self._registry = own = CollectorRegistry()
+        running = Gauge("kiem_sequences_running", "Sequences that have a slot", registry=own)
+        running.set_function(lambda: engine.num_running)
+        waiting = Gauge("kiem_sequences_waiting", "Sequences without a slot", registry=own)
+        waiting.set_function(lambda: engine.num_waiting)
+        Gauge("kiem_sequences_limit", "Most running and waiting", registry=own).set(max_sequences)
         self._responses = Counter(
-            "kiem_http_responses",
-            "Answers by route and status",
-            ("route", "status"),
-            registry=registry,
+            "kiem_http_responses", "Responses", ("route", "status"), registry=own
         )
-        self._prompt_tokens = Counter("kiem_prompt_tokens", "Tokens of prompts", registry=registry)
-        self._new_tokens = Counter("kiem_new_tokens", "Tokens written", registry=registry)
+        self.prompt_tokens = Counter("kiem_prompt_tokens", "Tokens of prompts", registry=own)
+        self._new_tokens = Counter("kiem_new_tokens", "Tokens written", registry=own)
         self._finished = Counter(
-            "kiem_sequences_finished",
-            "Sequences by the reason of their end",
-            ("reason",),
-            registry=registry,
+            "kiem_sequences_finished", "Sequences that ended", ("reason",), registry=own
         )
-        self._first_token = Histogram(
+        self.first_token_seconds = Histogram(
             "kiem_first_token_seconds",
             "From a request to its first new token",
             buckets=_SECONDS,
-            registry=registry,
+            registry=own,
         )
-        self._request = Histogram(
+        self.request_seconds = Histogram(
             "kiem_request_seconds",
-            "From a request to the end of its answer",
+            "From a request to the end of its response",
             buckets=_SECONDS,
-            registry=registry,
+            registry=own,
         )
 
-    def respond(self, route: str, status: int) -> None:
-        """Counts an answer."""
+    def count_response(self, route: str, status: int) -> None:
+        """Counts a response."""
         self._responses.labels(route, str(status)).inc()
 
-    def begin(self, num_prompt_tokens: int) -> Timer:
-        """Counts a request that goes to the engine, and returns its clock."""
-        self._prompt_tokens.inc(num_prompt_tokens)
-        return Timer(self._first_token, self._request)
-
-    def watch(self, pieces: list[Piece]) -> None:
-        """Counts what the engine has written."""
-        self._new_tokens.inc(sum(piece.token is not None for piece in pieces))
-        for piece in pieces:
-            if piece.finish_reason is not None:
-                self._finished.labels(piece.finish_reason).inc()
+    def count_outputs(self, outputs: Sequence[RequestOutput]) -> None:
+        """Counts the outputs of an engine's step."""
+        self._new_tokens.inc(sum(output.num_tokens for output in outputs))
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._finished.labels(output.finish_reason).inc()
 
     def text(self) -> bytes:
-        """Returns everything in Prometheus's text format."""
+        """Returns all figures in Prometheus's text format."""
         return generate_latest(self._registry)
-
-
-class Timer:
-    """The clock of one request."""
-
-    def __init__(self, first_token: Histogram, request: Histogram):
-        self._started = time.perf_counter()
-        self._first_token: Histogram | None = first_token
-        self._request = request
-
-    def see(self, piece: Piece) -> None:
-        """Tells of a piece; only the first new token counts."""
-        is_token = piece.token is not None or piece.finish_reason == "eos"
-        if is_token and self._first_token is not None:
-            self._first_token.observe(time.perf_counter() - self._started)
-            self._first_token = None
-
-    def end(self) -> None:
-        """Tells of the answer's end."""
-        self._request.observe(time.perf_counter() - self._started)

@@ -1,4 +1,4 @@
-"""inference.py --serve: from options to a server that runs until it is told to stop."""
+"""The start and end of the server: from options to a server that runs until it is stopped."""
 
 from __future__ import annotations
 
@@ -15,46 +15,45 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from kiem.config import InferenceOptions
-from kiem.core.errors import ExitCode, UserError, not_installed
+from kiem.core.errors import bad_option, not_installed
+from kiem.inference.engine import Engine
 from kiem.inference.loading import LoadedModel
-from kiem.inference.sampling import Sampling
-from kiem.inference.streaming import Writer
+from kiem.inference.sampling import SamplingParams
 
 if TYPE_CHECKING:
     import uvicorn
 
     from kiem.inference.server.worker import Worker
 
-# Requests that run when the server is told to stop have so long to end.
-_STOP_SECONDS = 30
+_STOP_SECONDS = 30  # for running requests to end
 _SHORTEST_KEY = 16
 _MOST_CONNECTIONS = 500
 
 
-def check_packages() -> None:
-    """Checks that what a server needs is installed, before a model is loaded.
+@contextlib.contextmanager
+def prepare_server(options: InferenceOptions) -> Iterator[socket.socket]:
+    """Checks packages and key, and binds the address, all before a model is loaded.
 
     Raises:
-        UserError: it is not.
+        UserError: a package is missing, the key is too weak, or the address cannot be bound.
     """
     for package in ("starlette", "uvicorn", "prometheus_client"):
         try:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
             raise not_installed("starlette uvicorn prometheus-client", "--serve") from error
+    _check_key(options.host, options.api_key)
+    with open_socket(options.host, options.port) as listening:
+        yield listening
 
 
-def check_key(host: str, api_key: str | None) -> None:
-    """Checks that a server that others can reach has a key, and that it is worth its name.
+def _check_key(host: str, api_key: str | None) -> None:
+    """Checks that a server that others can reach has a key that cannot be guessed."""
+    from kiem.inference.server.access import is_loopback
 
-    Raises:
-        UserError: it has none, or one that can be guessed or not be sent.
-    """
-    from kiem.inference.server.guard import is_loopback
-
-    if api_key is None and is_loopback(host):
-        return
     if api_key is None:
+        if is_loopback(host):
+            return
         what = f"others can reach a server on {host}: it needs a key"
     elif len(api_key) < _SHORTEST_KEY or not api_key.isascii() or not api_key.isprintable():
         what = f"the key must have at least {_SHORTEST_KEY} characters, all of them ASCII"
@@ -62,17 +61,13 @@ def check_key(host: str, api_key: str | None) -> None:
         what = "the key has a space"
     else:
         return
-    raise UserError(
-        what,
-        where="--api-key",
-        fix="Make one with: openssl rand -hex 16. In a file for --config nobody else sees it.",
-        exit_code=ExitCode.BAD_OPTION,
-    )
+    fix = "Make one with: openssl rand -hex 16. In a file for --config nobody else sees it."
+    raise bad_option("--api-key", what, fix)
 
 
 @contextlib.contextmanager
 def open_socket(host: str, port: int) -> Iterator[socket.socket]:
-    """Takes an address, so that a model is not loaded in vain when it is taken.
+    """Binds an address.
 
     Raises:
         UserError: there is no such address here, or it is in use.
@@ -85,18 +80,15 @@ def open_socket(host: str, port: int) -> Iterator[socket.socket]:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(address)
         except (OSError, UnicodeError) as error:
-            raise UserError(
-                f"cannot listen there ({getattr(error, 'strerror', None) or error})",
-                where=f"--host {host} --port {port}",
-                fix="Choose another --port or --host.",
-                exit_code=ExitCode.BAD_OPTION,
-            ) from error
+            what = f"cannot listen there ({getattr(error, 'strerror', None) or error})"
+            where = f"--host {host} --port {port}"
+            raise bad_option(where, what, "Choose another --port or --host.") from error
         yield listening
 
 
 def serve(
     loaded: LoadedModel,
-    sampling: Sampling,
+    params: SamplingParams,
     options: InferenceOptions,
     listening: socket.socket,
     console: Console,
@@ -105,13 +97,13 @@ def serve(
 
     Args:
         loaded: the model.
-        sampling: how tokens are chosen where a request does not say.
+        params: defaults for requests.
         options: all options of inference.py.
-        listening: from `open_socket`.
+        listening: from `prepare_server`.
         console: where the address is shown.
     """
-    server, worker = make_server(loaded, sampling, options)
-    loaded.tokenizer.encode("")  # Gemma's loads for a second: not at the first request
+    server, worker = make_server(loaded, params, options)
+    loaded.tokenizer.encode("")  # Gemma's takes a second to load: not at the first request
     listening.listen()
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -119,10 +111,10 @@ def serve(
     def end(*_: object) -> None:
         server.should_exit = True
 
-    # uvicorn raises the signal that it stopped for once more: that is no mistake here.
+    # uvicorn raises the signal that has stopped it once more: that is no error here.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
-    logging.getLogger("uvicorn.error").addFilter(_is_more_than_an_end)
+    logging.getLogger("uvicorn.error").addFilter(_is_error)
     name = _model_name(options.model_path)
     console.print(f"{name} is at http://{shown}:{port}/ (Ctrl-C ends it)")
     try:
@@ -132,45 +124,43 @@ def serve(
     console.print("The server has ended.")
 
 
-def _is_more_than_an_end(record: logging.LogRecord) -> bool:
-    """Says whether uvicorn logs more than that a second Ctrl-C or `_STOP_SECONDS` ended a task."""
+def _is_error(record: logging.LogRecord) -> bool:
+    """Returns whether uvicorn logs more than the cancellation of tasks at its end."""
     is_end = record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)
     return not is_end and "CancelledError" not in record.getMessage()
 
 
 def make_server(
-    loaded: LoadedModel, sampling: Sampling, options: InferenceOptions
+    loaded: LoadedModel, params: SamplingParams, options: InferenceOptions
 ) -> tuple[uvicorn.Server, Worker]:
     """Returns a server that is yet to run, and its engine's thread; arguments as of `serve`."""
     import uvicorn
 
     from kiem.inference.server.app import Server
-    from kiem.inference.server.completions import Limits
+    from kiem.inference.server.completions import ServerSettings
     from kiem.inference.server.connection import Connection
-    from kiem.inference.server.metrics import Metrics
+    from kiem.inference.server.metrics import ServerMetrics
     from kiem.inference.server.worker import Worker
 
-    writer = Writer(
+    settings = ServerSettings(
+        model=_model_name(options.model_path),
+        params=params,
+        max_context=options.max_context,
+        max_sequences=options.max_requests + options.max_waiting,
+    )
+    engine = Engine(
         loaded.model,
         loaded.tokenizer,
         max_requests=options.max_requests,
         max_tokens=options.max_context,
     )
-    limits = Limits(
-        model=_model_name(options.model_path),
-        sampling=sampling,
-        max_new_tokens=options.max_new_tokens,
-        stop=options.stop,
-        max_context=options.max_context,
-        max_sequences=options.max_requests + options.max_waiting,
-    )
-    metrics = Metrics(writer, limits.max_sequences)
-    worker = Worker(writer, limits.max_sequences, metrics.watch)
+    metrics = ServerMetrics(engine, settings.max_sequences)
+    worker = Worker(engine, settings.max_sequences, metrics)
 
     def end() -> None:
         server.should_exit = True
 
-    app = Server(worker, limits, loaded.tokenizer, metrics).app(options.api_key, end)
+    app = Server(worker, settings, loaded.tokenizer, metrics).app(options.api_key, end)
     config = uvicorn.Config(
         app,
         http=Connection,

@@ -1,69 +1,66 @@
-"""The thread that owns the engine: it takes requests from the event loop and gives pieces back.
+"""The thread that owns the engine: it takes requests from the event loop and returns outputs.
 
-Everything but `_run` and what it calls runs on the event loop's thread.
+All but `_run` and what it calls runs on the event loop's thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from queue import Empty, SimpleQueue
 
-from kiem.inference.engine import Request
-from kiem.inference.streaming import Piece, Writer
+from kiem.inference.engine import Engine, Request, RequestOutput
+from kiem.inference.server.errors import ApiError, server_failed
+from kiem.inference.server.metrics import ServerMetrics
 
 _LOG = logging.getLogger(__name__)
-
-
-class BusyError(Exception):
-    """There are as many sequences as the server takes."""
-
-
-class StoppedError(Exception):
-    """The engine has stopped: the server is ending."""
-
-
-class FailedError(Exception):
-    """The request has ended at an error, which is in the log."""
 
 
 class Job:
     """The sequences of one client's request."""
 
-    def __init__(self, worker: Worker, num_sequences: int):
+    def __init__(self, worker: Worker, metrics: ServerMetrics, num_sequences: int):
         self._worker = worker
+        self._metrics = metrics
         self._num_sequences = num_sequences
-        self._events: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue()
+        self._started = time.perf_counter()
+        self._events: asyncio.Queue[tuple[int, RequestOutput] | None] = asyncio.Queue()
         self.open = set(range(num_sequences))
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Yields sequence and piece as they come, until every sequence has ended.
+    async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """Yields sequence and output as they come, until every sequence has ended.
 
         Raises:
-            StoppedError: there will be no more.
-            FailedError: a sequence cannot go on.
+            ApiError: a sequence has failed, or the engine has stopped.
         """
-        num_running = self._num_sequences  # some may have ended before anybody asks
+        num_running = self._num_sequences  # some may have ended already
+        has_token = False
         while num_running:
             event = await self._events.get()
             if event is None:
-                raise StoppedError
-            if (error := event[1].error) is not None:
-                raise FailedError from error
-            num_running -= event[1].finish_reason is not None
+                raise _stopping()
+            output = event[1]
+            if output.error is not None:
+                raise server_failed() from output.error
+            if output.token is not None and not has_token:
+                self._metrics.first_token_seconds.observe(time.perf_counter() - self._started)
+                has_token = True
+            num_running -= output.finish_reason is not None
             yield event
 
-    def put(self, event: tuple[int, Piece] | None) -> None:
-        """Takes a piece of a sequence, or None when there will be no more."""
+    def put(self, event: tuple[int, RequestOutput] | None) -> None:
+        """Takes an output of a sequence, or None when there will be no more."""
         if event is not None and event[1].finish_reason is not None:
             self.open.discard(event[0])
         self._events.put_nowait(event)
 
-    def cancel(self) -> None:
-        """Frees the slots of all sequences that have not ended."""
+    def close(self) -> None:
+        """Ends the job once and for all: cancels the sequences that have not ended."""
+        self._metrics.request_seconds.observe(time.perf_counter() - self._started)
         if self.open:
             self._worker.cancel(self)
         self.open.clear()
@@ -73,15 +70,15 @@ class Worker:
     """Runs the engine in a thread of its own.
 
     Args:
-        writer: the engine; only that thread uses it.
-        most_open: most sequences that run or wait.
-        watch: called on the event loop with every batch of pieces.
+        engine: only that thread uses it.
+        max_sequences: most sequences that run or wait.
+        metrics: counts the outputs.
     """
 
-    def __init__(self, writer: Writer, most_open: int, watch: Callable[[list[Piece]], None]):
-        self._writer = writer
-        self._most_open = most_open
-        self._watch = watch
+    def __init__(self, engine: Engine, max_sequences: int, metrics: ServerMetrics):
+        self._engine = engine
+        self._max_sequences = max_sequences
+        self._metrics = metrics
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._sequences: dict[int, tuple[Job, int]] = {}  # by the engine's number
         self._jobs: set[Job] = set()
@@ -90,17 +87,12 @@ class Worker:
         self._ended: Future[None] | None = None
 
     @property
-    def num_open(self) -> int:
-        """How many sequences run or wait."""
-        return sum(len(job.open) for job in self._jobs)
-
-    @property
     def is_running(self) -> bool:
-        """Whether the thread is there to work."""
+        """Whether the thread runs."""
         return self._ended is not None and not self._ended.done()
 
     def start(self, on_end: Callable[[], None]) -> None:
-        """Starts the thread; `on_end` is called on the event loop when it ends, however it does."""
+        """Starts the thread; `on_end` is called on the event loop when it ends for any reason."""
         self._loop = asyncio.get_running_loop()
 
         def end() -> None:
@@ -115,38 +107,34 @@ class Worker:
         """Ends the thread after its current step, and waits for that.
 
         Raises:
-            BaseException: what the thread stopped at by itself.
+            BaseException: the error that has ended the thread before.
         """
         self._inbox.put(None)
         self._executor.shutdown()
         if self._ended is not None:
             self._ended.result()
 
-    def submit(self, requests: Sequence[Request], stop: Sequence[str]) -> Job:
+    def submit(self, requests: Sequence[Request]) -> Job:
         """Hands requests to the engine.
 
-        Args:
-            requests: what to write.
-            stop: texts that end a sequence.
-
         Raises:
-            BusyError: they are too many beside those that are there.
-            StoppedError: the engine has stopped.
+            ApiError: there are too many sequences already, or the engine has stopped.
         """
         if not self.is_running:
-            raise StoppedError
-        if self.num_open + len(requests) > self._most_open:
-            raise BusyError
-        job = Job(self, len(requests))
+            raise _stopping()
+        if sum(len(job.open) for job in self._jobs) + len(requests) > self._max_sequences:
+            message = "The server has as many requests as it takes; try again soon."
+            raise ApiError(429, message, headers={"retry-after": "1"})
+        job = Job(self, self._metrics, len(requests))
         self._jobs.add(job)
 
         def add() -> None:
             for index, request in enumerate(requests):
                 try:
-                    self._sequences[self._writer.add(request, stop)] = job, index
-                except Exception as error:  # noqa: BLE001 - it is logged and told
-                    self._log_failures([error])
-                    failed = Piece(-1, "", None, None, [], "error", error=error)
+                    self._sequences[self._engine.add(request)] = job, index
+                except Exception as error:  # noqa: BLE001 - logged, and the client gets a 500
+                    self._log_errors([error])
+                    failed = RequestOutput(-1, finish_reason="error", error=error)
                     self._call_on_loop(partial(self._deliver, [(job, index, failed)]))
 
         self._inbox.put(add)
@@ -158,7 +146,7 @@ class Worker:
 
         def cancel() -> None:
             for number in [n for n, (other, _) in self._sequences.items() if other is job]:
-                self._writer.cancel(number)
+                self._engine.cancel(number)
                 del self._sequences[number]
 
         self._inbox.put(cancel)
@@ -167,7 +155,7 @@ class Worker:
         """Works until `stop`: the body of the thread."""
         while True:
             try:
-                command = self._inbox.get(block=not self._writer.is_busy)
+                command = self._inbox.get(block=not self._sequences)
             except Empty:
                 command = self._step
             if command is None:
@@ -175,16 +163,16 @@ class Worker:
             command()
 
     def _step(self) -> None:
-        pieces = self._writer.advance()
-        self._log_failures([piece.error for piece in pieces if piece.error is not None])
-        found = [(*self._sequences[piece.number], piece) for piece in pieces]
-        for piece in pieces:
-            if piece.finish_reason is not None:
-                del self._sequences[piece.number]
+        outputs = self._engine.step()
+        self._log_errors([output.error for output in outputs if output.error is not None])
+        found = [(*self._sequences[output.request_id], output) for output in outputs]
+        for output in outputs:
+            if output.finish_reason is not None:
+                del self._sequences[output.request_id]
         self._call_on_loop(partial(self._deliver, found))
 
     def _call_on_loop(self, call: Callable[[], None]) -> None:
-        """Lets the event loop do something, unless it has ended: a second Ctrl-C waits for no step.
+        """Calls on the event loop, unless that has ended: a second Ctrl-C waits for no step.
 
         Asking beforehand would not do, since it may end at any moment.
         """
@@ -195,15 +183,19 @@ class Worker:
             if not self._loop.is_closed():
                 raise
 
-    def _log_failures(self, errors: list[Exception]) -> None:
-        """Logs what requests have failed at; ends the thread if the model itself is the reason."""
+    def _log_errors(self, errors: Sequence[Exception]) -> None:
+        """Logs the errors of requests; ends the thread if the model itself is the reason."""
         for error in errors:
-            self._writer.check_model()
-            _LOG.error("A request has failed; the server goes on.", exc_info=error)
+            self._engine.check_model()
+            _LOG.error("A request has failed; the server continues.", exc_info=error)
 
-    def _deliver(self, found: list[tuple[Job, int, Piece]]) -> None:
-        for job, index, piece in found:
-            job.put((index, piece))
+    def _deliver(self, found: Sequence[tuple[Job, int, RequestOutput]]) -> None:
+        for job, index, output in found:
+            job.put((index, output))
             if not job.open:
                 self._jobs.discard(job)
-        self._watch([piece for _, _, piece in found])
+        self._metrics.count_outputs([output for _, _, output in found])
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "The server is stopping.")

@@ -1,13 +1,14 @@
-"""Who may use the server: the key, the names it answers to, and pages of other sites.
+"""Access control: the API key, the host names of the server, and pages of other sites.
 
-Without a key the server listens on loopback only. Even there a page of another site, opened in a
-browser on this machine, could reach it: by asking directly, which a browser marks with the page's
-Origin, or by a name of its own that it lets point to this machine (DNS rebinding), which shows in
-the Host. Both are refused, and no header ever allows another origin to read an answer.
+Without a key the server listens on loopback only. A page of another site, opened in a browser on
+this machine, could still reach it: directly, which a browser marks with the page's Origin, or by
+a name of its own that it lets point to this machine (DNS rebinding), which shows in the Host. Both
+are refused, and no header ever allows another origin to read a response.
 
-With a key neither is looked at: behind a proxy the Host is whatever the proxy sends. A page of
-another site does not know the key; one whose browser would add it as a password is betrayed by
-Sec-Fetch-Site, which no page can forge, and could send no JSON (see app.py) in browsers without it.
+With a key neither is checked: behind a proxy the Host is whatever the proxy sends. A page of
+another site does not know the key. A browser may add it as a password, but then Sec-Fetch-Site,
+which no page can forge, gives the page away; in browsers without it the page could send no JSON
+(see app.py).
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ import binascii
 import hashlib
 import hmac
 import ipaddress
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kiem.inference.server.errors import ApiError
 
-# For probes, which have no key and ask under any name; the answer says nothing that others may not
-# know.
+# For probes, which have no key and use any host name; the response reveals nothing else.
 _OPEN_PATH = "/health"
 _OTHER_SITES = ("cross-site", "same-site")  # the latter is another host of the same domain
 _BEHIND_PROXY = "Behind a reverse proxy it needs --api-key."
@@ -42,7 +42,7 @@ _HEADERS = {
 
 
 def is_loopback(host: str) -> bool:
-    """Says whether a host name or address means this machine alone."""
+    """Returns whether a host name or address means this machine alone."""
     if host == "localhost":
         return True
     try:
@@ -51,17 +51,19 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class Guard:
-    """Answers what may not pass, and puts the same headers on every answer.
+class AccessControl:
+    """Refuses requests that may not pass, and adds the same headers to every response.
 
     Args:
-        app: what lies behind.
+        app: the application behind it.
         api_key: what every request must carry; None: nothing, for servers on loopback.
+        count: called with path and status of every response.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None):
+    def __init__(self, app: ASGIApp, api_key: str | None, count: Callable[[str, int], None]):
         self._app = app
         self._key_hash = None if api_key is None else _hash(api_key.encode())
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,16 +73,16 @@ class Guard:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(_HEADERS)
+                self._count(scope["path"], message["status"])
             await send(message)
 
+        app = self._app
         try:
             if scope["path"] != _OPEN_PATH:
                 self._check(Headers(scope=scope))
         except ApiError as error:
-            answer = JSONResponse(error.body(), error.status, error.headers)
-            await answer(scope, receive, send_with_headers)
-        else:
-            await self._app(scope, receive, send_with_headers)
+            app = error.response()
+        await app(scope, receive, send_with_headers)
 
     def _check(self, headers: Headers) -> None:
         host, origin = headers.get("host", ""), headers.get("origin")
@@ -98,7 +100,7 @@ class Guard:
             raise ApiError(403, message if self._key_hash else f"{message} {_BEHIND_PROXY}")
 
     def _check_key(self, authorization: str, key_hash: bytes) -> None:
-        """Takes the key as OpenAI's clients give it, or as the password that a browser asks for."""
+        """Checks the key, a bearer token or the password that a browser asks for."""
         scheme, _, given = authorization.partition(" ")
         key = given.strip().encode("latin-1")
         if scheme.lower() == "basic":
@@ -106,9 +108,8 @@ class Guard:
                 key = base64.b64decode(key, validate=True).partition(b":")[2]
             except binascii.Error:
                 key = b""
-        if scheme.lower() not in ("bearer", "basic") or not hmac.compare_digest(
-            _hash(key), key_hash
-        ):
+        is_right = hmac.compare_digest(_hash(key), key_hash)
+        if scheme.lower() not in ("bearer", "basic") or not is_right:
             raise ApiError(
                 401,
                 "The API key is missing or wrong.",
@@ -118,7 +119,7 @@ class Guard:
 
 
 def _hash(key: bytes) -> bytes:
-    """Returns a key at a length of which the time of a comparison tells nothing."""
+    """Returns a key at a fixed length, so that the time of a comparison reveals nothing."""
     return hashlib.sha256(key).digest()
 
 

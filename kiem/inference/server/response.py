@@ -1,0 +1,127 @@
+"""Responses of /v1/completions, as OpenAI defines them, in one piece or as a stream."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from kiem.inference.engine import RequestOutput, Score
+from kiem.inference.server.completions import Completion
+from kiem.inference.text import TextStream
+from kiem.tokenizer.tokenizer import BYTE_TOKENS, Tokenizer
+
+
+class CompletionResponse:
+    """Builds what the client gets from the engine's outputs.
+
+    Args:
+        asked: the request.
+        model: the name that the model goes by.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, asked: Completion, model: str, tokenizer: Tokenizer):
+        self._asked = asked
+        self._tokenizer = tokenizer
+        self._head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._num_new_tokens = 0
+        self._token_texts: dict[int, str] = {}
+        self._num_sequences = len(asked.requests) // len(asked.prompts)
+        texts = asked.prompts if asked.echo else [""] * len(asked.prompts)
+        self._echoes = [text for text in texts for _ in range(self._num_sequences)]
+        self._num_characters = [len(text) for text in self._echoes]
+
+    def whole(self, outputs: Sequence[Sequence[RequestOutput]]) -> dict[str, Any]:
+        """Returns the response without a stream, from the outputs of each sequence."""
+        choices = [
+            self._choice(index, own, echo)
+            for index, (own, echo) in enumerate(zip(outputs, self._echoes, strict=True))
+        ]
+        return {**self._head, "choices": choices, "usage": self._usage()}
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Returns the first parts of a stream: the prompts, if asked for.
+
+        Prompts with probabilities come when they have been read.
+        """
+        echoes = [] if self._asked.scores_prompts else self._echoes
+        return [self._part(self._choice(i, [], echo)) for i, echo in enumerate(echoes) if echo]
+
+    def part(self, index: int, output: RequestOutput) -> dict[str, Any]:
+        """Returns the part of a stream for an output of sequence `index`."""
+        echo = self._echoes[index] if output.prompt_scores is not None else ""
+        return self._part(self._choice(index, [output], echo))
+
+    def closing(self) -> list[dict[str, Any]]:
+        """Returns the part with the numbers of tokens, if asked for."""
+        last = {**self._head, "choices": [], "usage": self._usage()}
+        return [last] if self._asked.include_usage else []
+
+    def _part(self, choice: dict[str, Any]) -> dict[str, Any]:
+        usage = {"usage": None} if self._asked.include_usage else {}
+        return {**self._head, "choices": [choice], **usage}
+
+    def _choice(self, index: int, outputs: Sequence[RequestOutput], echo: str) -> dict[str, Any]:
+        reason = outputs[-1].finish_reason if outputs else None
+        has_logprobs = self._asked.num_alternatives is not None
+        self._num_new_tokens += sum(output.num_tokens for output in outputs)
+        return {
+            "index": index,
+            "text": echo + "".join(output.text for output in outputs),
+            "logprobs": self._logprobs(index, outputs) if has_logprobs else None,
+            "finish_reason": "stop" if reason == "eos" else reason,
+        }
+
+    def _logprobs(self, index: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        scored = [entry for output in outputs for entry in self._scored_tokens(index, output)]
+        return {
+            "tokens": [self._token_text(token) for token, _, _ in scored],
+            "token_logprobs": [score.logprob if score else None for _, score, _ in scored],
+            "top_logprobs": [self._by_text(score) if score else None for _, score, _ in scored],
+            "text_offset": [offset for _, _, offset in scored],
+        }
+
+    def _scored_tokens(
+        self, index: int, output: RequestOutput
+    ) -> Iterator[tuple[int, Score | None, int]]:
+        """Yields the tokens of an output, their scores, and their offsets in the text."""
+        if output.prompt_scores is not None:
+            number = index // self._num_sequences
+            ids = self._asked.prompt_ids[number]
+            known = output.prompt_scores[len(output.prompt_scores) - len(ids) + 1 :]
+            stream, offset = TextStream(self._tokenizer), 0
+            # The first has no score: OpenAI's API knows of nothing before it.
+            for token, score in zip(ids, [None, *known], strict=False):
+                yield token, score, min(offset, len(self._asked.prompts[number]))
+                offset += len(stream.add(token))
+        offset = self._num_characters[index]
+        self._num_characters[index] += len(output.text)
+        if output.token is not None:
+            is_eos = output.finish_reason == "eos"
+            yield output.token, output.score, self._num_characters[index] if is_eos else offset
+
+    def _by_text(self, score: Score) -> dict[str, float]:
+        """Returns the probabilities of tokens by their text; of equal texts the first token's."""
+        texts: dict[str, float] = {}
+        for token, logprob in score.alternatives[: self._asked.num_alternatives]:
+            texts.setdefault(self._token_text(token), logprob)
+        return texts
+
+    def _token_text(self, token: int) -> str:
+        """Returns a token as text; a byte as OpenAI writes it, such as bytes:\\xc3."""
+        if token not in self._token_texts:
+            entry = self._tokenizer.implementation.id_to_token(token)
+            text = f"bytes:\\x{entry[3:5].lower()}" if entry in BYTE_TOKENS else None
+            self._token_texts[token] = text or self._tokenizer.decode([token]) or entry or ""
+        return self._token_texts[token]
+
+    def _usage(self) -> dict[str, int]:
+        new, given = self._num_new_tokens, self._asked.num_prompt_tokens
+        return {"prompt_tokens": given, "completion_tokens": new, "total_tokens": given + new}
