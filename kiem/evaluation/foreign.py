@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from kiem.compute.speed import prefers_bf16
 from kiem.core.errors import ExitCode, UserError, bad_option
@@ -23,12 +24,11 @@ def open_foreign_model(
 
     Args:
         folder: a folder with config.json, safetensors weights and tokenizer.
-        precision: of the weights; auto: as in the file, but fp32 where bf16 is slow.
+        precision: "auto" is as in the file, but fp32 where bf16 is slow.
         context: most tokens in a row; None: the longest that the model is made for.
 
     Raises:
-        UserError: transformers is not installed or does not load it, its tokenizer has neither
-            <bos> nor <eos>, or there is no such context.
+        UserError: transformers does not load it, or tokenizer or context do not fit.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     default = "auto" if prefers_bf16(device) else torch.float32
@@ -40,7 +40,7 @@ def open_foreign_model(
     if context is not None and positions is not None and context > positions:
         what = f"{context} tokens are more than its {positions} positions"
         raise bad_option("--context", what, f"Give {positions} or fewer.")
-    # Models without <bos>, such as GPT-2, were trained with the end of a text before the next.
+    # Models without <bos>, such as GPT-2, saw the end of a text before the next one.
     bos_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if bos_id is None:
         raise _unusable(folder, "its tokenizer has no <bos> or <eos>", "Choose another model.")
@@ -66,9 +66,7 @@ def open_foreign_model(
     def nats(ids: Tensor, scored: Tensor) -> Tensor:
         with torch.inference_mode():
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1][scored[:, 1:]]  # N V
-            return torch.nn.functional.cross_entropy(
-                logits.float(), ids[scored], reduction="none"
-            ).clone()
+            return cross_entropy(logits.float(), ids[scored], reduction="none").clone()
 
     return LanguageModel(
         encode=encode,

@@ -44,15 +44,7 @@ def generate_file(
     place: Place,
     console: Console,
 ) -> None:
-    """Writes continuations of prompts into `--output-file`.
-
-    Args:
-        loaded: the model.
-        prompts: what to continue.
-        params: how tokens are chosen.
-        options: all options of inference.py.
-        place: this process among those that share the prompts.
-        console: where progress and text are shown.
+    """Writes continuations of this process's share of prompts, the first process all of them.
 
     Raises:
         UserError: a file cannot be written, or the processes share no folder.
@@ -60,10 +52,11 @@ def generate_file(
     assert options.output_file is not None
     output, num_sequences = options.output_file, options.num_return_sequences
     num_all = len(prompts) * num_sequences
-    journals = _Journals(output, _fingerprint(loaded, prompts, options))
-    own = journals.path(place.rank)
-    append_json_lines(own, [])  # the others see that this process is there
-    finished = journals.read()
+    # Another command (other options, prompts or weights) has journals of its own.
+    prefix = hidden(output, f"unfinished-{_fingerprint(loaded, prompts, options)}-")
+    own = prefix.with_name(f"{prefix.name}{place.rank}")
+    append_json_lines(own, [])  # shows the others that this process is there
+    finished = _read_journals(prefix)
     share = range(place.rank, num_all, place.world_size)
     todo = [number for number in share if number not in finished]
     num_there = len(share) - len(todo)
@@ -71,10 +64,14 @@ def generate_file(
         console.print(f"{num_there} of {len(share)} continuations are there already.")
 
     # Write this process's share, with a progress bar below the finished continuations.
-    columns = (BarColumn(), MofNCompleteColumn())
-    rate_columns = (TextColumn("{task.description}", markup=False), TimeRemainingColumn())
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}", markup=False),
+        TimeRemainingColumn(),
+    )
     is_hidden = not console.is_terminal
-    bar = Progress(*columns, *rate_columns, console=console, transient=True, disable=is_hidden)
+    bar = Progress(*columns, console=console, transient=True, disable=is_hidden)
     started, num_tokens, rate = time.perf_counter(), 0, ""
     with bar:
         task = bar.add_task("", total=len(share), completed=num_there)
@@ -92,10 +89,11 @@ def generate_file(
         return
 
     # Put all shares together.
-    finished = _wait_for_all(journals, num_all, place)
+    finished = _wait_for_all(prefix, num_all, place.world_size)
     lines = [json.dumps(finished[n], ensure_ascii=False) + "\n" for n in range(num_all)]
     write_text(output, "".join(lines))
-    journals.remove()
+    for journal in _journals(prefix):
+        remove_file(journal)
     console.print(f"{num_all} continuations in {output}")
 
 
@@ -146,18 +144,17 @@ def _fingerprint(loaded: LoadedModel, prompts: Sequence[str], options: Inference
     return digest.hexdigest()[:16]
 
 
-def _wait_for_all(journals: _Journals, num_all: int, place: Place) -> dict[int, dict[str, Any]]:
+def _wait_for_all(prefix: Path, num_all: int, world_size: int) -> dict[int, dict[str, Any]]:
     """Returns all continuations when every process has written its share.
 
     Raises:
-        UserError: a process has no journal here, long after this one began.
+        UserError: long after this process began, another has no journal here.
     """
     deadline = time.monotonic() + _START_SECONDS
-    while len(finished := journals.read()) < num_all:
-        is_alone = not all(journals.path(rank).exists() for rank in range(place.world_size))
-        if is_alone and time.monotonic() > deadline:
+    while len(finished := _read_journals(prefix)) < num_all:
+        if len(_journals(prefix)) < world_size and time.monotonic() > deadline:
             raise not_found(
-                str(journals.path(0).parent),
+                str(prefix.parent),
                 "the other processes write nothing here",
                 "Choose an --output-file in a folder that all processes share.",
             )
@@ -165,41 +162,20 @@ def _wait_for_all(journals: _Journals, num_all: int, place: Place) -> dict[int, 
     return finished
 
 
-class _Journals:
-    """The finished continuations of a run, in a file for each process.
+def _read_journals(prefix: Path) -> dict[int, dict[str, Any]]:
+    """Returns the finished continuations of all processes by their number."""
+    finished = {}
+    for path in _journals(prefix):
+        # The last line may not be whole yet, or was cut by a kill.
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                entry = msgspec.convert(parse_json(line), dict[str, Any])
+                finished[entry.pop("place")] = entry
+            except (ValueError, KeyError, TypeError) as error:
+                fix = "Remove the file; its continuations are written again."
+                raise damaged(f"{path}:{number}", f"damaged ({error})", fix) from error
+    return finished
 
-    Args:
-        output: the file that they become.
-        run: the name of the run; another command has journals of its own.
-    """
 
-    def __init__(self, output: Path, run: str):
-        self._folder = output.parent
-        self._prefix = hidden(output, f"unfinished-{run}-").name
-
-    def path(self, rank: int) -> Path:
-        """Returns the journal of a process."""
-        return self._folder / f"{self._prefix}{rank}"
-
-    def read(self) -> dict[int, dict[str, Any]]:
-        """Returns the results of all processes by their number."""
-        finished = {}
-        for path in self._paths():
-            # The last line may not be whole yet, or was cut by a kill.
-            lines = path.read_bytes().split(b"\n")[:-1]
-            for line_number, line in enumerate(lines, start=1):
-                try:
-                    entry = msgspec.convert(parse_json(line), dict[str, Any])
-                    finished[entry.pop("place")] = entry
-                except (ValueError, KeyError, TypeError) as error:
-                    fix = "Remove the file; its continuations are written again."
-                    raise damaged(f"{path}:{line_number}", f"damaged ({error})", fix) from error
-        return finished
-
-    def remove(self) -> None:
-        """Removes all journals of the run."""
-        for path in self._paths():
-            remove_file(path)
-
-    def _paths(self) -> list[Path]:
-        return sorted(p for p in self._folder.iterdir() if p.name.startswith(self._prefix))
+def _journals(prefix: Path) -> list[Path]:
+    return sorted(path for path in prefix.parent.iterdir() if path.name.startswith(prefix.name))

@@ -50,11 +50,6 @@ class SamplingParams:
         """Whether the likeliest token is always taken."""
         return self.temperature < _FP32.tiny
 
-    @property
-    def keeps_all(self) -> bool:
-        """Whether no filter leaves out a token."""
-        return self.top_k == 0 and self.top_p == 1 and self.min_p == 0
-
 
 def choose_token(
     logits: Tensor, ids: Tensor, params: SamplingParams, generator: torch.Generator
@@ -111,7 +106,7 @@ def filtered(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     _check_finite(largest)
     # Shifted first: a small temperature would make infinities of both.
     scaled = (logits - largest) / params.temperature  # V
-    if params.keeps_all:
+    if params.top_k == 0 and params.top_p == 1 and params.min_p == 0:
         return scaled, torch.arange(len(scaled), device=scaled.device)
     if params.top_k < _NUM_FIRST_TRIED < len(scaled):
         likeliest, tokens = scaled.topk(_NUM_FIRST_TRIED)

@@ -163,7 +163,7 @@ class Server:
         job = self._worker.submit(asked.requests)
         self._metrics.prompt_tokens.inc(asked.num_prompt_tokens)
         response = CompletionResponse(asked, self._settings.model, self._tokenizer)
-        if asked.stream:
+        if asked.body.stream:
             return _EventStream(job, _events(job, response))
         outputs: list[list[RequestOutput]] = [[] for _ in asked.requests]
 
@@ -206,20 +206,14 @@ class _EventStream(StreamingResponse):
 async def _events(job: Job, response: CompletionResponse) -> AsyncIterator[bytes]:
     """Yields the parts of a response as server-sent events."""
     try:
-        for part in response.opening():
+        async for part in response.stream(job.outputs()):
             yield _event(part)
-        async for index, output in job.outputs():
-            yield _event(response.part(index, output))
+        yield b"data: [DONE]\n\n"
     except ApiError as error:
         yield _event(error.body())
-        return
     except Exception:  # noqa: BLE001 - logged, and the client is told
         _LOG.exception("A stream has failed; the server continues.")
         yield _event(server_failed().body())
-        return
-    for part in response.closing():
-        yield _event(part)
-    yield b"data: [DONE]\n\n"
 
 
 def _event(part: dict[str, Any]) -> bytes:

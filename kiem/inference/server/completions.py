@@ -79,29 +79,23 @@ class Completion:
     """A valid request.
 
     Attributes:
+        body: its fields.
         requests: for the engine, the sequences of the first prompt first.
         prompts: the text of each prompt.
         prompt_ids: the tokens of each: of texts with <bos>, else those given.
         num_prompt_tokens: of all prompts, each counted once.
-        num_alternatives: how many tokens to list at each position; None: no probabilities.
-        echo: whether the prompt is part of the response.
-        stream: whether the response comes in parts.
-        include_usage: whether such a response ends with the numbers of tokens.
     """
 
+    body: CompletionBody
     requests: list[Request]
     prompts: list[str]
     prompt_ids: list[list[int]]
     num_prompt_tokens: int
-    num_alternatives: int | None
-    echo: bool
-    stream: bool
-    include_usage: bool
 
     @property
-    def scores_prompts(self) -> bool:
-        """Whether the tokens of the prompts have probabilities, too."""
-        return self.echo and self.num_alternatives is not None
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return self.body.stream_options is not None and self.body.stream_options.include_usage
 
 
 def parse_completion(data: bytes, settings: ServerSettings, tokenizer: Tokenizer) -> Completion:
@@ -118,7 +112,7 @@ def parse_completion(data: bytes, settings: ServerSettings, tokenizer: Tokenizer
     if body.best_of not in (None, num_sequences):
         message = f"best_of is {shown(body.best_of)}; what works: n, here {shown(num_sequences)}."
         raise ApiError(400, message, param="best_of")
-    include_usage = _include_usage(body)
+    _check_stream_options(body)
     prompts = _prompts(body.prompt)
     if len(prompts) * num_sequences > settings.max_sequences:
         message = f"More than {settings.max_sequences} sequences at once are never possible here."
@@ -136,7 +130,6 @@ def parse_completion(data: bytes, settings: ServerSettings, tokenizer: Tokenizer
         raise ApiError(400, message, param="prompt", code="context_length_exceeded")
 
     # Make a request to the engine for each sequence.
-    num_alternatives = body.logprobs
     seed = secrets.randbits(63) if body.seed is None else body.seed
     requests = [
         Request(
@@ -146,21 +139,18 @@ def parse_completion(data: bytes, settings: ServerSettings, tokenizer: Tokenizer
             prompt_number,
             sequence,
             # The engine gives the chosen token's probability only with those of others.
-            num_logprobs=0 if num_alternatives is None else max(1, num_alternatives),
-            scores_prompt=bool(body.echo) and num_alternatives is not None,
+            num_logprobs=0 if body.logprobs is None else max(1, body.logprobs),
+            scores_prompt=bool(body.echo) and body.logprobs is not None,
         )
         for prompt_number, prompt_ids in enumerate(ids)
         for sequence in range(num_sequences)
     ]
     return Completion(
+        body,
         requests,
         [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts],
         [read if isinstance(p, str) else p for p, read in zip(prompts, ids, strict=True)],
         sum(map(len, ids)),
-        num_alternatives,
-        bool(body.echo),
-        bool(body.stream),
-        include_usage,
     )
 
 
@@ -192,7 +182,7 @@ def _read_body(data: bytes) -> CompletionBody:
         raise ApiError(400, f"The body is not JSON: {error}") from error
 
 
-def _include_usage(body: CompletionBody) -> bool:
+def _check_stream_options(body: CompletionBody) -> None:
     wanted = body.stream_options or StreamOptions()
     wrong = None
     if wanted.continuous_usage_stats:
@@ -201,7 +191,6 @@ def _include_usage(body: CompletionBody) -> bool:
         wrong = "include_usage is true; what works: false, or stream: true"
     if wrong is not None:
         raise ApiError(400, f"stream_options.{wrong}.", param="stream_options")
-    return wanted.include_usage
 
 
 def _prompts(given: str | list[str | int | list[int]]) -> list[str | list[int]]:

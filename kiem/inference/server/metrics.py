@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from kiem.inference.engine import Engine, RequestOutput
@@ -51,12 +49,11 @@ class ServerMetrics:
         """Counts a response."""
         self._responses.labels(route, str(status)).inc()
 
-    def count_outputs(self, outputs: Sequence[RequestOutput]) -> None:
-        """Counts the outputs of an engine's step."""
-        self._new_tokens.inc(sum(output.num_tokens for output in outputs))
-        for output in outputs:
-            if output.finish_reason is not None:
-                self._finished.labels(output.finish_reason).inc()
+    def count(self, output: RequestOutput) -> None:
+        """Counts an output of the engine."""
+        self._new_tokens.inc(output.num_tokens)
+        if output.finish_reason is not None:
+            self._finished.labels(output.finish_reason).inc()
 
     def text(self) -> bytes:
         """Returns all figures in Prometheus's text format."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from kiem.inference.engine import RequestOutput, Score
@@ -34,7 +34,7 @@ class CompletionResponse:
         self._num_new_tokens = 0
         self._token_texts: dict[int, str] = {}
         self._num_sequences = len(asked.requests) // len(asked.prompts)
-        texts = asked.prompts if asked.echo else [""] * len(asked.prompts)
+        texts = asked.prompts if asked.body.echo else [""] * len(asked.prompts)
         self._echoes = [text for text in texts for _ in range(self._num_sequences)]
         self._num_characters = [len(text) for text in self._echoes]
 
@@ -46,23 +46,19 @@ class CompletionResponse:
         ]
         return {**self._head, "choices": choices, "usage": self._usage()}
 
-    def opening(self) -> list[dict[str, Any]]:
-        """Returns the first parts of a stream: the prompts, if asked for.
-
-        Prompts with probabilities come when they have been read.
-        """
-        echoes = [] if self._asked.scores_prompts else self._echoes
-        return [self._part(self._choice(i, [], echo)) for i, echo in enumerate(echoes) if echo]
-
-    def part(self, index: int, output: RequestOutput) -> dict[str, Any]:
-        """Returns the part of a stream for an output of sequence `index`."""
-        echo = self._echoes[index] if output.prompt_scores is not None else ""
-        return self._part(self._choice(index, [output], echo))
-
-    def closing(self) -> list[dict[str, Any]]:
-        """Returns the part with the numbers of tokens, if asked for."""
-        last = {**self._head, "choices": [], "usage": self._usage()}
-        return [last] if self._asked.include_usage else []
+    async def stream(
+        self, outputs: AsyncIterator[tuple[int, RequestOutput]]
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Yields the parts of a stream, from sequence and output as they come."""
+        if self._asked.body.logprobs is None:  # otherwise the prompts come with their scores
+            for index, echo in enumerate(self._echoes):
+                if echo:
+                    yield self._part(self._choice(index, [], echo))
+        async for index, output in outputs:
+            echo = self._echoes[index] if output.prompt_scores is not None else ""
+            yield self._part(self._choice(index, [output], echo))
+        if self._asked.include_usage:
+            yield {**self._head, "choices": [], "usage": self._usage()}
 
     def _part(self, choice: dict[str, Any]) -> dict[str, Any]:
         usage = {"usage": None} if self._asked.include_usage else {}
@@ -70,7 +66,7 @@ class CompletionResponse:
 
     def _choice(self, index: int, outputs: Sequence[RequestOutput], echo: str) -> dict[str, Any]:
         reason = outputs[-1].finish_reason if outputs else None
-        has_logprobs = self._asked.num_alternatives is not None
+        has_logprobs = self._asked.body.logprobs is not None
         self._num_new_tokens += sum(output.num_tokens for output in outputs)
         return {
             "index": index,
@@ -110,7 +106,7 @@ class CompletionResponse:
     def _by_text(self, score: Score) -> dict[str, float]:
         """Returns the probabilities of tokens by their text; of equal texts the first token's."""
         texts: dict[str, float] = {}
-        for token, logprob in score.alternatives[: self._asked.num_alternatives]:
+        for token, logprob in score.alternatives[: self._asked.body.logprobs]:
             texts.setdefault(self._token_text(token), logprob)
         return texts
 

@@ -1,7 +1,4 @@
-"""The thread that owns the engine: it takes requests from the event loop and returns outputs.
-
-All but `_run` and what it calls runs on the event loop's thread.
-"""
+"""The engine beside the event loop: requests in, outputs out."""
 
 from __future__ import annotations
 
@@ -9,9 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from queue import Empty, SimpleQueue
+from concurrent.futures import ThreadPoolExecutor
 
 from kiem.inference.engine import Engine, Request, RequestOutput
 from kiem.inference.server.errors import ApiError, server_failed
@@ -67,10 +62,10 @@ class Job:
 
 
 class Worker:
-    """Runs the engine in a thread of its own.
+    """Runs the engine: its steps in a thread, all else on the event loop between two steps.
 
     Args:
-        engine: only that thread uses it.
+        engine: nothing else uses it.
         max_sequences: most sequences that run or wait.
         metrics: counts the outputs.
     """
@@ -79,40 +74,37 @@ class Worker:
         self._engine = engine
         self._max_sequences = max_sequences
         self._metrics = metrics
-        self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._commands: asyncio.Queue[Callable[[], None]] = asyncio.Queue()
         self._sequences: dict[int, tuple[Job, int]] = {}  # by the engine's number
         self._jobs: set[Job] = set()
         self._executor = ThreadPoolExecutor(1, "engine")
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._ended: Future[None] | None = None
+        self._task: asyncio.Task[None] | None = None
 
     @property
     def is_running(self) -> bool:
-        """Whether the thread runs."""
-        return self._ended is not None and not self._ended.done()
+        """Whether the engine takes requests."""
+        return self._task is not None and not self._task.done()
 
     def start(self, on_end: Callable[[], None]) -> None:
-        """Starts the thread; `on_end` is called on the event loop when it ends for any reason."""
-        self._loop = asyncio.get_running_loop()
+        """Starts the work on this event loop; calls `on_end` when it ends for any reason."""
 
-        def end() -> None:
+        def end(_: asyncio.Task[None]) -> None:
             for job in self._jobs:
                 job.put(None)
             on_end()
 
-        self._ended = self._executor.submit(self._run)
-        self._ended.add_done_callback(lambda _: self._call_on_loop(end))
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task.add_done_callback(end)
 
     def stop(self) -> None:
-        """Ends the thread after its current step, and waits for that.
+        """Waits for the current step, when the event loop has ended the work.
 
         Raises:
-            BaseException: the error that has ended the thread before.
+            Exception: the error that has ended the work before.
         """
-        self._inbox.put(None)
         self._executor.shutdown()
-        if self._ended is not None:
-            self._ended.result()
+        if self._task is not None and self._task.done() and not self._task.cancelled():
+            self._task.result()
 
     def submit(self, requests: Sequence[Request]) -> Job:
         """Hands requests to the engine.
@@ -133,11 +125,10 @@ class Worker:
                 try:
                     self._sequences[self._engine.add(request)] = job, index
                 except Exception as error:  # noqa: BLE001 - logged, and the client gets a 500
-                    self._log_errors([error])
-                    failed = RequestOutput(-1, finish_reason="error", error=error)
-                    self._call_on_loop(partial(self._deliver, [(job, index, failed)]))
+                    _log(error)
+                    self._deliver(job, index, RequestOutput(-1, finish_reason="error", error=error))
 
-        self._inbox.put(add)
+        self._commands.put_nowait(add)
         return job
 
     def cancel(self, job: Job) -> None:
@@ -149,52 +140,37 @@ class Worker:
                 self._engine.cancel(number)
                 del self._sequences[number]
 
-        self._inbox.put(cancel)
+        self._commands.put_nowait(cancel)
 
-    def _run(self) -> None:
-        """Works until `stop`: the body of the thread."""
+    async def _run(self) -> None:
+        """Works until the event loop ends, or the model itself fails."""
+        loop = asyncio.get_running_loop()
         while True:
-            try:
-                command = self._inbox.get(block=not self._sequences)
-            except Empty:
-                command = self._step
-            if command is None:
-                return
-            command()
+            while not self._sequences or not self._commands.empty():
+                (await self._commands.get())()
+            for output in await loop.run_in_executor(self._executor, self._step):
+                job, index = self._sequences[output.request_id]
+                if output.finish_reason is not None:
+                    del self._sequences[output.request_id]
+                self._deliver(job, index, output)
 
-    def _step(self) -> None:
+    def _step(self) -> list[RequestOutput]:
         outputs = self._engine.step()
-        self._log_errors([output.error for output in outputs if output.error is not None])
-        found = [(*self._sequences[output.request_id], output) for output in outputs]
         for output in outputs:
-            if output.finish_reason is not None:
-                del self._sequences[output.request_id]
-        self._call_on_loop(partial(self._deliver, found))
+            if output.error is not None:
+                self._engine.check_model()  # raises if the model itself is the reason
+                _log(output.error)
+        return outputs
 
-    def _call_on_loop(self, call: Callable[[], None]) -> None:
-        """Calls on the event loop, unless that has ended: a second Ctrl-C waits for no step.
+    def _deliver(self, job: Job, index: int, output: RequestOutput) -> None:
+        self._metrics.count(output)
+        job.put((index, output))
+        if not job.open:
+            self._jobs.discard(job)
 
-        Asking beforehand would not do, since it may end at any moment.
-        """
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(call)
-        except RuntimeError:
-            if not self._loop.is_closed():
-                raise
 
-    def _log_errors(self, errors: Sequence[Exception]) -> None:
-        """Logs the errors of requests; ends the thread if the model itself is the reason."""
-        for error in errors:
-            self._engine.check_model()
-            _LOG.error("A request has failed; the server continues.", exc_info=error)
-
-    def _deliver(self, found: Sequence[tuple[Job, int, RequestOutput]]) -> None:
-        for job, index, output in found:
-            job.put((index, output))
-            if not job.open:
-                self._jobs.discard(job)
-        self._metrics.count_outputs([output for _, _, output in found])
+def _log(error: Exception) -> None:
+    _LOG.error("A request has failed; the server continues.", exc_info=error)
 
 
 def _stopping() -> ApiError:
