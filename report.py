@@ -9,9 +9,9 @@ from kiem.config import ReportOptions
 
 
 def main(options: ReportOptions, console: Console) -> None:
-    from kiem.report.draw import draw  # slow to import: not before the options are right
+    from kiem.report.page import report  # slow to import: not before the options are right
 
-    draw(options, console)
+    report(options, console)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ COMMANDS = {
     ),
     "evaluate": Command("evaluate.py", EvaluationOptions, "kiem.evaluation.command", "evaluate"),
     "export": Command("export.py", ExportOptions, "kiem.export.export", "export"),
-    "report": Command("report.py", ReportOptions, "kiem.report.draw", "draw"),
+    "report": Command("report.py", ReportOptions, "kiem.report.page", "report"),
 }
 
 

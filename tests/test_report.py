@@ -138,7 +138,7 @@ def test_sources_and_minimal_pairs_are_drawn_when_there(trained_run: Path, tmp_p
 def test_of_a_thousand_sources_the_largest_are_drawn(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 3)
     record = read_record(run)
-    record.facts["data"] = {"bytes_per_source": {f"book {n}": n * 10**6 for n in range(1000)}}
+    record.metadata["data"] = {"bytes_per_source": {f"book {n}": n * 10**6 for n in range(1000)}}
     chart = text_bars([record])
     assert chart is not None
     assert chart["title"].endswith("(the 100 largest of 1,000)")

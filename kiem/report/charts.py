@@ -1,13 +1,12 @@
-"""The charts of a report as plain data; page.js hands them to Chart.js."""
+"""Charts of a report as plain data; page.js hands them to Chart.js."""
 
 from __future__ import annotations
 
 import math
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from kiem.report.record import Record
 
@@ -17,15 +16,8 @@ _MOST_MEANS = 120
 _MOST_BARS = 100
 
 
-@dataclass(frozen=True)
-class _Curve:
-    """A figure of metrics.jsonl that is drawn over the steps.
-
-    Attributes:
-        title, unit: as people read them.
-        training, test: its key in the lines of updates and of evaluations, if it is there.
-        factor: from the figure to the unit.
-    """
+class _Curve(NamedTuple):
+    """A figure over the steps: its keys in the lines of updates and of evaluations."""
 
     title: str
     unit: str
@@ -49,15 +41,18 @@ def curves(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Returns a line chart for every figure that at least one of the runs has."""
     charts = []
     for curve in _CURVES:
-        series = []
+        series: list[dict[str, Any]] = []
         for color, record in enumerate(records):
+            run = {"run": record.name, "color": color}
             if curve.training is not None:
-                series += _training_series(record, curve, color)
+                points = _points(record.updates, curve.training, curve.factor)
+                series += [{**run, **line} for line in _training_lines(points)]
             if curve.test is not None:
                 points = _points(record.evaluations, curve.test, curve.factor)
-                if points:
-                    whole = {name: list(values) for name, values in points.items()}
-                    series.append({"kind": "test", "run": record.name, "color": color, **whole})
+                if points["y"]:
+                    series.append(
+                        {**run, "kind": "test", **_select(points, range(len(points["y"])))}
+                    )
         if series:
             title = {"title": curve.title, "unit": curve.unit}
             charts.append({"kind": "lines", **title, "series": series})
@@ -66,65 +61,57 @@ def curves(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def per_source_bars(records: Sequence[Record]) -> dict[str, Any] | None:
     """Returns the bar chart of bits per byte by source, or None when no run has them."""
-    tables = [record.facts.get("per_source", {}) for record in records]
-    return _bars(records, tables, "bpb", "Bits per byte by source", "bits per byte", 1)
+    tables = [record.metadata.get("per_source", {}) for record in records]
+    return _bars(records, tables, "bpb", "Bits per byte by source", "bits per byte")
 
 
 def minimal_pair_bars(records: Sequence[Record]) -> dict[str, Any] | None:
     """Returns the bar chart of accuracy by phenomenon, or None when no run has it."""
-    tables = [record.facts.get("minimal_pairs", {}).get("phenomena", {}) for record in records]
+    tables = [record.metadata.get("minimal_pairs", {}).get("phenomena", {}) for record in records]
     title = "Minimal pairs by phenomenon"
     return _bars(records, tables, "accuracy", title, "% chosen rightly", 100)
 
 
 def text_bars(records: Sequence[Record]) -> dict[str, Any] | None:
     """Returns the bar chart of megabytes of training text by source, or None."""
-    series = []
-    for color, record in enumerate(records):
-        by_source = record.facts.get("data", {}).get("bytes_per_source", {})
-        if by_source:
-            figures = {name: {"value": num / 1e6} for name, num in by_source.items()}
-            series.append((color, record.name, figures))
-    return _bar_chart(series, "Training text by source", "MB")
+    tables = [
+        {name: {"bytes": num_bytes} for name, num_bytes in by_source.items()}
+        for record in records
+        for by_source in [record.metadata.get("data", {}).get("bytes_per_source", {})]
+    ]
+    return _bars(records, tables, "bytes", "Training text by source", "MB", 1e-6)
 
 
 def thin(y: Sequence[float], most: int) -> list[int]:
-    """Chooses at most `most` places of a curve that keep its shape: both extremes of each stretch.
+    """Returns at most `most` places of a curve, in order, with both extremes of each stretch.
 
     Args:
         y: the curve.
         most: places to keep, at least 4.
-
-    Returns:
-        The places, in order; all of them when they are few enough.
     """
     if len(y) <= most:
         return list(range(len(y)))
-    num_stretches = most // 2 - 1
     kept = {0, len(y) - 1}
-    for stretch in _stretches(len(y), num_stretches):
+    for stretch in _stretches(len(y), most // 2 - 1):
         kept.add(min(stretch, key=lambda place: y[place]))
         kept.add(max(stretch, key=lambda place: y[place]))
     return sorted(kept)
 
 
-def _training_series(record: Record, curve: _Curve, color: int) -> list[dict[str, Any]]:
-    """Returns a figure of every update, and its mean over stretches when there are many updates."""
-    assert curve.training is not None
-    points = _points(record.updates, curve.training, curve.factor)
-    if not points:
+def _training_lines(points: dict[str, array[Any]]) -> list[dict[str, Any]]:
+    """Returns the line of every update, and of means over stretches if there are many updates."""
+    num_points = len(points["y"])
+    if num_points == 0:
         return []
-    places = thin(points["y"], _MOST_POINTS)
-    thinned = {name: [values[place] for place in places] for name, values in points.items()}
-    common = {"run": record.name, "color": color}
-    if len(points["y"]) <= 2 * _MOST_MEANS:
-        return [{"kind": "training", **common, **thinned}]
-    means: dict[str, list[float]] = {name: [] for name in points}
-    for stretch in _stretches(len(points["y"]), _MOST_MEANS):
-        for name, values in points.items():
-            mean = sum(values[place] for place in stretch) / len(stretch)
-            means[name].append(_short(mean))
-    return [{"kind": "noise", **common, **thinned}, {"kind": "training", **common, **means}]
+    thinned = _select(points, thin(points["y"], _MOST_POINTS))
+    if num_points <= 2 * _MOST_MEANS:
+        return [{"kind": "training", **thinned}]
+    stretches = _stretches(num_points, _MOST_MEANS)
+    means = {
+        name: [_short(sum(values[s.start : s.stop]) / len(s)) for s in stretches]
+        for name, values in points.items()
+    }
+    return [{"kind": "noise", **thinned}, {"kind": "training", **means}]
 
 
 def _points(lines: Sequence[dict[str, Any]], key: str, factor: float) -> dict[str, array[Any]]:
@@ -138,7 +125,11 @@ def _points(lines: Sequence[dict[str, Any]], key: str, factor: float) -> dict[st
             found["tokens"].append(line.get("tokens", 0))
             found["minutes"].append(_short(line.get("seconds", 0.0) / 60))
             found["y"].append(_short(value * factor))
-    return found if found["y"] else {}
+    return found
+
+
+def _select(points: dict[str, array[Any]], places: Sequence[int]) -> dict[str, list[Any]]:
+    return {name: [values[place] for place in places] for name, values in points.items()}
 
 
 def _stretches(num: int, num_stretches: int) -> list[range]:
@@ -152,55 +143,33 @@ def _bars(
     key: str,
     title: str,
     unit: str,
-    factor: float,
+    factor: float = 1,
 ) -> dict[str, Any] | None:
-    """Returns the bars of one figure with its interval, `key`_low to `key`_high where it has one.
+    """Returns the bars of one figure with its interval, `key`_low to `key`_high, if it has one.
 
     Args:
         records: the runs.
         tables: for each run, its groups and their figures.
         key: of the figure.
-        title, unit: as people read them.
+        title, unit: shown in the chart.
         factor: from the figure to the unit.
     """
-    ends = {"value": key, "low": f"{key}_low", "high": f"{key}_high"}
-    series = []
-    for color, (record, table) in enumerate(zip(records, tables, strict=True)):
-        figures = {
-            group: {end: entry[name] * factor for end, name in ends.items() if name in entry}
-            for group, entry in table.items()
-        }
-        if figures:
-            series.append((color, record.name, figures))
-    return _bar_chart(series, title, unit)
-
-
-def _bar_chart(
-    series: list[tuple[int, str, dict[str, dict[str, float]]]], title: str, unit: str
-) -> dict[str, Any] | None:
-    if not series:
+    groups = sorted({group for table in tables for group in table})
+    if not groups:
         return None
-    groups = sorted({group for _, _, figures in series for group in figures})
-    groups.sort(key=lambda group: -max(f[group]["value"] for *_, f in series if group in f))
+    groups.sort(key=lambda group: -max(table[group][key] for table in tables if group in table))
     if len(groups) > _MOST_BARS:
         title += f" (the {_MOST_BARS} largest of {len(groups):,})"
         del groups[_MOST_BARS:]
-    rows = [
-        {
-            "run": name,
-            "color": color,
-            **{
-                end: [_rounded(figures.get(group, {}).get(end)) for group in groups]
-                for end in ("value", "low", "high")
-            },
-        }
-        for color, name, figures in series
-    ]
-    return {"kind": "bars", "title": title, "unit": unit, "groups": groups, "series": rows}
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else _short(value)
+    series: list[dict[str, Any]] = []
+    for color, (record, table) in enumerate(zip(records, tables, strict=True)):
+        row: dict[str, Any] = {"run": record.name, "color": color}
+        for end, name in (("value", key), ("low", f"{key}_low"), ("high", f"{key}_high")):
+            figures = [table.get(group, {}).get(name) for group in groups]
+            row[end] = [None if figure is None else _short(figure * factor) for figure in figures]
+        if table:
+            series.append(row)
+    return {"kind": "bars", "title": title, "unit": unit, "groups": groups, "series": series}
 
 
 def _short(value: float) -> float:

@@ -10,9 +10,12 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from rich.console import Console
 
+from kiem.config import ReportOptions
 from kiem.core.console import printable
 from kiem.core.files import format_bytes, write_text
+from kiem.report.card import describe
 from kiem.report.charts import curves, minimal_pair_bars, per_source_bars, text_bars
 from kiem.report.record import Record, read_record
 
@@ -20,13 +23,23 @@ REPORT_FILE = "report.html"
 _MOST_SAMPLES = 12
 
 
+def report(options: ReportOptions, console: Console) -> None:
+    """Runs report.py; errors as of `write_report`."""
+    output = options.output
+    if output is None:
+        is_one = len(options.runs) == 1
+        output = options.runs[0] / REPORT_FILE if is_one else Path("comparison.html")
+    write_report(options.runs, output, options.price)
+    console.print(str(output))
+
+
 def write_report(directories: Sequence[Path], output: Path, price: float | None = None) -> None:
-    """Draws the report of one or several runs, whether finished or not.
+    """Writes the report of one or several runs, whether finished or not.
 
     Args:
         directories: run directories.
         output: the page to write.
-        price: of an hour on the hardware. Default: what the run was told.
+        price: of an hour on the hardware. Default: that of the run's options.
 
     Raises:
         UserError: a folder is no run directory, or the page cannot be written.
@@ -36,82 +49,52 @@ def write_report(directories: Sequence[Path], output: Path, price: float | None 
 
 def render(records: Sequence[Record], price: float | None = None) -> str:
     """Returns the page as HTML; see `write_report`."""
-    files = resources.files("kiem.report")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string(_read(files, "template.html"))
-    library = _read(files, "chart.umd.min.js").rsplit("//# sourceMappingURL", 1)[0]
-    return template.render(
+    library = _read_resource("chart.umd.min.js").rsplit("//# sourceMappingURL", 1)[0]
+    return environment.from_string(_read_resource("template.html")).render(
         records=records,
         title=" and ".join(record.name for record in records),
-        style=Markup(_read(files, "page.css")),
+        style=Markup(_read_resource("page.css")),
         library=Markup(library),
-        script=Markup(_read(files, "page.js")),
+        script=Markup(_read_resource("page.js")),
         status=[_status(record) for record in records],
         tiles=[_tiles(record, price) for record in records],
-        facts=_side_by_side([dict(_facts(record)) for record in records]),
+        facts=_side_by_side([dict(describe(r.metadata)) if r.metadata else {} for r in records]),
         options=_side_by_side([{k: _shown(v) for k, v in r.options.items()} for r in records]),
         curves=curves(records),
         per_source=per_source_bars(records),
         minimal_pairs=minimal_pair_bars(records),
         text=text_bars(records),
         samples=[(record.name, _samples(record)) for record in records],
-        vocabulary=[(r.name, *use) for r in records if (use := _vocabulary_use(r))],
+        vocabulary=[(record.name, *use) for record in records for use in _vocabulary_use(record)],
         costs=_side_by_side([dict(_costs(record, price)) for record in records]),
     )
 
 
 def _status(record: Record) -> str:
-    if record.is_finished:
-        return f"finished {record.facts['finished'].replace('T', ' ')[:16]} UTC"
+    if finished := record.metadata.get("finished"):
+        return f"finished {finished.replace('T', ' ')[:16]} UTC"
     last = record.updates[-1]["step"] if record.updates else 0
-    most = record.facts.get("recipe", {}).get("max_steps")
+    most = record.metadata.get("recipe", {}).get("max_steps")
     return f"at step {last:,}{f' of {most:,}' if most else ''}: running, or stopped"
 
 
-def _tiles(record: Record, price: float | None) -> list[tuple[str, str]]:
-    """Returns what one wants to know first: pairs of a name and a figure."""
-    tiles = []
+def _tiles(record: Record, price: float | None) -> Iterator[tuple[str, str]]:
+    """Yields names and values of the most important figures."""
     if record.evaluations:
         last = record.evaluations[-1]
-        tiles += [
-            ("test bits per byte", f"{last['test_bpb']:.3f}"),
-            ("test loss", f"{last['test_loss']:.3f}"),
-        ]
-    if "minimal_pairs" in record.facts:
-        tiles.append(("minimal pairs", f"{record.facts['minimal_pairs']['accuracy']:.1%}"))
+        yield "test bits per byte", f"{last['test_bpb']:.3f}"
+        yield "test loss", f"{last['test_loss']:.3f}"
+    if "minimal_pairs" in record.metadata:
+        yield "minimal pairs", f"{record.metadata['minimal_pairs']['accuracy']:.1%}"
     if record.updates:
         last = record.updates[-1]
-        tiles.append(("tokens", _large(last["tokens"])))
-        tiles.append(("time", _duration(last["seconds"])))
-        tiles.append(("tokens per second", _large(last["tokens"] / max(last["seconds"], 1e-9))))
-    tiles += [("cost", text) for name, text in _costs(record, price) if name == "cost"]
-    return tiles
-
-
-def _facts(record: Record) -> Iterator[tuple[str, str]]:
-    """Yields what was run, as far as the run wrote it down."""
-    facts = record.facts
-    if "model" not in facts:
-        return
-    data, recipe, hardware = facts["data"], facts["recipe"], facts["hardware"]
-    made_with, source = data["options"], data["source"]
-    yield "model", f"{facts['model']}, {facts['parameters']:,} parameters"
-    yield "started from", facts["initialized_from"]
-    place = (source[key] for key in ("dataset", "config", "revision") if source.get(key))
-    yield "text", " ".join((source["kind"], *place))
-    yield "training documents", f"{data['train_documents']:,}"
-    yield "training tokens", f"{data['train_tokens']:,} in chunks of {made_with['chunk_size']:,}"
-    yield "test documents", f"{data['test_documents']:,}"
-    yield "tokenizer", f"{facts['tokenizer']['origin']}, {facts['tokenizer']['num_rows']:,} rows"
-    passes = f"{recipe['batch_size']} x {recipe['accumulation']} x {hardware['devices']}"
-    yield "chunks per update", f"{recipe['chunks_per_step']:,} ({passes} devices)"
-    yield "highest learning rate", f"{recipe['learning_rate']:g}"
-    yield "hardware", f"{hardware['devices']} x {hardware['device']}, {hardware['precision']}"
-    yield "versions", ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    yield "chunk directory's sha256", data["manifest_sha256"][:16]
-    yield "tokenizer's sha256", facts["tokenizer"]["sha256"][:16]
+        yield "tokens", _large(last["tokens"])
+        yield "time", _duration(last["seconds"])
+        yield "tokens per second", _large(last["tokens"] / max(last["seconds"], 1e-9))
+    yield from ((name, text) for name, text in _costs(record, price) if name == "cost")
 
 
 def _costs(record: Record, price: float | None) -> Iterator[tuple[str, str]]:
@@ -131,7 +114,7 @@ def _costs(record: Record, price: float | None) -> Iterator[tuple[str, str]]:
 
 
 def _samples(record: Record) -> list[tuple[str, list[tuple[int, str]]]]:
-    """Returns for every prompt what the model made of it, at most so many times over the run."""
+    """Returns the model's continuations of every prompt, a limited number over the run."""
     found: dict[str, list[tuple[int, str]]] = {}
     for line in record.evaluations:
         for sample in line.get("samples", ()):
@@ -143,12 +126,11 @@ def _samples(record: Record) -> list[tuple[str, list[tuple[int, str]]]]:
     return list(found.items())
 
 
-def _vocabulary_use(record: Record) -> tuple[int, int] | None:
-    """Returns how many rows of the vocabulary the text uses, and how many there are."""
-    tokenizer = record.facts.get("tokenizer", {})
-    if "num_unused_rows" not in tokenizer:
-        return None
-    return tokenizer["num_rows"] - tokenizer["num_unused_rows"], tokenizer["num_rows"]
+def _vocabulary_use(record: Record) -> Iterator[tuple[int, int]]:
+    """Yields how many rows of the vocabulary the text uses, and how many there are, if known."""
+    tokenizer = record.metadata.get("tokenizer", {})
+    if "num_unused_rows" in tokenizer:
+        yield tokenizer["num_rows"] - tokenizer["num_unused_rows"], tokenizer["num_rows"]
 
 
 def _side_by_side(columns: list[dict[str, str]]) -> list[tuple[str, list[str], bool]]:
@@ -175,5 +157,5 @@ def _large(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _read(files: Any, name: str) -> str:
-    return files.joinpath(name).read_text(encoding="utf-8")
+def _read_resource(name: str) -> str:
+    return resources.files("kiem.report").joinpath(name).read_text(encoding="utf-8")

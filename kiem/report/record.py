@@ -1,69 +1,178 @@
-"""What a run directory says about its run, however far it came and whatever a kill left of it."""
+"""Reader for run directories, whether the run is finished, running or was killed.
+
+People and other programs write to these files as well: they copy lines, add evaluations, cut logs.
+So the types and ranges of what the report shows are checked here.
+"""
 
 from __future__ import annotations
 
 import math
 from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import yaml
 
-from kiem.core.errors import ExitCode, UserError
-from kiem.core.json_input import parse_json
-from kiem.report.shapes import Line, check
+from kiem.core.errors import ExitCode, bad_input, damaged, not_found
+from kiem.core.json_input import convert, parse_json
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
-FACTS_FILE = "run.json"
+METADATA_FILE = "run.json"
 SUMMARY_FILE = "training_summary.json"
 EVALUATION_FILE = "evaluation.json"
-_EVALUATED = ("per_source", "minimal_pairs")
 _UPDATE_KEYS = {"loss", "tokens", "seconds"}
 _TEST_KEYS = {"test_loss", "test_bpb"}
-_INTEGERS = ("step", "tokens", "memory_bytes")
+# Finite: neither JSON nor a chart has others.
+_Number = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
+_Amount = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+
+
+class _Sample(msgspec.Struct):
+    prompt: str
+    text: str
+
+
+class _Line(msgspec.Struct):
+    """A line of metrics.jsonl; a line of another kind counts as damaged."""
+
+    step: _Count
+    tokens: _Count = 0
+    seconds: _Amount = 0.0
+    loss: _Number = 0.0
+    learning_rate: _Number = 0.0
+    grad_norm: _Number = 0.0
+    tokens_per_second: _Number = 0.0
+    mfu: _Number = 0.0
+    memory_bytes: _Count = 0
+    joules: _Amount = 0.0
+    test_loss: _Number = 0.0
+    test_bpb: _Number = 0.0
+    samples: list[_Sample] = []
+    warning: str = ""
+
+
+class _Options(msgspec.Struct):
+    """What is used of config.yaml; the rest is shown as it is."""
+
+    price: _Amount | None = None
+
+
+class _Bits(msgspec.Struct):
+    bpb: _Number
+    bpb_low: _Number = 0.0
+    bpb_high: _Number = 0.0
+
+
+class _Accuracy(msgspec.Struct):
+    accuracy: _Number
+    accuracy_low: _Number = 0.0
+    accuracy_high: _Number = 0.0
+
+
+class _Pairs(_Accuracy):
+    phenomena: dict[str, _Accuracy] = {}
+
+
+class _Evaluation(msgspec.Struct, kw_only=True):
+    """evaluation.json, as evaluate.py --json writes it; also a part of a summary."""
+
+    per_source: dict[str, _Bits] = {}
+    minimal_pairs: _Pairs | msgspec.UnsetType = msgspec.UNSET
+
+
+class _DataOptions(msgspec.Struct):
+    chunk_size: _Count
+
+
+class _Source(msgspec.Struct):
+    kind: str
+    dataset: str | None = None
+    config: str | None = None
+    revision: str | None = None
+
+
+class _Data(msgspec.Struct):
+    options: _DataOptions
+    source: _Source
+    train_documents: _Count
+    train_tokens: _Count
+    test_documents: _Count
+    manifest_sha256: str
+    bytes_per_source: dict[str, _Count] = {}
+
+
+class _Tokenizer(msgspec.Struct):
+    origin: str
+    num_rows: _Count
+    sha256: str
+    num_unused_rows: _Count = 0
+
+
+class _Recipe(msgspec.Struct):
+    batch_size: _Count
+    accumulation: _Count
+    chunks_per_step: _Count
+    learning_rate: _Number
+    max_steps: _Count | None = None
+
+
+class _Hardware(msgspec.Struct):
+    devices: _Count
+    device: str
+    precision: str
+
+
+class _Metadata(_Evaluation, kw_only=True):
+    """run.json, and training_summary.json, which has the results as well."""
+
+    model: str
+    parameters: _Count
+    initialized_from: str
+    data: _Data
+    tokenizer: _Tokenizer
+    recipe: _Recipe
+    hardware: _Hardware
+    versions: dict[str, str]
+    finished: str = ""
 
 
 class Updates(Sequence[dict[str, Any]]):
-    """Lines of updates, held as columns of numbers.
+    """Lines of updates, in columns of numbers.
 
     Training draws its report again and again; as dicts, a long log would take more memory than a
     small model (1.6 kB a line, against 8 bytes a figure).
     """
 
+    _INTEGERS = ("step", "tokens", "memory_bytes")
+    _FIGURES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "seconds")
+
     def __init__(self) -> None:
-        self._columns: dict[str, array[float]] = {}
-        self._num = 0
+        names = (*self._INTEGERS, *self._FIGURES, "joules")
+        self._columns = {name: array("d") for name in names}
 
     def append(self, line: dict[str, Any]) -> None:
-        """Adds a line; what of it is no number is not kept."""
-        for name, value in line.items():
-            if isinstance(value, int | float):
-                if name not in self._columns:
-                    self._columns[name] = array("d", [math.nan]) * self._num
-                self._columns[name].append(value)
-        self._num += 1
-        for column in self._columns.values():
-            if len(column) < self._num:
-                column.append(math.nan)
+        """Adds a line."""
+        for name, column in self._columns.items():
+            column.append(line.get(name, math.nan))
 
     def pop(self) -> None:
         """Drops the last line."""
-        self._num -= 1
         for column in self._columns.values():
             column.pop()
 
     def __len__(self) -> int:
-        return self._num
+        return len(self._columns["step"])
 
     def __getitem__(self, index: Any) -> Any:
-        place = range(self._num)[index]
-        figures = {name: column[place] for name, column in self._columns.items()}
+        figures = {name: column[index] for name, column in self._columns.items()}
         return {
-            name: int(value) if name in _INTEGERS else value
+            name: int(value) if name in self._INTEGERS else value
             for name, value in figures.items()
             if not math.isnan(value)
         }
@@ -71,14 +180,13 @@ class Updates(Sequence[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its files tell it.
+    """A run according to its files.
 
     Attributes:
         name: of the run directory.
         options: config.yaml.
-        facts: training_summary.json of a finished run, else run.json, which has no results yet; and
-            bits per byte by source and minimal pairs of an evaluation.json, as evaluate.py --json
-            writes it, in the run directory.
+        metadata: training_summary.json of a finished run, else run.json, which has no results; with
+            bits per byte by source and minimal pairs of an evaluation.json in the run directory.
         updates: lines of metrics.jsonl with a training loss, in the order of their steps.
         evaluations: those with a test loss, with the `tokens` and `seconds` of their update.
         warnings: those with a warning.
@@ -87,44 +195,34 @@ class Record:
 
     name: str
     options: dict[str, Any]
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     updates: Sequence[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     warnings: list[dict[str, Any]]
     num_damaged: int
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run came to its end."""
-        return "finished" in self.facts
 
 
 def read_record(directory: Path) -> Record:
     """Reads a run directory.
 
     Raises:
-        UserError: it is no run directory.
+        UserError: it is no run directory, or a file is damaged.
     """
     path = directory / METRICS_FILE
     if not path.is_file():
-        raise UserError(
-            f"not a run directory: no {METRICS_FILE}",
-            where=str(directory),
-            fix="Name a folder that training.py made, such as trained_models/gemma3-1b-dutch-...",
-            exit_code=ExitCode.NOT_FOUND,
-        )
+        fix = "Name a folder that training.py made, such as trained_models/gemma3-1b-dutch-..."
+        raise not_found(str(directory), f"not a run directory: no {METRICS_FILE}", fix)
     updates, others = Updates(), list[dict[str, Any]]()
     num_damaged = _read_lines(path, updates, others)
-    evaluations = [line for line in others if line.keys() >= _TEST_KEYS]
-    summary = _mapping(directory / "final_model" / SUMMARY_FILE)
-    evaluation = _mapping(directory / EVALUATION_FILE)
-    measured = {name: evaluation[name] for name in _EVALUATED if name in evaluation}
+    metadata = _read_file(directory / "final_model" / SUMMARY_FILE, _Metadata)
+    evaluation = _read_file(directory / EVALUATION_FILE, _Evaluation)
+    measured = {key: evaluation[key] for key in _Evaluation.__struct_fields__ if key in evaluation}
     return Record(
         name=directory.resolve().name,
-        options=_mapping(directory / CONFIG_FILE),
-        facts={**(summary or _mapping(directory / FACTS_FILE)), **measured},
+        options=_read_file(directory / CONFIG_FILE, _Options),
+        metadata={**(metadata or _read_file(directory / METADATA_FILE, _Metadata)), **measured},
         updates=updates,
-        evaluations=_with_progress(evaluations, updates),
+        evaluations=[_with_progress(line, updates) for line in others if line.keys() >= _TEST_KEYS],
         warnings=[line for line in others if "warning" in line],
         num_damaged=num_damaged,
     )
@@ -138,8 +236,8 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     Raises:
         UserError: the file cannot be read.
     """
-    kept: list[dict[str, Any]] = []
-    return kept, _read_lines(path, kept, kept)
+    lines: list[dict[str, Any]] = []
+    return lines, _read_lines(path, lines, lines)
 
 
 def _read_lines(
@@ -150,17 +248,13 @@ def _read_lines(
     try:
         file = path.open("rb")
     except OSError as error:
-        raise UserError(
-            f"cannot be read ({error.strerror})",
-            where=str(path),
-            fix="Make the file readable, or take it out of the run directory.",
-            exit_code=ExitCode.BAD_INPUT,
-        ) from error
+        fix = "Make the file readable, or take it out of the run directory."
+        raise bad_input(str(path), f"cannot be read ({error.strerror})", fix) from error
     with file:
         for text in file:
             try:
                 line = parse_json(text)
-                step = msgspec.convert(line, Line).step
+                step = msgspec.convert(line, _Line).step
             except ValueError:
                 num_damaged += 1
                 continue
@@ -173,26 +267,18 @@ def _read_lines(
     return num_damaged
 
 
-def _with_progress(
-    evaluations: list[dict[str, Any]], updates: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Gives evaluations the tokens and seconds of the last update before them."""
-    found: list[dict[str, Any]] = []
-    index = 0
-    for evaluation in evaluations:
-        while index + 1 < len(updates) and updates[index + 1]["step"] <= evaluation["step"]:
-            index += 1
-        update: dict[str, Any] = updates[index] if updates else {}
-        place = {name: update[name] for name in ("tokens", "seconds") if name in update}
-        found.append(place | evaluation)
-    return found
+def _with_progress(evaluation: dict[str, Any], updates: Updates) -> dict[str, Any]:
+    """Returns an evaluation with the tokens and seconds of the last update before it."""
+    index = bisect_right(updates, evaluation["step"], key=lambda update: update["step"]) - 1
+    update: dict[str, Any] = updates[max(0, index)] if updates else {}
+    return {name: update[name] for name in ("tokens", "seconds") if name in update} | evaluation
 
 
-def _mapping(path: Path) -> dict[str, Any]:
-    """Returns what a YAML or JSON file holds by name; nothing when it is not there.
+def _read_file(path: Path, kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """Returns the content of a YAML or JSON file by name; nothing when it is not there.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or not of that kind; names the key.
     """
     fix = "Remove the file: the report then does without it."
     try:
@@ -201,6 +287,8 @@ def _mapping(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, OSError, RecursionError, yaml.YAMLError) as error:
-        what = f"cannot be read ({error})"
-        raise UserError(what, where=str(path), fix=fix, exit_code=ExitCode.DAMAGED) from error
-    return check(values, path, fix)
+        raise damaged(str(path), f"cannot be read ({error})", fix) from error
+    for expected in (dict[str, Any], kind):
+        convert(values, expected, where=str(path), fix=fix, exit_code=ExitCode.DAMAGED)
+    content: dict[str, Any] = values
+    return content

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from kiem.core.files import write_json, write_text
 from kiem.core.yaml_options import to_dict, to_yaml
-from kiem.report.record import CONFIG_FILE, FACTS_FILE, METRICS_FILE, read_metrics
+from kiem.report.record import CONFIG_FILE, METADATA_FILE, METRICS_FILE, read_metrics
 from kiem.training.accessories import attempt, try_before
 from kiem.training.background import BackgroundTracker
 from kiem.training.metrics import Metrics, keep_metrics_until
@@ -40,7 +40,7 @@ def open_log(run: Run, console: Console) -> None:
     if is_first_start:
         trackers = {name: try_before(f"--trackers {name}", opening[name]) for name in opening}
     write_text(directory / CONFIG_FILE, to_yaml(options))
-    write_json(directory / FACTS_FILE, run.facts)
+    write_json(directory / METADATA_FILE, run.facts)
     keep_metrics_until(directory, run.step, is_last=run.progress >= 1)
     log = directory / METRICS_FILE
     lines = read_metrics(log)[0] if log.exists() else []
