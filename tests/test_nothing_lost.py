@@ -20,8 +20,9 @@ from kiem.config import PreprocessOptions
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import sealed_file
 from kiem.data.chunks import finish_directory, open_split, read_manifest, read_tokenizer
-from kiem.data.prepare import fates, units, workers
-from kiem.data.prepare.assemble import write_splits
+from kiem.data.prepare import units, workers
+from kiem.data.prepare.decisions import decide
+from kiem.data.prepare.packing import write_splits
 from kiem.data.prepare.preprocess import preprocess
 from kiem.data.prepare.split import decide_split, find_border, split_position
 from kiem.data.prepare.verify import verify_directory
@@ -179,9 +180,9 @@ def test_a_bad_unit_file_is_made_again_or_named(
     preprocess(work.options, QUIET)
     assert contents(made) == work.undisturbed, "they are made again"
 
-    moments = {"kiem.data.prepare.preprocess.decide": fates.decide}
+    moments: dict[str, Any] = {"kiem.data.prepare.preprocess.decide": decide}
     if damage in (DAMAGE["removed"], DAMAGE["flipped"], DAMAGE["truncated"]):
-        moments["kiem.data.prepare.preprocess.write_splits"] = write_splits  # type: ignore[assignment]
+        moments["kiem.data.prepare.preprocess.write_splits"] = write_splits
     for moment, original in moments.items():
         shutil.rmtree(made)
 

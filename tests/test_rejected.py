@@ -15,9 +15,9 @@ from rich.console import Console
 
 from kiem.config import PreprocessOptions
 from kiem.core.errors import ExitCode, UserError
-from kiem.data.prepare import rejected, units
+from kiem.data.prepare import second_reading, units
 from kiem.data.prepare.preprocess import preprocess
-from kiem.data.prepare.rejected import _Places
+from kiem.data.prepare.second_reading import _Places
 from kiem.data.prepare.verify import verify_directory
 from kiem.data.read.readers import list_parts, place
 from kiem.data.read.sources import resolve_source
@@ -231,13 +231,13 @@ def test_lines_are_counted_once(
     parts = list_parts(source, 100)[::3]
     expected = [place(source, p, n) for p in parts for n in (1, 5)]
     counted: list[tuple[str, int, int]] = []
-    count_rows = rejected.count_rows
+    count_rows = second_reading.count_rows
 
     def count(path: Path, name: str, start: int, stop: int) -> int:
         counted.append((name, start, stop))
         return count_rows(path, name, start, stop)
 
-    monkeypatch.setattr(rejected, "count_rows", count)
+    monkeypatch.setattr(second_reading, "count_rows", count)
     places = _Places(source)
     assert [places.of(part, n) for part in parts for n in (1, 5)] == expected
     for name in source.names:

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from io import BufferedRandom, BufferedReader, FileIO
 from pathlib import Path
@@ -75,7 +76,7 @@ def check_new_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def sealed_file(path: Path) -> Iterator[BufferedRandom]:
-    """As `new_file`, and appends the SHA-256 of what was written, for `read_sealed`."""
+    """As `new_file`, and appends the SHA-256 of what was written, for `check_seal`."""
     with new_file(path) as file:
         yield file
         file.seek(0)
@@ -84,9 +85,14 @@ def sealed_file(path: Path) -> Iterator[BufferedRandom]:
 
 def read_sealed(path: Path) -> bytes | None:
     """Returns what was written to a file of `sealed_file`; None if it is missing or damaged."""
-    data = path.read_bytes() if path.is_file() else b""
-    content, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
-    return content if hashlib.sha256(content).digest() == seal else None
+    return path.read_bytes()[:-_SEAL_BYTES] if path.is_file() and check_seal(path) else None
+
+
+def check_seal(path: Path) -> bool:
+    """Returns whether a file of `sealed_file`, which may be large, is as it was written."""
+    with path.open("rb") as file:
+        num_bytes = os.fstat(file.fileno()).st_size - _SEAL_BYTES
+        return num_bytes >= 0 and _sha256(file, num_bytes).digest() == file.read()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -278,12 +284,13 @@ def _behind_links(path: Path) -> Path:
         return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
-def _sha256(file: BufferedReader | BufferedRandom) -> hashlib._Hash:
-    """Hashes the rest of an open file."""
+def _sha256(file: BufferedReader | BufferedRandom, num_bytes: int = sys.maxsize) -> hashlib._Hash:
+    """Hashes the rest of an open file, or so many bytes of it."""
     digest = hashlib.sha256()
     block = memoryview(bytearray(_READ_BLOCK_BYTES))  # reused: new memory costs more
-    while num_read := file.readinto(block):
+    while num_read := file.readinto(block[: min(num_bytes, len(block))]):
         digest.update(block[:num_read])
+        num_bytes -= num_read
     return digest
 
 

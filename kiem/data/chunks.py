@@ -1,44 +1,86 @@
-"""The chunk directory: Arrow shards and a manifest that says what is in them.
+"""The chunk directory: Arrow shards, and a manifest of what is in them.
 
 train/data-00000-of-00002.arrow ...   int32 `input_ids` of a fixed size, memory-mapped
 test/...                              (both open with datasets.load_from_disk)
-test_sources/...                      beside each test token, which source its document is from
-manifest.json                         options, source, counts, sha256 of every file and of itself
-tokenizer.json ...                    the tokenizer the ids belong to
+test_sources/...                      for each test token, the source of its document
+manifest.json                         options, source, counts, SHA-256 of every file and itself
+tokenizer.json ...                    the tokenizer of the ids
 rejected.jsonl                        the rejected documents, with --keep-rejected
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 
-from kiem.core.errors import ExitCode, UserError
-from kiem.core.files import sha256_file, to_json, write_json
-from kiem.core.json_input import convert, parse_json
+from kiem.core.errors import ExitCode, UserError, bad_input, damaged, not_found
+from kiem.core.files import sha256_file, write_json
+from kiem.core.json_input import convert
 from kiem.core.leftovers import recover_folder
+from kiem.core.manifest import MANIFEST_FILE, FileName, read_content, write_content
 from kiem.data.arrow import from_numpy, to_numpy
-from kiem.data.manifest_shape import Manifest, Version
 from kiem.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
 
 SCHEMA_VERSION = 1
 DATASET_DICT_FILE = "dataset_dict.json"
-MANIFEST_FILE = "manifest.json"
 REJECTED_FILE = "rejected.jsonl"
 TEST_SOURCES = "test_sources"
 NO_SOURCE = -1  # of padding
+MAKE_AGAIN = "Make the chunk directory again with preprocess.py --overwrite."
 _SHARD_TOKENS = 1 << 26
 _BATCH_ROWS = 1000
-_FIX = "Make the chunk directory again with preprocess.py --overwrite."
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Version(msgspec.Struct):
+    schema_version: int
+
+
+class _Shard(msgspec.Struct):
+    file: FileName
+    chunks: _Count
+    bytes: _Count
+    sha256: str
+
+
+class _Split(msgspec.Struct):
+    documents: _Count
+    words: _Count
+    bytes: _Count
+    tokens: _Count
+    chunks: _Count
+    shards: Annotated[list[_Shard], msgspec.Meta(min_length=1)]
+    bytes_per_source: dict[str, _Count]
+    source_names: list[str] = []
+    source_shards: list[_Shard] = []
+
+
+class _Options(msgspec.Struct):
+    chunk_size: Annotated[int, msgspec.Meta(ge=2, lt=1 << 31)]
+
+
+class _Tokenizer(msgspec.Struct):
+    sha256: str
+
+
+class _Manifest(msgspec.Struct):
+    """What reading relies on; other keys are only shown or verified."""
+
+    options: _Options
+    splits: Annotated[dict[Literal["train", "test"], _Split], msgspec.Meta(min_length=2)]
+    tokenizer: _Tokenizer
+    special_ids: dict[str, _Count]
+    documents_read: _Count
+    rejected: dict[str, _Count]
+    files: dict[FileName, str]
 
 
 class SplitWriter:
@@ -47,80 +89,76 @@ class SplitWriter:
     Args:
         folder: the split's folder inside the unfinished chunk directory.
         chunk_size: tokens in a chunk.
-        column: what the numbers in a chunk are.
+        column: name of the column.
     """
 
     def __init__(self, folder: Path, chunk_size: int, column: str = "input_ids"):
         folder.mkdir()
         self._folder = folder
         self._schema = pa.schema([(column, pa.list_(pa.int32(), chunk_size))])
-        self._chunk_size = chunk_size
-        self._shard_rows = max(1, _SHARD_TOKENS // chunk_size)
-        self._rows: list[int] = []
+        # Record batches of one size, so that the shards do not depend on how the chunks arrive.
+        shard_rows = max(1, _SHARD_TOKENS // chunk_size)
+        self._batch_rows = min(_BATCH_ROWS, shard_rows)
+        self._shard_rows = shard_rows // self._batch_rows * self._batch_rows
+        self._rows: list[int] = []  # of each shard
         self._writer: pa.RecordBatchStreamWriter | None = None
-        self._waiting: list[np.ndarray] = []
-        self._num_waiting = 0
+        self._waiting = np.empty((0, chunk_size), np.int32)
 
     def write(self, chunks: np.ndarray) -> None:
         """Appends int32 chunks [num_chunks, chunk_size]."""
-        # Batches of one size, so that the shards do not depend on how the chunks arrived.
-        self._waiting.append(chunks)
-        self._num_waiting += len(chunks)
-        if self._num_waiting >= _BATCH_ROWS:
-            waiting = np.concatenate(self._waiting)
-            cut = len(waiting) - len(waiting) % _BATCH_ROWS
-            for start in range(0, cut, _BATCH_ROWS):
-                self._write_batch(waiting[start : start + _BATCH_ROWS])
-            self._waiting, self._num_waiting = [waiting[cut:]], len(waiting) - cut
-
-    def _write_batch(self, chunks: np.ndarray) -> None:
-        """Writes chunks as record batches, one or two where a shard ends between them."""
-        start = 0
-        while start < len(chunks):
-            if self._writer is None or self._rows[-1] == self._shard_rows:
-                self._next_shard()
-            assert self._writer is not None
-            num_rows = min(len(chunks) - start, self._shard_rows - self._rows[-1])
-            rows = np.ascontiguousarray(chunks[start : start + num_rows], dtype=np.int32)
-            column = pa.FixedSizeListArray.from_arrays(
-                from_numpy(rows.reshape(-1)), type=self._schema.field(0).type
-            )
-            self._writer.write_batch(pa.record_batch([column], schema=self._schema))
-            self._rows[-1] += num_rows
-            start += num_rows
+        self._waiting = np.concatenate([self._waiting, chunks])
+        while len(self._waiting) >= self._batch_rows:
+            self._write_batch(self._waiting[: self._batch_rows])
+            self._waiting = self._waiting[self._batch_rows :]
 
     def close(self) -> list[dict[str, Any]]:
         """Finishes the split and returns the manifest's entry of every shard."""
-        if self._num_waiting:
-            self._write_batch(np.concatenate(self._waiting))
-        if self._writer is None:
-            self._next_shard()
+        if len(self._waiting) or self._writer is None:
+            self._write_batch(self._waiting)
         assert self._writer is not None
         self._writer.close()
         shards = []
         for index, rows in enumerate(self._rows):
             name = f"data-{index:05d}-of-{len(self._rows):05d}.arrow"
             path = self._unfinished(index).rename(self._folder / name)
-            shards.append(
-                {
-                    "file": f"{self._folder.name}/{name}",
-                    "chunks": rows,
-                    "bytes": path.stat().st_size,
-                    "sha256": sha256_file(path),
-                }
-            )
+            size = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            shards.append({"file": f"{self._folder.name}/{name}", "chunks": rows, **size})
         _write_datasets_files(self._folder, shards, self._schema.field(0))
         return shards
 
-    def _next_shard(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        path = self._unfinished(len(self._rows))
-        self._writer = pa.ipc.new_stream(str(path), self._schema)
-        self._rows.append(0)
+    def _write_batch(self, chunks: np.ndarray) -> None:
+        if self._writer is None or self._rows[-1] == self._shard_rows:
+            if self._writer is not None:
+                self._writer.close()
+            path = self._unfinished(len(self._rows))
+            self._writer = pa.ipc.new_stream(str(path), self._schema)
+            self._rows.append(0)
+        column_type = self._schema.field(0).type
+        column = pa.FixedSizeListArray.from_arrays(from_numpy(chunks.reshape(-1)), type=column_type)
+        self._writer.write_batch(pa.record_batch([column], schema=self._schema))
+        self._rows[-1] += len(chunks)
 
     def _unfinished(self, index: int) -> Path:
         return self._folder / f"{index:05d}.unfinished"
+
+
+def _write_datasets_files(folder: Path, shards: list[dict[str, Any]], column: pa.Field) -> None:
+    # The files that datasets.Dataset.save_to_disk writes beside its shards. "Sequence" is the name
+    # that datasets of all versions understand; 4.0 renamed it to "List".
+    value = {"dtype": "int32", "_type": "Value"}
+    feature = {"feature": value, "length": column.type.list_size, "_type": "Sequence"}
+    info = {"citation": "", "description": "", "homepage": "", "license": ""}
+    write_json(folder / "dataset_info.json", {**info, "features": {column.name: feature}})
+    state = {
+        "_data_files": [{"filename": Path(shard["file"]).name} for shard in shards],
+        "_fingerprint": shards[0]["sha256"][:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": folder.name,
+    }
+    write_json(folder / "state.json", state)
 
 
 def finish_directory(folder: Path, manifest: dict[str, Any]) -> None:
@@ -129,14 +167,7 @@ def finish_directory(folder: Path, manifest: dict[str, Any]) -> None:
     # The small files; the others have their sha256 beside their counts.
     paths = [path for path in sorted(folder.rglob("*.json")) if path.name != TOKENIZER_FILE]
     files = {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
-    manifest = {"schema_version": SCHEMA_VERSION, **manifest, "files": files}
-    write_json(folder / MANIFEST_FILE, {**manifest, "sha256": _sha256_of(manifest)})
-
-
-def _sha256_of(manifest: dict[str, Any]) -> str:
-    """Returns the SHA-256 of a manifest as compact JSON, but for its own `sha256`."""
-    content = {name: value for name, value in manifest.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+    write_content(folder, {"schema_version": SCHEMA_VERSION, **manifest, "files": files})
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -146,38 +177,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
         UserError: the folder is missing, is not a chunk directory of this version, or its manifest
             is damaged.
     """
+    file = path / MANIFEST_FILE
     if not recover_folder(path).is_dir():
-        raise UserError(
-            "no such chunk directory",
-            where=str(path),
-            fix="Make it with preprocess.py, or correct --dataset-path.",
-            exit_code=ExitCode.NOT_FOUND,
-        )
+        fix = "Make it with preprocess.py, or correct --dataset-path."
+        raise not_found(str(path), "no such chunk directory", fix)
     try:
-        written = (path / MANIFEST_FILE).read_bytes()
-        manifest = parse_json(written)
-        version = msgspec.convert(manifest, Version).schema_version
+        manifest, is_intact = read_content(path)
+        version = msgspec.convert(manifest, _Version).schema_version
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"not a chunk directory: no readable {MANIFEST_FILE}",
-            where=str(path),
-            fix="Name a folder that preprocess.py made, such as processed_data/chunked_10k.",
-            exit_code=ExitCode.BAD_INPUT,
-        ) from error
+        what = f"not a chunk directory: no readable {MANIFEST_FILE}"
+        fix = "Name a folder that preprocess.py made, such as processed_data/chunked_10k."
+        raise bad_input(str(path), what, fix) from error
     if version != SCHEMA_VERSION:
-        raise UserError(
-            f"chunk directory of schema version {version}; this kiem reads {SCHEMA_VERSION}",
-            where=str(path / MANIFEST_FILE),
-            fix="Make it again with preprocess.py --overwrite.",
-            exit_code=ExitCode.BAD_INPUT,
-        )
-    is_whole = (
-        manifest.get("sha256") == _sha256_of(manifest) and written == to_json(manifest).encode()
-    )
-    if "sha256" in manifest and not is_whole:
-        raise damaged(path / MANIFEST_FILE, "is damaged (its content has another sha256)")
-    where = str(path / MANIFEST_FILE)
-    convert(manifest, Manifest, where=where, fix=_FIX, exit_code=ExitCode.DAMAGED)
+        what = f"chunk directory of schema version {version}; this kiem reads {SCHEMA_VERSION}"
+        raise bad_input(str(file), what, "Make it again with preprocess.py --overwrite.")
+    if "sha256" in manifest and not is_intact:
+        raise damaged(str(file), "is damaged (its content has another sha256)", MAKE_AGAIN)
+    convert(manifest, _Manifest, where=str(file), fix=MAKE_AGAIN, exit_code=ExitCode.DAMAGED)
     return dict(manifest)
 
 
@@ -191,7 +207,7 @@ def read_tokenizer(path: Path, manifest: dict[str, Any]) -> Tokenizer:
     try:
         json_bytes = file.read_bytes()
     except OSError as error:
-        raise damaged(file, f"cannot be read ({error.strerror})") from error
+        raise damaged(str(file), f"cannot be read ({error.strerror})", MAKE_AGAIN) from error
     tokenizer = parse_tokenizer(json_bytes, str(file))
     if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
         raise UserError(
@@ -246,71 +262,31 @@ def open_test_sources(path: Path, manifest: dict[str, Any]) -> Chunks | None:
 
     Returns:
         Places in the manifest's `source_names`, NO_SOURCE for padding; None if the chunk directory
-        was made by a kiem that did not keep them.
+        has no such shards.
     """
-    shards = source_shards(manifest)
+    shards = manifest["splits"]["test"].get("source_shards", [])
     return _open(path, manifest, shards) if shards else None
-
-
-def source_shards(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the manifest's entry of every shard of test_sources/."""
-    shards: list[dict[str, Any]] = manifest["splits"]["test"].get("source_shards", [])
-    return shards
 
 
 def _open(path: Path, manifest: dict[str, Any], shards: list[dict[str, Any]]) -> Chunks:
     chunk_size = manifest["options"]["chunk_size"]
-    mappings = [_map_shard(path / shard["file"]) for shard in shards]
-    blocks = []
-    for shard, mapping in zip(shards, mappings, strict=True):
+    mappings: list[mmap.mmap] = []
+    blocks: list[np.ndarray] = []
+    for shard in shards:
+        file = path / shard["file"]
         try:
-            table = pa.ipc.open_stream(pa.py_buffer(mapping)).read_all()
-        except (pa.ArrowException, OSError) as error:
-            raise damaged(path / shard["file"], f"cannot be read ({error})") from error
+            with file.open("rb") as opened:
+                mappings.append(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+            table = pa.ipc.open_stream(pa.py_buffer(mappings[-1])).read_all()
+        except (pa.ArrowException, OSError, ValueError) as error:  # the last for an empty file
+            raise damaged(str(file), f"cannot be read ({error})", MAKE_AGAIN) from error
         if table.schema.types != [pa.list_(pa.int32(), chunk_size)]:
             what = f"has {table.schema.types}, not chunks of {chunk_size} tokens"
-            raise damaged(path / shard["file"], what)
+            raise damaged(str(file), what, MAKE_AGAIN)
         if len(table) != shard["chunks"]:
             what = f"has {len(table)} chunks, not {shard['chunks']}"
-            raise damaged(path / shard["file"], what)
+            raise damaged(str(file), what, MAKE_AGAIN)
         for batch in table.column(0).chunks:
             blocks.append(to_numpy(batch.flatten()).reshape(-1, chunk_size))
     rows = np.array([len(block) for block in blocks], dtype=np.int64)
     return Chunks(blocks, np.cumsum(rows) - rows, int(rows.sum()), chunk_size, mappings)
-
-
-def _map_shard(file: Path) -> mmap.mmap:
-    try:
-        with file.open("rb") as opened:
-            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # the second for an empty file
-        raise damaged(file, f"cannot be read ({error})") from error
-
-
-def _write_datasets_files(folder: Path, shards: list[dict[str, Any]], column: pa.Field) -> None:
-    # The files that datasets.Dataset.save_to_disk writes beside its shards. "Sequence" is the name
-    # that datasets of all versions understand; 4.0 renamed it to "List".
-    value = {"dtype": "int32", "_type": "Value"}
-    feature = {"feature": value, "length": column.type.list_size, "_type": "Sequence"}
-    info = {"citation": "", "description": "", "homepage": "", "license": ""}
-    write_json(folder / "dataset_info.json", {**info, "features": {column.name: feature}})
-    state = {
-        "_data_files": [{"filename": Path(shard["file"]).name} for shard in shards],
-        "_fingerprint": shards[0]["sha256"][:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": folder.name,
-    }
-    write_json(folder / "state.json", state)
-
-
-def damaged(file: Path, what: str) -> UserError:
-    """Returns the error that something in a chunk directory is damaged."""
-    return UserError(
-        what,
-        where=str(file),
-        fix=_FIX,
-        exit_code=ExitCode.DAMAGED,
-    )

@@ -19,8 +19,8 @@ from kiem.core.console import warn
 from kiem.core.errors import ExitCode, bad_input, bad_option, no_effect
 from kiem.core.files import check_new_file, format_bytes, write_json
 from kiem.core.json_input import JsonError, parse_json, read_json
+from kiem.core.manifest import MANIFEST_FILE
 from kiem.data.chunks import (
-    MANIFEST_FILE,
     Chunks,
     open_split,
     open_test_sources,

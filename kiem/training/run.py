@@ -19,9 +19,9 @@ from kiem.core.console import warn
 from kiem.core.files import sha256_file
 from kiem.core.leftovers import remove_leftovers
 from kiem.core.locking import locked_folder
+from kiem.core.manifest import MANIFEST_FILE
 from kiem.core.randomness import derive_seed
 from kiem.data.chunks import (
-    MANIFEST_FILE,
     Chunks,
     open_split,
     open_test_sources,

@@ -1,4 +1,4 @@
-"""Documents to chunks of exactly chunk_size tokens; no token is lost.
+"""Packing of documents into chunks of exactly chunk_size tokens; no token is lost.
 
 concat: one document after the other, cut every chunk_size tokens. best-fit: as few documents as
 possible are cut (Ding et al. 2024, Fewer Truncations Improve Language Modeling,
@@ -8,16 +8,29 @@ where it fits best. Padding fills the ends of chunks and is never trained on: te
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
+from kiem.data.arrow import to_numpy
+from kiem.data.chunks import NO_SOURCE, TEST_SOURCES, SplitWriter
+from kiem.data.prepare.split import TEST, TRAIN
 from kiem.tokenizer.encoding import Encoded
+from kiem.tokenizer.tokenizer import Tokenizer
 
 # Documents that best-fit has to choose from. More choice leaves less padding and takes memory.
 _WINDOW_TOKENS = 1 << 24
 # The share of padding above which best-fit rather cuts documents.
 _MAX_PADDING = 0.005
+
+Packing = Literal["concat", "best-fit"]
+# Record batches of a unit file, the names that their `source` column numbers, and the decisions
+# about all their rows.
+Part = tuple[list[pa.RecordBatch], list[str], np.ndarray]
 
 
 def frame(encoded: Encoded, bos_id: int, eos_id: int) -> Encoded:
@@ -33,34 +46,12 @@ def frame(encoded: Encoded, bos_id: int, eos_id: int) -> Encoded:
     return Encoded(ids, lengths)
 
 
-class Packer(Protocol):
-    """Collects documents and hands them back as chunks.
+class ConcatPacker:
+    """Collects documents and returns them as chunks; only the very last chunk is filled up.
 
     Attributes:
-        num_padding_tokens: padding in the chunks handed back so far.
+        num_padding_tokens: padding in the chunks returned so far.
     """
-
-    num_padding_tokens: int
-
-    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Takes the int32 ids of documents, one after the other, and the length of each."""
-
-    def full_chunks(self) -> np.ndarray:
-        """Returns chunks that are ready, int32 [chunks, chunk_size]; the rest keeps waiting."""
-
-    def last_chunks(self) -> np.ndarray:
-        """Returns all that still waits, int32 [chunks, chunk_size]."""
-
-
-def make_packer(packing: Literal["concat", "best-fit"], chunk_size: int, pad_id: int) -> Packer:
-    """Returns an empty packer for chunks of `chunk_size` tokens, filled up with `pad_id`."""
-    if packing == "concat":
-        return ConcatPacker(chunk_size, pad_id)
-    return BestFitPacker(chunk_size, pad_id)
-
-
-class ConcatPacker:
-    """One document after the other; only the very last chunk is filled up."""
 
     def __init__(self, chunk_size: int, pad_id: int):
         self.num_padding_tokens = 0
@@ -70,45 +61,47 @@ class ConcatPacker:
         self._num_waiting = 0
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Takes the int32 ids of documents, one after the other, and the length of each."""
         assert lengths.sum() == len(ids)
         self._waiting.append(ids)
         self._num_waiting += len(ids)
 
     def full_chunks(self) -> np.ndarray:
-        num_chunks = self._num_waiting // self._chunk_size
-        if num_chunks == 0:
+        """Returns the chunks that are full, int32 [chunks, chunk_size]; the rest keeps waiting."""
+        if self._num_waiting < self._chunk_size:
             return np.empty((0, self._chunk_size), dtype=np.int32)
         ids = np.concatenate(self._waiting)
-        cut = num_chunks * self._chunk_size
+        cut = len(ids) - len(ids) % self._chunk_size
         self._waiting = [ids[cut:]]
         self._num_waiting = len(ids) - cut
-        return ids[:cut].reshape(num_chunks, self._chunk_size)
+        return ids[:cut].reshape(-1, self._chunk_size)
 
     def last_chunks(self) -> np.ndarray:
+        """Returns all that still waits, int32 [chunks, chunk_size]."""
         chunks = self.full_chunks()
-        if self._num_waiting == 0:
-            return chunks
-        last = np.full((1, self._chunk_size), self._pad_id, dtype=np.int32)
-        last[0, : self._num_waiting] = np.concatenate(self._waiting)
-        self.num_padding_tokens += self._chunk_size - self._num_waiting
+        rest = [np.concatenate(self._waiting)] if self._num_waiting else []
         self._waiting, self._num_waiting = [], 0
-        return np.concatenate([chunks, last])
+        return np.concatenate([chunks, self._padded(rest)])
+
+    def _padded(self, rows: list[np.ndarray]) -> np.ndarray:
+        """Returns each of `rows` as a chunk, filled up with padding."""
+        chunks = np.full((len(rows), self._chunk_size), self._pad_id, dtype=np.int32)
+        for chunk, ids in zip(chunks, rows, strict=True):
+            chunk[: len(ids)] = ids
+        self.num_padding_tokens += chunks.size - sum(map(len, rows))
+        return chunks
 
 
-class BestFitPacker:
+class BestFitPacker(ConcatPacker):
     """Cuts documents that are longer than a chunk, and others only to keep padding small.
 
-    Of a long document the first piece is what its length leaves over after whole chunks; so the
-    pieces after it are whole chunks, and no piece without its beginning stands behind another.
+    What the length of a long document leaves over after whole chunks is taken from its beginning;
+    so the parts after it are whole chunks, and none starts in the middle of a chunk.
     """
 
     def __init__(self, chunk_size: int, pad_id: int):
-        self.num_padding_tokens = 0
-        self._chunk_size = chunk_size
-        self._pad_id = pad_id
+        super().__init__(chunk_size, pad_id)
         self._whole: list[np.ndarray] = []
-        self._pieces: list[np.ndarray] = []
-        self._num_waiting = 0
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         assert lengths.sum() == len(ids)
@@ -116,68 +109,166 @@ class BestFitPacker:
             rest = len(document) % self._chunk_size
             if rest:
                 # A copy: a view would keep all of `ids` in memory for as long as it waits.
-                self._pieces.append(document[:rest].copy())
+                self._waiting.append(document[:rest].copy())
                 self._num_waiting += rest
             if rest < len(document):
                 self._whole.append(document[rest:].reshape(-1, self._chunk_size).copy())
 
     def full_chunks(self) -> np.ndarray:
-        chunks = self._take_whole()
-        if self._num_waiting < _WINDOW_TOKENS:
-            return chunks
-        return np.concatenate([chunks, self._pack()])
-
-    def last_chunks(self) -> np.ndarray:
-        return np.concatenate([self._take_whole(), self._pack()])
-
-    def _take_whole(self) -> np.ndarray:
         empty = np.empty((0, self._chunk_size), dtype=np.int32)
         chunks = np.concatenate([empty, *self._whole])
         self._whole = []
-        return chunks
+        return chunks if self._num_waiting < _WINDOW_TOKENS else self._with_packed(chunks)
 
-    def _pack(self) -> np.ndarray:
-        """Best-fit decreasing: the longest piece first, each into the fullest chunk it fits in."""
-        size = self._chunk_size
+    def last_chunks(self) -> np.ndarray:
+        return self._with_packed(self.full_chunks())
+
+    def _with_packed(self, chunks: np.ndarray) -> np.ndarray:
+        """Appends the chunks of what waits, by best-fit decreasing.
+
+        The longest comes first, and each is put into the fullest chunk that has room for it.
+        """
         plan: list[list[np.ndarray]] = []
         # Chunks by the room that is left in them, and the rooms that occur as bits of a number.
         by_room: dict[int, list[int]] = {}
         rooms = 0
-        for piece in sorted(self._pieces, key=len, reverse=True):
-            fitting = rooms >> len(piece)
+        for ids in sorted(self._waiting, key=len, reverse=True):
+            fitting = rooms >> len(ids)
             if fitting:
-                room = len(piece) + (fitting & -fitting).bit_length() - 1
+                room = len(ids) + (fitting & -fitting).bit_length() - 1
                 chunk = by_room[room].pop()
                 if not by_room[room]:
                     rooms ^= 1 << room
-                plan[chunk].append(piece)
+                plan[chunk].append(ids)
             else:
-                room, chunk = size, len(plan)
-                plan.append([piece])
-            left = room - len(piece)
+                room, chunk = self._chunk_size, len(plan)
+                plan.append([ids])
+            left = room - len(ids)
             if left:
                 by_room.setdefault(left, []).append(chunk)
                 rooms |= 1 << left
-        plan = self._top_up(plan)
-        chunks = np.full((len(plan), size), self._pad_id, dtype=np.int32)
-        for row, pieces in zip(chunks, plan, strict=True):
-            ids = np.concatenate(pieces)
-            row[: len(ids)] = ids
-        self.num_padding_tokens += chunks.size - self._num_waiting
-        self._pieces, self._num_waiting = [], 0
-        return chunks
+        rows = [np.concatenate(fitted) for fitted in plan]
+        packed = self._padded(self._top_up(rows))
+        self._waiting, self._num_waiting = [], 0
+        return np.concatenate([chunks, packed])
 
-    def _top_up(self, plan: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
+    def _top_up(self, rows: list[np.ndarray]) -> list[np.ndarray]:
         """Where documents fit badly, cuts some of them: those in the chunks with the most room.
 
         These go one after the other into full chunks instead, so that a cut one goes on at the
         start of a chunk and never behind another document.
         """
-        size = self._chunk_size
-        by_room = sorted(plan, key=lambda pieces: size - sum(map(len, pieces)))
-        rooms = np.cumsum([size - sum(map(len, pieces)) for pieces in by_room])
+        by_room = sorted(rows, key=len, reverse=True)
+        rooms = np.cumsum([self._chunk_size - len(ids) for ids in by_room])
         num_kept = int(np.searchsorted(rooms, _MAX_PADDING * self._num_waiting, side="right"))
-        loose = [piece for pieces in by_room[num_kept:] for piece in pieces]
-        ids = np.concatenate([np.empty(0, np.int32), *loose])
-        cuts = np.split(ids, range(size, len(ids), size)) if len(ids) else []
-        return [*by_room[:num_kept], *([cut] for cut in cuts)]
+        ids = np.concatenate([np.empty(0, np.int32), *by_room[num_kept:]])
+        cuts = np.split(ids, range(self._chunk_size, len(ids), self._chunk_size))
+        return [*by_room[:num_kept], *(cut for cut in cuts if len(cut))]
+
+
+def make_packer(packing: Packing, chunk_size: int, pad_id: int) -> ConcatPacker:
+    """Returns an empty packer for chunks of `chunk_size` tokens, filled up with `pad_id`."""
+    return (ConcatPacker if packing == "concat" else BestFitPacker)(chunk_size, pad_id)
+
+
+class _SplitPacker:
+    """Packs the documents of one split into shards, and counts them."""
+
+    def __init__(self, folder: Path, chunk_size: int, packing: Packing, pad_id: int, column: str):
+        self._packer = make_packer(packing, chunk_size, pad_id)
+        self._writer = SplitWriter(folder, chunk_size, column)
+        self._chunk_size = chunk_size
+        self._totals = dict.fromkeys(("documents", "words", "bytes", "tokens"), 0)
+        self._per_source = {name: Counter[str]() for name in ("documents", "tokens", "bytes")}
+
+    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        self._packer.add(ids, lengths)
+        self._writer.write(self._packer.full_chunks())
+        self._totals["tokens"] += len(ids)
+
+    def count(self, batch: pa.RecordBatch, chosen: np.ndarray, names: list[str]) -> None:
+        """Counts the chosen rows, all but their tokens, and per source."""
+        columns = {name: to_numpy(batch.column(name))[chosen] for name in ("words", "bytes")}
+        columns["documents"] = np.ones(chosen.sum(), np.int64)
+        for name, values in columns.items():
+            self._totals[name] += int(values.sum())
+        columns["tokens"] = np.diff(to_numpy(batch.column("ids").offsets))[chosen]
+        labels = to_numpy(batch.column("source"))[chosen]
+        for label in np.unique(labels):
+            for name, counter in self._per_source.items():
+                counter[names[label]] += int(columns[name][labels == label].sum())
+
+    def close(self) -> dict[str, Any]:
+        """Writes what still waits and returns the manifest's entry of the split."""
+        self._writer.write(self._packer.last_chunks())
+        shards = self._writer.close()
+        num_chunks = sum(shard["chunks"] for shard in shards)
+        num_padding = num_chunks * self._chunk_size - self._totals["tokens"]
+        assert num_padding == self._packer.num_padding_tokens, "tokens were lost"
+        return {
+            **self._totals,
+            "chunks": num_chunks,
+            "padding_tokens": num_padding,
+            **{f"{n}_per_source": dict(sorted(c.items())) for n, c in self._per_source.items()},
+            "shards": shards,
+        }
+
+
+def write_splits(
+    parts: Iterable[Part],
+    tokenizer: Tokenizer,
+    chunk_size: int,
+    packing: Packing,
+    folder: Path,
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """Packs the documents into chunks and writes both splits.
+
+    Args:
+        parts: the documents; those that are TRAIN or TEST are written.
+        tokenizer: the one that made the ids.
+        chunk_size: tokens in a chunk.
+        packing: how documents become chunks.
+        folder: the unfinished chunk directory.
+
+    Returns:
+        The manifest's entry of each split, and how many rows of the vocabulary no token has.
+    """
+    how = (chunk_size, packing)
+    splits = {
+        code: _SplitPacker(folder / name, *how, tokenizer.pad_id, "input_ids")
+        for name, code in (("train", TRAIN), ("test", TEST))
+    }
+    # Packed as the test tokens are: for each token, the number of its document's source.
+    sources = _SplitPacker(folder / TEST_SOURCES, *how, NO_SOURCE, "source")
+    numbers: dict[str, int] = {}
+    is_used = np.zeros(tokenizer.num_rows, dtype=bool)
+    for batches, names, codes in parts:
+        start = 0
+        for batch in batches:
+            here = codes[start : start + batch.num_rows]
+            start += batch.num_rows
+            for code, split in splits.items():
+                chosen = here == code
+                if not chosen.any():
+                    continue
+                ids, lengths = _documents(batch, chosen)
+                is_used[ids] = True
+                split.add(ids, lengths)
+                split.count(batch, chosen, names)
+                if code == TEST:
+                    labels = to_numpy(batch.column("source"))[chosen].tolist()
+                    of_rows = [numbers.setdefault(names[n], len(numbers)) for n in labels]
+                    sources.add(np.repeat(np.array(of_rows, np.int32), lengths), lengths)
+    train, test = splits[TRAIN].close(), splits[TEST].close()
+    test["source_names"], test["source_shards"] = list(numbers), sources.close()["shards"]
+    return {"train": train, "test": test}, int(tokenizer.num_rows - is_used.sum())
+
+
+def _documents(batch: pa.RecordBatch, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids of the chosen rows, one after the other, and the length of each."""
+    column = batch.column("ids")
+    lengths = np.diff(to_numpy(column.offsets))
+    ids = to_numpy(column.values)
+    if chosen.all():
+        return ids, lengths
+    return ids[np.repeat(chosen, lengths)], lengths[chosen]

@@ -1,8 +1,8 @@
-"""Which documents are for training and which for testing.
+"""The test split: which documents belong to it, and where a document is cut for it.
 
 Documents go to the test split by a hash of their text. Where they are so few and large that this
 would take far more text than asked for, or leave too little to train on, the end of one of them is
-cut off for testing instead. This depends on the documents alone, not on who read them.
+cut off for testing instead. This depends on the documents alone, not on the workers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import re
 from typing import NamedTuple
 
 import numpy as np
+
+# Decisions about documents: CUT ones are for testing at their end, for training before it.
+TRAIN, TEST, CUT = range(3)
 
 # More than a token of text takes, so that so many bytes per token make whole chunks.
 _BYTES_PER_TOKEN = 6
@@ -30,8 +33,8 @@ class Split(NamedTuple):
     """Where the test split ends.
 
     Attributes:
-        limit: documents whose position is below are for testing.
-        cut_bytes: of a document with just this position, about so many bytes at its end are for
+        limit: documents with a lower position are for testing.
+        cut_bytes: of documents with just this position, about so many bytes at the end are for
             testing as well; None: no document is cut.
     """
 
@@ -52,27 +55,13 @@ class Border(NamedTuple):
 
 
 def split_position(text: str, seed: int) -> int:
-    """Returns a document's place in the split, by a hash of its text: equal texts stay together.
-
-    Args:
-        text: the document.
-        seed: another seed gives another split.
-
-    Returns:
-        A number in [0, 2**64). Those below `test_share` of that are for testing.
-    """
+    """Returns a document's position in the split, in [0, 2**64): a hash of `seed` and its text."""
     digest = hashlib.sha256(f"{seed}/".encode() + text.encode()).digest()
     return int.from_bytes(digest[:8], "big")
 
 
 def split_limit(test_share: float, lowest_position: int) -> int:
-    """Returns the position below which documents are for testing, so that there always is one.
-
-    Args:
-        test_share: share of the documents for testing, in (0, 1).
-        lowest_position: the lowest position of all documents; if none falls into the share, the
-            text with this one becomes the test split.
-    """
+    """Returns the position below which documents are for testing; there always is one."""
     return max(int(test_share * 2**64), lowest_position + 1)
 
 
@@ -90,7 +79,6 @@ def decide_split(
         positions: of the documents, uint64 [documents].
         num_bytes: of their text, int64 [documents].
         test_share: share of the documents for testing, in (0, 1).
-        chunk_size: tokens in a chunk.
     """
     if len(positions) == 0:
         return Split(0)

@@ -1,39 +1,65 @@
-"""Units of work: parts of the source that are read, cleaned and encoded by themselves.
+"""Units of work: parts of the source that are read, cleaned and encoded on their own.
 
-The plan of units depends on the source alone, never on the number of workers. A finished unit is
-one file, which says which unit of which work it is, so that no other is taken for it.
+The plan of units depends on the source alone, never on the number of workers. A finished unit is a
+file with a row for every row of the source:
+
+    ids             large_list<int32>   <bos> text <eos>; empty for a rejected row
+    position        uint64              in the split
+    words, bytes    int64               of a document that is kept
+    file            int32               number of the file in the source
+    source, reason  int32               numbers of names in the summary; reason -1: kept
+    band_0 ...      uint64              keys of near duplicates, with --near-duplicates
+
+Its last record batch is empty and carries the summary. After it comes the SHA-256 of all that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 
-from kiem.data.arrow import from_numpy
+from kiem.core.errors import UserError, damaged
+from kiem.core.files import check_seal, sealed_file
+from kiem.data.arrow import from_numpy, to_numpy
 from kiem.data.clean.cleaner import Cleaning
 from kiem.data.clean.near_duplicates import band_keys, band_names
 from kiem.data.clean.ngrams import WordHashes
 from kiem.data.prepare.packing import frame
 from kiem.data.prepare.split import split_position
-from kiem.data.prepare.unit_files import SCHEMA, UnitSummary, find_damage, read_unit, write_unit
 from kiem.data.read.readers import FilePart, list_parts, place, read_parts
 from kiem.data.read.rows import Document
 from kiem.data.read.section import reading_errors
 from kiem.data.read.sources import Source, count_words
-from kiem.tokenizer.encoding import Encoder
+from kiem.tokenizer.encoding import Encoded, Encoder
+from kiem.tokenizer.tokenizer import Tokenizer
 
 UNIT_BYTES = 4_000_000
+# Raised whenever units made by older versions would not be what this one makes.
+UNIT_VERSION = 4
+SCHEMA = pa.schema(
+    [
+        ("ids", pa.large_list(pa.int32())),
+        ("position", pa.uint64()),
+        ("words", pa.int64()),
+        ("bytes", pa.int64()),
+        ("file", pa.int32()),
+        ("source", pa.int32()),
+        ("reason", pa.int32()),
+    ]
+)
 _BATCH_CHARACTERS = 8_000_000
-_ROW_CHARACTERS = 100
+_ROW_CHARACTERS = 100  # for what a row takes besides its text
+
+Rows = list[tuple[FilePart, Document]]
 
 
 class Unit(NamedTuple):
@@ -50,50 +76,72 @@ class Unit(NamedTuple):
     num_bytes: int
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How the source is read.
+class UnitSummary(msgspec.Struct):
+    """Names and counts of a finished unit.
 
     Attributes:
-        source: where the text is.
-        text_column: the column or key that holds the text.
-        on_bad_document: what to do at a row that is no document.
+        key: which unit of which job it is.
+        sources: names with the numbers of the `source` column, in order.
+        reasons: names with the numbers of the `reason` column, in order.
+        documents: rows that are kept.
+        words: white-space words of those.
     """
 
-    source: Source
-    text_column: str
-    on_bad_document: Literal["stop", "skip"]
+    key: str
+    sources: dict[str, int] = {}
+    reasons: dict[str, int] = {}
+    documents: int = 0
+    words: int = 0
 
 
 @dataclass(frozen=True)
 class UnitJob:
-    """What is done with every unit.
+    """How every unit is processed.
 
     Attributes:
         folder: where unit files go.
-        identity: of all that their content depends on.
-        reading: how the source is read.
+        identity: digest of all that their content depends on.
         seed: of the split.
         bos_id: put before every document.
         eos_id: put after every document.
-        cleaning: what is normalized and rejected.
     """
 
     folder: Path
     identity: str
-    reading: Reading
+    source: Source
+    text_column: str
+    on_bad_document: Literal["stop", "skip"]
     seed: int
-    bos_id: int
-    eos_id: int
     cleaning: Cleaning
+    bos_id: int = 0
+    eos_id: int = 0
+
+    def with_tokenizer(self, tokenizer: Tokenizer) -> UnitJob:
+        """Returns the job with the ids of a tokenizer."""
+        identity = digest(self.identity, tokenizer.sha256)
+        return replace(self, identity=identity, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
 
     def path(self, unit: Unit) -> Path:
-        """Returns the file that a finished unit becomes."""
+        """Returns the file of a finished unit."""
         return self.folder / f"{unit.number:06d}.unit"
 
     def key(self, unit: Unit) -> str:
-        """Returns what is in the file of a unit and in no other, as 64 hexadecimal digits."""
-        return hashlib.sha256(msgspec.json.encode((self.identity, unit))).hexdigest()
+        """Returns what is in the file of a unit and in no other."""
+        return digest(self.identity, unit)
+
+    def read(self, unit: Unit) -> Iterator[tuple[FilePart, Document]]:
+        """Yields the rows of a unit from the source."""
+        return read_parts(self.source, unit.parts, self.text_column, self.on_bad_document)
+
+    def schema(self) -> pa.Schema:
+        """Returns the columns of unit files."""
+        names = band_names() if self.cleaning.near_duplicates else []
+        return pa.schema([*SCHEMA, *((name, pa.uint64()) for name in names)])
+
+
+def digest(*content: Any) -> str:
+    """Returns the SHA-256 of content as JSON, as 64 hexadecimal digits."""
+    return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
 
 
 def plan_units(source: Source) -> list[Unit]:
@@ -110,130 +158,62 @@ def plan_units(source: Source) -> list[Unit]:
     return [*units, Unit(len(units), tuple(parts), num_bytes)]
 
 
-def finish_unit(unit: Unit, job: UnitJob, encoder: Encoder) -> UnitSummary:
-    """Makes the file of a unit, unless it is there and sound already.
+def finish_unit(unit: Unit, job: UnitJob, encoder: Encoder | None) -> UnitSummary:
+    """Makes the file of a unit, unless it is there and intact already.
 
-    Raises:
-        UserError: bad input, an encoding that is not exact, or a disk that cannot be written.
+    Without an encoder there are no ids in it. Raises a UserError at bad input, an encoding that is
+    not exact, or a disk that cannot be written.
     """
+    with contextlib.suppress(UserError):
+        return open_unit(unit, job)[1]
+    summary = UnitSummary(job.key(unit))
+    hashes = WordHashes()
+    with sealed_file(job.path(unit)) as file, pa.ipc.new_stream(file, job.schema()) as writer:
+        for rows in _batches(job.read(unit)):
+            writer.write_batch(_build_batch(rows, job, encoder, hashes, summary))
+        last = pa.RecordBatch.from_pylist([], schema=job.schema())
+        writer.write_batch(last, custom_metadata={"summary": msgspec.json.encode(summary)})
+    return summary
+
+
+def open_unit(unit: Unit, job: UnitJob) -> tuple[list[pa.RecordBatch], UnitSummary]:
+    """As `read_unit`; raises a UserError if the file is missing, damaged or of other work."""
     path = job.path(unit)
-    if find_fault(unit, job) is None:
-        return read_unit(path)[1]
-    maker = _UnitMaker(unit, job, encoder)
-    write_unit(path, maker.batches(), maker.summary, _schema(job))
-    return maker.summary
-
-
-def find_fault(unit: Unit, job: UnitJob) -> str | None:
-    """Returns why the file of a unit cannot be used; None if it is there, sound and the right one.
-
-    The reason goes on behind the file's name.
-    """
-    path = job.path(unit)
-    if (fault := find_damage(path)) is not None:
-        return fault
     with reading_errors(str(path)):
-        try:
-            key = read_unit(path)[1].key
-        except (pa.ArrowException, msgspec.MsgspecError, KeyError, TypeError):
-            return "is no file of this program"
-        return None if key == job.key(unit) else "belongs to other work"
+        if not path.is_file():
+            fault = "is missing"
+        elif not check_seal(path):
+            fault = "is damaged (its sha256 differs)"
+        else:
+            fault = "belongs to other work"
+            try:
+                batches, summary = read_unit(path)
+                if summary.key == job.key(unit):
+                    return batches, summary
+            except (pa.ArrowException, msgspec.MsgspecError, KeyError, TypeError):
+                fault = "is no file of this program"
+    raise damaged(str(path), fault, "Run the same command again: this part is made anew.")
 
 
-class _UnitMaker:
-    """Turns the rows of one unit into record batches and counts them."""
-
-    def __init__(self, unit: Unit, job: UnitJob, encoder: Encoder):
-        self._unit = unit
-        self._job = job
-        self._encoder = encoder
-        self._hashes = WordHashes()
-        self._sources: dict[str, int] = {}
-        self._reasons: dict[str, int] = {}
-        self._rows: Counter[FilePart] = Counter()
-        self.summary = UnitSummary(job.key(unit), [], [], [], 0, 0, 0, 0, {})
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """Yields the batches; the summary is complete after the last one."""
-        started = time.perf_counter()
-        for rows in row_batches(read_unit_rows(self._unit, self._job.reading)):
-            started = self._took("reading", started)
-            self._rows.update(part for part, _ in rows)
-            yield self._encode(rows)
-            started = time.perf_counter()
-        self.summary.rows = [self._rows[part] for part in self._unit.parts]
-        self.summary.sources = list(self._sources)
-        self.summary.reasons = list(self._reasons)
-
-    def _encode(self, rows: list[tuple[FilePart, Document]]) -> pa.RecordBatch:
-        started = time.perf_counter()
-        cleaned = self._job.cleaning.clean([row for _, row in rows], self._hashes)
-        started = self._took("cleaning", started)
-        is_kept = np.array([reason is None for _, reason in cleaned])
-        kept = [found for found, (_, reason) in zip(rows, cleaned, strict=True) if reason is None]
-        texts = [text for text, reason in cleaned if reason is None]
-        num_bytes = np.array([len(text.encode()) for text in texts], np.int64)
-        num_words = np.array([count_words(text) for text in texts], np.int64)
-        positions = np.array([split_position(t, self._job.seed) for t in texts], np.uint64)
-        started = self._took("counting", started)
-        bands = []
-        if self._job.cleaning.near_duplicates:
-            keys = _spread(band_keys(texts, self._hashes), is_kept)
-            bands = [from_numpy(band) for band in keys.T]
-            started = self._took("near duplicates", started)
-        encoded = self._encoder.encode(texts, lambda number: _place(self._job, kept[number]))
-        framed = frame(encoded, self._job.bos_id, self._job.eos_id)
-        started = self._took("encoding", started)
-        summary = self.summary
-        summary.documents += len(texts)
-        summary.words += int(num_words.sum())
-        summary.bytes += int(num_bytes.sum())
-        summary.tokens += len(framed.ids)
-        lengths = _spread(framed.lengths, is_kept)
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        reasons = [-1 if r is None else self._number(self._reasons, r) for _, r in cleaned]
-        sources = [self._number(self._sources, row.source) for _, row in rows]
-        columns = [
-            pa.LargeListArray.from_arrays(from_numpy(offsets), from_numpy(framed.ids)),
-            from_numpy(_spread(positions, is_kept)),
-            from_numpy(_spread(num_words, is_kept)),
-            from_numpy(_spread(num_bytes, is_kept)),
-            from_numpy(np.array(sources, np.int32)),
-            from_numpy(np.array(reasons, np.int32)),
-            *bands,
-        ]
-        return pa.record_batch(columns, schema=_schema(self._job))
-
-    def _took(self, stage: str, started: float) -> float:
-        now = time.perf_counter()
-        self.summary.seconds[stage] = self.summary.seconds.get(stage, 0.0) + now - started
-        return now
-
-    @staticmethod
-    def _number(names: dict[str, int], name: str) -> int:
-        return names.setdefault(name, len(names))
+def read_unit(path: Path) -> tuple[list[pa.RecordBatch], UnitSummary]:
+    """Returns the batches of a unit file, memory-mapped, the last one empty, and its summary."""
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+        batches, metadata = zip(*reader.iter_batches_with_custom_metadata(), strict=True)
+    return list(batches), msgspec.json.decode(metadata[-1][b"summary"], type=UnitSummary)
 
 
-def read_unit_rows(unit: Unit, reading: Reading) -> Iterator[tuple[FilePart, Document]]:
-    """Yields the rows of a unit."""
-    return read_parts(reading.source, unit.parts, reading.text_column, reading.on_bad_document)
+def read_column(batches: list[pa.RecordBatch], name: str) -> np.ndarray:
+    """Returns a whole column of numbers of a unit file, as a copy."""
+    return np.concatenate([to_numpy(batch.column(name)) for batch in batches])
 
 
-def _schema(job: UnitJob) -> pa.Schema:
-    names = band_names() if job.cleaning.near_duplicates else []
-    return pa.schema([*SCHEMA, *((name, pa.uint64()) for name in names)])
-
-
-def row_batches(
-    rows: Iterator[tuple[FilePart, Document]],
-) -> Iterator[list[tuple[FilePart, Document]]]:
+def _batches(rows: Iterator[tuple[FilePart, Document]]) -> Iterator[Rows]:
     """Yields rows in groups of bounded size."""
-    batch: list[tuple[FilePart, Document]] = []
+    batch: Rows = []
     num_characters = 0
-    for part, row in rows:
-        batch.append((part, row))
-        # Rejected rows have no text, but are kept in memory too.
-        num_characters += len(row.text) + _ROW_CHARACTERS
+    for row in rows:
+        batch.append(row)
+        num_characters += len(row[1].text) + _ROW_CHARACTERS
         if num_characters >= _BATCH_CHARACTERS:
             yield batch
             batch, num_characters = [], 0
@@ -241,9 +221,44 @@ def row_batches(
         yield batch
 
 
-def _place(job: UnitJob, found: tuple[FilePart, Document]) -> str:
-    part, row = found
-    return place(job.reading.source, part, row.number)
+def _build_batch(
+    rows: Rows, job: UnitJob, encoder: Encoder | None, hashes: WordHashes, summary: UnitSummary
+) -> pa.RecordBatch:
+    """Cleans and encodes rows, and adds them to the summary."""
+    # Clean: a reason says why a row is rejected.
+    cleaned = job.cleaning.clean([document for _, document in rows], hashes)
+    is_kept = np.array([reason is None for _, reason in cleaned])
+    texts = [text for text, reason in cleaned if reason is None]
+    # Count.
+    sources, reasons = summary.sources, summary.reasons
+    source = [sources.setdefault(document.source, len(sources)) for _, document in rows]
+    reason = [-1 if r is None else reasons.setdefault(r, len(reasons)) for _, r in cleaned]
+    position = np.array([split_position(text, job.seed) for text in texts], np.uint64)
+    words = np.array([count_words(text) for text in texts], np.int64)
+    num_bytes = np.array([len(text.encode()) for text in texts], np.int64)
+    bands = np.empty((len(texts), 0), np.uint64)
+    if job.cleaning.near_duplicates:
+        bands = band_keys(texts, hashes)
+    # Encode.
+    framed = Encoded(np.empty(0, np.int32), np.zeros(len(texts), np.int64))
+    if encoder is not None:
+        kept = list(compress(rows, is_kept))
+        encoded = encoder.encode(texts, lambda n: place(job.source, kept[n][0], kept[n][1].number))
+        framed = frame(encoded, job.bos_id, job.eos_id)
+    summary.documents += len(texts)
+    summary.words += int(words.sum())
+    # Put together; rejected rows have zeros.
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(_spread(framed.lengths, is_kept), out=offsets[1:])
+    columns = [
+        pa.LargeListArray.from_arrays(from_numpy(offsets), from_numpy(framed.ids)),
+        *(from_numpy(_spread(values, is_kept)) for values in (position, words, num_bytes)),
+        from_numpy(np.array([part.file for part, _ in rows], np.int32)),
+        from_numpy(np.array(source, np.int32)),
+        from_numpy(np.array(reason, np.int32)),
+        *(from_numpy(band) for band in _spread(bands, is_kept).T),
+    ]
+    return pa.record_batch(columns, schema=job.schema())
 
 
 def _spread(values: np.ndarray, is_kept: np.ndarray) -> np.ndarray:

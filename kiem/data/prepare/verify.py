@@ -1,27 +1,25 @@
-"""Checks that a chunk directory is what its manifest says."""
+"""Verification that a chunk directory is what its manifest says."""
 
 from __future__ import annotations
 
+import reprlib
 from collections import Counter
-from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kiem.core.files import sha256_file
+from kiem.core.errors import UserError, damaged
+from kiem.core.manifest import MANIFEST_FILE, verify_file
 from kiem.data.chunks import (
-    MANIFEST_FILE,
+    MAKE_AGAIN,
     NO_SOURCE,
     REJECTED_FILE,
     TEST_SOURCES,
-    damaged,
     open_split,
     open_test_sources,
     read_manifest,
     read_tokenizer,
-    source_shards,
 )
 
 
@@ -33,22 +31,37 @@ def verify_directory(path: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(path)
     if "sha256" not in manifest:
-        raise damaged(path / MANIFEST_FILE, "has no sha256 of itself")
+        raise _wrong(path, "has no sha256 of itself")
     read_tokenizer(path, manifest)
     for name, sha256 in manifest["files"].items():
-        _verify_file(path / name, sha256)
+        verify_file(path / name, sha256, fix=MAKE_AGAIN)
     verify_shards(path, manifest)
     _verify_rejected(path, manifest)
     for split in manifest["splits"]:
         _verify_split(path, manifest, split)
-    for fault in _find_faults(manifest):
-        raise damaged(path / MANIFEST_FILE, f"has counts that do not add up: {fault}")
+    _verify_sums(path, manifest)
     _verify_sources(path, manifest)
     return manifest
 
 
+def verify_shards(path: Path, manifest: dict[str, Any]) -> None:
+    """Checks the size and the sha256 of every shard.
+
+    Raises:
+        UserError: a shard is missing or damaged; names it.
+    """
+    for split in manifest["splits"].values():
+        for shard in (*split["shards"], *split.get("source_shards", ())):
+            verify_file(path / shard["file"], shard["sha256"], shard["bytes"], fix=MAKE_AGAIN)
+
+
+def _wrong(path: Path, what: str) -> UserError:
+    """Returns the error that the manifest is wrong."""
+    return damaged(str(path / MANIFEST_FILE), what, MAKE_AGAIN)
+
+
 def _verify_split(path: Path, manifest: dict[str, Any], split: str) -> None:
-    """Checks what is counted in a split against its chunks."""
+    """Checks the counts of a split against its chunks."""
     special, counts = manifest["special_ids"], manifest["splits"][split]
     found: Counter[str] = Counter()
     for block in open_split(path, manifest, split).blocks:
@@ -56,61 +69,53 @@ def _verify_split(path: Path, manifest: dict[str, Any], split: str) -> None:
         found["documents"] += int(np.count_nonzero(block == special["bos"]))
         found["ends of documents"] += int(np.count_nonzero(block == special["eos"]))
         found["padding_tokens"] += int(np.count_nonzero(block == special["pad"]))
-    num_places = found["chunks"] * manifest["options"]["chunk_size"]
-    found["tokens"] = num_places - found["padding_tokens"]
+    num_tokens = found["chunks"] * manifest["options"]["chunk_size"]
+    found["tokens"] = num_tokens - found["padding_tokens"]
     said = {**counts, "ends of documents": counts["documents"]}
     for name, number in found.items():
         if number != said[name]:
             what = f"says {said[name]} {name} in the {split} split; there are {number}"
-            raise damaged(path / MANIFEST_FILE, what)
+            raise _wrong(path, what)
 
 
-def _find_faults(manifest: dict[str, Any]) -> Iterator[str]:
-    """Yields what is wrong about the sums of a manifest: of what was read, nothing may be missing.
+def _verify_sums(path: Path, manifest: dict[str, Any]) -> None:
+    """Checks the sums of a manifest: of what was read, nothing may be missing.
 
-    Chunk directories of earlier versions have fewer counts, which are left out here.
+    The first chunk directories have fewer counts, which are left out here.
     """
-    splits, rejected = manifest["splits"], sum(manifest["rejected"].values())
-    num_read = manifest["documents_read"]
-    # A document that is cut is one that was read, and one in each split.
-    num_cut = manifest.get("cut_for_test", {}).get("documents", 0)
+    splits, num_rejected = manifest["splits"], sum(manifest["rejected"].values())
+    num_read, num_beyond = manifest["documents_read"], manifest.get("documents_beyond_limit", 0)
+    # A document that is cut was read once, and is in each split.
     num_kept = sum(counts["documents"] for counts in splits.values())
-    num_beyond = manifest.get("documents_beyond_limit", 0)
-    if num_read + num_cut != num_kept + rejected + num_beyond:
-        yield (
-            f"{num_read} documents read, {num_kept} kept, {num_cut} cut, {rejected} rejected, "
-            f"{num_beyond} beyond the word limit"
+    num_kept -= manifest.get("cut_for_test", {}).get("documents", 0)
+    sums: dict[str, tuple[Any, Any]] = {
+        "documents read; kept, rejected or beyond the word limit": (
+            num_read,
+            num_kept + num_rejected + num_beyond,
         )
+    }
     for split, counts in splits.items():
         for name in ("documents", "tokens", "bytes"):
-            per_source = counts.get(f"{name}_per_source")
-            if per_source is not None and (number := sum(per_source.values())) != counts[name]:
-                yield f"{counts[name]} {name} in the {split} split, {number} of all its sources"
-    if "documents_per_file" not in manifest:
-        return
-    per_file, rejected_per_file = manifest["documents_per_file"], manifest["rejected_per_file"]
-    if sum(per_file.values()) != num_read:
-        yield f"{num_read} documents read, {sum(per_file.values())} in all files"
-    if sum(rejected_per_file.values()) != rejected:
-        yield f"{rejected} documents rejected, {sum(rejected_per_file.values())} in all files"
-    source, limit = manifest["source"], manifest["word_limit"] or {}
-    planned = list(source.get("files") or source["sha256"])
-    planned = planned[: len(planned) - limit.get("files_not_read", 0)]
-    if list(per_file) != planned:
-        missing = [name for name in planned if name not in per_file]
-        yield f"{len(planned)} files to be read, {len(per_file)} read{_some(missing)}"
-    is_reached = "reached_in" in limit
-    if is_reached != (num_beyond > 0):
-        yield f"{num_beyond} documents beyond a word limit, reached in {limit.get('reached_in')}"
-    if is_reached and not 0 <= limit["words"] - limit["words_taken"] < limit["words_next"]:
-        yield (
-            f"{limit['words_next']} more words than {limit['words_taken']} were too many, "
-            f"{limit['words']} allowed"
-        )
-
-
-def _some(missing: list[str]) -> str:
-    return f", not {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}" if missing else ""
+            if (per_source := counts.get(f"{name}_per_source")) is not None:
+                what = f"{name} in the {split} split; in all its sources"
+                sums[what] = (counts[name], sum(per_source.values()))
+    if "documents_per_file" in manifest:
+        per_file, limit = manifest["documents_per_file"], manifest["word_limit"] or {}
+        rejected_per_file = manifest["rejected_per_file"]
+        sums["documents read; in all files"] = (num_read, sum(per_file.values()))
+        sums["rejected; in all files"] = (num_rejected, sum(rejected_per_file.values()))
+        planned = list(manifest["source"].get("files") or manifest["source"]["sha256"])
+        planned = planned[: len(planned) - limit.get("files_not_read", 0)]
+        sums["files planned; read"] = (planned, list(per_file))
+        sums["word limit reached; documents beyond"] = ("reached_in" in limit, num_beyond > 0)
+        if "reached_in" in limit:
+            num_left = limit["words"] - limit["words_taken"]
+            is_right = 0 <= num_left < limit["words_next"]
+            sums["next document beyond the word limit"] = (True, is_right)
+    for what, (said, found) in sums.items():
+        if said != found:
+            values = f"{reprlib.repr(said)}; {reprlib.repr(found)}"
+            raise _wrong(path, f"has counts that do not add up: {what} ({values})")
 
 
 def _verify_sources(path: Path, manifest: dict[str, Any]) -> None:
@@ -123,7 +128,8 @@ def _verify_sources(path: Path, manifest: dict[str, Any]) -> None:
     for block in sources.blocks:
         found += np.bincount(block[block != NO_SOURCE], minlength=len(names))
     if dict(zip(names, found.tolist(), strict=True)) != counts["tokens_per_source"]:
-        raise damaged(path / TEST_SOURCES, "does not have as many tokens of each source as counted")
+        what = "does not have as many tokens of each source as counted"
+        raise damaged(str(path / TEST_SOURCES), what, MAKE_AGAIN)
 
 
 def _verify_rejected(path: Path, manifest: dict[str, Any]) -> None:
@@ -131,30 +137,10 @@ def _verify_rejected(path: Path, manifest: dict[str, Any]) -> None:
     if not manifest["options"]["keep_rejected"]:
         return
     entry, file = manifest["rejected_file"], path / REJECTED_FILE
-    _verify_file(file, entry["sha256"], entry["bytes"])
+    verify_file(file, entry["sha256"], entry["bytes"], fix=MAKE_AGAIN)
     with file.open("rb") as lines:
         num_lines = sum(1 for _ in lines)
     for number in (entry["lines"], sum(manifest["rejected"].values())):
         if number != num_lines:
             what = f"says that {number} documents were rejected; {file} has {num_lines}"
-            raise damaged(path / MANIFEST_FILE, what)
-
-
-def _verify_file(file: Path, sha256: str, num_bytes: int | None = None) -> None:
-    """Checks the sha256 of a file, and before that its size if that is known."""
-    if not file.is_file():
-        raise damaged(file, "is missing")
-    if num_bytes not in (None, file.stat().st_size) or sha256_file(file) != sha256:
-        raise damaged(file, "is damaged (its sha256 differs from the manifest's)")
-
-
-def verify_shards(path: Path, manifest: dict[str, Any]) -> None:
-    """Checks the size and the sha256 of every shard.
-
-    Raises:
-        UserError: a shard is missing or damaged; names it.
-    """
-    splits = manifest["splits"]
-    shards = (splits["train"]["shards"], splits["test"]["shards"], source_shards(manifest))
-    for shard in chain(*shards):
-        _verify_file(path / shard["file"], shard["sha256"], shard["bytes"])
+            raise _wrong(path, what)

@@ -1,7 +1,7 @@
-"""Runs the units of a plan in worker processes on this machine.
+"""Worker processes that finish the units of a plan, on this machine or on a Ray cluster.
 
-The workers are forked, so they share the loaded tokenizers' memory. Each asks for the next unit
-when it is done with one; which worker takes which unit changes nothing in the result.
+Each takes the next unit when it is done with one. Which worker takes which unit changes nothing in
+the result.
 """
 
 from __future__ import annotations
@@ -10,31 +10,35 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 from collections import deque
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
-from kiem.core.errors import UserError
-from kiem.data.prepare.unit_files import UnitSummary
-from kiem.data.prepare.units import Unit, UnitJob, finish_unit
-from kiem.tokenizer.encoding import Encoder
+from kiem.core.errors import ExitCode, UserError, bad_option, not_installed
+from kiem.core.files import write_bytes
+from kiem.data.prepare.units import Unit, UnitJob, UnitSummary, finish_unit
+from kiem.data.read.find_files import STANDARD_INPUT
+from kiem.tokenizer.encoding import Encoder, fast_path
 from kiem.tokenizer.reference import ended_from_outside
+from kiem.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
 
 _PARENT_CHECK_SECONDS = 1.0
+_CONNECT_SECONDS = 10.0
+
+# Units with their summaries, in the order in which they get done.
+FinishedUnits = Generator[tuple[Unit, UnitSummary], None, None]
 
 
 def run_units(
-    units: Sequence[Unit], job: UnitJob, encoders: Sequence[Encoder]
-) -> Generator[tuple[Unit, UnitSummary], None, None]:
-    """Finishes units and yields each with its summary, in the order in which they get done.
+    units: Sequence[Unit], job: UnitJob, encoders: Sequence[Encoder | None]
+) -> FinishedUnits:
+    """Finishes units in forked processes, which share the memory of the loaded tokenizers.
 
-    Args:
-        units: what to do, best in the order of the plan.
-        job: what is done with each.
-        encoders: one for each worker process; a single one works in this process.
-
-    Raises:
-        UserError: what `finish_unit` raises, or a worker was killed. Finished units stay finished.
+    There is a process for each encoder; a single one works in this process. Raises a UserError as
+    `finish_unit` does, or if a worker is killed. Finished units stay finished.
     """
     if len(encoders) == 1:
         for unit in units:
@@ -61,7 +65,7 @@ def run_units(
 class _Worker:
     """A forked process and the unit that it works on."""
 
-    def __init__(self, job: UnitJob, encoder: Encoder):
+    def __init__(self, job: UnitJob, encoder: Encoder | None):
         context = multiprocessing.get_context("fork")
         self.connection, theirs = context.Pipe()
         self.unit: Unit | None = None
@@ -83,9 +87,7 @@ class _Worker:
             self._process.join()
             worker = f"a worker process (exit code {self._process.exitcode})"
             raise ended_from_outside(worker) from error
-        if isinstance(answer, UserError):
-            raise answer
-        return unit, answer
+        return unit, _raise_error(answer)
 
     def stop(self) -> None:
         self.connection.close()
@@ -93,7 +95,7 @@ class _Worker:
         self._process.join()
 
 
-def _work(connection: Connection, job: UnitJob, encoder: Encoder) -> None:
+def _work(connection: Connection, job: UnitJob, encoder: Encoder | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = os.getppid()
@@ -107,8 +109,104 @@ def _work(connection: Connection, job: UnitJob, encoder: Encoder) -> None:
             unit = connection.recv()
         except EOFError:
             return
-        try:
-            answer: UnitSummary | UserError = finish_unit(unit, job, encoder)
-        except UserError as error:
-            answer = error
-        connection.send(answer)
+        connection.send(_finish(unit, job, encoder))
+
+
+def _finish(unit: Unit, job: UnitJob, encoder: Encoder | None) -> UnitSummary | UserError:
+    """Finishes a unit in a worker; returns a UserError, so that Ray does not wrap it."""
+    try:
+        return finish_unit(unit, job, encoder)
+    except UserError as error:
+        return error
+
+
+def _raise_error(answer: UnitSummary | UserError) -> UnitSummary:
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+def run_units_on_ray(
+    units: Sequence[Unit],
+    job: UnitJob,
+    tokenizer: Tokenizer | None,
+    encoder: str,
+    num_proc: int | None,
+    address: str | None,
+) -> FinishedUnits:
+    """Finishes units on a Ray cluster; every node must see the same files under the same paths.
+
+    A worker that is killed is started again by Ray and makes its unit anew.
+
+    Args:
+        units: what to do.
+        job: how each is processed.
+        tokenizer: loaded by every worker, from a copy beside the units; None: no ids are made.
+        encoder: the `--encoder` option.
+        num_proc: number of workers; by default one for each processor of the cluster.
+        address: of a running cluster; by default one is started on this machine.
+    """
+    if STANDARD_INPUT in job.source.names:
+        what = "other machines cannot read this one's standard input"
+        fix = "Give a file on a disk that all of them share, or leave --executor ray out."
+        raise bad_option("--source -", what, fix)
+    ray = _start_ray(num_proc, address)
+    from ray.util import ActorPool
+
+    try:
+        origin = None
+        if tokenizer is not None:
+            # A file, not an argument, which a worker that is started again would not find any more.
+            write_bytes(job.folder / TOKENIZER_FILE, tokenizer.json_bytes)
+            origin = tokenizer.origin
+        # Absolute paths, since Ray's workers have other working folders.
+        source = replace(job.source, paths=[path.absolute() for path in job.source.paths])
+        job = replace(job, folder=job.folder.absolute(), source=source)
+        num_workers = min(num_proc or int(ray.cluster_resources().get("CPU", 1)), len(units))
+        start = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=1)(_RayWorker).remote
+        pool: Any = ActorPool([start(job, origin, encoder) for _ in range(num_workers)])
+        for unit, answer in pool.map_unordered(lambda w, unit: w.finish.remote(unit), units):
+            yield unit, _raise_error(answer)
+    finally:
+        ray.shutdown()
+
+
+class _RayWorker:
+    """One of Ray's worker processes, with the loaded tokenizer."""
+
+    def __init__(self, job: UnitJob, origin: str | None, encoder: str):
+        self._job = job
+        self._encoder: Encoder | None = None
+        if origin is not None:
+            tokenizer = parse_tokenizer((job.folder / TOKENIZER_FILE).read_bytes(), origin)
+            self._encoder = Encoder(tokenizer, fast_path(tokenizer, encoder))
+
+    def finish(self, unit: Unit) -> tuple[Unit, UnitSummary | UserError]:
+        return unit, _finish(unit, self._job, self._encoder)
+
+
+def _start_ray(num_proc: int | None, address: str | None) -> Any:
+    """Connects to a Ray cluster, or starts one of `num_proc` workers; returns the module."""
+    try:
+        import ray
+    except ImportError as error:
+        raise not_installed("ray", "--executor ray") from error
+    try:
+        if address is None:
+            cluster: dict[str, Any] = {"num_cpus": num_proc, "include_dashboard": False}
+        else:
+            cluster = {}
+            # Ray itself would try for minutes to reach an address where nobody listens.
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            if host and port.isdecimal():
+                socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+        ray.init(address=address or "local", **quiet, **cluster)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"no Ray cluster answers ({str(error).splitlines()[0]})",
+            where=f"--ray-address {address}",
+            fix="Start one with `ray start --head`, or leave the option out to start a local one.",
+            exit_code=ExitCode.NETWORK,
+        ) from error
+    return ray

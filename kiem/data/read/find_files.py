@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kiem.core.disk import writing_errors
 from kiem.core.errors import bad_input, bad_option, not_found
-from kiem.data.chunks import MANIFEST_FILE
+from kiem.core.manifest import MANIFEST_FILE
 from kiem.data.read.formats import READABLE, format_of, is_metadata, shown_suffix
 from kiem.data.read.section import reading_errors
 from kiem.tokenizer.tokenizer import TOKENIZER_FILE

@@ -1,0 +1,143 @@
+"""Second readings of the source, for the few documents whose text is needed after the decisions.
+
+These are the training documents for a new vocabulary, documents that are cut for the test split,
+and rejected documents. They come in the order of the plan, so any workers give the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.files import new_file, sha256_file
+from kiem.data.chunks import REJECTED_FILE
+from kiem.data.prepare.decisions import REJECTED, DocumentDecisions
+from kiem.data.prepare.packing import Part, frame
+from kiem.data.prepare.split import CUT, TEST, TRAIN, find_border
+from kiem.data.prepare.units import UnitJob
+from kiem.data.read.readers import FilePart, count_rows, place
+from kiem.data.read.rows import Document
+from kiem.data.read.sources import Source, count_words
+from kiem.tokenizer.encoding import Encoder
+
+
+def read_again(
+    job: UnitJob, decisions: DocumentDecisions, wanted: Sequence[int]
+) -> Iterator[tuple[int, FilePart, Document]]:
+    """Yields the rows about which one of the `wanted` decisions was made, with the decision."""
+    for unit, codes in zip(decisions.units, decisions.per_unit, strict=True):
+        is_wanted = np.isin(codes, wanted)
+        if not is_wanted.any():
+            continue
+        for number, (part, document) in enumerate(job.read(unit)):
+            # A file that changed may have more rows; the reader refuses it at the end of the part.
+            if number < len(codes) and is_wanted[number]:
+                yield int(codes[number]), part, document
+
+
+class TrainingTexts:
+    """The texts of the training documents, read each time that they are iterated over."""
+
+    def __init__(self, job: UnitJob, decisions: DocumentDecisions):
+        self._job = job
+        self._decisions = decisions
+
+    def __iter__(self) -> Iterator[str]:
+        cut_bytes = self._decisions.split.cut_bytes
+        for code, _, document in read_again(self._job, self._decisions, (TRAIN, CUT)):
+            text = self._job.cleaning.normalize(document.text)
+            if code == TRAIN:
+                yield text
+            elif cut_bytes and (border := find_border(text, cut_bytes)) is not None:
+                yield text[: border.place]
+
+
+def cut_documents(
+    job: UnitJob, decisions: DocumentDecisions, encoder: Encoder
+) -> tuple[Part, dict[str, Any]]:
+    """Cuts the document that is to be cut, and its copies if there are equal ones.
+
+    Returns:
+        Two rows for each copy, for training and for testing, each with its own <bos> and <eos>; and
+        the manifest's entry about them.
+    """
+    assert decisions.split.cut_bytes is not None
+    labels: list[str] = []
+    for _, part, document in read_again(job, decisions, (CUT,)):
+        if not labels:
+            text, where = (
+                job.cleaning.normalize(document.text),
+                place(job.source, part, document.number),
+            )
+        labels.append(document.source)
+    border = find_border(text, decisions.split.cut_bytes)
+    if border is None:
+        raise UserError(
+            "too little text to train and to test on",
+            where=where,
+            fix="Use more text.",
+            exit_code=ExitCode.DATASET_TOO_SMALL,
+        )
+    texts = [text[: border.place], text[border.place :]]
+    encoded = frame(encoder.encode(texts, lambda _: where), job.bos_id, job.eos_id)
+    ids = np.split(encoded.ids, encoded.lengths[:1])
+    num_bytes = [len(text.encode()) for text in texts]
+    num_words = [count_words(text) for text in texts]
+    names = sorted(set(labels))
+    columns = {
+        "ids": pa.array(ids * len(labels), pa.large_list(pa.int32())),
+        "words": pa.array(num_words * len(labels), pa.int64()),
+        "bytes": pa.array(num_bytes * len(labels), pa.int64()),
+        "source": pa.array([names.index(n) for n in labels for _ in texts], pa.int32()),
+    }
+    entry = {
+        "documents": len(labels),
+        "at": where,
+        "border": border.kind,
+        "train_bytes": num_bytes[0],
+        "test_bytes": num_bytes[1],
+    }
+    codes = np.tile(np.array([TRAIN, TEST], np.int16), len(labels))
+    return ([pa.record_batch(columns)], names, codes), entry
+
+
+def write_rejected(job: UnitJob, decisions: DocumentDecisions, folder: Path) -> dict[str, Any]:
+    """Writes the rejected documents as they were read; returns the manifest's entry about them."""
+    path = folder / REJECTED_FILE
+    places = _Places(job.source)
+    num_lines = 0
+    wanted = range(REJECTED, REJECTED + len(decisions.reasons))
+    with new_file(path) as file:
+        for code, part, document in read_again(job, decisions, wanted):
+            line = {
+                "place": places.of(part, document.number),
+                "source": document.source,
+                "reason": decisions.reasons[code - REJECTED],
+                "text": document.text or None,
+            }
+            file.write(msgspec.json.encode(line) + b"\n")
+            num_lines += 1
+    assert num_lines == sum(decisions.counts["rejected"].values()), "rejected documents were lost"
+    return {"lines": num_lines, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+class _Places:
+    """Places of rows; reads each file once to count, as long as the rows come in order."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._file = self._start = self._num_before = 0
+
+    def of(self, part: FilePart, number: int) -> str:
+        """Returns `file:line` of a row of a part."""
+        if part.file != self._file:
+            self._file, self._start, self._num_before = part.file, 0, 0
+        self._num_before += count_rows(self._source, part.file, self._start, part.start)
+        self._start = part.start
+        return f"{self._source.names[part.file]}:{self._num_before + number}"

@@ -1,0 +1,121 @@
+"""The work directory beside a chunk directory: finished units wait there, also for a later run.
+
+Both have an identity: all options and files that their content depends on. Work on other text or
+with other options is never resumed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.files import empty_folder, write_json
+from kiem.core.json_input import read_json
+from kiem.core.leftovers import discard, hidden, recover_folder
+from kiem.core.locking import locked_folder
+from kiem.core.manifest import MANIFEST_FILE
+from kiem.data.chunks import DATASET_DICT_FILE, read_manifest
+from kiem.data.prepare.units import UNIT_VERSION
+from kiem.data.prepare.verify import verify_directory
+
+_PLAN_FILE = "plan.json"
+# After these the same command can resume; after others it needs other input or options.
+_RESUMABLE = (ExitCode.DISK_SPACE, ExitCode.NOT_WRITABLE, ExitCode.OUT_OF_MEMORY, ExitCode.DAMAGED)
+
+
+@contextmanager
+def work_directory(
+    folder: Path, identity: dict[str, Any], overwrite: bool
+) -> Iterator[Path | None]:
+    """Yields the work directory of a chunk directory, which an interrupted run leaves to the next.
+
+    None if the chunk directory is there already, which is verified. Raises a UserError if another
+    process works there, or an earlier run worked on something else.
+    """
+    work = _work_directory(folder)
+    _refuse_foreign(recover_folder(folder))
+    with locked_folder(work):
+        if folder.exists() and not overwrite:
+            _refuse_other(folder, read_manifest(folder), identity)
+            verify_directory(folder)
+            yield None
+            discard(work)
+            return
+        earlier = {} if overwrite else _read_plan(work)
+        if earlier.get("unit_version") == UNIT_VERSION:
+            _refuse_other(work, earlier, identity)
+        else:
+            empty_folder(work)
+            write_json(work / _PLAN_FILE, {"unit_version": UNIT_VERSION, **identity})
+        try:
+            yield work
+        except UserError as error:
+            if error.exit_code not in _RESUMABLE:
+                discard(work)
+            raise
+        discard(work)
+
+
+def earlier_identity(folder: Path) -> dict[str, Any]:
+    """Returns the identity of a chunk directory or of the unfinished work on it, {} if neither."""
+    exists = recover_folder(folder).exists()
+    return read_manifest(folder) if exists else _read_plan(_work_directory(folder))
+
+
+def _work_directory(folder: Path) -> Path:
+    return hidden(folder, "unfinished")
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raises a UserError if what has this name is no chunk directory: it is never replaced."""
+    is_ours = all((folder / name).is_file() for name in (DATASET_DICT_FILE, MANIFEST_FILE))
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if os.path.lexists(folder) and not is_ours and not is_empty:
+        raise UserError(
+            "something else than a chunk directory has this name",
+            where=str(folder),
+            fix="Choose another --name or --output-dir, or remove it if it is a damaged one.",
+            exit_code=ExitCode.ALREADY_EXISTS,
+        )
+
+
+def _refuse_other(folder: Path, recorded: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raises a UserError if what is in `folder` is made of other text or with other options."""
+    different = [
+        f"--{name.replace('_', '-')} was {recorded['options'].get(name)!r}"
+        for name, value in identity["options"].items()
+        if recorded["options"].get(name) != value
+    ]
+    if recorded["source"] != identity["source"]:
+        changed = _changed_files(recorded["source"], identity["source"])
+        different.append(f"--source was other text{changed}")
+    if different:
+        raise UserError(
+            f"this was made differently: {'; '.join(different)}",
+            where=str(folder),
+            fix="Choose another --name, or replace it with --overwrite.",
+            exit_code=ExitCode.ALREADY_EXISTS,
+        )
+
+
+def _changed_files(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Returns which files differ, as " (a, b and 3 more)"; "" if there is none in common."""
+    earlier, later = before.get("sha256", {}), now.get("sha256", {})
+    names = sorted(n for n in {*earlier, *later} if earlier.get(n) != later.get(n))
+    if not names or not set(earlier).intersection(later):
+        return ""
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return f" ({', '.join(names[:3])}{more})"
+
+
+def _read_plan(work: Path) -> dict[str, Any]:
+    """Returns what work is about; {} if it does not say, so that it cannot be resumed."""
+    file = work / _PLAN_FILE
+    fix = "Begin again with --overwrite."
+    kind = dict[str, Any]
+    plan = read_json(file, kind, fix=fix, exit_code=ExitCode.DAMAGED) if file.exists() else {}
+    return plan if {"unit_version", "options", "source"} <= plan.keys() else {}
