@@ -266,7 +266,7 @@ def test_killed_run_goes_on_with_the_commit_it_began_with(
     killed = (
         "import os, runpy, sys\n"
         "from kiem.data.prepare import preprocess\n"
-        "preprocess._assemble = lambda *_: os._exit(9)\n"
+        "preprocess.write_splits = lambda *_: os._exit(9)\n"
         "runpy.run_path('preprocess.py', run_name='__main__')\n"
     )
     arguments = ("--dataset-size", "100k", "--tokenizer", "train:512", "--output-dir", tmp_path)
