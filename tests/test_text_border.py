@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from kiem.commands import COMMANDS
 from kiem.config import InferenceOptions, PreprocessOptions
 from kiem.core.console import PlainConsole, show, warn
 from kiem.core.errors import ExitCode, UserError
-from kiem.core.json_input import MAX_DEPTH, JsonError, parse_json, read_json, read_json_lines
+from kiem.core.json_input import MAX_DEPTH, parse_json, read_json
 from kiem.core.values import option_types
 
 FIX = "Mend it."
@@ -114,26 +113,9 @@ def test_json_that_is_refused_names_its_place(name: str, tmp_path: Path) -> None
     assert str(caught.value) == f"{tmp_path / 'in.json'}{expected}\n  {FIX}"
 
 
-def test_json_lines_name_the_line(tmp_path: Path) -> None:
-    path = tmp_path / "in.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"layers": 1}\r\n\n  \n{"layers": 2}\n{"layers": 0}')
-    lines = read_json_lines(path, Shape, fix=FIX, exit_code=ExitCode.BAD_INPUT)
-    assert [next(lines), next(lines)] == [(1, Shape(1)), (4, Shape(2))]
-    with pytest.raises(UserError) as caught:
-        next(lines)
-    assert caught.value.where == f"{path}:5"
-    with pytest.raises(UserError, match="cannot be read"):
-        next(read_json_lines(tmp_path, Shape, fix=FIX, exit_code=ExitCode.BAD_INPUT))
-
-
-def test_documents_may_have_odd_columns_that_nobody_reads() -> None:
-    data = b'{"a": 1, "a": 2, "x": "\\ud800", "y": NaN}'
-    assert parse_json(data, is_strict=False)["a"] == 2
-    with pytest.raises(JsonError):
-        parse_json(data)
-    with pytest.raises(JsonError, match="too deeply"):
-        parse_json(DEEP, is_strict=False)
-    assert json.loads(json.dumps(parse_json(data, is_strict=False)["x"])) == "\ud800"
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
+        read_json(tmp_path, Shape, fix=FIX, exit_code=ExitCode.BAD_INPUT)
 
 
 # Texts that a markup parser, an emoji table or a terminal would not show as they are.

@@ -1,7 +1,7 @@
-"""What people see: consoles that show text as it is, and output that ends no work.
+"""Consoles that show text unchanged, and output whose failure does not end a program.
 
-Paths, prompts and documents are text of others. None of it is read as markup, no control character
-of it reaches the terminal, and a character that the terminal cannot show is shown as "?".
+Paths, prompts and documents come from elsewhere. They are never read as markup, their control
+characters do not reach the terminal, and a character that the terminal cannot show becomes "?".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.text import Text
 
 
 class PlainConsole(Console):
-    """A console that takes strings for text: no markup, no emoji codes, no control characters."""
+    """A console without markup, emoji codes and control characters."""
 
     def __init__(self, *, stderr: bool = False, quiet: bool = False):
         super().__init__(
@@ -26,11 +26,11 @@ class PlainConsole(Console):
         )
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Returns what a string looks like: of all strings, those in tables included."""
+        """Returns the form of every string that is shown, also in tables."""
         return super().render_str(printable(text), **options)
 
     def status(self, status: RenderableType, **options: Any) -> Status:
-        """Returns a display of what is going on; rich itself takes its text for markup."""
+        """Returns a status display; rich itself would read its text as markup."""
         text = Text(printable(status)) if isinstance(status, str) else status
         return super().status(text, **options)
 
@@ -41,15 +41,15 @@ def printable(text: str) -> str:
 
 
 def warn(console: Console, message: str) -> None:
-    """Prints a warning: something a person should know but that stops nothing."""
+    """Prints a warning."""
     console.print(Text.assemble(("warning:", "yellow"), f" {printable(message)}"))
 
 
 def show(console: Console, text: str) -> None:
-    """Writes text that the program was started for, as it is and at once.
+    """Writes a program's result, unchanged and at once.
 
     Raises:
-        BrokenPipeError: nobody reads it any more, so there is no more to do.
+        BrokenPipeError: its reader is gone, so there is no more to do.
     """
     if getattr(console.file, "is_lost", False):
         raise BrokenPipeError
@@ -61,17 +61,17 @@ def show(console: Console, text: str) -> None:
 class Output(io.TextIOWrapper):
     """Standard output or error that never fails.
 
-    What its encoding has no character for becomes "?". When its reader is gone or its disk is full,
-    what comes after goes nowhere: the work goes on without being watched.
+    Characters that its encoding lacks become "?". When its reader is gone or its disk is full, all
+    later output is dropped and the program goes on.
 
     Attributes:
-        is_lost: whether that has happened.
+        is_lost: whether output is dropped.
     """
 
     is_lost = False
 
     def write(self, text: str) -> int:
-        """Writes text, if that is still possible."""
+        """Writes text, unless output is dropped."""
         try:
             return super().write(text)
         except OSError:
@@ -79,7 +79,7 @@ class Output(io.TextIOWrapper):
             return len(text)
 
     def flush(self) -> None:
-        """Passes on what was written, if that is still possible."""
+        """Flushes, unless output is dropped."""
         try:
             super().flush()
         except OSError:
@@ -87,35 +87,33 @@ class Output(io.TextIOWrapper):
 
     def _lose(self) -> None:
         self.is_lost = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.fileno())  # also for what is still in buffers
-        os.close(nowhere)
+        _send_nowhere(self.fileno())  # also what is still in buffers
 
 
 def open_output() -> None:
-    """Makes this process's standard streams, and those of its children, such that none can fail.
+    """Makes the standard streams of this process and its children such that none can fail.
 
-    A stream that was closed is opened to nowhere: else the next file that is opened would take its
-    number, and get what C code prints.
+    A closed stream is opened to /dev/null: else the next file that is opened would take its number
+    and receive what C code prints.
     """
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
-            _open_nowhere(number)
+            _send_nowhere(number)
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
     if isinstance(sys.stdout, Output):
         os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:replace"
 
 
-def _open_nowhere(number: int) -> None:
+def _send_nowhere(descriptor: int) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
-    if nowhere != number:
-        os.dup2(nowhere, number)
+    if nowhere != descriptor:
+        os.dup2(nowhere, descriptor)
         os.close(nowhere)
 
 
 def _lasting(stream: TextIO) -> TextIO:
-    if type(stream) is not io.TextIOWrapper:  # one of ours already, or of a program around us
+    if type(stream) is not io.TextIOWrapper:  # already an Output, or of a program around this one
         return stream
     stream.flush()
     size = 0 if stream.write_through else -1  # python -u

@@ -17,38 +17,9 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _NO_FSYNC = (*_NOT_SUPPORTED, errno.EBADF)
 _NO_EXCHANGE = (*_NOT_SUPPORTED, errno.EPERM)
-_CANNOT_WRITE = "cannot write here ({reason})"
-_CAUSES = (
-    ((errno.ENOSPC,), "the disk is full", "Free some space, or choose a folder on another disk."),
-    (
-        (errno.EDQUOT,),
-        "your quota on this disk is used up ({reason})",
-        "Remove some of your files, or choose a folder on another disk.",
-    ),
-    (
-        (errno.EFBIG,),
-        "the disk or a limit (ulimit -f) does not allow so large a file ({reason})",
-        "Choose a folder on another disk, or raise the limit.",
-    ),
-    (
-        (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT),
-        "the disk failed ({reason})",
-        "Check the disk and its connection, or choose a folder on another one.",
-    ),
-    (
-        (errno.EEXIST, errno.ENOTDIR, errno.ELOOP),  # the first also for a broken link
-        _CANNOT_WRITE,
-        "A file or a broken link is in the way: remove it, or choose another name.",
-    ),
-    ((errno.EMFILE, errno.ENFILE), _CANNOT_WRITE, "Allow more open files: ulimit -n."),
-    ((errno.ENAMETOOLONG,), _CANNOT_WRITE, "Choose a shorter name."),
-    (
-        (errno.EBUSY, errno.ETXTBSY, errno.EAGAIN, errno.EDEADLK),
-        _CANNOT_WRITE,
-        "Wait until no other program uses it, or choose another name.",
-    ),
-)
-_OTHER_FIX = "Choose a place that exists and that you may write to."
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FAILED = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT)
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.ELOOP)  # the first also for a broken link
 _warned: set[str] = set()
 
 
@@ -125,20 +96,22 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def _explain(error: OSError, path: Path) -> UserError:
-    what, fix = _CANNOT_WRITE, _OTHER_FIX
-    for numbers, *found in _CAUSES:
-        if error.errno in numbers:
-            what, fix = found
+    what = f"cannot write here ({_reason(error)})"
+    fix = "Correct the cause, or choose a place that exists and that you may write to."
+    if error.errno in _FULL:
+        what = "the disk is full" if error.errno == errno.ENOSPC else "your disk quota is used up"
+        fix = "Free some space, or choose a folder on another disk."
+    elif error.errno in _FAILED:
+        what = f"the disk failed ({_reason(error)})"
+        fix = "Check the disk and its connection, or choose a folder on another one."
+    elif error.errno in _IN_THE_WAY:
+        fix = "A file or a broken link is in the way: remove it, or choose another name."
     # The file that the error names, but never a temporary name beside `path`; `shutil.rmtree` gives
     # only a name within a folder.
     named = Path(error.filename) if isinstance(error.filename, str) else path
-    if os.sep in str(named) and named.parent != path.parent:
-        path = named
-    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    exit_code = ExitCode.DISK_SPACE if is_full else ExitCode.NOT_WRITABLE
-    return UserError(
-        what.format(reason=_reason(error)), where=str(path), fix=fix, exit_code=exit_code
-    )
+    where = named if named.name != str(named) and named.parent != path.parent else path
+    exit_code = ExitCode.DISK_SPACE if error.errno in _FULL else ExitCode.NOT_WRITABLE
+    return UserError(what, where=str(where), fix=fix, exit_code=exit_code)
 
 
 def _reason(error: OSError) -> str:

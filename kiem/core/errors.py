@@ -1,7 +1,7 @@
-"""What people can get wrong, and the exit code that says which it was.
+"""Errors that users can correct, with their exit codes.
 
-`UserError` is for mistakes a person can mend: the command line turns it into one message without a
-traceback. Our own mistakes are `assert`s and keep their traceback.
+The command line prints a `UserError` as one message without a traceback. Mistakes of the program
+are `assert`s and keep their traceback.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class ExitCode(enum.IntEnum):
 
 
 class UserError(Exception):
-    """A mistake a person can mend.
+    """An error that the user can correct.
 
     Args:
-        what: what is wrong, one sentence.
+        what: what is wrong.
         fix: what to do about it.
         exit_code: the exit code of the program.
-        where: the file, line or option it is about, if there is one.
+        where: the file, line or option that is wrong, if there is one.
     """
 
     def __init__(self, what: str, *, fix: str, exit_code: ExitCode, where: str | None = None):
@@ -55,7 +55,7 @@ class UserError(Exception):
         self.where = where
 
     def __reduce__(self) -> tuple[partial[UserError], tuple[str]]:
-        # Exceptions are pickled by their positional arguments; these go between processes.
+        # Between processes; exceptions are pickled by their positional arguments alone.
         given: dict[str, Any] = {"fix": self.fix, "exit_code": self.exit_code, "where": self.where}
         return partial(type(self), **given), (self.what,)
 
@@ -70,35 +70,27 @@ def bad_option(option: str, what: str, fix: str) -> UserError:
 
 
 def bad_input(where: str, what: str, fix: str) -> UserError:
-    """Returns the error for text or data that cannot be read as what it is meant to be."""
+    """Returns the error for text or data in another form than expected."""
     return UserError(what, where=where, fix=fix, exit_code=ExitCode.BAD_INPUT)
 
 
 def not_found(where: str, what: str, fix: str) -> UserError:
-    """Returns the error for a file or folder that is missing or not what is expected there."""
+    """Returns the error for a file or folder that is missing."""
     return UserError(what, where=where, fix=fix, exit_code=ExitCode.NOT_FOUND)
 
 
 def damaged(where: str, what: str, fix: str) -> UserError:
-    """Returns the error for a file of kiem's whose content has changed or is incomplete."""
+    """Returns the error for a file that kiem wrote and that is changed or incomplete."""
     return UserError(what, where=where, fix=fix, exit_code=ExitCode.DAMAGED)
 
 
 def not_installed(package: str, option: str) -> UserError:
     """Returns the error for an option that needs a package that is not installed."""
-    return UserError(
-        f"needs {package}, which is not installed",
-        where=option,
-        fix=f"Install it with: pip install {package}",
-        exit_code=ExitCode.BAD_OPTION,
-    )
+    what, fix = f"needs {package}, which is not installed", f"Install it: pip install {package}"
+    return bad_option(option, what, fix)
 
 
 def no_effect(option: str, why: str) -> UserError:
-    """Returns the error for an option that cannot have an effect: `why` says in which company."""
-    return UserError(
-        f"has no effect {why}",
-        where=option,
-        fix="Leave it out.",
-        exit_code=ExitCode.NO_EFFECT,
-    )
+    """Returns the error for an option without effect; `why` is such as "without --serve"."""
+    what, fix = f"has no effect {why}", "Leave it out."
+    return UserError(what, where=option, fix=fix, exit_code=ExitCode.NO_EFFECT)

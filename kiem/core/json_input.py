@@ -1,15 +1,14 @@
-"""JSON that people and other programs wrote: read in this one place, every fault with its place.
+"""Reader for small JSON files, such as configurations; every mistake is reported with its place.
 
-Python's own reader lets through what is no text (half a surrogate pair), takes the last of two
-equal keys, and has four kinds of exception for the rest. Files that kiem writes for itself are read
-here as well, since people copy, edit and cut them.
+Python's own reader accepts half a surrogate pair, takes the last of two equal keys, and raises four
+kinds of exception for the rest. Files that kiem writes for itself are read here as well, since
+people copy, edit and cut them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +18,7 @@ from kiem.core.errors import ExitCode, UserError
 
 Kind = TypeVar("Kind")
 
-MAX_DEPTH = 200  # Python's own limit is nearer the deeper the caller stands
+MAX_DEPTH = 200  # Python's own limit depends on the depth of the caller
 _MAX_DIGITS = 300  # of a whole number; every such number is a float as well
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole one
 _BOM = b"\xef\xbb\xbf"
@@ -28,7 +27,7 @@ _PLACE = re.compile(r"(?P<what>.*) - at `\$\.?(?P<key>.*)`", re.DOTALL)
 
 
 class JsonError(ValueError):
-    """Text that is no JSON that kiem can use; `str()` says why, without its place.
+    """Text that is not JSON that kiem can use; `str()` gives the reason, without its place.
 
     Attributes:
         line: where, counted from 1; None if that is not known.
@@ -39,22 +38,19 @@ class JsonError(ValueError):
         self.line = line
 
 
-def parse_json(data: bytes, *, is_strict: bool = True) -> Any:
-    """Returns what JSON says. NaN and infinity are floats, and so are numbers of 300 digits.
+def parse_json(data: bytes) -> Any:
+    """Returns the value of JSON. NaN, infinity and numbers of more than 300 digits are floats.
 
     Args:
         data: UTF-8, with or without a byte order mark.
-        is_strict: whether a key that stands twice in an object (else the last one counts) and half
-            a surrogate pair are errors. Where all is used they must be; documents have columns that
-            nobody reads.
 
     Raises:
-        JsonError: it is not UTF-8, not JSON, or nested deeper than MAX_DEPTH.
+        JsonError: it is not UTF-8, not JSON, or nested deeper than MAX_DEPTH; a key stands twice in
+            an object, or a text has half a surrogate pair.
     """
-    hook = _object_of if is_strict else None
     try:
         text = data.removeprefix(_BOM).decode()
-        value = json.loads(text, parse_int=_number, object_pairs_hook=hook)
+        value = json.loads(text, parse_int=_number, object_pairs_hook=_object_of)
     except UnicodeDecodeError as error:
         what = "UTF-16, not UTF-8" if data.startswith(_UTF16_BOMS) else "not UTF-8"
         raise JsonError(what, data.count(b"\n", 0, error.start) + 1) from error
@@ -63,64 +59,40 @@ def parse_json(data: bytes, *, is_strict: bool = True) -> Any:
         raise JsonError(what, error.lineno) from error
     except RecursionError as error:
         raise JsonError("not JSON (nested too deeply)") from error
-    if (is_strict and _HALF_PAIR.search(text)) or text.count("[") + text.count("{") > MAX_DEPTH:
-        _check(value, is_strict)
+    if _HALF_PAIR.search(text) or text.count("[") + text.count("{") > MAX_DEPTH:
+        _check(value)
     return value
 
 
 def read_json(path: Path, kind: type[Kind], *, fix: str, exit_code: ExitCode) -> Kind:
-    """Returns what a JSON file says.
+    """Returns the value of a JSON file.
 
     Args:
         path: the file.
-        kind: what it must be, with its ranges: a msgspec.Struct, dict[str, Any] or another type.
+        kind: its type, with ranges: a msgspec.Struct, dict[str, Any] or another type.
         fix: what to do if it is not.
         exit_code: the exit code then.
 
     Raises:
         UserError: the file cannot be read, is not JSON or not of that kind; names line or key.
     """
+    where = str(path)
     try:
         value = parse_json(path.read_bytes())
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
-        raise UserError(what, where=str(path), fix=fix, exit_code=exit_code) from error
+        raise UserError(what, where=where, fix=fix, exit_code=exit_code) from error
     except JsonError as error:
-        where = f"{path}:{error.line}" if error.line else str(path)
+        where = f"{path}:{error.line}" if error.line else where
         raise UserError(str(error), where=where, fix=fix, exit_code=exit_code) from error
-    return convert(value, kind, where=str(path), fix=fix, exit_code=exit_code)
-
-
-def read_json_lines(
-    path: Path, kind: type[Kind], *, fix: str, exit_code: ExitCode
-) -> Iterator[tuple[int, Kind]]:
-    """Yields the values of a JSON Lines file with their line numbers; blank lines have none.
-
-    Arguments and errors are those of `read_json`.
-    """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.removeprefix(_BOM).strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    value = parse_json(line)
-                except JsonError as error:
-                    raise UserError(
-                        str(error), where=where, fix=fix, exit_code=exit_code
-                    ) from error
-                yield number, convert(value, kind, where=where, fix=fix, exit_code=exit_code)
-    except OSError as error:
-        what = f"cannot be read ({error.strerror})"
-        raise UserError(what, where=str(path), fix=fix, exit_code=exit_code) from error
+    return convert(value, kind, where=where, fix=fix, exit_code=exit_code)
 
 
 def convert(value: Any, kind: type[Kind], *, where: str, fix: str, exit_code: ExitCode) -> Kind:
     """Returns a value of `parse_json` as `kind`: types and ranges are checked, nothing is coerced.
 
     Raises:
-        UserError: it is something else; names the key.
+        UserError: it has another type or range; names the key.
     """
     try:
         return msgspec.convert(value, kind)
@@ -130,7 +102,7 @@ def convert(value: Any, kind: type[Kind], *, where: str, fix: str, exit_code: Ex
 
 
 def shown(value: Any) -> str:
-    """Returns a JSON value as it stands in a message: on one line, and short."""
+    """Returns a JSON value for a message: on one line, and short."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -149,28 +121,23 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check(value: Any, is_strict: bool) -> None:
-    """Refuses what is nested too deeply and, if strict, text that is none."""
+def _check(value: Any) -> None:
+    """Refuses what is nested too deeply, and half a surrogate pair."""
     waiting: list[tuple[str, Any, int]] = [("", value, 1)]
     while waiting:
         key, item, depth = waiting.pop()
         if isinstance(item, str):
-            if is_strict:
-                _check_text(item, key)
-            continue
-        if isinstance(item, list):
-            inner = ((f"{key}[{index}]", entry, depth + 1) for index, entry in enumerate(item))
+            _check_text(item, key)
+        elif isinstance(item, list):
+            entries = [(f"{key}[{index}]", entry) for index, entry in enumerate(item)]
         elif isinstance(item, dict):
-            for name in item if is_strict else ():
+            for name in item:
                 _check_text(name, "a key")
-            inner = (
-                (f"{key}.{name}".lstrip("."), entry, depth + 1) for name, entry in item.items()
-            )
-        else:
-            continue
-        if depth > MAX_DEPTH:
-            raise JsonError("not JSON (nested too deeply)")
-        waiting.extend(inner)
+            entries = [(f"{key}.{name}".lstrip("."), entry) for name, entry in item.items()]
+        if isinstance(item, (list, dict)):
+            if depth > MAX_DEPTH:
+                raise JsonError("not JSON (nested too deeply)")
+            waiting += [(name, entry, depth + 1) for name, entry in entries]
 
 
 def _check_text(text: str, key: str) -> None:
@@ -182,7 +149,7 @@ def _check_text(text: str, key: str) -> None:
 
 
 def _explain(message: str, value: Any) -> str:
-    """Returns msgspec's message with the value it is about, and without its signs."""
+    """Returns msgspec's message in plain words, with the value it is about."""
     found = _PLACE.fullmatch(message)
     key, what = ("", message) if found is None else (found["key"], found["what"])
     what = what.replace("`", "").replace("Object missing required field", "it lacks")

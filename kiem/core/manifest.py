@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from kiem.core.errors import UserError, damaged
+from kiem.core.errors import damaged
 from kiem.core.files import sha256_file, to_json, write_json
 from kiem.core.json_input import parse_json
 
@@ -84,16 +84,16 @@ def verify_manifest(folder: Path, fix: str) -> None:
     Raises:
         UserError: a file is missing or damaged; names it.
     """
-    path = folder / MANIFEST_FILE
+    where = str(folder / MANIFEST_FILE)
     try:
         content, is_intact = read_content(folder)
         manifest = msgspec.convert(content, _Manifest)
     except OSError as error:
-        raise damaged(str(path), f"damaged: it cannot be read ({error.strerror})", fix) from error
+        raise damaged(where, f"damaged: it cannot be read ({error.strerror})", fix) from error
     except ValueError as error:
-        raise damaged(str(path), f"damaged: not a manifest ({error})", fix) from error
+        raise damaged(where, f"damaged: not a manifest ({error})", fix) from error
     if not is_intact:
-        raise damaged(str(path), "damaged: its content has another sha256 than it says", fix)
+        raise damaged(where, "damaged: its content has another sha256 than it says", fix)
     for name, entry in manifest.files.items():
         verify_file(folder / name, entry.sha256, entry.bytes, fix=fix)
 
@@ -105,17 +105,17 @@ def verify_file(path: Path, sha256: str, num_bytes: int | None = None, *, fix: s
         UserError: the file is missing or damaged.
     """
 
-    def bad(what: str) -> UserError:
-        return damaged(str(path), f"damaged: {what}", fix)
-
     try:
         found = path.stat().st_size
         if num_bytes not in (None, found):
-            raise bad(f"{found} bytes, not {num_bytes}")
-        if sha256_file(path) != sha256:
-            raise bad(f"its sha256 differs from the one in {MANIFEST_FILE}")
+            what = f"{found} bytes, not {num_bytes}"
+        elif sha256_file(path) != sha256:
+            what = f"its sha256 differs from the one in {MANIFEST_FILE}"
+        else:
+            return
     except OSError as error:
-        raise bad(f"it cannot be read ({error.strerror})") from error
+        what = f"it cannot be read ({error.strerror})"
+    raise damaged(str(path), f"damaged: {what}", fix)
 
 
 def _sha256_of(content: dict[str, Any]) -> str:
