@@ -16,7 +16,8 @@ from hub_client import Client, new_hub
 from hub_server import HubServer
 
 from kiem.model.config import Gemma3Config
-from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from kiem.tokenizer.train import train_tokenizer
 
 if TYPE_CHECKING:
     from lives import Lives

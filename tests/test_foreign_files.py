@@ -41,7 +41,8 @@ from kiem.model.io import read_model, write_model
 from kiem.report.page import render
 from kiem.report.record import read_record
 from kiem.tokenizer.encoding import Encoder, fast_path
-from kiem.tokenizer.tokenizer import Tokenizer, parse_tokenizer, train_tokenizer
+from kiem.tokenizer.tokenizer import Tokenizer, parse_tokenizer
+from kiem.tokenizer.train import train_tokenizer
 
 SHAPE = replace(SMALL, num_hidden_layers=2, sliding_window_pattern=2)
 IDS = {"pad": 0, "eos": 1, "bos": 2}

@@ -23,8 +23,9 @@ from kiem.data.clean.cleaner import normalize
 from kiem.data.prepare.preprocess import preprocess
 from kiem.data.prepare.units import plan_units
 from kiem.data.read.sources import resolve_source
-from kiem.tokenizer.encoding import Encoder, prepare_fast_path
-from kiem.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from kiem.tokenizer.encoding import Encoder, fast_path
+from kiem.tokenizer.tokenizer import Tokenizer
+from kiem.tokenizer.train import train_tokenizer
 
 LONGEST_ENTRY = 2048  # as train_tokenizer says
 LENGTH = 20_000
@@ -55,9 +56,8 @@ def test_no_entry_of_a_vocabulary_is_longer_for_a_longer_run(
 ) -> None:
     """Training takes time by the square of the longest piece, which this shows."""
     run = RUNS[name] * 3
-    vocabulary = train_tokenizer([*sample_texts[:20], run], 800).content
-    assert vocabulary is not None
-    assert LONGEST_ENTRY // 4 < max(map(len, vocabulary.vocabulary)) <= LONGEST_ENTRY
+    vocabulary = train_tokenizer([*sample_texts[:20], run], 800).vocabulary
+    assert LONGEST_ENTRY // 4 < max(map(len, vocabulary)) <= LONGEST_ENTRY
 
 
 def test_the_longest_runs_that_are_not_cut_train_as_they_are(sample_texts: list[str]) -> None:
@@ -72,7 +72,7 @@ def test_the_longest_runs_that_are_not_cut_train_as_they_are(sample_texts: list[
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_a_run_is_encoded_exactly(run: str, trained: Tokenizer) -> None:
-    encoded = Encoder(trained, prepare_fast_path(trained.content)).encode([run], lambda _: "")
+    encoded = Encoder(trained, fast_path(trained, "auto")).encode([run], lambda _: "")
     assert encoded.ids.tolist() == trained.encode(run)
     assert trained.decode(encoded.ids.tolist()) == run
 

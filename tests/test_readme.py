@@ -13,7 +13,7 @@ from conftest import ROOT, run_bash
 from hub_server import HubServer
 
 from kiem.config import HUB_DATASET, HUB_TOKENIZER
-from kiem.tokenizer.tokenizer import train_tokenizer
+from kiem.tokenizer.train import train_tokenizer
 
 SCRIPTS = tuple(path.stem for path in ROOT.glob("*.py"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")

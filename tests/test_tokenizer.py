@@ -16,9 +16,9 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.tokenizer.tokenizer import (
     Tokenizer,
     parse_tokenizer,
-    train_tokenizer,
     write_tokenizer,
 )
+from kiem.tokenizer.train import train_tokenizer
 
 NASTY = [
     "<eos>",

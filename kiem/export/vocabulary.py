@@ -16,8 +16,8 @@ import msgspec
 from gguf import TokenType
 
 from kiem.core.errors import ExitCode, UserError
-from kiem.tokenizer.tokenizer import BYTE_TOKENS, WORD_PIECES, Tokenizer
-from kiem.tokenizer.tokenizer_json import AddedToken, TokenizerJson
+from kiem.tokenizer.tokenizer import BYTE_TOKENS, AddedToken, Tokenizer
+from kiem.tokenizer.train import SPLIT_REGEX
 
 _OTHER_KIND = "it is not a byte-fallback BPE over text with its spaces replaced"
 
@@ -42,15 +42,14 @@ def make_vocabulary(tokenizer: Tokenizer, num_rows: int) -> Vocabulary:
     Raises:
         UserError: llama.cpp would encode text in another way than this tokenizer does.
     """
-    content = tokenizer.content
-    if content is None or not content.is_gemma_style:
+    if not tokenizer.is_gemma_style:
         raise _not_expressible(_OTHER_KIND)
-    added = content.added_tokens
-    ranks = _ranks(content)
+    added = tokenizer.added_tokens
+    ranks = _ranks(tokenizer)
     lowest = -float(len(ranks))
     tokens = [f"[PAD{number}]" for number in range(num_rows)]
     scores, types = [lowest] * num_rows, [TokenType.UNUSED] * num_rows
-    ids = {**content.vocabulary, **{text: token.id for text, token in added.items()}}
+    ids = {**tokenizer.vocabulary, **{text: token.id for text, token in added.items()}}
     for text, number in ids.items():
         if number < num_rows:
             tokens[number] = text
@@ -71,19 +70,19 @@ def _type_of(text: str, added: AddedToken | None) -> TokenType:
     return TokenType.CONTROL if added.special else TokenType.USER_DEFINED
 
 
-def _ranks(content: TokenizerJson) -> dict[str, int]:
+def _ranks(tokenizer: Tokenizer) -> dict[str, int]:
     """Returns entry -> its place among all that merging can make, the first being made first."""
-    pre_tokenizer = content.description.pre_tokenizer
+    pre_tokenizer = tokenizer.description.pre_tokenizer
     never_cuts = pre_tokenizer is None or (
         # Gemma's, which finds no space any more, or kiem's, across which no entry goes.
         pre_tokenizer.get("type") == "Split"
-        and pre_tokenizer.get("pattern") in ({"String": " "}, {"Regex": WORD_PIECES})
+        and pre_tokenizer.get("pattern") in ({"String": " "}, {"Regex": SPLIT_REGEX})
     )
     if not never_cuts:
         raise _not_expressible(_OTHER_KIND)
     try:
         kind = list[tuple[str, str] | str]
-        merges = msgspec.json.decode(content.description.model.merges, type=kind)
+        merges = msgspec.json.decode(tokenizer.description.model.merges, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise _not_expressible("its merges are not pairs of entries") from error
     ranks: dict[str, int] = {}
@@ -98,7 +97,7 @@ def _ranks(content: TokenizerJson) -> dict[str, int]:
             raise _not_expressible(f"the merges that make {made!r} are not together")
         ranks.setdefault(made, len(ranks))
         previous = made
-    entries, reserved = content.vocabulary, {*BYTE_TOKENS, *content.added_tokens}
+    entries, reserved = tokenizer.vocabulary, {*BYTE_TOKENS, *tokenizer.added_tokens}
     num_possible = sum(
         entry[:cut] in entries and entry[cut:] in entries
         for entry in entries

@@ -1,7 +1,7 @@
-"""The tokenizers library in a process of its own, which says what ids texts should have.
+"""The tokenizers library in a process of its own, which encodes what the fast path is checked by.
 
-Loading Gemma's tokenizer keeps Python's lock for most of a second, and so does loading the fast
-encoder. Here the one is loaded beside the other, once for all workers.
+Loading Gemma's tokenizer holds Python's lock for a second, and so does loading gigatoken. Here one
+is loaded beside the other, once for all workers.
 """
 
 from __future__ import annotations
@@ -10,37 +10,33 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from threading import Thread
 
 from kiem.core.errors import ExitCode, UserError
 from kiem.tokenizer.tokenizer import Tokenizer
 
-# Texts to their ids, without control tokens.
-Reference = Callable[[Sequence[str]], list[list[int]]]
+# A text to its ids, without control tokens.
+Reference = Callable[[str], list[int]]
 
 
 @contextlib.contextmanager
 def reference_process(tokenizer: Tokenizer, num_workers: int) -> Iterator[list[Reference]]:
-    """Runs a forked process that loads a tokenizer and answers each worker by a thread.
+    """Runs a forked process that loads a tokenizer, and yields a reference for each worker.
 
-    Args:
-        tokenizer: whose ids are right.
-        num_workers: how many ask at the same time.
-
-    Yields:
-        A reference for each worker, which may be forked from this process.
+    The workers may be forked from this process and use their references at the same time.
     """
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe() for _ in range(num_workers)]
-    ours, theirs = [ours for ours, _ in pipes], [their for _, their in pipes]
-    process = context.Process(target=_serve, args=(tokenizer, theirs, ours))
+    ours, theirs = [our for our, _ in pipes], [their for _, their in pipes]
+    process = context.Process(target=_serve_all, args=(tokenizer, theirs, ours))
     process.start()
     for connection in theirs:
         connection.close()
     try:
-        yield [_asking(connection) for connection in ours]
+        yield [partial(_ask, connection) for connection in ours]
     finally:
         for connection in ours:
             connection.close()
@@ -49,7 +45,7 @@ def reference_process(tokenizer: Tokenizer, num_workers: int) -> Iterator[list[R
 
 
 def ended_from_outside(process: str) -> UserError:
-    """Returns the error for a process of ours that ended in the middle of its work."""
+    """Returns the error for a child process that was killed."""
     return UserError(
         f"{process} was ended from outside",
         where="--num-proc",
@@ -59,45 +55,39 @@ def ended_from_outside(process: str) -> UserError:
     )
 
 
-def _asking(connection: Connection) -> Reference:
-    def encode_batch(texts: Sequence[str]) -> list[list[int]]:
-        try:
-            connection.send(list(texts))
-            answer = connection.recv()
-        except (EOFError, OSError) as error:
-            raise ended_from_outside("the process that checks the encoding") from error
-        if isinstance(answer, UserError):
-            raise answer
-        return list(answer)
-
-    return encode_batch
+def _ask(connection: Connection, text: str) -> list[int]:
+    try:
+        connection.send(text)
+        answer = connection.recv()
+    except (EOFError, OSError) as error:
+        raise ended_from_outside("the process that checks the encoding") from error
+    if isinstance(answer, UserError):
+        raise answer
+    return list(answer)
 
 
-def _serve(tokenizer: Tokenizer, theirs: list[Connection], ours: list[Connection]) -> None:
+def _serve_all(tokenizer: Tokenizer, theirs: list[Connection], ours: list[Connection]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers keep all processors busy
     for connection in ours:
-        connection.close()  # so that the end of the program and its workers is seen here
-    _answer(tokenizer, [])  # loads it
-    threads = [Thread(target=_serve_one, args=(tokenizer, connection)) for connection in theirs]
+        connection.close()  # so that this process sees when the parent and its workers have ended
+    with contextlib.suppress(UserError):  # which the first answer will be
+        tokenizer.encode("")  # loads it
+    threads = [Thread(target=serve, args=(tokenizer, connection)) for connection in theirs]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
 
-def _serve_one(tokenizer: Tokenizer, connection: Connection) -> None:
-    while True:
-        # OSError: the worker was stopped before it read its answer.
-        try:
-            connection.send(_answer(tokenizer, connection.recv()))
-        except (EOFError, OSError):
-            return
-
-
-def _answer(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]] | UserError:
-    try:
-        return tokenizer.encode_batch(texts)
-    except UserError as error:  # the tokenizer cannot be loaded
-        return error
+def serve(tokenizer: Tokenizer, connection: Connection) -> None:
+    """Answers each text with its ids or a UserError, until the other end is closed."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            text = connection.recv()
+            try:
+                answer: list[int] | UserError = tokenizer.encode(text)
+            except UserError as error:  # the tokenizer cannot be loaded
+                answer = error
+            connection.send(answer)

@@ -49,10 +49,9 @@ from kiem.tokenizer.tokenizer import (
     Tokenizer,
     load_tokenizer,
     parse_tokenizer,
-    train_tokenizer,
-    vocabulary_size_to_train,
     write_tokenizer,
 )
+from kiem.tokenizer.train import train_tokenizer, vocabulary_size_to_train
 
 # Units and chunks are there at the same time; four bytes a token and at least three of text in it.
 # A rejected document that is kept is in no chunk, so it takes less.
