@@ -50,41 +50,55 @@ class Weight(NamedTuple):
         return _Weight(self.data.data_ptr(), _address(self.scales), self.num_rows)
 
 
-def _fields(pointers: str, numbers: str, fraction: str = "") -> list[tuple[str, Any]]:
-    """Returns the fields of a C++ struct: pointers, then of type long, then of type float."""
-    return [
-        *((name, ctypes.c_void_p) for name in pointers.split()),
-        *((name, ctypes.c_long) for name in numbers.split()),
-        *((name, ctypes.c_float) for name in fraction.split()),
-    ]
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
 
 
 # The structs of the same names in cpp/linear.h and cpp/layer.h.
 class _Weight(ctypes.Structure):
-    _fields_ = _fields("data scales", "num_rows")
+    _fields_ = (*_fields(ctypes.c_void_p, "data scales"), ("num_rows", ctypes.c_long))
 
 
 class _Linear(ctypes.Structure):
     _fields_ = (
         ("weights", _Weight * 3),
-        *_fields("norm_before norm_after", "num_weights k format is_gated is_bf16 y_is_fp32"),
+        *_fields(ctypes.c_void_p, "norm_before norm_after"),
+        *_fields(ctypes.c_long, "num_weights k format is_gated is_bf16 y_is_fp32"),
         ("eps", ctypes.c_float),
     )
 
 
-class _Layer(ctypes.Structure):
+class Layer(ctypes.Structure):
+    """A decoder layer; it does not keep alive what it points to.
+
+    Attributes:
+        qkv, o_proj, gate_up, down: `Linear.struct` of the products with the norms around them.
+        q_norm, k_norm: addresses of the weights of the norms of queries and keys.
+        num_heads, num_kv_heads, head_dim: of the attention.
+        scale: of its scores.
+    """
+
     _fields_ = (
-        *((name, _Linear) for name in ("qkv", "o_proj", "gate_up", "down")),
-        *_fields("q_norm k_norm", "num_heads num_kv_heads head_dim", "scale"),
+        *_fields(_Linear, "qkv o_proj gate_up down"),
+        *_fields(ctypes.c_void_p, "q_norm k_norm"),
+        *_fields(ctypes.c_long, "num_heads num_kv_heads head_dim"),
+        ("scale", ctypes.c_float),
     )
 
 
 class _LayerCache(ctypes.Structure):
-    _fields_ = _fields("keys values", "num_entries is_sliding")
+    _fields_ = (
+        *_fields(ctypes.c_void_p, "keys values"),
+        *_fields(ctypes.c_long, "num_entries is_sliding"),
+    )
 
 
 class _TextModel(ctypes.Structure):
-    _fields_ = _fields("layers norm", "num_layers", "eps")
+    _fields_ = (
+        *_fields(ctypes.c_void_p, "layers norm"),
+        ("num_layers", ctypes.c_long),
+        ("eps", ctypes.c_float),
+    )
 
 
 class Linear:
@@ -139,42 +153,6 @@ class Linear:
         return y
 
 
-class Layer(NamedTuple):
-    """A decoder layer.
-
-    Attributes:
-        qkv: queries, keys and values of the normed input.
-        o_proj: the attention's output, normed.
-        gate_up: gated MLP of the normed input.
-        down: the MLP's output, normed.
-        q_norm, k_norm: weights of the norms of queries and keys, [C].
-        num_kv_heads: key and value heads.
-        scale: of the attention's scores.
-    """
-
-    qkv: Linear
-    o_proj: Linear
-    gate_up: Linear
-    down: Linear
-    q_norm: Tensor
-    k_norm: Tensor
-    num_kv_heads: int
-    scale: float
-
-    def struct(self) -> _Layer:
-        """Returns it for C++."""
-        head_dim = len(self.q_norm)
-        return _Layer(
-            *(linear.struct for linear in self[:4]),
-            self.q_norm.data_ptr(),
-            self.k_norm.data_ptr(),
-            self.o_proj.struct.k // head_dim,
-            self.num_kv_heads,
-            head_dim,
-            self.scale,
-        )
-
-
 class Layers:
     """All layers and the last norm, for one new token in each of B sequences, in one call.
 
@@ -182,12 +160,13 @@ class Layers:
         layers: from the first to the last.
         norm: weights of the last norm, [D].
         eps: of that norm.
+        kept: the tensors that the layers point to.
     """
 
-    def __init__(self, layers: Sequence[Layer], norm: Tensor, eps: float):
+    def __init__(self, layers: Sequence[Layer], norm: Tensor, eps: float, kept: Sequence[Tensor]):
         self._kernels = kernels()
-        self._kept = layers, norm
-        self._layers = (_Layer * len(layers))(*(layer.struct() for layer in layers))
+        self._kept = norm, kept
+        self._layers = (Layer * len(layers))(*layers)
         address = ctypes.addressof(self._layers)
         self._struct = _TextModel(address, norm.data_ptr(), len(layers), eps)
 

@@ -67,7 +67,8 @@ class Decoder:
         ]
         self._frequencies = torch.stack(frequencies)[:, None]  # 2 1 C/2
         layers = [_layer(layer, model) for layer in model.model.layers]
-        self._layers = Layers(layers, norm.weight, norm.eps)
+        tensors = [*model.parameters(), *model.buffers()]
+        self._layers = Layers(layers, norm.weight, norm.eps, tensors)
 
     def __call__(self, ids: Tensor, where: CachePass) -> Tensor:
         """Returns the normed output of the last layer [B, 1, D] of tokens int64 [B, 1]."""
@@ -81,24 +82,27 @@ class Decoder:
 
 def _layer(layer: nn.Module, model: Gemma3) -> Layer:
     assert isinstance(layer, DecoderLayer)
-    attention, mlp = layer.self_attn, layer.mlp
-    linear = partial(Linear, dtype=model.dtype, eps=layer.input_layernorm.eps)
+    config, attention, mlp = model.config, layer.self_attn, layer.mlp
+    linear = partial(Linear, dtype=model.dtype, eps=config.rms_norm_eps)
+    qkv = linear(
+        _weights(attention.q_proj, attention.k_proj, attention.v_proj),
+        norm_before=layer.input_layernorm.weight,
+    )
+    o_proj = linear(_weights(attention.o_proj), norm_after=layer.post_attention_layernorm.weight)
+    gate_up = linear(
+        _weights(mlp.gate_proj, mlp.up_proj),
+        norm_before=layer.pre_feedforward_layernorm.weight,
+        is_gated=True,
+    )
+    down = linear(_weights(mlp.down_proj), norm_after=layer.post_feedforward_layernorm.weight)
     return Layer(
-        qkv=linear(
-            _weights(attention.q_proj, attention.k_proj, attention.v_proj),
-            norm_before=layer.input_layernorm.weight,
-        ),
-        o_proj=linear(_weights(attention.o_proj), norm_after=layer.post_attention_layernorm.weight),
-        gate_up=linear(
-            _weights(mlp.gate_proj, mlp.up_proj),
-            norm_before=layer.pre_feedforward_layernorm.weight,
-            is_gated=True,
-        ),
-        down=linear(_weights(mlp.down_proj), norm_after=layer.post_feedforward_layernorm.weight),
-        q_norm=attention.q_norm.weight,
-        k_norm=attention.k_norm.weight,
-        num_kv_heads=model.config.num_key_value_heads,
-        scale=attention.scale,
+        *(product.struct for product in (qkv, o_proj, gate_up, down)),
+        attention.q_norm.weight.data_ptr(),
+        attention.k_norm.weight.data_ptr(),
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        attention.scale,
     )
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import torch
@@ -55,14 +55,6 @@ _SYNC_BYTES = 8 << 20
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _OUTPUT_LAYER = "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-
-
-class _Entry(NamedTuple):
-    """A tensor in a file."""
-
-    path: Path
-    dtype: str
-    shape: list[int]
 
 
 class _Index(msgspec.Struct):
@@ -166,37 +158,28 @@ def read_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = 
     if (folder / MANIFEST_FILE).exists():
         verify_manifest(folder, fix="Copy or download it again, or train it again.")
     config = read_config(folder)
-    entries = _weight_entries(folder)
-    num_layers = len({match[1] for name in entries if (match := _LAYER.match(name))})
+    paths, weights = _read_weights(folder)
+    num_layers = len({match[1] for name in weights if (match := _LAYER.match(name))})
     if num_layers != config.num_hidden_layers:
         what = f"num_hidden_layers = {config.num_hidden_layers}, but there are weights of "
         raise not_a_model(folder / CONFIG_FILE, f"{what}{num_layers} layers")
     with torch.device("meta"):
         model = Gemma3(config)
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    _check_entries(entries, shapes, folder)
-    dtypes = {entry.dtype for entry in entries.values()}
-    if dtype is None and (len(dtypes) > 1 or "F64" in dtypes):
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, shape in expected.items():
+        if name not in weights:
+            raise not_a_model(folder, f"{name} is missing; it should be {shape}")
+        if (found := list(weights[name].shape)) != shape:
+            what = f"{name} is {found}; by {CONFIG_FILE} it should be {shape}"
+            raise not_a_model(paths[name], what)
+    if extra := sorted(weights.keys() - expected.keys()):
+        raise not_a_model(paths[extra[0]], f"unknown weights: {', '.join(extra[:5])}")
+    dtypes = {tensor.dtype for tensor in weights.values()}
+    if dtype is None and (len(dtypes) > 1 or torch.float64 in dtypes):
         dtype = torch.float32  # a model computes in one precision
-    weights: dict[str, Tensor] = {}
-    for path in sorted({entry.path for entry in entries.values()}):
-        with _opened(path, device) as file:
-            for name in (name for name, entry in entries.items() if entry.path == path):
-                weights[name] = file.get_tensor(name).to(dtype)
+    weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
     model.load_state_dict(weights, assign=True)
     return model
-
-
-def _check_entries(entries: dict[str, _Entry], shapes: dict[str, list[int]], folder: Path) -> None:
-    """Checks that a folder's weights are those of a model whose parameters have these shapes."""
-    for name, shape in shapes.items():
-        if name not in entries:
-            raise not_a_model(folder, f"{name} is missing; it should be {shape}")
-        if entries[name].shape != shape:
-            what = f"{name} is {entries[name].shape}; by {CONFIG_FILE} it should be {shape}"
-            raise not_a_model(entries[name].path, what)
-    if extra := sorted(entries.keys() - shapes.keys()):
-        raise not_a_model(entries[extra[0]].path, f"unknown weights: {', '.join(extra[:5])}")
 
 
 def read_model_tokenizer(folder: Path, config: Gemma3Config) -> Tokenizer:
@@ -217,26 +200,26 @@ def read_model_tokenizer(folder: Path, config: Gemma3Config) -> Tokenizer:
     return tokenizer
 
 
-def _weight_entries(folder: Path) -> dict[str, _Entry]:
-    """Returns where each of the weights is; the output layer, which is the embedding, is left out.
+def _read_weights(folder: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
+    """Returns the files of all weights, and the weights; tied ones of the output layer left out.
 
     Raises:
         UserError: a file is missing or damaged, or holds what cannot be a weight; names it.
     """
-    entries: dict[str, _Entry] = {}
+    paths: dict[str, Path] = {}
+    weights: dict[str, Tensor] = {}
     for path in _weight_files(folder):
-        with _opened(path, "cpu") as file:
+        with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 - it is not a dict
                 if name == _OUTPUT_LAYER:
                     continue
-                if name in entries:
-                    raise not_a_model(path, f"{name} is in {entries[name].path.name} as well")
-                entry = file.get_slice(name)
-                dtype = entry.get_dtype()
+                if name in paths:
+                    raise not_a_model(path, f"{name} is in {paths[name].name} as well")
+                dtype = file.get_slice(name).get_dtype()
                 if dtype not in _FLOATS:
                     raise not_a_model(path, f"{name} is {dtype}, not one of {', '.join(_FLOATS)}")
-                entries[name] = _Entry(path, dtype, entry.get_shape())
-    return entries
+                paths[name], weights[name] = path, file.get_tensor(name)
+    return paths, weights
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -254,12 +237,12 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _opened(path: Path, device: str) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[Any]:
     """Opens a safetensors file; the error for a missing or damaged one names it."""
     try:
         if not path.is_file():
             raise FileNotFoundError("no such file")
-        with safe_open(path, framework="pt", device=device) as file:
+        with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
         fix = "The file is damaged or cut short: copy or download it again."
