@@ -14,7 +14,6 @@ from rich.table import Table
 
 from kiem.compute.memory import (
     give_back_free_memory,
-    held_to_the_end,
     keep_freed_memory,
     peak_memory_bytes,
 )
@@ -149,11 +148,10 @@ def _measure(
     probe.compile_if_worthwhile(recipe)
     give_back_free_memory()
     alone = replace(distributed, rank=0, world_size=1)
-    with held_to_the_end():
-        parallel_model = ParallelModel(model, alone, "none")
-        optimizers = make_optimizers(
-            model, options.optimizer, options.weight_decay, matrix_dtype=distributed.matrix_dtype
-        )
+    parallel_model = ParallelModel(model, alone, "none")
+    optimizers = make_optimizers(
+        model, options.optimizer, options.weight_decay, matrix_dtype=distributed.matrix_dtype
+    )
     batch = collate(chunks.read(Order(chunks.num_chunks, 0).chunks(0, recipe.batch_size)))
 
     def step(num_passes: int) -> float:

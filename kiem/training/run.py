@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from kiem.compute.memory import give_back_free_memory, held_to_the_end, keep_freed_memory
+from kiem.compute.memory import give_back_free_memory, keep_freed_memory
 from kiem.compute.speed import prefers_bf16
 from kiem.config import TrainingOptions
 from kiem.core.console import warn
@@ -264,13 +264,15 @@ def prepare_run(
     recipe = probe.fit_recipe(recipe)
     compiled = probe.compile_if_worthwhile(recipe)
     give_back_free_memory()
-    with held_to_the_end():  # gradients and moments
-        parallel_model = ParallelModel(model, distributed, options.shard)
-        held.callback(parallel_model.close)
-        decay = options.weight_decay
-        optimizers = make_optimizers(
-            model, options.optimizer, decay, parallel_model.local_params, distributed.matrix_dtype
-        )
+    parallel_model = ParallelModel(model, distributed, options.shard)
+    held.callback(parallel_model.close)
+    optimizers = make_optimizers(
+        model,
+        options.optimizer,
+        options.weight_decay,
+        parallel_model.local_params,
+        distributed.matrix_dtype,
+    )
     run = Run(
         options=options,
         recipe=recipe,
