@@ -30,7 +30,8 @@ from transformers import (
 from kiem.cli import parse
 from kiem.config import EvaluationOptions
 from kiem.core.errors import ExitCode, UserError
-from kiem.evaluation.bits_per_byte import Document, Measured, bits_per_byte, measure
+from kiem.data.read.rows import Document
+from kiem.evaluation.bits_per_byte import Measured, bits_per_byte, measure
 from kiem.evaluation.command import evaluate, open_language_model
 from kiem.evaluation.language_model import (
     LanguageModel,
@@ -102,7 +103,7 @@ def sliding_reference(log_probs, ids: list[int], bos_id: int, context: int) -> f
 def count_nats(model: LanguageModel, text_ids: list[list[int]]) -> np.ndarray:
     """Measures token sequences as if they were documents."""
     numbered = LanguageModel(**{**vars(model), "encode": lambda t: [text_ids[int(i)] for i in t]})
-    return measure(numbered, (Document(str(i), "x") for i in range(len(text_ids)))).nats
+    return measure(numbered, (Document(str(i), "x", i) for i in range(len(text_ids)))).nats
 
 
 def test_windows_score_every_token_once_with_half_a_context() -> None:
@@ -190,7 +191,7 @@ def test_foreign_model_equals_a_plain_reference(gpt2: Path, sample_texts: list[s
             return log_softmax(reference(torch.tensor([row])).logits[0, -1].double(), -1)
 
     texts = [sample_texts[3][:400], "Kort.", "<|endoftext|> is hier tekst", sample_texts[4][:90]]
-    measured = measure(foreign, iter(Document(text, "x") for text in texts))
+    measured = measure(foreign, iter(Document(text, "x", 1) for text in texts))
     for number, text in enumerate(texts):
         ids = foreign.encode([text])[0]
         assert tokenizer.decode(ids) == text

@@ -22,7 +22,6 @@ from serving import ENDLESS, ServerProcess, open_stream, serving, wait_until
 from kiem.inference.engine import Engine, Request, RequestOutput
 from kiem.inference.loading import load_for_inference
 from kiem.inference.sampling import SamplingParams
-from kiem.inference.server.metrics import ServerMetrics
 from kiem.inference.server.worker import Worker
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -304,7 +303,7 @@ def test_what_was_written_before_anybody_listened_is_not_lost(model: Path) -> No
     requests = [Request(ids, params, seed=1) for ids in texts]
 
     async def listen_late() -> list[tuple[int, RequestOutput]]:
-        worker = Worker(engine, 2, ServerMetrics(engine, 2))
+        worker = Worker(engine, 2)
         worker.start(lambda: None)
         job = worker.submit(requests)
         while job.open:

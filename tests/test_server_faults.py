@@ -18,7 +18,6 @@ from torch import Tensor
 from kiem.inference.engine import Engine, Request
 from kiem.inference.loading import LoadedModel, load_for_inference
 from kiem.inference.sampling import SamplingParams
-from kiem.inference.server.metrics import ServerMetrics
 from kiem.inference.server.worker import Worker
 from kiem.tokenizer.tokenizer import Tokenizer
 
@@ -150,7 +149,7 @@ def test_the_event_loop_may_end_within_a_step(trained_run: Path) -> None:
 
     loaded.model.model.norm.register_forward_pre_hook(read_on)
     engine = Engine(loaded.model, loaded.tokenizer, max_requests=2, max_tokens=16)
-    worker = Worker(engine, 2, ServerMetrics(engine, 2))
+    worker = Worker(engine, 2)
 
     async def leave_early() -> None:
         worker.start(lambda: None)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from serving import RunningServer, serving_here
 
-from kiem.evaluation.bits_per_byte import Document, bits_per_byte, measure
+from kiem.data.read.rows import Document
+from kiem.evaluation.bits_per_byte import bits_per_byte, measure
 from kiem.evaluation.language_model import own_language_model
 from kiem.inference.loading import LoadedModel, load_for_inference
 
@@ -133,7 +134,7 @@ def test_lm_eval_finds_the_figure_of_evaluate_py(
             for top in choice["logprobs"]["top_logprobs"][context_length:-1]:
                 assert max(top.values()) <= 0
     model = own_language_model(loaded.model, loaded.tokenizer, context=4096)
-    measured = measure(model, iter([Document(text, "") for text in texts]))
+    measured = measure(model, iter([Document(text, "", 1) for text in texts]))
     found = bits_per_byte(measured, None, 0)
     num_bytes = sum(len(text.encode()) for text in texts)
     assert nats / (math.log(2) * num_bytes) == pytest.approx(found.bpb, abs=1e-4)

@@ -14,40 +14,26 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 
 from kiem.core.randomness import derive_seed
+from kiem.data.read.rows import Document
 from kiem.evaluation.language_model import LanguageModel, text_nats
 
 _RESAMPLES = 1000
 _DOCUMENTS_AT_ONCE = 256
 
 
-class Document(NamedTuple):
-    """A text to measure a model on, and the source it is counted under."""
-
-    text: str
-    source: str
-
-
 @dataclass(frozen=True)
 class Measured:
-    """Measurements of each document.
+    """Measurements of each document; num_unknown is over all."""
 
-    Attributes:
-        nats: fp64 [documents].
-        num_bytes, num_tokens: int64 [documents]; the tokens without <bos>.
-        sources: the source of each.
-        num_unknown: tokens of all documents that stand for text the tokenizer cannot express.
-    """
-
-    nats: np.ndarray
-    num_bytes: np.ndarray
-    num_tokens: np.ndarray
+    nats: np.ndarray  # fp64 [documents]
+    num_bytes: np.ndarray  # int64 [documents]
+    num_tokens: np.ndarray  # int64 [documents], without <bos>
     sources: list[str]
-    num_unknown: int
+    num_unknown: int  # tokens that stand for text the tokenizer cannot express
 
 
 @dataclass(frozen=True)

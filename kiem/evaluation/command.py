@@ -30,8 +30,9 @@ from kiem.data.chunks import (
 from kiem.data.prepare.verify import verify_shards
 from kiem.data.read.find_files import check_one_reader
 from kiem.data.read.readers import check_effects, read_documents
+from kiem.data.read.rows import Document
 from kiem.data.read.sources import resolve_source
-from kiem.evaluation.bits_per_byte import Document, bits_per_byte, measure
+from kiem.evaluation.bits_per_byte import bits_per_byte, measure
 from kiem.evaluation.foreign import open_foreign_model
 from kiem.evaluation.language_model import LanguageModel, own_language_model
 from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, summarize
@@ -115,8 +116,7 @@ def evaluation_documents(options: EvaluationOptions, console: Console) -> Iterat
     )
     check_effects(source, options.text_column)
     fix = "Correct or remove it, or name the text's column with --text-column."
-    rows = read_documents(source, options.text_column, fix)
-    documents = (Document(row.text, row.source) for row in rows)
+    documents = read_documents(source, options.text_column, fix)
     return islice(documents, options.max_documents)
 
 
@@ -134,9 +134,10 @@ def _test_split(folder: Path) -> Iterator[Document]:
     if (sources := open_test_sources(folder, manifest)) is not None:
         known = manifest["splits"]["test"]["source_names"]
         names = [known[number] for number in _tokens(sources)[starts]]
+    documents = zip(np.split(ids, starts)[1:], names, strict=True)
     return (
-        Document(tokenizer.decode(document.tolist()), name)
-        for document, name in zip(np.split(ids, starts)[1:], names, strict=True)
+        Document(tokenizer.decode(document.tolist()), name, number)
+        for number, (document, name) in enumerate(documents, start=1)
     )
 
 

@@ -52,7 +52,7 @@ class Row(NamedTuple):
 
 
 def own_language_model(model: Gemma3, tokenizer: Tokenizer, context: int) -> LanguageModel:
-    """Returns kiem's own model as a LanguageModel."""
+    """Returns a model of kiem's own as a LanguageModel."""
 
     def nats(ids: Tensor, scored: Tensor) -> Tensor:
         with torch.no_grad():

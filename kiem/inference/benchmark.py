@@ -26,13 +26,7 @@ _COPY_BYTES = 1 << 29
 def run_benchmark(
     loaded: LoadedModel, json_file: Path | None, name: str, console: Console
 ) -> dict[str, Any]:
-    """Measures the speed, prints a table and writes JSON if asked.
-
-    Args:
-        loaded: the model.
-        json_file: where to write the figures, or None.
-        name: of the model in the table.
-        console: where the table goes.
+    """Measures the speed of a model, prints a table and writes `json_file` if there is one.
 
     Returns:
         The figures: `batch_1` and `batch_8`, each as `_measure` returns it, `memory_bytes`,

@@ -34,9 +34,7 @@ def generate(options: InferenceOptions, console: Console) -> None:
     """
     # Check all that can be checked before the model is loaded.
     _check_options(options)
-    params = SamplingParams(
-        **{field.name: getattr(options, field.name) for field in fields(SamplingParams)}
-    )
+    params = SamplingParams(**{f.name: getattr(options, f.name) for f in fields(SamplingParams)})
     is_filtered = options.top_p != 0.9 or options.top_k != 0 or options.min_p != 0
     if params.is_greedy and is_filtered:
         warn(console, "--top-k, --top-p and --min-p have no effect with --temperature 0")

@@ -27,11 +27,6 @@ def read_prompts(
 ) -> list[str]:
     """Returns the one prompt, those of a file, or the default ones.
 
-    Args:
-        prompt: the prompt of `--prompt`.
-        path: the file of `--prompts-file`.
-        console: where files that are not read are listed.
-
     Raises:
         UserError: the file is missing, empty or malformed; names the line.
     """

@@ -40,14 +40,7 @@ _FRAME_STOP = ("\nVraag:",)
 def run_repl(
     loaded: LoadedModel, params: SamplingParams, options: InferenceOptions, console: Console
 ) -> None:
-    """Reads prompts from the keyboard and streams continuations until end of input or /quit.
-
-    Args:
-        loaded: the model.
-        params: how tokens are chosen.
-        options: all options of inference.py.
-        console: where text goes.
-    """
+    """Reads prompts from the keyboard and streams continuations until end of input or /quit."""
     with contextlib.suppress(ImportError):  # line editing and history, where the system has it
         import readline  # noqa: F401
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -73,7 +66,7 @@ def run_repl(
 
 
 class _Repl:
-    """The text so far, and the parameters that commands change; arguments as in `run_repl`."""
+    """The text so far, and the parameters that commands change."""
 
     def __init__(
         self,

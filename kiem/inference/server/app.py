@@ -23,13 +23,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kiem.inference.engine import RequestOutput
 from kiem.inference.server.access import AccessControl
-from kiem.inference.server.completions import (
-    ServerSettings,
-    model_not_found,
-    parse_completion,
-)
+from kiem.inference.server.completions import ServerSettings, model_not_found, parse_completion
 from kiem.inference.server.errors import ApiError, server_failed, shown
-from kiem.inference.server.metrics import ServerMetrics
 from kiem.inference.server.response import CompletionResponse
 from kiem.inference.server.worker import Job, Worker
 from kiem.tokenizer.tokenizer import Tokenizer
@@ -41,35 +36,18 @@ _MOST_THREADS = 2
 _ROUTES_HERE = (
     "There are POST /v1/completions, GET /v1/models, /health, /metrics and the page at /."
 )
-_PAGE_FILES = {
-    "page.css": "text/css",
-    "page.js": "text/javascript",
-    "icon.svg": "image/svg+xml",
-}
+_PAGE_FILES = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _Result = TypeVar("_Result")
 
 
 class Server:
-    """The routes and what they need.
+    """The routes and what they need."""
 
-    Args:
-        worker: the engine's thread.
-        settings: what the server was started with.
-        tokenizer: the model's.
-        metrics: what is counted.
-    """
-
-    def __init__(
-        self,
-        worker: Worker,
-        settings: ServerSettings,
-        tokenizer: Tokenizer,
-        metrics: ServerMetrics,
-    ):
+    def __init__(self, worker: Worker, settings: ServerSettings, tokenizer: Tokenizer):
         self._worker = worker
         self._settings = settings
         self._tokenizer = tokenizer
-        self._metrics = metrics
+        self._metrics = worker.metrics
         source = (resources.files(__package__) / "page" / "index.html").read_text("utf-8")
         template = jinja2.Environment(autoescape=True).from_string(source)
         self._page = template.render(settings=settings)
@@ -127,9 +105,10 @@ class Server:
 
     async def health(self, _: Request) -> Response:
         """Whether the engine runs."""
-        if self._worker.is_running:
-            return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "stopped"}, 503)
+        is_running = self._worker.is_running
+        return JSONResponse(
+            {"status": "ok" if is_running else "stopped"}, 200 if is_running else 503
+        )
 
     async def metrics(self, _: Request) -> Response:
         """Figures for Prometheus."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from kiem.inference.engine import Engine, RequestOutput
@@ -10,12 +12,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 
 
 class ServerMetrics:
-    """The figures of one server, in a registry of its own.
-
-    Args:
-        engine: the engine that runs the sequences.
-        max_sequences: most sequences that can run or wait.
-    """
+    """The figures of one server, in a registry of its own."""
 
     def __init__(self, engine: Engine, max_sequences: int):
         self._registry = own = CollectorRegistry()
@@ -24,25 +21,17 @@ class ServerMetrics:
         waiting = Gauge("kiem_sequences_waiting", "Sequences without a slot", registry=own)
         waiting.set_function(lambda: engine.num_waiting)
         Gauge("kiem_sequences_limit", "Most running and waiting", registry=own).set(max_sequences)
-        self._responses = Counter(
-            "kiem_http_responses", "Responses", ("route", "status"), registry=own
+        counter = partial(Counter, registry=own)
+        self._responses = counter("kiem_http_responses", "Responses", ("route", "status"))
+        self.prompt_tokens = counter("kiem_prompt_tokens", "Tokens of prompts")
+        self._new_tokens = counter("kiem_new_tokens", "Tokens written")
+        self._finished = counter("kiem_sequences_finished", "Sequences that ended", ("reason",))
+        histogram = partial(Histogram, buckets=_SECONDS, registry=own)
+        self.first_token_seconds = histogram(
+            "kiem_first_token_seconds", "From a request to its first new token"
         )
-        self.prompt_tokens = Counter("kiem_prompt_tokens", "Tokens of prompts", registry=own)
-        self._new_tokens = Counter("kiem_new_tokens", "Tokens written", registry=own)
-        self._finished = Counter(
-            "kiem_sequences_finished", "Sequences that ended", ("reason",), registry=own
-        )
-        self.first_token_seconds = Histogram(
-            "kiem_first_token_seconds",
-            "From a request to its first new token",
-            buckets=_SECONDS,
-            registry=own,
-        )
-        self.request_seconds = Histogram(
-            "kiem_request_seconds",
-            "From a request to the end of its response",
-            buckets=_SECONDS,
-            registry=own,
+        self.request_seconds = histogram(
+            "kiem_request_seconds", "From a request to the end of its response"
         )
 
     def count_response(self, route: str, status: int) -> None:

@@ -95,12 +95,7 @@ def serve(
 ) -> None:
     """Serves until SIGINT (Ctrl-C) or SIGTERM, after which running requests may still end.
 
-    Args:
-        loaded: the model.
-        params: defaults for requests.
-        options: all options of inference.py.
-        listening: from `prepare_server`.
-        console: where the address is shown.
+    Requests have the defaults `params`; `listening` is the socket of `prepare_server`.
     """
     server, worker = make_server(loaded, params, options)
     loaded.tokenizer.encode("")  # Gemma's takes a second to load: not at the first request
@@ -139,7 +134,6 @@ def make_server(
     from kiem.inference.server.app import Server
     from kiem.inference.server.completions import ServerSettings
     from kiem.inference.server.connection import Connection
-    from kiem.inference.server.metrics import ServerMetrics
     from kiem.inference.server.worker import Worker
 
     settings = ServerSettings(
@@ -148,19 +142,16 @@ def make_server(
         max_context=options.max_context,
         max_sequences=options.max_requests + options.max_waiting,
     )
+    max_requests, max_tokens = options.max_requests, options.max_context
     engine = Engine(
-        loaded.model,
-        loaded.tokenizer,
-        max_requests=options.max_requests,
-        max_tokens=options.max_context,
+        loaded.model, loaded.tokenizer, max_requests=max_requests, max_tokens=max_tokens
     )
-    metrics = ServerMetrics(engine, settings.max_sequences)
-    worker = Worker(engine, settings.max_sequences, metrics)
+    worker = Worker(engine, settings.max_sequences)
 
     def end() -> None:
         server.should_exit = True
 
-    app = Server(worker, settings, loaded.tokenizer, metrics).app(options.api_key, end)
+    app = Server(worker, settings, loaded.tokenizer).app(options.api_key, end)
     config = uvicorn.Config(
         app,
         http=Connection,

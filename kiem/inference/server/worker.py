@@ -18,9 +18,8 @@ _LOG = logging.getLogger(__name__)
 class Job:
     """The sequences of one client's request."""
 
-    def __init__(self, worker: Worker, metrics: ServerMetrics, num_sequences: int):
+    def __init__(self, worker: Worker, num_sequences: int):
         self._worker = worker
-        self._metrics = metrics
         self._num_sequences = num_sequences
         self._started = time.perf_counter()
         self._events: asyncio.Queue[tuple[int, RequestOutput] | None] = asyncio.Queue()
@@ -42,7 +41,9 @@ class Job:
             if output.error is not None:
                 raise server_failed() from output.error
             if output.token is not None and not has_token:
-                self._metrics.first_token_seconds.observe(time.perf_counter() - self._started)
+                self._worker.metrics.first_token_seconds.observe(
+                    time.perf_counter() - self._started
+                )
                 has_token = True
             num_running -= output.finish_reason is not None
             yield event
@@ -55,7 +56,7 @@ class Job:
 
     def close(self) -> None:
         """Ends the job once and for all: cancels the sequences that have not ended."""
-        self._metrics.request_seconds.observe(time.perf_counter() - self._started)
+        self._worker.metrics.request_seconds.observe(time.perf_counter() - self._started)
         if self.open:
             self._worker.cancel(self)
         self.open.clear()
@@ -67,13 +68,12 @@ class Worker:
     Args:
         engine: nothing else uses it.
         max_sequences: most sequences that run or wait.
-        metrics: counts the outputs.
     """
 
-    def __init__(self, engine: Engine, max_sequences: int, metrics: ServerMetrics):
+    def __init__(self, engine: Engine, max_sequences: int):
+        self.metrics = ServerMetrics(engine, max_sequences)
         self._engine = engine
         self._max_sequences = max_sequences
-        self._metrics = metrics
         self._commands: asyncio.Queue[Callable[[], None]] = asyncio.Queue()
         self._sequences: dict[int, tuple[Job, int]] = {}  # by the engine's number
         self._jobs: set[Job] = set()
@@ -117,7 +117,7 @@ class Worker:
         if sum(len(job.open) for job in self._jobs) + len(requests) > self._max_sequences:
             message = "The server has as many requests as it takes; try again soon."
             raise ApiError(429, message, headers={"retry-after": "1"})
-        job = Job(self, self._metrics, len(requests))
+        job = Job(self, len(requests))
         self._jobs.add(job)
 
         def add() -> None:
@@ -163,7 +163,7 @@ class Worker:
         return outputs
 
     def _deliver(self, job: Job, index: int, output: RequestOutput) -> None:
-        self._metrics.count(output)
+        self.metrics.count(output)
         job.put((index, output))
         if not job.open:
             self._jobs.discard(job)
