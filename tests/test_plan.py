@@ -138,6 +138,18 @@ def test_calculated_time_follows_published_figures() -> None:
         assert seconds == pytest.approx(accumulation * expected + exchanges * once)
 
 
+def test_muons_products_take_time_which_a_divided_optimizer_shares() -> None:
+    setting = replace(SETTING, config=preset("gemma3-1b", 262_144), chunk_size=1024, world_size=4)
+    without = calculate_step_seconds(setting, 1, GPUS["h100"])
+    muon = replace(setting, optimizer="muon")
+    whole = calculate_step_seconds(muon, 1, GPUS["h100"]) - without
+    # By hand: at least the five products X X^T of the feed-forward matrices.
+    assert whole > 26 * 3 * 5 * 2 * 1152**2 * 6912 / (0.45 * 989e12) * 0.5
+    without = calculate_step_seconds(replace(setting, shard="optimizer"), 1, GPUS["h100"])
+    quarter = calculate_step_seconds(replace(muon, shard="optimizer"), 1, GPUS["h100"]) - without
+    assert quarter == pytest.approx(whole / 4)
+
+
 def test_plan_is_printed_and_nothing_is_made(sample_chunks: Path, tmp_path: Path) -> None:
     given = ("training.py", "--dataset-path", sample_chunks, "--output-dir", tmp_path / "runs")
     done = run_script(

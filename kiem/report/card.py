@@ -106,8 +106,6 @@ def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield from describe(summary)
     yield "tokens trained on", f"{summary['tokens']:,} in {summary['steps']:,} updates"
     yield "training time", f"{summary['seconds'] / 3600:.2f} hours"
-    if "joules" in summary:
-        yield "energy", f"{summary['joules'] / 3.6e6:.3g} kWh"
     yield "finished", summary["finished"]
 
 

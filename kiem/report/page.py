@@ -98,15 +98,13 @@ def _tiles(record: Record, price: float | None) -> Iterator[tuple[str, str]]:
 
 
 def _costs(record: Record, price: float | None) -> Iterator[tuple[str, str]]:
-    """Yields time, memory, energy and money, as far as they are known."""
+    """Yields time, memory and money, as far as they are known."""
     if not record.updates:
         return
     last = record.updates[-1]
     yield "training time", _duration(last["seconds"])
     if "memory_bytes" in last:
         yield "peak memory of a process", format_bytes(last["memory_bytes"])
-    if "joules" in last:
-        yield "energy", f"{last['joules'] / 3.6e6:.3g} kWh"
     price = record.options.get("price") if price is None else price
     if price is not None:
         yield "price per hour", f"{price:,.2f}"

@@ -27,6 +27,8 @@ SUMMARY_FILE = "training_summary.json"
 EVALUATION_FILE = "evaluation.json"
 _UPDATE_KEYS = {"loss", "tokens", "seconds"}
 _TEST_KEYS = {"test_loss", "test_bpb"}
+_INTEGERS = ("step", "tokens", "memory_bytes")
+_FLOATS = ("seconds", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
 # Finite: neither JSON nor a chart has others.
 _Number = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 _Amount = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
@@ -50,7 +52,6 @@ class _Line(msgspec.Struct):
     tokens_per_second: _Number = 0.0
     mfu: _Number = 0.0
     memory_bytes: _Count = 0
-    joules: _Amount = 0.0
     test_loss: _Number = 0.0
     test_bpb: _Number = 0.0
     samples: list[_Sample] = []
@@ -149,12 +150,8 @@ class Updates(Sequence[dict[str, Any]]):
     small model (1.6 kB a line, against 8 bytes a figure).
     """
 
-    _INTEGERS = ("step", "tokens", "memory_bytes")
-    _FIGURES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "seconds")
-
     def __init__(self) -> None:
-        names = (*self._INTEGERS, *self._FIGURES, "joules")
-        self._columns = {name: array("d") for name in names}
+        self._columns = {name: array("d") for name in (*_INTEGERS, *_FLOATS)}
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds a line."""
@@ -172,7 +169,7 @@ class Updates(Sequence[dict[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         figures = {name: column[index] for name, column in self._columns.items()}
         return {
-            name: int(value) if name in self._INTEGERS else value
+            name: int(value) if name in _INTEGERS else value
             for name, value in figures.items()
             if not math.isnan(value)
         }
