@@ -33,7 +33,7 @@ OPTIONS = (
 # A save is short: the first of so many interruptions waits for one, which takes about so long.
 _INTERRUPTIONS_PER_SAVE = 4
 _SAVE_SECONDS = 0.03
-_TIMES = ("seconds", "tokens_per_second", "memory_bytes", "joules", "mfu")
+_TIMES = ("seconds", "tokens_per_second", "memory_bytes", "mfu")
 _SERVER = """
 import json, os, sys
 import torch

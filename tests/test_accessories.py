@@ -25,9 +25,9 @@ from kiem.core.yaml_options import to_dict
 from kiem.parallel import distributed as devices
 from kiem.report.page import write_report
 from kiem.tokenizer.tokenizer import Tokenizer
-from kiem.training import background
+from kiem.training import trackers
+from kiem.training.checks import check_sample_prompts
 from kiem.training.loop import train
-from kiem.training.options import check_sample_prompts
 
 NUM_STEPS = 4
 
@@ -39,17 +39,15 @@ class WordlessError(Exception):
 
 # Each accessory: what of it fails, and what it is called in the warning.
 FAULTS = {
-    "kiem.training.energy.EnergyMeter.read_joules": "the energy counter",
-    "kiem.training.loop.EnergyMeter": "the energy counter",
-    "kiem.training.loop.warnings_after_update": "the doctor",
+    "kiem.training.loop.warnings_after_update": "the sanity checks",
     "kiem.training.validation.token_cross_entropy": "the evaluation",
     "kiem.training.validation.complete": "the sample of text",
     "kiem.training.validation.prefers_good": "measuring the minimal pairs",
-    "kiem.training.reporter.write_report": "the report",
-    "kiem.training.display.Display.start": "the display",
-    "kiem.training.display.format_bytes": "the display",
-    "kiem.training.finish.model_card": "the model card",
-    "kiem.training.finish.point_link": "the link to the newest run",
+    "kiem.training.outputs.write_report": "the report",
+    "kiem.training.outputs.Display.start": "the display",
+    "kiem.training.outputs.format_bytes": "the display",
+    "kiem.training.outputs.model_card": "the model card",
+    "kiem.training.outputs.point_link": "the link to the newest run",
 }
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "out of memory": lambda: torch.OutOfMemoryError("CUDA out of memory"),
@@ -190,7 +188,9 @@ def test_everything_fails_and_the_model_is_the_same(
     else:  # what is done more than once
         card = (tmp_path / "run" / "final_model" / "README.md").read_text()
         assert "Its evaluation failed." in card
-        assert {"the evaluation", "the sample of text", "the display", "the doctor"} < set(found)
+        assert {"the evaluation", "the sample of text", "the display", "the sanity checks"} < set(
+            found
+        )
     summary = json.loads((tmp_path / "run" / "final_model" / "training_summary.json").read_text())
     assert summary["steps"] == NUM_STEPS
     monkeypatch.undo()
@@ -320,7 +320,7 @@ def test_a_tracker_that_fails_later_is_a_warning(
     for name, (fails_at, failure) in failing.items():
         logs[name] = install(name, fails_at, failure or "pass", tmp_path / name, monkeypatch)
         if "sleep" in failure:
-            monkeypatch.setattr(background, "FINISH_SECONDS", 2.0)
+            monkeypatch.setattr(trackers, "FINISH_SECONDS", 2.0)
     train(options(sample_chunks, tmp_path, trackers=tuple(failing)), quiet())
     is_undisturbed(tmp_path)
     warned = sorted(message.split(" failed (")[0] for message in warnings(tmp_path))

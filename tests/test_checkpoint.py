@@ -160,7 +160,7 @@ def test_the_newest_whole_one_is_found_and_the_damaged_one_named(tmp_path: Path)
     set_aside_after(tmp_path, 1)
     assert names(tmp_path) == ["aside-step-10", "aside-step-2", "step-1"]
     (paths[0] / "state.json").write_text("{}")
-    with pytest.raises(UserError, match="none of the checkpoints is whole"):
+    with pytest.raises(UserError, match="none of the checkpoints is intact"):
         newest_valid(tmp_path, QUIET)
     save(tmp_path, 2)
     prune_checkpoints(tmp_path, 2)  # they are gone when a new one is there

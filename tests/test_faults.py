@@ -19,15 +19,15 @@ from kiem.training.checkpoint import list_checkpoints, verify_checkpoint
 # Before the second checkpoint the disk is filled up, but for some room.
 FILL = """
 import shutil
-from kiem.training import guard
-save_checkpoint = guard.save_checkpoint
+from kiem.training import loop
+save_checkpoint = loop.save_checkpoint
 def save(folder, *others):
     if list(folder.glob("step-*")):
         with open({full!r}, "wb", buffering=0) as file:
             for _ in range((shutil.disk_usage({full!r}).free - {room}) // 4096):
                 file.write(bytes(4096))
     return save_checkpoint(folder, *others)
-guard.save_checkpoint = save
+loop.save_checkpoint = save
 """
 
 

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,17 @@ from kiem.core.errors import ExitCode
 from kiem.data.chunks import Chunks, open_split, read_manifest
 from kiem.optim.batch import Order
 from kiem.parallel.distributed import Distributed
-from kiem.training.guard import SPIKE_WINDOW, spike_limit
-from kiem.training.run import Run, prepare_run
-from kiem.training.sanity_checks import warnings_after_update, warnings_before
+from kiem.training.anomalies import SPIKE_WINDOW, spike_limit
+from kiem.training.checks import warnings_after_update, warnings_before
+from kiem.training.run import Run, TrainState
+from kiem.training.setup import setup
 
 QUIET = Console(quiet=True)
 # The loss of every batch that begins with these tokens is changed, in whichever process reads it.
 PATCH = """
 from kiem.model.gemma3 import Gemma3
-from kiem.training import guard
-guard.SPIKE_WINDOW = 4
+from kiem.training import anomalies
+anomalies.SPIKE_WINDOW = 4
 forward = Gemma3.forward
 def changed(self, input_ids, *others):
     loss, nats = forward(self, input_ids, *others)
@@ -149,50 +150,53 @@ def run(sample_chunks: Path, tmp_path: Path) -> Iterator[Run]:
     options = TrainingOptions(
         dataset_path=sample_chunks, model="gemma3-micro", output_dir=tmp_path, max_steps=1000
     )
-    with ExitStack() as held:
-        yield prepare_run(options, Distributed(0, 1, torch.device("cpu"), "fp32", 1e9), QUIET, held)
+    distributed = Distributed(0, 1, torch.device("cpu"), "fp32", 1e9)
+    with setup(options, distributed, QUIET) as (run, _):
+        yield run
 
 
 def with_chunks(run: Run, chunks: np.ndarray) -> Run:
     size = chunks.shape[1]
-    run.train = Chunks([chunks.astype(np.int32)], np.array([0]), len(chunks), size)
-    return run
+    train = Chunks([chunks.astype(np.int32)], np.array([0]), len(chunks), size)
+    data = replace(run.spec.data, train=train)
+    return replace(run, spec=replace(run.spec, data=data))
 
 
 def said_before(run: Run) -> str:
     return "\n".join(warnings_before(run))
 
 
-def test_doctor_on_data_and_length(run: Run) -> None:
+def test_sanity_checks_of_data_and_length(run: Run) -> None:
     said = said_before(run)
     assert "about 20 for each are usual" in said
     for other in ("<bos>", "padding", "are never learnt from", "several times in every update"):
         assert other not in said
-    whole = run.train.read(np.arange(run.train.num_chunks))
+    whole = run.spec.data.train.read(np.arange(run.spec.data.train.num_chunks))
     assert "begin with <bos> twice" in said_before(with_chunks(run, np.repeat(whole, 2, axis=1)))
     without = np.where(whole == 2, 5, whole)
     assert "lack <bos>" in said_before(with_chunks(run, without))
-    run.manifest["splits"]["train"]["padding_tokens"] = whole.size // 4
+    run.spec.data.manifest["splits"]["train"]["padding_tokens"] = whole.size // 4
     assert "25% of the chunks is padding" in said_before(with_chunks(run, whole))
-    with_chunks(run, np.concatenate([whole] * 1000))
-    assert "of the chunks: the others are never learnt from" in said_before(run)
+    long = with_chunks(run, np.concatenate([whole] * 1000))
+    assert "of the chunks: the others are never learnt from" in said_before(long)
     assert "several times in every update" in said_before(with_chunks(run, whole[:3]))
 
 
 def said_after(run: Run, step: int, loss: float) -> str:
-    run.step = step
-    run.recent_losses = [loss] * SPIKE_WINDOW
-    return "\n".join(warnings_after_update(run, loss))
+    state = TrainState(step=step, recent_losses=[loss] * SPIKE_WINDOW)
+    return "\n".join(warnings_after_update(run, state, loss))
 
 
-def test_doctor_on_the_loss(run: Run) -> None:
-    vocabulary = run.model.config.vocab_size
+def test_sanity_checks_of_the_loss(run: Run) -> None:
+    vocabulary = run.spec.config.vocab_size
     assert said_after(run, 1, math.log(vocabulary) + 0.2) == ""
     assert "the first loss is 9.00" in said_after(run, 1, 9.0)
     assert "the first loss is 5.00" in said_after(run, 1, 5.0)
     assert said_after(run, 2, 9.0) == ""
     # A thousand tokens, all equally frequent: ln(1000) is all that frequencies can tell.
-    with_chunks(run, np.random.default_rng(1).permutation(np.arange(10, 1010)).reshape(20, 50))
+    run = with_chunks(
+        run, np.random.default_rng(1).permutation(np.arange(10, 1010)).reshape(20, 50)
+    )
     assert said_after(run, 300, 6.5) == ""
     stuck = said_after(run, 300, 6.9)
     assert "knowing only how often each token occurs gives 6.91" in stuck

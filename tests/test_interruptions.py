@@ -117,25 +117,34 @@ def test_a_second_signal_ends_at_once(lives: Lives, tmp_path: Path) -> None:
 # After six updates the second process stops, before it computes or before it says whether to stop.
 HANG = """
 import os, signal
-from kiem.training import guard
-guard.HANG_SECONDS = 5.0
-original = guard.Guard.{where}
-def stand_still(self):
-    if self._run.step == 6 and self._devices.rank == 1:
+from kiem.training import loop, signals
+signals.HANG_SECONDS = 5.0
+owner = {owner}
+original, calls = owner.{name}, []
+def stand_still(*arguments):
+    calls.append(1)
+    if len(calls) == {call} and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGSTOP)
-    return original(self)
-guard.Guard.{where} = stand_still
+    return original(*arguments)
+owner.{name} = stand_still
 """
 
 
-@pytest.mark.parametrize("where", ["step_begins", "stop_is_asked"])
-def test_a_process_that_hangs_is_noticed(where: str, lives: Lives, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [("loop", "micro_batches", 7), ("signals.StopSignals", "is_asked", 6)],
+)
+def test_a_process_that_hangs_is_noticed(
+    owner: str, name: str, call: int, lives: Lives, tmp_path: Path
+) -> None:
     long = ("--max-steps", "20", "--save-steps", "5", "--eval-steps", "0")
-    pids = lives.start(tmp_path, *long, processes=2, patch=HANG.format(where=where))
+    pids = lives.start(
+        tmp_path, *long, processes=2, patch=HANG.format(owner=owner, name=name, call=call)
+    )
     said = len(lives.log.read_text())
     stopped = psutil.Process(pids[1])
     wait_for(lambda: stopped.status() == psutil.STATUS_STOPPED)
-    wait_for(lambda: "has stood still for" in lives.log.read_text()[said:], 60)
+    wait_for(lambda: "has not ended for" in lives.log.read_text()[said:], 60)
     assert lives.wait(pids[:1]) == [ExitCode.HUNG]
     os.kill(pids[1], signal.SIGKILL)
     assert lives.wait(pids[1:]) == [-signal.SIGKILL]
@@ -205,5 +214,5 @@ def test_torchrun_starts_again_when_a_process_is_killed(
         text, _ = program.communicate(timeout=300)
         assert program.returncode == 0, text
         (run,) = [path for path in output.iterdir() if not path.is_symlink()]
-        assert "going on from" in text
+        assert "resuming from" in text
         assert outcome(run) == two[0]

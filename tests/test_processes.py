@@ -31,12 +31,12 @@ QUIET = Console(quiet=True)
 # Each process with a clock of its own; the name of the run is left to them.
 CLOCKS = """
 import datetime, time
-from kiem.training import resume
+from kiem.training import setup
 class Clock(datetime.datetime):
     @classmethod
     def now(cls, zone=None):
         return datetime.datetime(2026, 1, 1 + int(os.environ["RANK"]), tzinfo=zone)
-resume.datetime = Clock
+setup.datetime = Clock
 place = order["arguments"].index("--run-name")
 del order["arguments"][place:place + 2]
 """
@@ -61,14 +61,14 @@ if os.environ["RANK"] == "{rank}":
 # The disk refuses checkpoints by their number.
 REFUSE = """
 from kiem.core.errors import ExitCode, UserError
-from kiem.training import guard
-save, calls = guard.save_checkpoint, []
+from kiem.training import loop
+save, calls = loop.save_checkpoint, []
 def refuse(*arguments):
     calls.append(1)
     if str(len(calls)) in "{refused}":
         raise {error}
     return save(*arguments)
-guard.save_checkpoint = refuse
+loop.save_checkpoint = refuse
 """
 REFUSAL = (
     "UserError('the disk is full', where='/mnt', fix='Free some.', exit_code=ExitCode.DISK_SPACE)"
@@ -129,19 +129,19 @@ def test_two_launchers_that_start_apart(sample_chunks: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("rank", "module", "name"),
     [
-        (0, "run", "verify_shards"),
-        (1, "run", "read_manifest"),
-        (0, "run", "run_name"),
-        (0, "run", "locked_folder"),
-        (1, "run", "check_space"),
+        (0, "setup", "verify_shards"),
+        (1, "setup", "read_manifest"),
+        (0, "setup", "run_name"),
+        (0, "setup", "locked_folder"),
+        (1, "setup", "check_space"),
         (0, "resume", "newest_valid"),
         (0, "log", "write_json"),
         (0, "log", "tracker_names"),
-        (1, "run", "make_model"),
+        (1, "setup", "build_model"),
         (1, "checkpoint", "write_weights"),
         (0, "checkpoint", "write_manifest"),
         (0, "loop", "write_final_model"),
-        (0, "metrics", "append_json_lines"),
+        (0, "log", "append_json_lines"),
     ],
 )
 def test_one_that_fails_ends_all_with_its_message(
@@ -163,7 +163,7 @@ def test_one_that_fails_ends_all_with_its_message(
 
 def test_a_defect_in_one_ends_all(lives: Lives, tmp_path: Path) -> None:
     start = len(said(lives))
-    patch = FAIL.format(error=DEFECT, rank=1, module="run", name="make_model")
+    patch = FAIL.format(error=DEFECT, rank=1, module="setup", name="build_model")
     assert lives.run(tmp_path, processes=2, patch=patch) == [ExitCode.PROCESS_LOST, 1]
     assert f"process 1 on {socket.gethostname()}: it has failed (KeyError: 'nee')" in said(
         lives, start

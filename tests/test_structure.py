@@ -67,7 +67,6 @@ def test_only_one_module_writes() -> None:
         "core/leftovers.py": {"unlink", "rename"},  # what files.py leaves when it is killed
         "compute/native.py": {"mkdir"},  # the user's cache folder
         "data/chunks.py": {"mkdir", "rename"},  # inside a folder that files.new_folder made
-        "training/run.py": {"mkdir"},  # the run directory, which is never half of anything
     }
     for path in PACKAGE.rglob("*.py"):
         name = path.relative_to(PACKAGE).as_posix()

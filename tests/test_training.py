@@ -25,7 +25,6 @@ from kiem.model.config import preset
 from kiem.optim.batch import Order
 from kiem.optim.optimizer import learning_rate_share
 from kiem.planning.recipe import defaults_for, resolve_recipe
-from kiem.training.energy import EnergyMeter
 
 # In fp32, since these tests compare the same sums in another order.
 QUICK = ("--eval-steps", "0", "--save-steps", "0", "--max-steps", "4", "--precision", "fp32")
@@ -331,24 +330,3 @@ def test_settled_recipe_keeps_the_usual_tokens_per_step() -> None:
         assert recipe.max_steps == math.ceil(10_000_000 / 256)
     small = resolve_recipe(options, usual, 20, 1024, 4)
     assert (small.chunks_per_step, small.max_steps) == (4, 5)
-
-
-def test_energy_is_what_the_processors_count(tmp_path: Path) -> None:
-    """The layout of Linux's Documentation/power/powercap/powercap.rst; one counter turns over."""
-
-    def count(name: str, microjoules: int) -> None:
-        (tmp_path / name / "energy_uj").write_text(f"{microjoules}\n")
-
-    parts = {"intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:1": "package-1"}
-    for folder, name in parts.items():
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "name").write_text(f"{name}\n")
-        (tmp_path / folder / "max_energy_range_uj").write_text("262143328850\n")
-        count(folder, 262_140_000_000)
-    meter = EnergyMeter(torch.device("cpu"), tmp_path)
-    assert meter.read_joules() == 0
-    count("intel-rapl:0", 262_141_000_000)
-    count("intel-rapl:0:0", 262_143_000_000)
-    count("intel-rapl:1", 6_671_150)  # 3.32885 J to the turn and 6.67115 J after it
-    assert meter.read_joules() == pytest.approx(1 + 10)
-    assert EnergyMeter(torch.device("cpu"), tmp_path / "none").read_joules() is None

@@ -1,8 +1,7 @@
-"""Muon (https://kellerjordan.github.io/posts/muon): orthogonalized momentum updates matrices.
+"""The optimizer Muon (https://kellerjordan.github.io/posts/muon): orthogonalized momentum.
 
-The same update as torch.optim.Muon, with the same state. It differs in three ways that make it
-faster: it multiplies in the precision that is fast on the device, takes matrices of one shape
-together, and iterates on X X^T where X is wide.
+The same update as torch.optim.Muon, with the same state, but faster: it multiplies in the precision
+that is fast on the device, and matrices of one shape together.
 Shapes: S matrices at a time, m rows and n columns, m <= n.
 """
 
@@ -15,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of the quintic whose five-fold application takes singular values to about 1 (same source).
+# Coefficients of the quintic that takes singular values to about 1 in five steps (same source).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
-_MIN_ROWS_BF16 = 512
-# The most values of matrices that are taken together.
+_NUM_STEPS = 5
+# The most values in a batch of matrices.
 _MAX_BATCH_ELEMENTS = 1 << 23
 
 
@@ -70,29 +69,33 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Returns matrices with the singular vectors of x and singular values of about 1.
+    """Returns matrices with the singular vectors of x [S, m, n] and singular values of about 1.
 
-    Five Newton-Schulz steps, X <- P X with P = a I + b X X^T + c (X X^T)^2. As P commutes with
-    X X^T, the next X X^T is P (X X^T) P: several steps can be taken on X X^T before X is
-    multiplied, which is cheaper where X is wide.
-
-    Args:
-        x: [S, m, n], m <= n.
+    Five Newton-Schulz steps, X <- P X with P = a I + b X X^T + c (X X^T)^2.
     """
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most 1
-    for num_steps in _steps_on_gram(x.shape[1], x.shape[2], x.dtype):
-        # A factor a I + F is kept as a and F: a is large, so F + a I would cost bf16 digits of F.
+    if x.dtype == torch.float32 and x.shape[2] >= 2 * x.shape[1]:
+        return _orthogonalize_wide(x)
+    for _ in range(_NUM_STEPS):
         gram = x @ x.mT  # S m m
-        scale, product = _A, _polynomial(gram)  # 1, S m m
-        factor = product
-        for _ in range(num_steps - 1):
-            half = torch.baddbmm(gram, factor, gram, beta=_A)
-            gram = torch.baddbmm(half, half, factor, beta=_A)
-            factor = _polynomial(gram)
-            product = torch.baddbmm(_A * product + scale * factor, factor, product)
-            scale *= _A
-        x = torch.baddbmm(x, product, x, beta=scale)
+        x = torch.baddbmm(x, _polynomial(gram), x, beta=_A)
     return x
+
+
+def _orthogonalize_wide(x: Tensor) -> Tensor:
+    """Takes the steps on the small X X^T, and multiplies X once, by the product of all P.
+
+    P commutes with X X^T, so the next X X^T is P P X X^T. It squares the singular values, for which
+    bf16 has too few digits.
+    """
+    gram = x @ x.mT  # S m m
+    product = torch.eye(x.shape[1], device=x.device).expand_as(gram)  # S m m
+    for _ in range(_NUM_STEPS):
+        factor = _polynomial(gram)
+        factor.diagonal(dim1=1, dim2=2).add_(_A)
+        product = factor @ product
+        gram = factor @ (factor @ gram)
+    return product @ x
 
 
 def _polynomial(gram: Tensor) -> Tensor:
@@ -100,19 +103,8 @@ def _polynomial(gram: Tensor) -> Tensor:
     return torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
 
 
-def _steps_on_gram(rows: int, columns: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """Returns how many of the five steps are taken on X X^T before each product with X.
-
-    X X^T squares the singular values. bf16 has to take it anew after three steps, and gains too
-    little from that where matrices are small.
-    """
-    if columns < 2 * rows or (dtype == torch.bfloat16 and rows < _MIN_ROWS_BF16):
-        return (1, 1, 1, 1, 1)
-    return (3, 2) if dtype == torch.bfloat16 else (5,)
-
-
 def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields matrices of one shape, up to transposition, that are taken together."""
+    """Yields matrices of one shape, up to transposition, that are updated together."""
     by_shape: dict[tuple[int, ...], list[Tensor]] = {}
     for parameter in parameters:
         by_shape.setdefault(tuple(sorted(parameter.shape)), []).append(parameter)

@@ -20,7 +20,7 @@ def make_optimizers(
     model: nn.Module,
     kind: Literal["adamw", "muon"],
     weight_decay: float,
-    owned: Container[str] | None = None,
+    local_params: Container[str] | None = None,
     matrix_dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
     """Returns what updates the parameters; the loop sets the learning rate.
@@ -34,30 +34,27 @@ def make_optimizers(
         model: what is trained.
         kind: which optimizer.
         weight_decay: of the hidden matrices.
-        owned: names of the parameters that they update; None: all. Those without are left out.
+        local_params: names of the parameters that they update; None: all.
         matrix_dtype: precision of Muon's products.
     """
     hidden: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if owned is not None and name not in owned:
-            continue
-        (hidden if is_hidden_matrix(name, parameter) else others).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": others, "weight_decay": 0.0}] if others else []
-    if kind == "adamw":
-        if hidden:
-            groups.insert(0, {"params": hidden, "weight_decay": weight_decay})
-        return [_adamw(groups)] if groups else []
-    found: list[torch.optim.Optimizer] = []
-    if hidden:
-        found.append(Muon(hidden, weight_decay=weight_decay, dtype=matrix_dtype))
-    if groups:
-        found.append(_adamw(groups))
-    return found
+        if local_params is None or name in local_params:
+            (hidden if is_hidden_matrix(name, parameter) else others).append(parameter)
+    optimizers: list[torch.optim.Optimizer] = []
+    by_adamw = [{"params": hidden, "weight_decay": weight_decay}] if kind == "adamw" else []
+    by_adamw.append({"params": others, "weight_decay": 0.0})
+    by_adamw = [group for group in by_adamw if group["params"]]
+    if kind == "muon" and hidden:
+        optimizers.append(Muon(hidden, weight_decay=weight_decay, dtype=matrix_dtype))
+    if by_adamw:
+        optimizers.append(_adamw(by_adamw))
+    return optimizers
 
 
 def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Returns AdamW that has at once the moments, all zero, that its first step would give it."""
+    """Returns AdamW with moments, all zero, which torch would make in the first step only."""
     optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -68,7 +65,7 @@ def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Says whether a parameter is a matrix within a layer: one that decays, and that Muon takes."""
+    """Returns whether a parameter is a matrix within a layer: it decays, and Muon can update it."""
     return parameter.ndim == 2 and "embed" not in name
 
 

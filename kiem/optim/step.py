@@ -5,12 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 
+from kiem.config import TrainingOptions
 from kiem.optim.batch import Batch
 from kiem.parallel.distributed import Distributed
 from kiem.parallel.parallel_model import ParallelModel
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do with the gradients of an update.
+
+    Attributes:
+        action: update the weights; skip: count the update, but leave the weights as they are; roll
+            back: continue from a checkpoint instead.
+        reason: why not to update.
+        recent_losses: the new history of losses, if the loss enters it.
+        checkpoint: to continue from.
+    """
+
+    action: Literal["update", "skip", "roll back"]
+    reason: str = ""
+    recent_losses: list[float] | None = None
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -20,12 +41,12 @@ class StepResult:
     Attributes:
         loss: mean cross entropy of the predicted tokens, in nats.
         grad_norm: norm of the gradients before clipping.
-        is_updated: whether the weights were changed.
+        verdict: what was done with the gradients.
     """
 
     loss: float
     grad_norm: float
-    is_updated: bool
+    verdict: Verdict
 
 
 def train_step(
@@ -33,11 +54,9 @@ def train_step(
     optimizers: Sequence[torch.optim.Optimizer],
     batches: Sequence[Batch],
     distributed: Distributed,
-    *,
+    options: TrainingOptions,
     learning_rate: float,
-    max_grad_norm: float,
-    z_loss: float,
-    accept: Callable[[float, float], bool],
+    judge: Callable[[float, float], Verdict],
 ) -> StepResult:
     """Updates the weights once; all processes call it, each with its own batches.
 
@@ -45,11 +64,10 @@ def train_step(
         model, optimizers: what is trained.
         batches: this process's forward passes.
         distributed: all processes.
+        options: `z_loss` and `max_grad_norm` are used.
         learning_rate: of this update.
-        max_grad_norm: gradients with a larger norm are scaled down to it.
-        z_loss: weight of the squared log-normalizer in the loss.
-        accept: says by loss and gradient norm whether to update the weights, alike in all
-            processes. The gradients are still there when it is called.
+        judge: decides by loss and gradient norm, alike in all processes, whether to update the
+            weights. The gradients are still there when it is called.
     """
     # Each summed loss is divided by the number of targets in the whole update, so the result does
     # not depend on the number of passes and processes (transformers#34191). DDP and FSDP average
@@ -65,22 +83,24 @@ def train_step(
         is_last = index == len(batches) - 1
         with nullcontext() if is_last else model.no_sync():
             with distributed.autocast():
-                loss, batch_nats = model(batch.ids, batch.targets, batch.bos_id, z_loss, scale)
+                loss, batch_nats = model(
+                    batch.ids, batch.targets, batch.bos_id, options.z_loss, scale
+                )
             loss.backward()
             del loss  # what is left of its graph would lie between memory for the next pass
         nats += batch_nats
 
     # Clip. The norm is that of the whole gradient, also where it is sharded.
-    grad_norm = model.clip_grad_norm(max_grad_norm)
+    grad_norm = model.clip_grad_norm(options.max_grad_norm)
     mean_loss = float(distributed.all_reduce_sum(nats) / num_targets)
 
     # Update. With a divided optimizer each process updates its own parameters, then sends them.
-    is_updated = accept(mean_loss, grad_norm)
-    if is_updated:
+    verdict = judge(mean_loss, grad_norm)
+    if verdict.action == "update":
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             optimizer.step()
         model.broadcast_local_params()
     model.zero_grad()
-    return StepResult(mean_loss, grad_norm, is_updated)
+    return StepResult(mean_loss, grad_norm, verdict)

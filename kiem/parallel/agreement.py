@@ -32,12 +32,7 @@ _MAX_SECONDS_UNTIL_SEEN = 5.0
 
 
 def check_same(found: Mapping[str, object], fix: str, distributed: Distributed) -> None:
-    """Checks that every process found what the main one did.
-
-    Args:
-        found: JSON values by the name that users know them by; the same names everywhere.
-        fix: what to do about a difference.
-        distributed: all processes.
+    """Checks that every process found what the main one did: JSON values by name.
 
     Raises:
         UserError: a process found something else; names it and what that is.

@@ -108,6 +108,13 @@ class Distributed:
             return value
         return cast(T, json.loads(self._broadcast_text(json.dumps(value), 0)))
 
+    def all_gather(self, value: T) -> list[T]:
+        """Returns the values of all processes, by rank, in every process; as JSON, as above."""
+        if self.world_size == 1:
+            return [value]
+        text = json.dumps(value)
+        return [json.loads(self._broadcast_text(text, rank)) for rank in range(self.world_size)]
+
     def barrier(self) -> None:
         """Waits until every process has called this."""
         if self.world_size > 1:

@@ -134,13 +134,9 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def full_tensor(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """Returns the whole of a sharded tensor, of another one itself.
+    """Returns the whole of a sharded tensor, on `device` or where it was; another one itself.
 
     All processes call it for the same tensors in the same order.
-
-    Args:
-        tensor: whole or sharded.
-        device: where to put the whole of a sharded one; None: where its shards are.
     """
     if not is_sharded(tensor):
         return tensor
@@ -160,14 +156,10 @@ def copy_full_tensor(target: Any, value: Tensor) -> None:
 
 
 def full_model(model: Gemma3, device: torch.device, is_kept: bool = True) -> Gemma3:
-    """Returns a model that a process can call by itself, with the weights of a sharded one.
+    """Returns a model that a process can call by itself: of a sharded one, a copy on `device`.
 
-    All processes call it; one parameter is gathered after the other.
-
-    Args:
-        model: sharded, or not: then it is returned itself.
-        device: where the weights go.
-        is_kept: whether this process needs them; if not, it gets a model without data.
+    All processes call it; one parameter is gathered after the other. A process that does not keep
+    the weights (`is_kept`) gets a model without data.
     """
     if not any(is_sharded(parameter) for parameter in model.parameters()):
         return model

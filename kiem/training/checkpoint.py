@@ -1,10 +1,10 @@
-"""Checkpoints: all that a run needs to go on, committed in one rename and never written over.
+"""Checkpoints: all that a run needs to continue, committed in one rename, never overwritten.
 
 checkpoints/step-<n>/
     config.json, model.safetensors           the model, loadable as such
     optimizer-00001-of-00002.safetensors     by process: the moments it holds, by parameter name
     random-00001-of-00002.safetensors        by process: the states of torch's random generators
-    state.json                               step, seconds, what the run is
+    state.json                               TrainState, and what the run is
     manifest.json                            size and sha256 of every file, written last
 
 All processes write into one folder, so those of several machines need a shared file system.
@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import ChainMap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from kiem.core.console import warn
-from kiem.core.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError, damaged, not_found
 from kiem.core.files import move_folder, new_folder, remove_folder, write_json
 from kiem.core.json_input import read_json
 from kiem.core.manifest import verify_manifest, write_manifest
@@ -43,6 +45,7 @@ from kiem.parallel.parallel_model import (
 CHECKPOINTS = "checkpoints"
 _STATE_FILE = "state.json"
 _ASIDE = "aside-"
+_FIX = "Resume from another checkpoint with --resume PATH, or start with another --run-name."
 
 
 def save_checkpoint(
@@ -57,9 +60,9 @@ def save_checkpoint(
 
     Args:
         folder: the run's checkpoints folder.
-        model, optimizers: what to save; of the moments, each process saves those it holds.
+        model, optimizers: what to save; each process saves the moments that it holds.
         special_ids: the tokenizer's "pad", "eos" and "bos".
-        state: what else the run needs to go on; `step` gives the checkpoint its name.
+        state: the content of state.json; its `step` gives the checkpoint its name.
         distributed: all processes.
 
     Raises:
@@ -68,14 +71,11 @@ def save_checkpoint(
     path = folder / f"step-{state['step']}"
     unfinished = folder / f".{path.name}.partial"  # the same for all processes
     own = {
-        _part("optimizer", distributed.rank, distributed): _own_moments(
-            model, optimizers, distributed
-        ),
-        _part("random", distributed.rank, distributed): _random_states(distributed),
+        "optimizer": _own_moments(model, optimizers, distributed),
+        "random": _random_states(distributed),
     }
-    whole = full_model(model, torch.device("cpu"), is_kept=distributed.is_main)
-    # Each process knows the hashes of what it wrote; the first one needs all.
-    digests = torch.zeros(distributed.world_size, len(own), 32, dtype=torch.int32)
+    full = full_model(model, torch.device("cpu"), is_kept=distributed.is_main)
+    hashes: dict[str, str] = {}
     with contextlib.ExitStack() as commit:
         with distributed.raise_on_all_ranks():
             if distributed.is_main:
@@ -84,20 +84,22 @@ def save_checkpoint(
                 commit.enter_context(new_folder(path, temporary=unfinished))
         # Side by side: one core computes SHA-256 no faster than a good disk writes.
         with distributed.raise_on_all_ranks(), ThreadPoolExecutor() as pool:
-            writing = [pool.submit(write_weights, own[name], unfinished / name) for name in own]
+            suffix = f"{distributed.rank + 1:05d}-of-{distributed.world_size:05d}.safetensors"
+            writing = {
+                f"{kind}-{suffix}": pool.submit(
+                    write_weights, tensors, unfinished / f"{kind}-{suffix}"
+                )
+                for kind, tensors in own.items()
+            }
             if distributed.is_main:
-                known = write_model(whole, unfinished, special_ids)
+                hashes = write_model(full, unfinished, special_ids)
                 write_json(unfinished / _STATE_FILE, state)
-            for index, written in enumerate(writing):
-                sha256 = bytes.fromhex(written.result())
-                digests[distributed.rank, index] = torch.tensor(list(sha256))
-        all_digests = distributed.all_reduce_sum(digests.to(distributed.device)).tolist()
+            hashes |= {name: written.result() for name, written in writing.items()}
+        # Each process knows the hashes of the files it wrote; the manifest needs all.
+        all_hashes = distributed.all_gather(hashes)
         with distributed.raise_on_all_ranks():
             if distributed.is_main:
-                for rank, of_rank in enumerate(all_digests):
-                    for kind, digest in zip(("optimizer", "random"), of_rank, strict=True):
-                        known[_part(kind, rank, distributed)] = bytes(digest).hex()
-                write_manifest(unfinished, known)
+                write_manifest(unfinished, dict(ChainMap(*all_hashes)))
                 commit.close()
     return path
 
@@ -112,14 +114,9 @@ def checkpoint_bytes(model: Gemma3, optimizers: Sequence[torch.optim.Optimizer])
 def load_checkpoint(
     path: Path, model: Gemma3, optimizers: Sequence[torch.optim.Optimizer], distributed: Distributed
 ) -> None:
-    """Puts a verified checkpoint's weights, moments and random states in place.
+    """Loads the weights, moments and random states of a verified checkpoint.
 
     Every process takes what it holds, however many processes wrote it.
-
-    Args:
-        path: the checkpoint.
-        model, optimizers: of the same shape; whatever they hold is replaced.
-        distributed: this process's place.
     """
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -146,35 +143,27 @@ def load_checkpoint(
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Returns the state that a verified checkpoint was saved with."""
-    fix = "Resume from another checkpoint with --resume PATH."
-    return read_json(path / _STATE_FILE, dict[str, Any], fix=fix, exit_code=ExitCode.DAMAGED)
+    """Returns the state.json of a verified checkpoint."""
+    return read_json(path / _STATE_FILE, dict[str, Any], fix=_FIX, exit_code=ExitCode.DAMAGED)
 
 
 def verify_checkpoint(path: Path) -> None:
     """Checks every byte of a checkpoint.
 
     Raises:
-        UserError: it is not there or not whole; names the file.
+        UserError: it is missing or damaged; names the file.
     """
     if not path.is_dir():
-        raise UserError(
-            "no such checkpoint",
-            where=str(path),
-            fix="Name a folder such as RUN/checkpoints/step-100 with --resume.",
-            exit_code=ExitCode.NOT_FOUND,
-        )
-    verify_manifest(
-        path,
-        fix="Resume from another one with --resume PATH, or start again in another --run-name.",
-    )
+        fix = "Name a folder such as RUN/checkpoints/step-100 with --resume."
+        raise not_found(str(path), "no such checkpoint", fix)
+    verify_manifest(path, _FIX)
 
 
-def newest_valid(folder: Path, console: Any) -> Path | None:
-    """Returns the newest checkpoint that is whole, None if there are none; warns of others.
+def newest_valid(folder: Path, console: Console) -> Path | None:
+    """Returns the newest intact checkpoint, None if there are none; warns of damaged ones.
 
     Raises:
-        UserError: there are checkpoints, but none is whole.
+        UserError: there are checkpoints, but none is intact.
     """
     checkpoints = list_checkpoints(folder)
     for path in reversed(checkpoints):
@@ -185,12 +174,8 @@ def newest_valid(folder: Path, console: Any) -> Path | None:
         else:
             return path
     if checkpoints:
-        raise UserError(
-            "none of the checkpoints is whole",
-            where=str(folder),
-            fix="Start again with another --run-name.",
-            exit_code=ExitCode.DAMAGED,
-        )
+        fix = "Start again with another --run-name."
+        raise damaged(str(folder), "none of the checkpoints is intact", fix)
     return None
 
 
@@ -201,9 +186,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """Renames the checkpoints after `step`, which the run left behind; the next save removes them.
+    """Renames the checkpoints after `step`: they are damaged, or the run resumed from an older one.
 
-    They are damaged, or the run was told to go on from an earlier one.
+    The next save removes them.
     """
     for path in list_checkpoints(folder):
         if _step_of(path) > step:
@@ -223,7 +208,7 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 
 
 def _test_loss(path: Path) -> float | None:
-    """Returns the latest test loss that a checkpoint knows; damaged ones know none."""
+    """Returns the latest test loss of a checkpoint; None if there is none or it is damaged."""
     try:
         return read_state(path)["run"]["test_loss"]
     except (UserError, KeyError, TypeError):
@@ -234,32 +219,28 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _part(kind: str, rank: int, distributed: Distributed) -> str:
-    return f"{kind}-{rank + 1:05d}-of-{distributed.world_size:05d}.safetensors"
-
-
 def _own_moments(
     model: Gemma3, optimizers: Sequence[torch.optim.Optimizer], distributed: Distributed
 ) -> dict[str, Tensor]:
-    """Returns the moments that this process saves, whole.
+    """Returns the moments that this process saves, unsharded.
 
-    Of those that several hold, the first does; those that are shared out are dealt out.
+    Those that several processes hold are saved by the first; sharded ones are dealt out.
     """
-    held = {
-        parameter: values
-        for optimizer in optimizers
-        for parameter, values in optimizer.state.items()
-    }
+    states = {p: values for optimizer in optimizers for p, values in optimizer.state.items()}
     named = list(model.named_parameters())
     dealt = owners(model, distributed.world_size)
     ranks = [
-        dealt[name] if is_sharded(p) else distributed.rank if p in held else distributed.world_size
+        dealt[name]
+        if is_sharded(p)
+        else distributed.rank
+        if p in states
+        else distributed.world_size
         for name, p in named
     ]
     first = distributed.all_reduce_min(torch.tensor(ranks, device=distributed.device)).tolist()
     found = {}
     for (name, parameter), rank in zip(named, first, strict=True):
-        for key, value in held.get(parameter, {}).items():
+        for key, value in states.get(parameter, {}).items():
             whole = full_tensor(value, torch.device("cpu"))
             if rank == distributed.rank:
                 found[f"{name}/{key}"] = whole

@@ -1,52 +1,238 @@
-"""Where the figures of a run go: opened before its first update."""
+"""The log of a run: metrics.jsonl, trackers and console; and the calls that may fail.
+
+The weights need data, checkpoints and metrics.jsonl. All else is an accessory and never ends a run:
+trackers, samples, report, display ... Before the first update an accessory is tried, where it can
+be, and a failure is an error (`try_before`). From then on it is called through `RunLog.attempt`: a
+failure is one warning, after which the run does without the accessory.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import os
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from threading import current_thread, main_thread
+from typing import Any, TypeVar
 
 from rich.console import Console
 
-from kiem.core.files import write_json, write_text
+from kiem.config import TrainingOptions
+from kiem.core.console import warn
+from kiem.core.errors import UserError, bad_option
+from kiem.core.files import append_json_lines, fsync_file, write_bytes, write_json, write_text
 from kiem.core.yaml_options import to_dict, to_yaml
+from kiem.parallel.distributed import Distributed
 from kiem.report.record import CONFIG_FILE, METADATA_FILE, METRICS_FILE, read_metrics
-from kiem.training.accessories import attempt, try_before
-from kiem.training.background import BackgroundTracker
-from kiem.training.metrics import Metrics, keep_metrics_until
-from kiem.training.trackers import Tracker, open_tracker, tracker_names
+from kiem.training.trackers import BackgroundTracker, Tracker, open_tracker, tracker_names
 
-if TYPE_CHECKING:
-    from kiem.training.run import Run
+T = TypeVar("T")
+_MAX_CHARACTERS = 1000
 
 
-def open_log(run: Run, console: Console) -> None:
-    """Opens the run's trackers and its log, and writes down what it is made of.
+class RunLog:
+    """The log of a run, which only the main process writes; that one opens it before use.
 
-    A tracker that does not start is an error, since a person is there to mend it; not when a
-    launcher starts the run again, in the middle of the night.
+    Args:
+        directory: the run directory.
+        distributed: all processes.
+        console: where warnings and accessories print.
+        stops_run: whether a line that the disk refuses ends the run; else it is written later.
+
+    Attributes:
+        step: the update that lines belong to, which the training loop sets.
+    """
+
+    def __init__(
+        self, directory: Path, distributed: Distributed, console: Console, *, stops_run: bool
+    ):
+        self.step = 0
+        self.console = console
+        self._directory = directory
+        self._path = directory / METRICS_FILE
+        self._distributed = distributed
+        self._stops_run = stops_run
+        self._waiting: list[dict[str, Any]] = []
+        self._refusal: UserError | None = None
+        self._trackers: dict[str, BackgroundTracker] = {}
+        self._failed: set[str] = set()
+
+    def open(
+        self, options: TrainingOptions, metadata: Mapping[str, Any], step: int, *, is_last: bool
+    ) -> None:
+        """Opens the trackers, writes config.yaml and run.json, and shortens an older log.
+
+        Args:
+            options: all options of training.py.
+            metadata: the content of run.json.
+            step: the update that the run continues after.
+            is_last: whether all updates are done, so that only the last evaluation is repeated.
+
+        Raises:
+            UserError: the disk refuses, or a tracker does not start. When a launcher restarts the
+                run, that is a warning: no user is there to correct it.
+        """
+        self.step = step
+        config = {**to_dict(options), **metadata}
+        opening = {
+            name: partial(open_tracker, name, options, self._directory, config, step)
+            for name in tracker_names(options)
+        }
+        is_first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        trackers: dict[str, Tracker | None] = {}
+        if is_first_start:
+            trackers = {name: try_before(f"--trackers {name}", opening[name]) for name in opening}
+        write_text(self._directory / CONFIG_FILE, to_yaml(options))
+        write_json(self._directory / METADATA_FILE, metadata)
+        lines = self._keep_until(step, is_last)
+        if not is_first_start:
+            trackers = {name: self.attempt(name, opening[name]) for name in opening}
+        self._trackers = {
+            name: BackgroundTracker(tracker, lines) for name, tracker in trackers.items() if tracker
+        }
+
+    def write(self, figures: Mapping[str, Any]) -> None:
+        """Writes a line of metrics.jsonl, and sends the figures to the trackers.
+
+        JSON has no infinity or NaN: they are left out. A line that the disk refuses is written
+        with the next one.
+        """
+        if not self._distributed.is_main:
+            return
+        finite = {
+            name: value
+            for name, value in figures.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
+        self._waiting.append({"step": self.step, **finite})
+        try:
+            append_json_lines(self._path, self._waiting)
+            self._waiting, self._refusal = [], None
+        except UserError as error:
+            if self._refusal is None and not self._stops_run:
+                message = f"{error.where}: {error.what}; its lines wait in memory"
+                error_of(partial(warn, self.console, message))
+            self._refusal = error
+        for name, tracker in self._trackers.items():
+            self.attempt(name, partial(tracker.send, self.step, finite))
+
+    def warn(self, message: str) -> None:
+        """Writes a warning to metrics.jsonl and the screen."""
+        self.write({"warning": message})
+        error_of(partial(warn, self.console, message))  # the screen may be what failed
+
+    def warn_of(self, name: str, look: Callable[[], Iterable[str]]) -> None:
+        """Warns of what `look` finds; `name` as in `attempt`."""
+        for message in self.attempt(name, lambda: [*look()]) or []:
+            self.warn(message)
+
+    def raise_refusal(self) -> None:
+        """Raises the disk's refusal of a line if that is to end the run."""
+        if self._refusal is not None and self._stops_run:
+            raise self._refusal
+
+    def sync(self) -> None:
+        """Waits until metrics.jsonl has reached the disk."""
+        if self._distributed.is_main and self._path.exists():
+            fsync_file(self._path)
+
+    def rewind(self, step: int) -> None:
+        """Goes back to an update, and removes the lines after it, which will be repeated."""
+        self.step = step
+        self._waiting = [line for line in self._waiting if line["step"] <= step]
+        if self._distributed.is_main:
+            # Readers know repeated steps, so this only makes the log shorter.
+            self.attempt("shortening the log", partial(self._keep_until, step))
+
+    def close(self, summary: Mapping[str, Any] | None) -> None:
+        """Gives the trackers the run's results, None if it was stopped, and ends them."""
+        for name, tracker in self._trackers.items():
+            self.attempt(name, partial(tracker.finish, summary))
+
+    def attempt(self, name: str, action: Callable[[], T]) -> T | None:
+        """Returns what `action` does, which the weights do not need; None if it fails.
+
+        A failure is a warning with this name. A name that has failed is not tried again. The action
+        must not wait for other processes.
+        """
+        if name in self._failed:
+            return None
+        found: list[T] = []
+        error = error_of(lambda: found.append(action()))
+        if error is None:
+            return found[0]
+        self._leave_out(name, in_words(error))
+        return None
+
+    def attempt_on_all_ranks(self, name: str, action: Callable[[], T]) -> T | None:
+        """As `attempt`, for work that is divided: all processes succeed, or none."""
+        found = self.attempt(name, action)
+        if not self._distributed.any(found is None):
+            return found
+        if name not in self._failed:
+            self._leave_out(name, "in another process")
+        return None
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        self._failed.add(name)
+        self.warn(f"{name} failed ({reason}); the run goes on without it")
+
+    def _keep_until(self, step: int, is_last: bool = False) -> list[dict[str, Any]]:
+        """Removes the lines after a checkpoint's step, which will be repeated; returns the rest."""
+        if not self._path.exists():
+            return []
+        kept = [
+            line
+            for line in read_metrics(self._path)[0]
+            if step > 0
+            and line["step"] <= step
+            and not (is_last and line["step"] == step and "test_loss" in line)
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+        write_bytes(self._path, text.encode(errors="replace"))
+        return kept
+
+
+def error_of(action: Callable[[], object]) -> BaseException | None:
+    """Does something and returns what went wrong; None if nothing did.
+
+    Ctrl-C is not caught. All else is: a library that ends the program (`SystemExit`), a panic of a
+    library in Rust and a cancelled asyncio task (`BaseException`s) would end a run.
+    """
+    try:
+        action()
+    except BaseException as error:  # accessories include code of others
+        if isinstance(error, KeyboardInterrupt) and current_thread() is main_thread():
+            raise
+        return error
+    return None
+
+
+def try_before(where: str, action: Callable[[], T]) -> T:
+    """Does before the first update what may only warn later.
 
     Raises:
-        UserError: a tracker does not start, or the disk refuses.
+        UserError: it fails; names the option `where`.
     """
-    options, directory = run.options, run.directory
-    config = {**to_dict(options), **run.facts}
-    opening = {
-        name: partial(open_tracker, name, options, directory, config, run.step)
-        for name in tracker_names(options)
-    }
-    is_first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    trackers: dict[str, Tracker | None] = {}
-    if is_first_start:
-        trackers = {name: try_before(f"--trackers {name}", opening[name]) for name in opening}
-    write_text(directory / CONFIG_FILE, to_yaml(options))
-    write_json(directory / METADATA_FILE, run.facts)
-    keep_metrics_until(directory, run.step, is_last=run.progress >= 1)
-    log = directory / METRICS_FILE
-    lines = read_metrics(log)[0] if log.exists() else []
-    run.metrics = Metrics(directory, console, stops_run=options.on_save_failure == "stop")
-    if not is_first_start:
-        trackers = {name: attempt(run, console, name, opening[name]) for name in opening}
-    run.trackers = {
-        name: BackgroundTracker(tracker, lines) for name, tracker in trackers.items() if tracker
-    }
+    found: list[T] = []
+    error = error_of(lambda: found.append(action()))
+    if isinstance(error, UserError):
+        raise error
+    if error is not None:
+        fix = "Correct that, or leave the option out: the weights do not depend on it."
+        raise bad_option(where, f"does not work here ({in_words(error)})", fix) from error
+    return found[0]
+
+
+def in_words(error: BaseException) -> str:
+    """Returns an error on one line that is not long and can be written as UTF-8."""
+    if isinstance(error, UserError):
+        words = f"{error.where}: {error.what}" if error.where else error.what
+    else:
+        texts: list[str] = []
+        error_of(lambda: texts.append(str(error)))  # which is code of others
+        lines = "".join(texts).strip().splitlines()
+        words = ": ".join([type(error).__name__, *lines[:1]])
+    return words.encode(errors="replace").decode()[:_MAX_CHARACTERS]

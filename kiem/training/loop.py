@@ -1,38 +1,53 @@
-"""The training loop: batch, forward, backward, clip, update, log, evaluate, save."""
+"""The training loop: batch, step, check, log, evaluate, save."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from kiem.compute.memory import is_out_of_memory, peak_memory_bytes
 from kiem.config import TrainingOptions
-from kiem.core.errors import UserError
-from kiem.optim.batch import Collator, Order, micro_batches
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.files import format_bytes
+from kiem.optim.batch import Order, micro_batches
 from kiem.optim.optimizer import learning_rate_share
-from kiem.optim.step import train_step
-from kiem.parallel.distributed import Distributed, init_distributed
+from kiem.optim.step import StepResult, train_step
+from kiem.parallel.distributed import init_distributed
 from kiem.planning.probe import out_of_memory
+from kiem.planning.recipe import SECONDS_BETWEEN_SAVES
 from kiem.planning.time_estimate import flops_per_token
-from kiem.training.accessories import attempt
-from kiem.training.display import Display, show_plan, show_results
-from kiem.training.energy import EnergyMeter
-from kiem.training.finish import close_trackers, final_model, point_latest_link, write_final_model
-from kiem.training.guard import Guard, Verdict, save
+from kiem.training.anomalies import Anomalies
+from kiem.training.checkpoint import (
+    CHECKPOINTS,
+    checkpoint_bytes,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from kiem.training.checks import warnings_after_update, warnings_before
+from kiem.training.outputs import (
+    Display,
+    Report,
+    point_latest_link,
+    show_results,
+    show_start,
+    write_final_model,
+)
 from kiem.training.print_plan import print_plan
-from kiem.training.reporter import Reporter
-from kiem.training.run import Run, prepare_run
-from kiem.training.sanity_checks import warnings_after_update, warnings_before
+from kiem.training.resume import restore
+from kiem.training.run import Run, RunSpec, TrainState
+from kiem.training.setup import setup
+from kiem.training.signals import HangWatch, StopSignals
 from kiem.training.validation import evaluate, measure_minimal_pairs, sample_texts
 
+_EVALUATIONS_PER_RUN = 5
+_CHECKS = "the sanity checks"
 _DISPLAY = "the display"
-_ENERGY = "the energy counter"
 
 
 def train(options: TrainingOptions, console: Console) -> None:
@@ -43,166 +58,225 @@ def train(options: TrainingOptions, console: Console) -> None:
         console: where progress and results go.
 
     Raises:
-        UserError: anything about options, data, model, disk or memory that a person can mend.
+        UserError: anything about options, data, model, disk or memory that users can correct.
     """
-    with init_distributed(options.precision) as distributed, ExitStack() as held:
+    with init_distributed(options.precision) as distributed:
         if options.plan:
             return print_plan(options, distributed, console)
-        run = prepare_run(options, distributed, console, held)
-        reporter = Reporter(run.directory)
-        attempt(
-            run, console, "the display of the plan", partial(show_plan, run, distributed, console)
-        )
-        if run.resumed_from is None:
-            _warn(run, console, partial(warnings_before, run))
-        summary: dict[str, Any] | None = None
-        try:
-            train_to_the_end(run, distributed, console, reporter)
-            with run.whole_model(distributed):
-                figures = evaluate(run, distributed, console, max_chunks=None)
-                figures |= measure_minimal_pairs(run, distributed, console)
-                figures |= sample_texts(run, distributed, console, "the sample of text at the end")
-                figures["memory_bytes"] = peak_memory_bytes(distributed.device)
-                with distributed.raise_on_all_ranks():
-                    if run.metrics is not None:
-                        _write(run, console, figures)
-                        summary = write_final_model(run, console, figures)
-                        run.metrics.check()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise out_of_memory(run.recipe, f"step {run.step + 1}") from error
-        except UserError as error:
-            _write(run, console, {"warning": f"stopped: {error.what}"})
-            raise
-        finally:  # a run that was stopped has something to tell as well
-            if distributed.is_main:
-                if summary is not None:
-                    attempt(
-                        run, console, "the link to the newest run", partial(point_latest_link, run)
-                    )
-                attempt(run, console, "the report at the end", reporter.write)
-                close_trackers(run, console, summary)
-        if distributed.is_main:
-            results = partial(show_results, run, figures, final_model(run), console)
-            attempt(run, console, "the display of the results", results)
+        with setup(options, distributed, console) as (run, state):
+            _train(run, state)
         distributed.barrier()
 
 
-def train_to_the_end(
-    run: Run, distributed: Distributed, console: Console, reporter: Reporter
-) -> None:
-    """Does the updates that are left; the trained weights are then in `run.model`."""
-    options, recipe, special_ids = run.options, run.recipe, run.tokenizer.special_ids
-    model = run.parallel_model
-    collate = Collator(
-        special_ids["bos"], special_ids["pad"], options.document_mask, distributed.device
-    )
-    order = Order(run.train.num_chunks, options.seed)
-    energy = None
-    if distributed.is_main:
-        energy = attempt(run, console, _ENERGY, partial(EnergyMeter, distributed.device))
-    flop = flops_per_token(run.model.config, run.train.chunk_size)
-    guard = Guard(run, distributed, console)
-    display = Display(run, console)
-    with ExitStack() as shown, guard:
-        attempt(run, console, _DISPLAY, display.start)
-        shown.callback(attempt, run, console, "the end of the display", display.stop)
-        while run.progress < 1:
-            guard.step_begins()
-            started = time.perf_counter()
-            progress_before, seconds_before = run.progress, run.seconds
+def _train(run: Run, state: TrainState) -> None:
+    """Trains, evaluates, and writes the final model and the report."""
+    log, is_main = run.log, run.spec.distributed.is_main
+    report = Report(run.spec.directory)
+    summary: dict[str, Any] | None = None
+    figures: dict[str, Any] = {}
+    log.attempt("the display of the start", partial(show_start, run, state))
+    if run.resumed_from is None:
+        log.warn_of(_CHECKS, lambda: warnings_before(run))
+    try:
+        state = train_updates(run, state, report)
+        model = run.model.full_model()
+        figures = evaluate(run, model, max_chunks=None)
+        figures |= measure_minimal_pairs(run, state, model)
+        figures |= sample_texts(run, model, "the sample of text at the end")
+        figures["memory_bytes"] = peak_memory_bytes(run.spec.distributed.device)
+        with run.spec.distributed.raise_on_all_ranks():
+            if is_main:
+                log.write(figures)
+                summary = write_final_model(run, state, model, figures)
+                log.raise_refusal()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(run.spec.recipe, f"step {log.step + 1}") from error
+    except UserError as error:
+        log.write({"warning": f"stopped: {error.what}"})
+        raise
+    finally:  # a run that was stopped has a report as well
+        if is_main:
+            if summary is not None:
+                log.attempt("the link to the newest run", partial(point_latest_link, run.spec))
+            log.attempt("the report at the end", report.write)
+            log.close(summary)
+    if is_main:
+        log.attempt("the display of the results", partial(show_results, run, state, figures))
 
-            # Batch: this process's share of the update's chunks; the token count is everybody's.
-            numbers = order.chunks(run.step, recipe.chunks_per_step)
-            batches = micro_batches(run.train, numbers, recipe.batch_size, collate, distributed)
 
-            # Forward, backward, clip, update, unless the numbers say that something is wrong.
-            learning_rate = recipe.learning_rate * learning_rate_share(
-                run.progress_within_step, options.warmup_ratio, options.schedule
+def train_updates(run: Run, state: TrainState, report: Report) -> TrainState:
+    """Does the updates that are left, and returns the state after the last one."""
+    spec, options, recipe = run.spec, run.spec.options, run.spec.recipe
+    distributed, log, display = run.spec.distributed, run.log, Display(run)
+    order = Order(run.spec.data.train.num_chunks, options.seed)
+    with ExitStack() as stack:
+        watch = stack.enter_context(HangWatch(is_enabled=distributed.world_size > 1))
+        signals = StopSignals(is_main=distributed.is_main, is_enabled=options.save_steps != 0)
+        stack.enter_context(signals)
+        anomalies = Anomalies(run, watch)
+        log.attempt(_DISPLAY, display.start)
+        stack.callback(log.attempt, "the end of the display", display.stop)
+        while state.progress(recipe) < 1:
+            watch.begin()
+            started, before = time.perf_counter(), replace(state)
+
+            # Batch: this process's part of the chunks that the update reads.
+            numbers = order.chunks(state.step, recipe.chunks_per_step)
+            batches = micro_batches(
+                run.spec.data.train, numbers, recipe.batch_size, run.spec.collate, distributed
             )
-            verdicts: list[Verdict] = []
 
-            def accept(
-                loss: float,
-                grad_norm: float,
-                numbers: np.ndarray = numbers,
-                verdicts: list[Verdict] = verdicts,
-            ) -> bool:
-                verdicts.append(guard.judge(loss, grad_norm, numbers))
-                return verdicts == ["update"]
-
+            # Step: forward, backward, clip, update.
+            learning_rate = _learning_rate(spec, state)
+            judge = partial(anomalies.judge, state, numbers)
             result = train_step(
-                model,
-                run.optimizers,
-                batches,
-                distributed,
-                learning_rate=learning_rate,
-                max_grad_norm=options.max_grad_norm,
-                z_loss=options.z_loss,
-                accept=accept,
+                run.model, run.optimizers, batches, distributed, options, learning_rate, judge
             )
-            if verdicts == ["roll back"]:
+
+            # Check: go back to a checkpoint, or count the update even if it was skipped.
+            if result.verdict.checkpoint is not None:
+                state = restore(run, result.verdict.checkpoint)
+                log.rewind(state.step)
+                log.warn(result.verdict.reason)
                 continue
-            train_loss, grad_norm = result.loss, result.grad_norm
+            if result.verdict.recent_losses is not None:
+                state.recent_losses = result.verdict.recent_losses
+            if result.verdict.action == "skip":
+                state.num_skipped += 1
+                log.warn(f"{result.verdict.reason} ({state.num_skipped} so far)")
+            seconds = distributed.broadcast_from_main(time.perf_counter() - started)
+            state.step += 1
+            state.tokens += recipe.chunks_per_step * run.spec.data.train.chunk_size
+            state.seconds += seconds
+            log.step = state.step
 
-            # Log.
-            num_tokens = recipe.chunks_per_step * run.train.chunk_size
-            run.step += 1
-            run.tokens += num_tokens
-            step_seconds = distributed.broadcast_from_main(time.perf_counter() - started)
-            run.seconds += step_seconds
-            figures: dict[str, Any] = {
-                "tokens": run.tokens,
-                "loss": train_loss,
-                "learning_rate": learning_rate,
-                "grad_norm": grad_norm,
-                "tokens_per_second": num_tokens / step_seconds,
-                "mfu": num_tokens * flop / step_seconds / distributed.matrix_flops,
-                "memory_bytes": peak_memory_bytes(distributed.device),
-                "seconds": run.seconds,
-            }
-            joules = attempt(run, console, _ENERGY, energy.read_joules) if energy else None
-            # A sum without a part of the run would pass for the whole of it.
-            run.joules = run.joules + joules if joules is not None else 0.0
-            if run.joules:
-                figures["joules"] = run.joules
-            with distributed.raise_on_all_ranks():
-                if run.step % options.log_steps == 0:
-                    _write(run, console, figures)
-                attempt(run, console, _DISPLAY, partial(display.show_step, figures))
-                _warn(run, console, partial(warnings_after_update, run, train_loss))
-                if run.metrics is not None:
-                    run.metrics.check()
+            # Log, evaluate.
+            _log_step(run, state, display, result, learning_rate, seconds)
+            if _evaluation_is_due(spec, state, before):
+                watch.end()
+                state.test_loss = _evaluate(run, state, display, report)
 
-            # Evaluate, save, and stop after a signal.
-            if run.evaluation_is_due(progress_before):
-                guard.step_ends()
-                with run.whole_model(distributed):
-                    figures = evaluate(run, distributed, console, max_chunks=options.eval_chunks)
-                    figures |= sample_texts(run, distributed, console, "the sample of text")
-                run.test_loss = figures.get("test_loss")
-                _write(run, console, figures)
-                attempt(run, console, _DISPLAY, partial(display.show_evaluation, figures))
-                if distributed.is_main:
-                    attempt(run, console, "the report", reporter.write_if_cheap)
-            stop = guard.stop_is_asked()
-            guard.step_ends()
-            if stop or run.save_is_due(seconds_before):
-                save(run, distributed, console, is_last=stop or run.progress >= 1)
-            if stop:
-                raise guard.stopped()
+            # Save, and stop after a signal.
+            is_stopping = signals.is_asked(distributed)
+            watch.end()
+            if is_stopping or _save_is_due(spec, state, before):
+                save(run, state, is_last=is_stopping or state.progress(recipe) >= 1)
+            if is_stopping:
+                raise _stopped(run, state, signals.name)
+    return state
 
 
-def _write(run: Run, console: Console, figures: dict[str, Any]) -> None:
-    """Writes figures into the log, and sends them to the trackers."""
-    if run.metrics is not None:
-        run.metrics.write(run.step, figures)
-    for name, tracker in run.trackers.items():
-        attempt(run, console, name, partial(tracker.send, run.step, figures))
+def _learning_rate(spec: RunSpec, state: TrainState) -> float:
+    """Returns the learning rate of the next update."""
+    progress = state.progress_within_step(spec.recipe)
+    share = learning_rate_share(progress, spec.options.warmup_ratio, spec.options.schedule)
+    return spec.recipe.learning_rate * share
 
 
-def _warn(run: Run, console: Console, look: Callable[[], Iterable[str]]) -> None:
-    """Says what the doctor finds."""
-    for message in attempt(run, console, "the doctor", lambda: [*look()]) or []:
-        run.warn(console, message)
+def _log_step(
+    run: Run, state: TrainState, display: Display, result: StepResult, lr: float, seconds: float
+) -> None:
+    """Writes and shows the figures of an update, and warns of what is wrong with its loss."""
+    spec, log, chunk_size = run.spec, run.log, run.spec.data.train.chunk_size
+    tokens_per_second = spec.recipe.chunks_per_step * chunk_size / seconds
+    flops = tokens_per_second * flops_per_token(spec.config, chunk_size)
+    figures: dict[str, Any] = {
+        "tokens": state.tokens,
+        "loss": result.loss,
+        "learning_rate": lr,
+        "grad_norm": result.grad_norm,
+        "tokens_per_second": tokens_per_second,
+        "mfu": flops / spec.distributed.matrix_flops,
+        "memory_bytes": peak_memory_bytes(spec.distributed.device),
+        "seconds": state.seconds,
+    }
+    with spec.distributed.raise_on_all_ranks():
+        if state.step % spec.options.log_steps == 0:
+            log.write(figures)
+        log.attempt(_DISPLAY, partial(display.show_step, state, figures))
+        log.warn_of(_CHECKS, lambda: warnings_after_update(run, state, result.loss))
+        log.raise_refusal()
+
+
+def _evaluation_is_due(spec: RunSpec, state: TrainState, before: TrainState) -> bool:
+    """Returns whether to evaluate after this update; never after the last one."""
+    progress, every = state.progress(spec.recipe), spec.options.eval_steps
+    if progress >= 1:
+        return False
+    if every is not None:
+        return every > 0 and state.step % every == 0
+    times = _EVALUATIONS_PER_RUN
+    return math.floor(progress * times) > math.floor(before.progress(spec.recipe) * times)
+
+
+def _evaluate(run: Run, state: TrainState, display: Display, report: Report) -> float | None:
+    """Evaluates on some of the test split; returns the test loss, None if that failed."""
+    model = run.model.full_model()
+    figures = evaluate(run, model, max_chunks=run.spec.options.eval_chunks)
+    figures |= sample_texts(run, model, "the sample of text")
+    run.log.write(figures)
+    run.log.attempt(_DISPLAY, partial(display.show_evaluation, state, figures))
+    if run.spec.distributed.is_main:
+        run.log.attempt("the report", partial(report.write, only_if_cheap=True))
+    return figures.get("test_loss")
+
+
+def _save_is_due(spec: RunSpec, state: TrainState, before: TrainState) -> bool:
+    """Returns whether to save a checkpoint after this update."""
+    # The evaluation at the end can take long, so the last update has a checkpoint too.
+    is_last, every = state.progress(spec.recipe) >= 1, spec.options.save_steps
+    if every is not None:
+        return every > 0 and (is_last or state.step % every == 0)
+    interval = SECONDS_BETWEEN_SAVES
+    is_late = state.seconds // interval > before.seconds // interval
+    return is_late or (is_last and state.seconds > interval)
+
+
+def save(run: Run, state: TrainState, *, is_last: bool) -> None:
+    """Commits a checkpoint and removes old ones, if this update has none yet.
+
+    All processes call it. With `--on-save-failure continue` a refusal is a warning if the run has
+    a checkpoint to resume from (without one, days of work could be lost), or if it ends here anyway
+    (`is_last`).
+
+    Raises:
+        UserError: the disk refuses and --on-save-failure is stop, or it is the first checkpoint;
+            names what and how much.
+    """
+    if state.saved_step == state.step:
+        return
+    spec, distributed = run.spec, run.spec.distributed
+    folder, model = spec.directory / CHECKPOINTS, run.model.module
+    known = {"fingerprint": spec.fingerprint(), "changeable": spec.changeable()}
+    content = {"step": state.step, "run": state.to_save(), **known}
+    special_ids = spec.data.tokenizer.special_ids
+    try:
+        with distributed.raise_on_all_ranks():
+            run.log.sync()
+        save_checkpoint(folder, model, run.optimizers, special_ids, content, distributed)
+        state.saved_step = state.step
+        with distributed.raise_on_all_ranks():
+            if distributed.is_main:
+                prune_checkpoints(folder, spec.options.save_total_limit)
+    except UserError as error:
+        if state.saved_step != state.step:
+            size = format_bytes(checkpoint_bytes(model, run.optimizers))
+            error.what = f"checkpoint of step {state.step}, some {size}: {error.what}"
+        has_none = state.saved_step is None
+        if spec.options.on_save_failure == "stop" or (has_none and not is_last):
+            raise
+        run.log.warn(f"{error.where}: {error.what}; training goes on")
+
+
+def _stopped(run: Run, state: TrainState, signal_name: str) -> UserError:
+    """Returns the error that ends a run after a signal."""
+    is_saved = state.saved_step == state.step
+    outcome = "a checkpoint is saved" if is_saved else "no checkpoint could be saved"
+    return UserError(
+        f"stopped by {signal_name} after step {state.step}; {outcome}",
+        where=str(run.spec.directory),
+        fix="The same command with this --run-name resumes from the newest checkpoint.",
+        exit_code=ExitCode.STOPPED if is_saved else ExitCode.DISK_SPACE,
+    )

@@ -25,7 +25,7 @@ from kiem.model.gemma3 import Gemma3, Recompute, initialize
 from kiem.model.io import find_model
 from kiem.optim.batch import Collator, Order
 from kiem.optim.optimizer import make_optimizers
-from kiem.optim.step import train_step
+from kiem.optim.step import Verdict, train_step
 from kiem.parallel.distributed import Distributed
 from kiem.parallel.parallel_model import ParallelModel, Shard
 from kiem.planning.memory_estimate import (
@@ -41,7 +41,7 @@ from kiem.planning.memory_estimate import (
 from kiem.planning.probe import Probe
 from kiem.planning.recipe import Recipe, defaults_for, resolve_recipe
 from kiem.planning.time_estimate import GPUS, calculate_step_seconds
-from kiem.training.options import check_devices, check_options
+from kiem.training.checks import check_devices, check_options
 
 _GPU_BASE_BYTES = 600_000_000  # of a driver and its libraries
 _TIMING_SECONDS = 5.0
@@ -156,16 +156,8 @@ def _measure(
 
     def step(num_passes: int) -> float:
         started = time.perf_counter()
-        train_step(
-            parallel_model,
-            optimizers,
-            [batch] * num_passes,
-            alone,
-            learning_rate=0.0,
-            max_grad_norm=options.max_grad_norm,
-            z_loss=options.z_loss,
-            accept=lambda *_: True,
-        )
+        batches, judge = [batch] * num_passes, lambda *_: Verdict("update")
+        train_step(parallel_model, optimizers, batches, alone, options, 0.0, judge)
         if distributed.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started

@@ -1,0 +1,274 @@
+"""The setup of a run: from options to an open run that is ready for its next update."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+
+from kiem.compute.memory import give_back_free_memory, keep_freed_memory
+from kiem.compute.speed import prefers_bf16
+from kiem.config import TrainingOptions
+from kiem.core.console import warn
+from kiem.core.errors import ExitCode, UserError
+from kiem.core.files import require_free_space, sha256_file
+from kiem.core.leftovers import remove_leftovers
+from kiem.core.locking import locked_folder
+from kiem.core.manifest import MANIFEST_FILE
+from kiem.core.randomness import derive_seed
+from kiem.core.values import check_name
+from kiem.data.chunks import (
+    Chunks,
+    open_split,
+    open_test_sources,
+    read_manifest,
+    read_tokenizer,
+)
+from kiem.data.prepare.verify import verify_shards
+from kiem.model.config import name_of, preset
+from kiem.model.gemma3 import Gemma3, initialize
+from kiem.model.io import find_model, read_model
+from kiem.optim.optimizer import make_optimizers
+from kiem.parallel.agreement import (
+    check_same,
+    check_same_command,
+    check_same_weights,
+    check_writable,
+)
+from kiem.parallel.distributed import Distributed
+from kiem.parallel.parallel_model import ParallelModel, shard_parameters
+from kiem.planning.memory_estimate import hardware_here, largest_batch, setting_of
+from kiem.planning.probe import Probe
+from kiem.planning.recipe import (
+    SECONDS_BETWEEN_SAVES,
+    Recipe,
+    defaults_for,
+    resolve_recipe,
+    what_to_recompute,
+)
+from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from kiem.training.checkpoint import CHECKPOINTS, list_checkpoints, read_state, set_aside_after
+from kiem.training.checks import check_devices, check_options, check_sample_prompts
+from kiem.training.log import RunLog
+from kiem.training.resume import check_same_run, choose_checkpoint, restore
+from kiem.training.run import Run, RunSpec, TrainingData, TrainState
+
+
+@contextmanager
+def setup(
+    options: TrainingOptions, distributed: Distributed, console: Console
+) -> Iterator[tuple[Run, TrainState]]:
+    """Opens a run, from its beginning or where a run of that name stopped.
+
+    The run directory is locked until the end of the context.
+
+    Raises:
+        UserError: anything about options, data, model or disk that users can correct.
+    """
+    with ExitStack() as stack:
+        # Options, data and weights: the same in all processes.
+        check_same_command(options, distributed)
+        data = _open_data(options, distributed, console)
+        model = _open_model(options, data.tokenizer, distributed)
+        recipe = _resolve_recipe(options, model, data.train, distributed)
+
+        # The run directory: locked, writable, and with a checkpoint or without.
+        directory = _open_directory(options, model, distributed, stack)
+        checkpoint = choose_checkpoint(options, directory, distributed, console)
+        with distributed.raise_on_all_ranks():
+            check_space(options, recipe, directory, model.config.num_parameters())
+
+        # The model on its device, in passes that fit there.
+        keep_freed_memory()
+        if options.shard == "parameters":
+            shard_parameters(model, distributed)
+        probe = Probe(model, options, data.train.chunk_size, distributed, console)
+        recipe = probe.fit_recipe(recipe)
+        is_compiled = probe.compile_if_worthwhile(recipe)
+        give_back_free_memory()
+
+        # Gradients and moments.
+        parallel_model = ParallelModel(model, distributed, options.shard)
+        stack.callback(parallel_model.close)
+        optimizers = make_optimizers(
+            model,
+            options.optimizer,
+            options.weight_decay,
+            parallel_model.local_params,
+            distributed.matrix_dtype,
+        )
+
+        # The run, and its state.
+        spec = RunSpec(options, recipe, model.config, data, distributed, is_compiled, directory)
+        stops_run = options.on_save_failure == "stop"
+        log = RunLog(directory, distributed, console, stops_run=stops_run)
+        run = Run(spec, parallel_model, optimizers, log, checkpoint)
+        yield run, _open_state(run, console)
+
+
+def _open_data(
+    options: TrainingOptions, distributed: Distributed, console: Console
+) -> TrainingData:
+    """Checks the options, and opens the chunk directory, which must be the same everywhere."""
+    with distributed.raise_on_all_ranks():
+        check_options(options)
+        check_devices(options, distributed)
+        is_bf16 = distributed.is_main and distributed.precision == "bf16"
+        if is_bf16 and not prefers_bf16(distributed.device):
+            warn(console, "bf16 is hardly faster on this processor; try --precision fp32")
+        folder = options.dataset_path
+        manifest = read_manifest(folder)
+        tokenizer = read_tokenizer(folder, manifest)
+        sha256 = manifest.get("sha256", sha256_file(folder / MANIFEST_FILE))
+    found = {"sha256 of the chunk directory's manifest": sha256}
+    check_same(found, "Give all machines the same chunk directory.", distributed)
+    with distributed.raise_on_all_ranks():
+        if distributed.is_local_main:
+            verify_shards(folder, manifest)
+        train, test = (open_split(folder, manifest, split) for split in ("train", "test"))
+        test_sources = open_test_sources(folder, manifest)
+    return TrainingData(manifest, sha256, tokenizer, train, test, test_sources)
+
+
+def _open_model(options: TrainingOptions, tokenizer: Tokenizer, distributed: Distributed) -> Gemma3:
+    """Returns the first weights, which must be the same in all processes."""
+    with distributed.raise_on_all_ranks():
+        model = build_model(options, tokenizer, distributed.world_size)
+        check_sample_prompts(options, tokenizer, model.config)
+    check_same_weights(model, distributed)
+    if options.shard != "parameters":  # which puts only its shards on the device
+        model.to(distributed.device)
+    return model
+
+
+def build_model(options: TrainingOptions, tokenizer: Tokenizer, world_size: int) -> Gemma3:
+    """Returns a new model for the tokenizer's vocabulary, or that of --init-from.
+
+    Raises:
+        UserError: that is no Gemma 3 text model, or has another tokenizer.
+    """
+    if options.init_from is None:
+        model = Gemma3(preset(options.model, tokenizer.num_rows))
+        initialize(model, options.seed)
+    else:
+        folder = find_model(options.init_from)
+        model = read_model(folder, dtype=torch.float32)
+        # Equal vocabularies suffice: Gemma's -it and -pt files, and transformers' own saves, differ
+        # in bytes but give every piece of text the same id.
+        own = load_tokenizer(str(folder)).implementation.get_vocab(with_added_tokens=False)
+        if own != tokenizer.implementation.get_vocab(with_added_tokens=False):
+            raise UserError(
+                f"the chunks in {options.dataset_path} were made with another tokenizer",
+                where=f"--init-from {options.init_from}",
+                fix=f"Make them again with preprocess.py --tokenizer {options.init_from}.",
+                exit_code=ExitCode.TOKENIZER_MISMATCH,
+            )
+    model.recompute = what_to_recompute(options, model.config)
+    model.model.embed_tokens.adds_to_gradient = world_size == 1
+    return model
+
+
+def _resolve_recipe(
+    options: TrainingOptions, model: Gemma3, train: Chunks, distributed: Distributed
+) -> Recipe:
+    """Resolves the open options; the main process decides what fits into memory."""
+    hardware = hardware_here(distributed)
+    setting = setting_of(model.config, options, distributed, train.chunk_size)
+    return resolve_recipe(
+        options,
+        defaults_for(model.config, distributed.device.type == "cuda"),
+        train.num_chunks,
+        train.chunk_size,
+        distributed.world_size,
+        lambda wanted: distributed.broadcast_from_main(largest_batch(setting, hardware, wanted)),
+    )
+
+
+def _open_directory(
+    options: TrainingOptions, model: Gemma3, distributed: Distributed, stack: ExitStack
+) -> Path:
+    """Returns the run directory, locked until `stack` is closed, and writable for all processes."""
+    with distributed.raise_on_all_ranks():
+        name = run_name(options, name_of(model.config)) if distributed.is_main else ""
+    directory = options.output_dir / distributed.broadcast_from_main(name)
+    with distributed.raise_on_all_ranks():
+        if distributed.is_main:
+            stack.enter_context(locked_folder(directory))
+            remove_leftovers(directory)
+            remove_leftovers(directory / CHECKPOINTS)
+    if options.save_steps != 0:  # else only the main process writes
+        check_writable(directory / CHECKPOINTS, distributed)
+    return directory
+
+
+def run_name(options: TrainingOptions, model_name: str) -> str:
+    """Returns the name of the run directory: that of the options, or with the time of the start.
+
+    The main process decides: every launcher has its own clock.
+    """
+    if options.run_name is not None:
+        return check_name(options.run_name, "--run-name")
+    started = datetime.now(timezone.utc)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # All processes of a launcher, and those that it restarts, work on one run.
+        launcher = psutil.Process(os.getppid())
+        started = datetime.fromtimestamp(launcher.create_time(), timezone.utc)
+    return f"{model_name}-dutch-{started:%Y%m%dT%H%M%SZ}"
+
+
+def check_space(
+    options: TrainingOptions, recipe: Recipe, directory: Path, num_parameters: int
+) -> None:
+    """Checks that the disk has room for all that a run will write.
+
+    Raises:
+        UserError: it has not.
+    """
+    # The best one is kept as well, and the new one is committed before the oldest is removed.
+    num_kept = options.save_total_limit + 2
+    num_there = len(list_checkpoints(directory / CHECKPOINTS))
+    num_new = max(0, min(num_kept - num_there, _max_saves(options, recipe)))
+    checkpoints = f"{num_new} checkpoint{'' if num_new == 1 else 's'}"
+    needed = 4 * num_parameters * (1 + 3 * num_new)  # a checkpoint has weights and two moments
+    require_free_space(directory, needed, f"the model and {checkpoints}")
+
+
+def _max_saves(options: TrainingOptions, recipe: Recipe) -> int:
+    """Returns the most checkpoints that a run can commit, with one for a signal that ends it."""
+    if options.save_steps == 0:
+        return 0
+    limits = [sys.maxsize]
+    if recipe.max_steps is not None:
+        of_steps = math.ceil(recipe.max_steps / (options.save_steps or 1)) + 1
+        limits.append(min(recipe.max_steps, of_steps))
+    if recipe.max_seconds is not None and options.save_steps is None:
+        limits.append(int(recipe.max_seconds // SECONDS_BETWEEN_SAVES) + 2)
+    return min(limits)
+
+
+def _open_state(run: Run, console: Console) -> TrainState:
+    """Returns a new state or that of the checkpoint, and opens the log behind it."""
+    spec, distributed, checkpoint = run.spec, run.spec.distributed, run.resumed_from
+    # What was drawn so far depends on the speed of the machine; from here on nothing does.
+    torch.manual_seed(derive_seed(spec.options.seed, "training", distributed.rank))
+    state = TrainState()
+    if checkpoint is not None:
+        with distributed.raise_on_all_ranks():
+            saved = read_state(checkpoint)
+            check_same_run(checkpoint, saved, spec.fingerprint(), spec.changeable(), console)
+        state = restore(run, checkpoint)
+    run.log.step = state.step
+    with distributed.raise_on_all_ranks():
+        if distributed.is_main:
+            is_last = state.progress(spec.recipe) >= 1
+            run.log.open(spec.options, spec.metadata(), state.step, is_last=is_last)
+            set_aside_after(spec.directory / CHECKPOINTS, state.step)
+    return state
