@@ -13,7 +13,7 @@ from torch_quantize import dequantize, pack, round_to_int4, round_to_int8
 from kiem.compute import kernels
 from kiem.compute.kernels import Format, load_kernels
 from kiem.compute.native import compile_library, load_library, open_library
-from kiem.compute.quantize import KernelLinear, quantize
+from kiem.compute.quantize import KernelLinear, LargePages, quantize
 from kiem.inference.decoder import use_kernels
 from kiem.model.cache import CachePass, KeyValueCache
 from kiem.model.config import Gemma3Config
@@ -92,11 +92,11 @@ def test_kernels_round_weights_as_torch_does(format: Format, dtype: torch.dtype)
     weight = (matrix(131, 1152) * 10.0 ** torch.arange(-40, 91).clamp(max=37)[:, None]).to(dtype)
     weight[130] = weight[130].abs().amax()  # nothing but ties
     weight[129, ::2] *= -1
-    data, scales = quantize(weight, format)
+    data, scales = quantize(weight, format, LargePages())
     expected = pack(*(round_to_int8(weight) if format == "int8" else round_to_int4(weight)), format)
     assert torch.equal(data, expected[0])
     assert torch.equal(scales, expected[1])
-    weights = KernelLinear(weight, format, dtype)
+    weights = KernelLinear(weight, format, dtype, LargePages())
     whole = dequantize(weights.packed)
     assert torch.equal(whole, dequantized(weight, format))
     assert torch.equal(weights.rows(None), whole.to(dtype))
@@ -113,9 +113,9 @@ def test_products_equal_those_with_the_rounded_weights(
     weight = matrix(*shape)
     if format == "bf16":
         weight = weight.bfloat16()
-    weights = KernelLinear(weight, format, torch.float32)
-    in_bf16 = KernelLinear(weight, format, torch.bfloat16)
-    logits = KernelLinear(weight, format, torch.bfloat16, in_fp32=True)
+    weights = KernelLinear(weight, format, torch.float32, LargePages())
+    in_bf16 = KernelLinear(weight, format, torch.bfloat16, LargePages())
+    logits = KernelLinear(weight, format, torch.bfloat16, LargePages(), in_fp32=True)
     whole = dequantized(weight, format).double().T
     for batch in (*range(1, 10), 16, 27):
         x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(batch))
@@ -153,7 +153,8 @@ def test_every_processor_and_compiler_finds_the_same(
 
     def results() -> list[torch.Tensor]:
         weights = [
-            KernelLinear(matrix(131, 384).to(dtype), format, dtype) for format, dtype in kinds
+            KernelLinear(matrix(131, 384).to(dtype), format, dtype, LargePages())
+            for format, dtype in kinds
         ]
         return [
             result for one in weights for result in (one.data, one(x.to(one.dtype)), one.rows(None))
@@ -168,14 +169,24 @@ def test_every_processor_and_compiler_finds_the_same(
         assert torch.equal(found, wanted)
 
 
-def test_large_weights_lie_on_large_pages() -> None:
-    data, _ = quantize(torch.ones(2048, 1152), "int8")
-    assert data.data_ptr() % (2 << 20) == 0
+def test_large_pages_give_each_tensor_memory_of_its_own() -> None:
+    """Also those larger than a block, and when the allocator is gone before the tensors."""
+    pages = LargePages()
+    shapes = [(3, 64), (64,), (17, 1 << 22), (2, 1 << 20), (7, 64)]
+    tensors = [pages.empty(*shape) for shape in shapes]
+    del pages
+    for number, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True), start=1):
+        assert tensor.shape == shape
+        assert tensor.data_ptr() % 64 == 0
+        tensor[0] = tensor[-1] = number
+    for number, tensor in enumerate(tensors, start=1):
+        assert (tensor[0] == number).all()
+        assert (tensor[-1] == number).all()
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_many_rows_take_the_same_weights_as_few(format: Format) -> None:
-    weights = KernelLinear(matrix(131, 384), format, torch.float32)
+    weights = KernelLinear(matrix(131, 384), format, torch.float32, LargePages())
     x = torch.randn(1, 20, 384, generator=torch.Generator().manual_seed(0))
     rounded = as_multiplied(x, format).float()
     few = torch.cat([weights(x[:, :10]), weights(x[:, 10:])], 1)

@@ -32,6 +32,7 @@ MAX_TOKENS = 16
 _BLOCK_ROWS = 16
 _GROUPS: dict[Format, int] = {"int8": 128, "int4": 64}
 _PAGE_BYTES = 2 << 20
+_MAPPED_BYTES = 64 << 20
 
 
 class KernelLinear(nn.Module):
@@ -41,16 +42,23 @@ class KernelLinear(nn.Module):
         weight: the matrix, in fp32 or bf16; its width a multiple of `width_step`.
         format: to keep it in; fp32 and bf16 keep `weight` itself.
         dtype: of the activations.
+        pages: where quantized weights go.
         in_fp32: whether results are fp32.
     """
 
     def __init__(
-        self, weight: Tensor, format: Format, dtype: torch.dtype, *, in_fp32: bool = False
+        self,
+        weight: Tensor,
+        format: Format,
+        dtype: torch.dtype,
+        pages: LargePages,
+        *,
+        in_fp32: bool = False,
     ):
         super().__init__()
         self.dtype = dtype
         self.in_fp32 = in_fp32
-        data, scales = quantize(weight, format) if format in BITS else (weight, None)
+        data, scales = quantize(weight, format, pages) if format in BITS else (weight, None)
         self.register_buffer("data", data)
         self.register_buffer("scales", scales)
         self.packed = Weight(data, scales, weight.shape[0], weight.shape[1], format)
@@ -83,9 +91,9 @@ class KernelLinear(nn.Module):
 class KernelEmbedding(nn.Module):
     """The embedding, which is also the output layer."""
 
-    def __init__(self, weight: Tensor, format: Format, dtype: torch.dtype):
+    def __init__(self, weight: Tensor, format: Format, dtype: torch.dtype, pages: LargePages):
         super().__init__()
-        self._linear = KernelLinear(weight, format, dtype, in_fp32=True)
+        self._linear = KernelLinear(weight, format, dtype, pages, in_fp32=True)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Returns the rows of token ids [...], [..., K]."""
@@ -101,11 +109,11 @@ def width_step(format: Format) -> int:
     return 128 if format in BITS else 32
 
 
-def quantize(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, format: Format, pages: LargePages) -> tuple[Tensor, Tensor]:
     """Returns a matrix [N, K] of fp32 or bf16 as packed numbers (uint8) and bf16 scales."""
     (num_rows, num_columns), bits = weight.shape, BITS[format]
     num_blocks, num_groups = -(-num_rows // _BLOCK_ROWS), num_columns // _GROUPS[format]
-    data = _empty(num_blocks, num_columns * bits // 32, _BLOCK_ROWS, 4)
+    data = pages.empty(num_blocks, num_columns * bits // 32, _BLOCK_ROWS, 4)
     scales = torch.empty(num_blocks, num_groups, _BLOCK_ROWS, dtype=torch.bfloat16)
     weight = weight.contiguous()
     pointers = weight.data_ptr(), data.data_ptr(), scales.data_ptr()
@@ -114,18 +122,26 @@ def quantize(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     return data, scales
 
 
-def _empty(*shape: int) -> Tensor:
-    """Returns a new uint8 tensor, if it is large on pages of 2 MB where the system has them.
+class LargePages:
+    """Memory for tensors side by side, on pages of 2 MB where the system has them.
 
     A token reads all weights. On pages of 4 kB the processor looks up so many addresses that this
-    takes a sixth longer (docs/decisions.md).
+    takes a sixth longer (docs/decisions.md). A block is freed with the last tensor in it.
     """
-    num_bytes = math.prod(shape)
-    if num_bytes < _PAGE_BYTES:
-        return torch.empty(shape, dtype=torch.uint8)
-    mapped = mmap.mmap(-1, num_bytes + _PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError, AttributeError):
-        mapped.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(mapped, dtype=torch.uint8)
-    start = -memory.data_ptr() % _PAGE_BYTES
-    return memory[start : start + num_bytes].view(shape)
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, *shape: int) -> Tensor:
+        """Returns a new uint8 tensor."""
+        num_bytes = math.prod(shape)
+        if num_bytes > len(self._free):
+            size = max(num_bytes, _MAPPED_BYTES)
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            mapped = mmap.mmap(-1, size + _PAGE_BYTES, flags=flags)
+            with contextlib.suppress(OSError, AttributeError):
+                mapped.madvise(mmap.MADV_HUGEPAGE)
+            memory = torch.frombuffer(mapped, dtype=torch.uint8)
+            self._free = memory[-memory.data_ptr() % _PAGE_BYTES :][:size]
+        taken, self._free = self._free[:num_bytes], self._free[num_bytes:]
+        return taken.view(shape)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kiem.compute.kernels import Format, Layer, Layers, Linear, Weight, load_kernels
-from kiem.compute.quantize import KernelEmbedding, KernelLinear, width_step
+from kiem.compute.quantize import KernelEmbedding, KernelLinear, LargePages, width_step
 from kiem.model.cache import CachePass
 from kiem.model.gemma3 import DecoderLayer, Gemma3, rotary_frequencies
 
@@ -41,13 +41,15 @@ def use_kernels(model: Gemma3, quantize: Literal["none", "int8", "int4"]) -> str
         return f"its widths are not all multiples of {step}"
     if model.dtype not in (torch.float32, torch.bfloat16):
         return f"its weights are {model.dtype}"
+    pages = LargePages()  # filled in the order in which a token reads
     for layer in model.model.layers:
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear):
-                linear = KernelLinear(module.weight.detach(), format, model.dtype)
+                linear = KernelLinear(module.weight.detach(), format, model.dtype, pages)
                 layer.set_submodule(name, linear)
     weight = model.model.embed_tokens.weight.detach()
-    model.model.set_submodule("embed_tokens", KernelEmbedding(weight, format, model.dtype))
+    embedding = KernelEmbedding(weight, format, model.dtype, pages)
+    model.model.set_submodule("embed_tokens", embedding)
     if model.config.head_dim % _HEAD_DIM_STEP == 0:
         model.decoder = Decoder(model)
     return None
