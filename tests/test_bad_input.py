@@ -227,7 +227,7 @@ def test_names_that_are_no_file(tmp_path: Path) -> None:
 
 
 def test_longer_than_a_document_may_be(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("rows", "section", "json_files", "text_files"):
+    for module in ("rows", "source_file", "json_files", "text_files"):
         monkeypatch.setattr(f"kiem.data.read.{module}.MAX_DOCUMENT_BYTES", 200)
     long = line("x" * 300)
     for suffix, content, kept, too_long in (

@@ -117,7 +117,7 @@ def test_folders_are_read_whole_in_one_order(pattern: str, tmp_path: Path) -> No
     for number, names in enumerate([list(TREE), list(TREE)[::-1]]):
         tree = make_tree(tmp_path / str(number), names)
         source = resolve_source((f"{tree}{pattern}",), None)
-        assert [str(path.relative_to(tree)) for path in source.paths] == READ
+        assert [str(file.path.relative_to(tree)) for file in source.files] == READ
         assert show_counts(source.not_read) == NOT_READ
         rows = [row.text for _, row in read_parts(source, list_parts(source, 9), "text", "stop")]
         assert rows == [A, B, "c", "x", "a", "p", "b"]
@@ -184,7 +184,7 @@ def test_odd_folders(name: str, tmp_path: Path) -> None:
         assert message == expected.format(folder=folder)
     else:
         source = resolve_source((str(folder),), None)
-        assert [str(path.relative_to(folder)) for path in source.paths] == expected
+        assert [str(file.path.relative_to(folder)) for file in source.files] == expected
         assert (show_counts(source.not_read) if source.not_read else "") == not_read
 
 
@@ -296,7 +296,7 @@ def test_evaluation_files_are_read_alike(tmp_path: Path) -> None:
     assert [document.text for document in evaluation_documents(options, console)] == [A, B]
     assert "--data: not read: 1 file (.pdf 1)" in console.file.getvalue()
     (tmp_path / "c.json").write_text(json.dumps(["een twee drie vier vijf zes zeven acht"]))
-    assert read_evaluation([tmp_path / "*.json"], "text").ngrams.keys() == {8}
+    assert read_evaluation([tmp_path / "*.json"], "text").hashes.keys() == {8}
 
 
 def test_standard_input_is_for_one_option(tmp_path: Path) -> None:

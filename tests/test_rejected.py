@@ -240,6 +240,6 @@ def test_lines_are_counted_once(
     monkeypatch.setattr(second_reading, "count_rows", count)
     places = _Places(source)
     assert [places.of(part, n) for part in parts for n in (1, 5)] == expected
-    for name in source.names:
+    for name in (file.name for file in source.files):
         ranges = [(start, stop) for other, start, stop in counted if other == name and start < stop]
         assert all(a[1] <= b[0] for a, b in pairwise(ranges))

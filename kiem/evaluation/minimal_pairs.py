@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -108,9 +107,7 @@ def _read(names: Sequence[str], console: Console | None) -> list[Pair]:
         if not good or not bad or good == bad:
             raise bad_input(place(source, part, number), "no two sentences that differ", _FIX)
         phenomena = (row[key] for key in _PHENOMENON_KEYS if isinstance(row.get(key), str))
-        pairs.append(
-            Pair(good, bad, next(phenomena, PurePath(source.names[part.file]).name.split(".")[0]))
-        )
+        pairs.append(Pair(good, bad, next(phenomena, source.files[part.file].label)))
     if not pairs:
         raise bad_input(f"--suite {' '.join(names)}", "there are no pairs", _FIX)
     return pairs

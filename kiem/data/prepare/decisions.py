@@ -69,7 +69,7 @@ def decide(
     if split.cut_bytes is not None:
         code[is_kept & (rows.position == limit)] = CUT
     # Count, per reason and per file.
-    names = job.source.names
+    names = [file.name for file in job.source.files]
     last = max(part.file for unit in units for part in unit.parts)
     is_beyond = code == BEYOND
     reached: dict[str, Any] = {}

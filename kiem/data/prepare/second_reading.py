@@ -140,4 +140,4 @@ class _Places:
             self._file, self._start, self._num_before = part.file, 0, 0
         self._num_before += count_rows(self._source, part.file, self._start, part.start)
         self._start = part.start
-        return f"{self._source.names[part.file]}:{self._num_before + number}"
+        return f"{self._source.files[part.file].name}:{self._num_before + number}"

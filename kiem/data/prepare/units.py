@@ -37,7 +37,7 @@ from kiem.data.prepare.packing import frame
 from kiem.data.prepare.split import split_position
 from kiem.data.read.readers import FilePart, list_parts, place, read_parts
 from kiem.data.read.rows import Document
-from kiem.data.read.section import reading_errors
+from kiem.data.read.source_file import reading_errors
 from kiem.data.read.sources import Source, count_words
 from kiem.tokenizer.encoding import Encoded, Encoder
 from kiem.tokenizer.tokenizer import Tokenizer

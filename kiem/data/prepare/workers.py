@@ -20,7 +20,7 @@ from typing import Any
 from kiem.core.errors import ExitCode, UserError, bad_option, not_installed
 from kiem.core.files import write_bytes
 from kiem.data.prepare.units import Unit, UnitJob, UnitSummary, finish_unit
-from kiem.data.read.find_files import STANDARD_INPUT
+from kiem.data.read.source_file import STANDARD_INPUT
 from kiem.tokenizer.encoding import Encoder, fast_path
 from kiem.tokenizer.reference import ended_from_outside
 from kiem.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
@@ -146,7 +146,7 @@ def run_units_on_ray(
         num_proc: number of workers; by default one for each processor of the cluster.
         address: of a running cluster; by default one is started on this machine.
     """
-    if STANDARD_INPUT in job.source.names:
+    if any(file.name == STANDARD_INPUT for file in job.source.files):
         what = "other machines cannot read this one's standard input"
         fix = "Give a file on a disk that all of them share, or leave --executor ray out."
         raise bad_option("--source -", what, fix)
@@ -160,7 +160,8 @@ def run_units_on_ray(
             write_bytes(job.folder / TOKENIZER_FILE, tokenizer.json_bytes)
             origin = tokenizer.origin
         # Absolute paths, since Ray's workers have other working folders.
-        source = replace(job.source, paths=[path.absolute() for path in job.source.paths])
+        files = [file._replace(path=file.path.absolute()) for file in job.source.files]
+        source = replace(job.source, files=files)
         job = replace(job, folder=job.folder.absolute(), source=source)
         num_workers = min(num_proc or int(ray.cluster_resources().get("CPU", 1)), len(units))
         start = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=1)(_RayWorker).remote

@@ -10,7 +10,7 @@ from typing import Any
 
 from kiem.core.errors import bad_input
 from kiem.data.read.rows import Row, no_column
-from kiem.data.read.section import Section, damaged_file
+from kiem.data.read.source_file import Section, SourceFile, damaged_file
 
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 1 << 25
@@ -18,17 +18,18 @@ _FILE_MAGIC = b"ARROW1"
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 _AS_BYTES = {"string": "binary", "large_string": "large_binary", "string_view": "binary_view"}
 
-# By the name of a column: the names that lead to it, more than one if it is in other columns.
-Paths = dict[str, tuple[str, ...]]
+# The names that lead to a column, more than one if it is in other columns.
+ColumnPath = tuple[str, ...]
+Paths = dict[str, ColumnPath]
 
 
-def row_groups(path: Path, name: str) -> list[tuple[int, int]]:
+def row_groups(source_file: SourceFile) -> list[tuple[int, int]]:
     """Returns the number of rows and bytes of each row group of a Parquet file.
 
     Raises:
         UserError: the file is damaged.
     """
-    with _damage(name, "Parquet"), _open_parquet(path) as file:
+    with _damage(source_file.name, "Parquet"), _open_parquet(source_file.path) as file:
         groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
         sizes = [(group.num_rows, max(0, group.total_byte_size)) for group in groups]
         if sum(num_rows for num_rows, _ in sizes) != file.metadata.num_rows:
@@ -42,14 +43,14 @@ def read_parquet(section: Section) -> Iterator[Row]:
     Raises:
         UserError: the file is damaged or has no such column of strings.
     """
-    with _damage(section.name, "Parquet"), _open_parquet(section.path) as file:
+    with _damage(section.file.name, "Parquet"), _open_parquet(section.file.path) as file:
         paths = _find_columns(file.schema_arrow, section)
         yield from _rows(_parquet_batches(file, section, paths), paths)
 
 
 def read_arrow(section: Section) -> Iterator[Row]:
     """Yields the rows of an Arrow file; raises as `read_parquet`."""
-    with _damage(section.name, "Arrow"), _open_arrow(section.path) as (schema, batches):
+    with _damage(section.file.name, "Arrow"), _open_arrow(section.file.path) as (schema, batches):
         paths = _find_columns(schema, section)
         yield from _rows((_checked(batch, paths) for batch in batches), paths)
 
@@ -124,16 +125,18 @@ def _find_columns(schema: Any, section: Section) -> Paths | None:
     """Returns where the column of the section is, and `source` if it has names; None: read all."""
     import pyarrow as pa
 
-    column, name = section.column, section.name
+    column, name = section.column, section.file.name
     if column is None:
         return None
     if schema.names.count(column) > 1:
         what = f"has several columns {column!r}"
         raise bad_input(name, what, "Rename or remove the others.")
-    found = _find(list(schema), column)
-    if found is None:
-        raise no_column(column, _names(schema)).error(name)
-    path, kind = found
+    columns = list(_columns(schema))
+    found = [(path, kind) for path, kind in columns if ".".join(path) == column]
+    if not found:
+        names = (".".join(path) for path, kind in columns if not pa.types.is_struct(kind))
+        raise no_column(column, names).error(name)
+    path, kind = min(found, key=lambda entry: len(entry[0]))
     if _plain(kind) not in (*_AS_BYTES, *_AS_BYTES.values()) and not pa.types.is_null(kind):
         fix = "Name the column that holds the text with --text-column."
         raise bad_input(name, f"column {column!r} is {kind}, not a string", fix)
@@ -143,33 +146,15 @@ def _find_columns(schema: Any, section: Section) -> Paths | None:
     return {column: path}
 
 
-def _find(fields: list[Any], column: str) -> tuple[tuple[str, ...], Any] | None:
-    """Returns the names that lead to a column, and its type."""
+def _columns(fields: Iterable[Any], before: ColumnPath = ()) -> Iterator[tuple[ColumnPath, Any]]:
+    """Yields the columns and those in them, each as the names that lead to it and its type."""
     import pyarrow as pa
 
     for field in fields:
-        if field.name == column:
-            return (column,), field.type
-    for field in fields:
-        if column.startswith(f"{field.name}.") and pa.types.is_struct(field.type):
-            inner = _find(_fields(field.type), column[len(field.name) + 1 :])
-            if inner is not None:
-                return (field.name, *inner[0]), inner[1]
-    return None
-
-
-def _names(schema: Any) -> Iterator[str]:
-    import pyarrow as pa
-
-    for field in schema:
+        yield (*before, field.name), field.type
         if pa.types.is_struct(field.type):
-            yield from (f"{field.name}.{inner.name}" for inner in _fields(field.type))
-        else:
-            yield field.name
-
-
-def _fields(struct: Any) -> list[Any]:
-    return [struct.field(number) for number in range(struct.num_fields)]
+            inner = (field.type.field(n) for n in range(field.type.num_fields))
+            yield from _columns(inner, (*before, field.name))
 
 
 def _plain(kind: Any) -> str:
@@ -178,7 +163,7 @@ def _plain(kind: Any) -> str:
     return str(kind.value_type if pa.types.is_dictionary(kind) else kind)
 
 
-def _array(batch: Any, path: tuple[str, ...]) -> Any:
+def _array(batch: Any, path: ColumnPath) -> Any:
     import pyarrow.compute as pc
 
     array = batch.column(batch.schema.names.index(path[0]))
@@ -192,8 +177,7 @@ def _values(array: Any) -> list[Any]:
     import pyarrow as pa
 
     if pa.types.is_dictionary(array.type):
-        values = _values(array.dictionary)
-        return [None if n is None else values[n] for n in array.indices.to_pylist()]
+        array = array.dictionary_decode()
     try:
         values = array.to_pylist()
     except UnicodeDecodeError:

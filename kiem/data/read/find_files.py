@@ -10,70 +10,49 @@ import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from kiem.core.disk import writing_errors
 from kiem.core.errors import bad_input, bad_option, not_found
 from kiem.core.manifest import MANIFEST_FILE
-from kiem.data.read.formats import READABLE, format_of, is_metadata, shown_suffix
-from kiem.data.read.section import reading_errors
+from kiem.data.read.formats import METADATA, READABLE, format_of, shown_suffix
+from kiem.data.read.source_file import STANDARD_INPUT, reading_errors
 from kiem.tokenizer.tokenizer import TOKENIZER_FILE
 
-STANDARD_INPUT = "-"
 _MOST_SUFFIXES_SHOWN = 8
 _IN_CHUNK_DIRECTORIES = "in chunk directories"
 
 
-@dataclass
-class FoundFiles:
-    """Files, and what there is beside them.
-
-    Attributes:
-        paths: the files, in the order in which they are read.
-        names: what each is called in messages.
-        not_read: how many others were found in folders and by globs, by suffix; those in chunk
-            directories together.
-    """
-
-    paths: list[Path] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    not_read: Counter[str] = field(default_factory=Counter)
-
-
-def find_files(patterns: Sequence[str], option: str) -> FoundFiles:
-    """Returns the files that paths, folders and globs stand for; "-" is standard input.
+def find_files(patterns: Sequence[str], option: str) -> tuple[list[tuple[Path, str]], Counter[str]]:
+    """Finds the files that paths, folders and globs stand for; "-" is standard input.
 
     Folders are read whole, but for hidden files and folders, whose names begin with a dot, and
     chunk directories, which are often made beside the text.
 
+    Returns:
+        The files in the order in which they are read, with what each is called in messages; and
+        how many others were found in folders and by globs, by suffix.
+
     Raises:
         UserError: there is no such file, one cannot be read, or one is named twice.
     """
-    files = FoundFiles()
+    files: list[tuple[Path, str]] = []
+    not_read: Counter[str] = Counter()
     for pattern in patterns:
         if pattern == STANDARD_INPUT:
-            files.paths.append(_keep_standard_input())
-            files.names.append(STANDARD_INPUT)
+            files.append((_keep_standard_input(), STANDARD_INPUT))
             continue
         with reading_errors(f"{option} {pattern}"):
-            paths, not_read = _expand(pattern, option)
-            files.paths += paths
-            files.names += map(str, paths)
-            files.not_read += not_read
-    counts: Counter[str] = Counter()
-    folders: dict[Path, str] = {}  # without links
-    for path, name in zip(files.paths, files.names, strict=True):
-        if name == STANDARD_INPUT or path.is_symlink():
-            counts[name if name == STANDARD_INPUT else str(path.resolve())] += 1
-            continue
-        if path.parent not in folders:
-            folders[path.parent] = str(path.parent.resolve())
-        counts[f"{folders[path.parent]}/{path.name}"] += 1
+            paths, others = _expand(pattern, option)
+            files += ((path, str(path)) for path in paths)
+            not_read += others
+    counts = Counter(
+        name if name == STANDARD_INPUT else os.path.realpath(path) for path, name in files
+    )
     if repeated := sorted(path for path, count in counts.items() if count > 1):
         fix = "Name each file once, so that its text does not count double."
         raise bad_option(option, f"named twice: {', '.join(repeated)}", fix)
-    return files
+    return files, not_read
 
 
 def check_one_reader(**values: Sequence[str | Path]) -> None:
@@ -123,7 +102,7 @@ def _expand(pattern: str, option: str) -> tuple[list[Path], Counter[str]]:
         found = sorted(by_place.values())
     made = _in_chunk_directories(found)
     others = [path for path in found if path not in made]
-    read = [path for path in others if not is_metadata(path.name) and format_of(path.name)]
+    read = [path for path in others if path.name not in METADATA and format_of(path.name)]
     not_read = Counter(shown_suffix(path.name) for path in {*others}.difference(read))
     not_read += Counter({_IN_CHUNK_DIRECTORIES: len(made)})
     for path in read:

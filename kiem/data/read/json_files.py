@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from kiem.data.read.rows import BOM, NOT_OBJECT, NOT_UTF8, TOO_LONG, UNDECODED, Problem, Row
-from kiem.data.read.section import MAX_DOCUMENT_BYTES, Section, damaged_file
+from kiem.data.read.source_file import MAX_DOCUMENT_BYTES, Section, damaged_file
 
 _BLOCK_CHARACTERS = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -56,8 +56,8 @@ def read_json(section: Section) -> Iterator[Row]:
     Raises:
         UserError: it is not JSON; names the line.
     """
-    with io.TextIOWrapper(section.open(), "utf-8-sig", "surrogateescape", newline="") as stream:
-        for number, value in enumerate(_values(_JsonText(stream, section.name)), start=1):
+    with section.file.open_text() as stream:
+        for number, value in enumerate(_values(_JsonText(stream, section.file.name)), start=1):
             yield number, value if isinstance(value, (dict, str)) else NOT_OBJECT
 
 

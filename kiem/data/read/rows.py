@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
 from kiem.core.errors import UserError, bad_input
-from kiem.data.read.section import MAX_DOCUMENT_BYTES
+from kiem.data.read.source_file import MAX_DOCUMENT_BYTES
 
 BOM = b"\xef\xbb\xbf"
 HEAD_BYTES = 1 << 12  # of a file, by which its type is known
@@ -98,9 +98,13 @@ def document_in(row: Row, column: str, default_source: str) -> Document:
     text: Any = value
     source = default_source
     if isinstance(value, dict):
-        text = value[column] if column in value else _find(value, column)
+        if column in value:
+            text = value[column]
+        else:
+            text = next((v for name, v in _columns(value) if name == column), _MISSING)
         if text is _MISSING:
-            return Document("", default_source, number, no_column(column, _names(value)))
+            names = (name for name, v in _columns(value) if not isinstance(v, dict))
+            return Document("", default_source, number, no_column(column, names))
         if column != "source":
             source = _label(value.get("source")) or default_source
     problem = _text_problem(text)
@@ -131,25 +135,12 @@ def _text_problem(text: Any) -> Problem | None:
     return TOO_LONG if num_bytes > MAX_DOCUMENT_BYTES else None
 
 
-def _find(record: Mapping[str, Any], column: str) -> Any:
-    """Returns the value of a column, or _MISSING."""
-    if column in record:
-        return record[column]
-    for dot in re.finditer(r"\.", column):
-        inner = record.get(column[: dot.start()])
-        if isinstance(inner, Mapping):
-            found = _find(inner, column[dot.end() :])
-            if found is not _MISSING:
-                return found
-    return _MISSING
-
-
-def _names(record: Mapping[str, Any]) -> list[str]:
-    return [
-        name
-        for key, value in record.items()
-        for name in ([f"{key}.{k}" for k in value] if isinstance(value, Mapping) else [key])
-    ]
+def _columns(record: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the names and values of a record's columns, and of those in objects as `a.b`."""
+    for key, value in record.items():
+        yield f"{before}{key}", value
+        if isinstance(value, dict):
+            yield from _columns(value, f"{before}{key}.")
 
 
 def no_column(column: str, columns: Iterable[str]) -> Problem:

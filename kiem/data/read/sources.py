@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -17,9 +17,9 @@ from kiem.config import DATASET_SIZES, HUB_DATASET
 from kiem.core.console import warn
 from kiem.core.errors import ExitCode, UserError, bad_option, no_effect
 from kiem.core.files import sha256_file
-from kiem.data.read.find_files import STANDARD_INPUT, FoundFiles, find_files, show_counts
-from kiem.data.read.formats import Format, format_of, look_inside
-from kiem.data.read.section import reading_errors
+from kiem.data.read.find_files import find_files, show_counts
+from kiem.data.read.formats import format_of, look_inside
+from kiem.data.read.source_file import STANDARD_INPUT, SourceFile, file_stamp, reading_errors
 from kiem.data.read.text_files import BLANK_LINES, EVERY_LINE
 from kiem.hub import download_dataset_files
 
@@ -33,29 +33,15 @@ class Source:
 
     Attributes:
         name: short name, used for the chunk directory.
-        paths: the files.
-        names: what each file is called in messages and in the manifest.
-        formats: how each file is read.
+        files: in the order in which they are read.
         description: what the manifest records: kind, revision or the sha256 of every file.
-        stamps: size and time of each file, by which a later change is noticed.
-        document_separator: what cuts text files into documents; None: each is one.
         not_read: how many files in folders are not read, by suffix.
     """
 
     name: str
-    paths: list[Path]
-    names: list[str]
-    formats: list[Format]
+    files: list[SourceFile]
     description: dict[str, Any]
-    stamps: list[tuple[int, int]]
-    document_separator: str | None = None
     not_read: Counter[str] = field(default_factory=Counter)
-
-
-def file_stamp(path: Path) -> tuple[int, int]:
-    """Returns what changes when a file is written to: its size and the time of its last change."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def resolve_source(
@@ -91,8 +77,7 @@ def resolve_source(
         return _resolve_hub(dataset_size or DEFAULT_HUB_SIZE, revision, console)
     if source == ("sample",):
         path = Path(str(resources.files("kiem.data.read") / "sample" / "dutch.jsonl"))
-        files = FoundFiles([path], ["sample"])
-        return _files_source("sample", "sample", files, document_separator)
+        return _files_source("sample", "sample", [(path, "sample")], document_separator)
     if "hub" in source or "sample" in source:
         fix = "Give either one of them, or files."
         raise bad_option(option, "'hub' and 'sample' stand alone", fix)
@@ -110,29 +95,30 @@ def local_source(
     Raises:
         UserError: there is no such file, or one cannot be read.
     """
-    found = find_files(patterns, option)
-    if found.not_read and console is not None:
-        warn(console, f"{option}: not read: {show_counts(found.not_read)}")
+    found, not_read = find_files(patterns, option)
+    if not_read and console is not None:
+        warn(console, f"{option}: not read: {show_counts(not_read)}")
     first = Path(patterns[0])
     if patterns[0] == STANDARD_INPUT:
         name = "stdin"
     else:
-        name = first.resolve().name if first.is_dir() else found.paths[0].name.split(".")[0]
-    return _files_source(name, "files", found, document_separator)
+        name = first.resolve().name if first.is_dir() else found[0][0].name.split(".")[0]
+    return replace(_files_source(name, "files", found, document_separator), not_read=not_read)
 
 
-def _files_source(name: str, kind: str, files: FoundFiles, separator: str | None) -> Source:
+def _files_source(
+    name: str, kind: str, found: Sequence[tuple[Path, str]], separator: str | None
+) -> Source:
     """Returns files of this machine as a source; raises a UserError if one cannot be read."""
-    hashes, stamps, formats = {}, [], []
-    for path, file_name in zip(files.paths, files.names, strict=True):
+    hashes, files = {}, []
+    for path, file_name in found:
         with reading_errors(file_name):
-            stamps.append(file_stamp(path))  # before the hash, so that no change goes unseen
+            stamp = file_stamp(path)  # before the hash, so that no change goes unseen
             hashes[file_name] = sha256_file(path)
-            named = format_of(path.name)
-            formats.append(look_inside(path, file_name, named, is_cut=separator is not None))
-    description = {"kind": kind, "sha256": hashes}
-    found = (files.paths, files.names, formats, description, stamps)
-    return Source(name, *found, separator, files.not_read)
+            file_format = format_of(path.name) or ("text", None)
+            file = SourceFile(path, file_name, *file_format, separator, stamp)
+            files.append(look_inside(file))
+    return Source(name, files, {"kind": kind, "sha256": hashes})
 
 
 def check_hub_size(dataset_size: str) -> None:
@@ -157,9 +143,9 @@ def _resolve_hub(dataset_size: str, revision: str | None, console: Console | Non
         "revision": files.revision,
         "files": files.names,
     }
-    stamps = [file_stamp(path) for path in files.paths]
-    formats = [Format("parquet")] * len(files.paths)
-    return Source(dataset_size, files.paths, files.names, formats, description, stamps)
+    found = zip(files.paths, files.names, strict=True)
+    parquet = [SourceFile(p, name, "parquet", None, None, file_stamp(p)) for p, name in found]
+    return Source(dataset_size, parquet, description)
 
 
 def word_limit(dataset_size: str | None) -> int | None:

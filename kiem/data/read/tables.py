@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 import re
 from collections.abc import Iterator
 from itertools import chain
 
 from kiem.core.errors import bad_input
 from kiem.data.read.rows import Problem, Row, no_column
-from kiem.data.read.section import MAX_DOCUMENT_BYTES, Section
+from kiem.data.read.source_file import MAX_DOCUMENT_BYTES, Section
 
 _QUOTES = (
     'A field that begins with a double quote must end with one, and have "" for those in it. Such '
@@ -29,7 +28,7 @@ def read_table(section: Section, delimiter: str | None = None) -> Iterator[Row]:
         UserError: there is no such column, or quotes are not balanced; names the line.
     """
     csv.field_size_limit(MAX_DOCUMENT_BYTES)  # of the process; the usual one is 131 072
-    with io.TextIOWrapper(section.open(), "utf-8-sig", "surrogateescape", newline="") as text:
+    with section.file.open_text() as text:
         lines = iter(lambda: text.readline(MAX_DOCUMENT_BYTES + 1), "")
         first = next(lines, "")
         if delimiter is None:
@@ -38,7 +37,7 @@ def read_table(section: Section, delimiter: str | None = None) -> Iterator[Row]:
         try:
             columns = next(reader, [])
             if section.column is not None:
-                _check_column(columns, section.column, f"{section.name}:1")
+                _check_column(columns, section.column, f"{section.file.name}:1")
             number = reader.line_num + 1
             for fields in reader:
                 if len(fields) == len(columns):
@@ -47,7 +46,7 @@ def read_table(section: Section, delimiter: str | None = None) -> Iterator[Row]:
                     yield number, _other_fields(len(fields), len(columns))
                 number = reader.line_num + 1
         except csv.Error as error:
-            where = f"{section.name}:{reader.line_num}"
+            where = f"{section.file.name}:{reader.line_num}"
             raise bad_input(where, f"not a table ({error})", _QUOTES) from error
 
 

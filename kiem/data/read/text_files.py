@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 from kiem.data.read.rows import BOM, NOT_UTF8, TOO_LONG, Problem, Row, foreign_content
-from kiem.data.read.section import MAX_DOCUMENT_BYTES, Section, next_line, seek_line
+from kiem.data.read.source_file import MAX_DOCUMENT_BYTES, Section, next_line, seek_line
 
 # Values of `--document-separator` that are not the text of a line.
 BLANK_LINES = "blank-lines"
@@ -17,19 +17,19 @@ _OUTSIDE = Problem("not WikiExtractor", "text outside of <doc ...> and </doc>")
 
 
 def read_text(section: Section) -> Iterator[Row]:
-    """Yields the one document that a text file is, or those that `section.separator` makes of it.
+    """Yields the one document that a text file is, or those into which its separator cuts it.
 
     A document is in the section in which the line begins that separates it from the one before;
     the first document is in the first section.
     """
-    if section.separator is None:
+    if section.file.separator is None:
         yield _read_whole(section)
-    elif section.separator == EVERY_LINE:
+    elif section.file.separator == EVERY_LINE:
         for number, line in enumerate(section.lines(), start=1):
             if (line := line.removeprefix(BOM)).strip():
                 yield _text_row(number, line.rstrip(b"\r\n"))
     else:
-        yield from _join_lines(_marked_lines(section, separator_test(section.separator)))
+        yield from _join_lines(_marked_lines(section, separator_test(section.file.separator)))
 
 
 def separator_test(separator: str) -> Callable[[bytes], bool]:
@@ -45,7 +45,7 @@ def read_wikiextractor(section: Section) -> Iterator[Row]:
 
 
 def _read_whole(section: Section) -> Row:
-    with section.open() as file:
+    with section.file.open() as file:
         # Memory for all that is asked for is made.
         data = file.read(min(MAX_DOCUMENT_BYTES, section.stop) + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
@@ -91,7 +91,7 @@ def _join_lines(lines: _Marked) -> Iterator[Row]:
 
 
 def _marked_lines(section: Section, is_separator: Callable[[bytes], bool]) -> _Marked:
-    with section.open() as file:
+    with section.file.open() as file:
         position = seek_line(file, section.start, section.stop)
         is_inside = position == 0  # so that the next line is one of a document of this section
         number = 0

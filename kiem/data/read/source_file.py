@@ -1,4 +1,4 @@
-"""Parts of files as readers see them: opened, decompressed and cut into lines."""
+"""Files of a source, and parts of them: opened, decompressed and cut into lines."""
 
 from __future__ import annotations
 
@@ -14,43 +14,76 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from kiem.core.errors import UserError, bad_input
 
+STANDARD_INPUT = "-"
 # A longer document is hardly one document, and there would be copies of it in memory.
 MAX_DOCUMENT_BYTES = 256_000_000
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
-# What the libraries raise for damaged compressed data: an OSError has no number then.
-_DECOMPRESSION_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError)
 _BUFFER_BYTES = 1 << 17
 _BLOCK_BYTES = 1 << 22
+
+
+class SourceFile(NamedTuple):
+    """A file of a source.
+
+    Attributes:
+        path: where it is.
+        name: what it is called in messages and in the manifest; STANDARD_INPUT: it was a copy.
+        kind: of content, a key of `formats.READERS`.
+        compression: gzip, zstd, bzip2 or xz; None: not compressed.
+        separator: what cuts a text file into documents; None: it is one document.
+        stamp: its size and the time of its last change, by which a later change is noticed.
+    """
+
+    path: Path
+    name: str
+    kind: str
+    compression: str | None
+    separator: str | None
+    stamp: tuple[int, int]
+
+    @property
+    def label(self) -> str:
+        """The source that rows are counted under which do not name one themselves."""
+        if self.name == STANDARD_INPUT:
+            return "stdin"
+        name = Path(self.name).name
+        return name if self.kind == "text" and not self.separator else name.split(".")[0]
+
+    def open(self) -> BinaryIO:
+        """Opens the file for reading, decompressed."""
+        openers: dict[str, Callable[[Path], Any]] = {
+            "gzip": gzip.open,
+            "bzip2": bz2.open,
+            "xz": lzma.open,
+            "zstd": _open_zstd,
+        }
+        if self.compression is None:
+            return self.path.open("rb", buffering=_BUFFER_BYTES)
+        return cast(BinaryIO, openers[self.compression](self.path))
+
+    def open_text(self) -> io.TextIOWrapper:
+        """Opens the file as text; other bytes than UTF-8 become lone surrogates."""
+        return io.TextIOWrapper(self.open(), "utf-8-sig", "surrogateescape", newline="")
 
 
 class Section(NamedTuple):
     """What a reader reads: a file, or a part of one.
 
     Attributes:
-        path: the file.
-        name: what it is called in messages.
-        compression: gzip, zstd, bzip2 or xz; None: not compressed.
+        file: the file.
         start: first byte (text and lines) or row group (Parquet).
         stop: one past the last. A line belongs to the section that its first byte is in.
         column: the column that must be there; None: all columns are read.
-        separator: what cuts a text file into documents; None: it is one document.
     """
 
-    path: Path
-    name: str
-    compression: str | None
+    file: SourceFile
     start: int
     stop: int
-    column: str | None
-    separator: str | None
-
-    def open(self) -> BinaryIO:
-        """Opens the whole file, decompressed."""
-        return open_content(self.path, self.compression)
+    column: str | None = None
 
     def lines(self) -> Iterator[bytes]:
         """Yields the lines that begin in the section; see `next_line` for very long ones."""
-        with self.open() as file:
+        with self.file.open() as file:
             position = seek_line(file, self.start, self.stop)
             while position < self.stop:
                 line, num_bytes = next_line(file)
@@ -60,17 +93,10 @@ class Section(NamedTuple):
                 yield line
 
 
-def open_content(path: Path, compression: str | None) -> BinaryIO:
-    """Opens a file for reading, decompressed."""
-    openers: dict[str, Callable[[Path], Any]] = {
-        "gzip": gzip.open,
-        "bzip2": bz2.open,
-        "xz": lzma.open,
-        "zstd": _open_zstd,
-    }
-    if compression is None:
-        return path.open("rb", buffering=_BUFFER_BYTES)
-    return cast(BinaryIO, openers[compression](path))
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Returns what changes when a file is written to: its size and the time of its last change."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _open_zstd(path: Path) -> io.BufferedReader:
@@ -104,25 +130,28 @@ def next_line(file: BinaryIO) -> tuple[bytes, int]:
 
 
 @contextmanager
-def reading_errors(name: str) -> Iterator[None]:
-    """Turns the operating system's refusals to read into `UserError`s that name the file."""
+def reading_errors(
+    name: str, compression: str | None = None, number: Callable[[], int] | None = None
+) -> Iterator[None]:
+    """Turns what reading raises into a UserError that names the file.
+
+    Args:
+        name: what the file is called in messages.
+        compression: of the file, whose library may find it damaged.
+        number: returns the line at which it does, if that is to be named.
+    """
     try:
         yield
-    except OSError as error:
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        is_refusal = isinstance(error, OSError) and error.errno is not None
+        if compression is not None and not is_refusal:
+            place = name if number is None else f"{name}:{number()}"
+            raise damaged_file(place, compression, error) from error
+        if not isinstance(error, OSError):
+            raise
         what = f"cannot be read ({error.strerror or error})"
         fix = "Check that the file is there and that you may read it."
         raise bad_input(name, what, fix) from error
-
-
-@contextmanager
-def decompression_errors(place: Callable[[], str], compression: str | None) -> Iterator[None]:
-    """Turns what libraries raise for damaged compressed data into a UserError at `place()`."""
-    try:
-        yield
-    except _DECOMPRESSION_ERRORS as error:
-        if compression is None or getattr(error, "errno", None) is not None:  # the disk's fault
-            raise
-        raise damaged_file(place(), compression, error) from error
 
 
 def damaged_file(where: str, kind: str, error: Exception) -> UserError:
