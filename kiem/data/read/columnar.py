@@ -20,7 +20,6 @@ _AS_BYTES = {"string": "binary", "large_string": "large_binary", "string_view": 
 
 # The names that lead to a column, more than one if it is in other columns.
 ColumnPath = tuple[str, ...]
-Paths = dict[str, ColumnPath]
 
 
 def row_groups(source_file: SourceFile) -> list[tuple[int, int]]:
@@ -45,14 +44,14 @@ def read_parquet(section: Section) -> Iterator[Row]:
     """
     with _damage(section.file.name, "Parquet"), _open_parquet(section.file.path) as file:
         paths = _find_columns(file.schema_arrow, section)
-        yield from _rows(_parquet_batches(file, section, paths), paths)
+        yield from _rows(_parquet_batches(file, section, paths), paths, section.column)
 
 
 def read_arrow(section: Section) -> Iterator[Row]:
     """Yields the rows of an Arrow file; raises as `read_parquet`."""
     with _damage(section.file.name, "Arrow"), _open_arrow(section.file.path) as (schema, batches):
         paths = _find_columns(schema, section)
-        yield from _rows((_checked(batch, paths) for batch in batches), paths)
+        yield from _rows((_checked(batch, paths) for batch in batches), paths, section.column)
 
 
 def _open_parquet(path: Path) -> Any:
@@ -62,8 +61,8 @@ def _open_parquet(path: Path) -> Any:
     return pq.ParquetFile(path, memory_map=False, page_checksum_verification=True)
 
 
-def _parquet_batches(file: Any, section: Section, paths: Paths | None) -> Iterator[Any]:
-    columns = None if paths is None else [".".join(path) for path in paths.values()]
+def _parquet_batches(file: Any, section: Section, paths: dict[str, ColumnPath]) -> Iterator[Any]:
+    columns = [".".join(path) for path in paths.values()]
     for group in range(section.start, section.stop):
         size = file.metadata.row_group(group)
         row_bytes = max(1, size.total_byte_size) // max(1, size.num_rows)
@@ -96,12 +95,12 @@ def _open_arrow(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
         yield reader.schema, (batch.slice(start, _BATCH_ROWS) for batch, start in starts)
 
 
-def _checked(batch: Any, paths: Paths | None) -> Any:
+def _checked(batch: Any, paths: dict[str, ColumnPath]) -> Any:
     """Raises an error at places that are outside of the text, which would end the program."""
     import pyarrow as pa
 
-    batch.validate(full=paths is None)
-    for path in (paths or {}).values():
+    batch.validate()
+    for path in paths.values():
         array = _array(batch, path)
         if str(array.type) in _AS_BYTES:  # what is not UTF-8 is found later, text by text
             array = array.view(getattr(pa, _AS_BYTES[str(array.type)])())
@@ -109,25 +108,28 @@ def _checked(batch: Any, paths: Paths | None) -> Any:
     return batch
 
 
-def _rows(batches: Iterable[Any], paths: Paths | None) -> Iterator[Row]:
+def _rows(
+    batches: Iterable[Any], paths: dict[str, ColumnPath], column: str | None
+) -> Iterator[Row]:
     number = 1
     for batch in batches:
-        if paths is None:
-            yield from enumerate(batch.to_pylist(), number)
-        else:
-            columns = [_values(_array(batch, path)) for path in paths.values()]
-            values = zip(*columns, strict=True)
-            yield from enumerate((dict(zip(paths, row)) for row in values), number)  # noqa: B905
+        texts, *others = (_values(_array(batch, path)) for path in paths.values())
+        if column is None:
+            rows = (dict(zip(paths, row, strict=True)) for row in zip(texts, *others, strict=True))
+        else:  # faster for short texts
+            labels = others[0] if others else [None] * len(texts)
+            rows = ({"source": s, column: t} for s, t in zip(labels, texts, strict=True))
+        yield from enumerate(rows, number)
         number += batch.num_rows
 
 
-def _find_columns(schema: Any, section: Section) -> Paths | None:
-    """Returns where the column of the section is, and `source` if it has names; None: read all."""
+def _find_columns(schema: Any, section: Section) -> dict[str, ColumnPath]:
+    """Returns what is to be read: the section's column, and `source` if it is text; or all."""
     import pyarrow as pa
 
     column, name = section.column, section.file.name
     if column is None:
-        return None
+        return {name: (name,) for name in schema.names}
     if schema.names.count(column) > 1:
         what = f"has several columns {column!r}"
         raise bad_input(name, what, "Rename or remove the others.")

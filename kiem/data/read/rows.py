@@ -98,15 +98,14 @@ def document_in(row: Row, column: str, default_source: str) -> Document:
     text: Any = value
     source = default_source
     if isinstance(value, dict):
-        if column in value:
-            text = value[column]
-        else:
+        text = value.get(column, _MISSING)
+        if text is _MISSING:
             text = next((v for name, v in _columns(value) if name == column), _MISSING)
         if text is _MISSING:
             names = (name for name, v in _columns(value) if not isinstance(v, dict))
             return Document("", default_source, number, no_column(column, names))
-        if column != "source":
-            source = _label(value.get("source")) or default_source
+        if column != "source" and "source" in value:
+            source = _label(value["source"]) or default_source
     problem = _text_problem(text)
     return Document("" if problem else text, source, number, problem)
 
