@@ -77,7 +77,7 @@ def _parquet_batches(file: Any, section: Section, paths: dict[str, ColumnPath]) 
 
 @contextmanager
 def _open_arrow(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
-    """Gives the schema and the record batches, cut so that few rows are in Python at once."""
+    """Yields the schema and the record batches, in slices of few rows."""
     import pyarrow as pa
 
     with path.open("rb") as content:
@@ -96,13 +96,13 @@ def _open_arrow(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
 
 
 def _checked(batch: Any, paths: dict[str, ColumnPath]) -> Any:
-    """Raises an error at places that are outside of the text, which would end the program."""
+    """Validates a batch, whose damaged offsets would crash the program."""
     import pyarrow as pa
 
     batch.validate()
     for path in paths.values():
         array = _array(batch, path)
-        if str(array.type) in _AS_BYTES:  # what is not UTF-8 is found later, text by text
+        if str(array.type) in _AS_BYTES:  # UTF-8 is checked later, row by row
             array = array.view(getattr(pa, _AS_BYTES[str(array.type)])())
         array.validate(full=True)
     return batch
@@ -124,7 +124,7 @@ def _rows(
 
 
 def _find_columns(schema: Any, section: Section) -> dict[str, ColumnPath]:
-    """Returns what is to be read: the section's column, and `source` if it is text; or all."""
+    """Returns the columns to read: the section's and `source` if that is text, or all."""
     import pyarrow as pa
 
     column, name = section.column, section.file.name
@@ -149,7 +149,7 @@ def _find_columns(schema: Any, section: Section) -> dict[str, ColumnPath]:
 
 
 def _columns(fields: Iterable[Any], before: ColumnPath = ()) -> Iterator[tuple[ColumnPath, Any]]:
-    """Yields the columns and those in them, each as the names that lead to it and its type."""
+    """Yields the paths and types of columns, and of the fields in them."""
     import pyarrow as pa
 
     for field in fields:
@@ -175,7 +175,7 @@ def _array(batch: Any, path: ColumnPath) -> Any:
 
 
 def _values(array: Any) -> list[Any]:
-    """Returns an array's texts; what is not UTF-8 in them is lone surrogates."""
+    """Returns an array's values; bytes that are not UTF-8 become lone surrogates."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(array.type):
@@ -189,7 +189,7 @@ def _values(array: Any) -> list[Any]:
 
 @contextmanager
 def _damage(name: str, kind: str) -> Iterator[None]:
-    """Turns what pyarrow raises at damaged files into a UserError that names the file."""
+    """Turns pyarrow's errors into a UserError that names the damaged file."""
     import pyarrow as pa
 
     try:

@@ -26,12 +26,12 @@ _IN_CHUNK_DIRECTORIES = "in chunk directories"
 def find_files(patterns: Sequence[str], option: str) -> tuple[list[tuple[Path, str]], Counter[str]]:
     """Finds the files that paths, folders and globs stand for; "-" is standard input.
 
-    Folders are read whole, but for hidden files and folders, whose names begin with a dot, and
-    chunk directories, which are often made beside the text.
+    Of folders everything is read except hidden files and folders, whose names begin with a dot,
+    and chunk directories, which are often beside the text.
 
     Returns:
-        The files in the order in which they are read, with what each is called in messages; and
-        how many others were found in folders and by globs, by suffix.
+        The files in reading order, each with its name in messages; and the number of other files
+        that folders and globs have, by suffix.
 
     Raises:
         UserError: there is no such file, one cannot be read, or one is named twice.
@@ -64,7 +64,7 @@ def check_one_reader(**values: Sequence[str | Path]) -> None:
 
 
 def show_counts(not_read: Counter[str]) -> str:
-    """Returns such as "3 files (.pdf 2, .docx 1)"."""
+    """Returns text such as "3 files (.pdf 2, .docx 1)"."""
     common = sorted(not_read.items(), key=lambda entry: (-entry[1], entry[0]))
     shown = ", ".join(f"{suffix} {count}" for suffix, count in common[:_MOST_SUFFIXES_SHOWN])
     more = ", ..." if len(common) > _MOST_SUFFIXES_SHOWN else ""
@@ -75,8 +75,8 @@ def show_counts(not_read: Counter[str]) -> str:
 def _keep_standard_input() -> Path:
     """Copies standard input into a nameless temporary file and returns a path that opens it.
 
-    It is read in parallel and more than once. The file is gone as soon as this process and those
-    that it forked are, however they end.
+    It is read in parallel and more than once. The file disappears when this process and its forks
+    have ended.
     """
     folder = Path(tempfile.gettempdir())
     with writing_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
@@ -116,7 +116,7 @@ def _expand(pattern: str, option: str) -> tuple[list[Path], Counter[str]]:
 
 
 def _in_chunk_directories(found: list[Path]) -> set[Path]:
-    """Returns those of the files that preprocess.py made."""
+    """Returns the files that belong to chunk directories."""
     manifests = [path for path in found if path.name == MANIFEST_FILE]
     folders = {path.parent for path in manifests if path.with_name(TOKENIZER_FILE).is_file()}
     return {path for path in found if folders.intersection(path.parents)} if folders else set()
@@ -141,7 +141,7 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _check_file(path: Path) -> None:
-    """Raises a UserError if the path is not one of a file that can be read."""
+    """Raises a UserError if the path is not a file that can be read."""
     text = str(path)
     odd = () if text.isprintable() else {unicodedata.category(character) for character in text}
     if {"Cc", "Cs", "Zl", "Zp"}.intersection(odd):

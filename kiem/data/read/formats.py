@@ -1,7 +1,4 @@
-"""The table of formats: which reader reads a file, by its name and sometimes its first line.
-
-docs/formats.md explains it.
-"""
+"""The table of formats: suffixes and their readers, as docs/formats.md explains them."""
 
 from __future__ import annotations
 
@@ -57,7 +54,7 @@ READABLE = (
     f"or {', '.join(suffix for suffix, kind in KINDS.items() if kind in _COMPRESSED_INSIDE)}"
 )
 WITH_COLUMNS = ", ".join(suffix for suffix, kind in KINDS.items() if kind not in WITHOUT_COLUMNS)
-# What libraries put beside data, which is no text to read.
+# Descriptions that `datasets` puts beside data.
 METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 
 
@@ -76,7 +73,7 @@ def format_of(name: str) -> tuple[Kind, str | None] | None:
 
 
 def shown_suffix(name: str) -> str:
-    """Returns what a file that is not read is counted under: its suffix, in lower case."""
+    """Returns the suffix under which a file that is not read is counted, in lower case."""
     if name in METADATA:
         return name
     path = PurePath(name.lower())
@@ -87,14 +84,14 @@ def shown_suffix(name: str) -> str:
 
 
 def look_inside(file: SourceFile) -> SourceFile:
-    """Returns a file with its true kind, where its name does not say it all.
+    """Returns a file with its true kind, where its name does not tell.
 
     Raises:
-        UserError: it is compressed or encoded in a way that its name does not say.
+        UserError: it has another encoding or compression than its name says.
     """
     kind, is_named = file.kind, file.name != STANDARD_INPUT
     if kind == "text" and is_named and file.separator is None:
-        return file  # its one document says so itself
+        return file  # checked when its one document is read
     may_be_lines = kind in ("json", "wikiextractor") or not is_named
     try:
         with reading_errors(file.name, file.compression), file.open() as content:
@@ -103,7 +100,7 @@ def look_inside(file: SourceFile) -> SourceFile:
             if may_be_lines and start.startswith(b"{"):
                 start += content.readline(MAX_DOCUMENT_BYTES)
     except UserError:
-        return file  # reading finds the damage again, and the line
+        return file  # reading will find the damage, and its line
     found = lfs_pointer(head) if kind in _COMPRESSED_INSIDE else foreign_content(head)
     if found is not None:
         raise found.error(file.name)

@@ -26,7 +26,7 @@ def read_json_lines(section: Section) -> Iterator[Row]:
         try:
             value = decode(line)
         except (ValueError, RecursionError):
-            # A BOM is where files begin, so where they were joined it is in front of a later line.
+            # Where files were joined, later lines begin with a BOM as well.
             if not line.removeprefix(BOM).strip():
                 continue
             value = parse_line(line)
@@ -34,7 +34,8 @@ def read_json_lines(section: Section) -> Iterator[Row]:
 
 
 def parse_line(line: bytes) -> Any:
-    """Returns what a line says, or a Problem; slower than msgspec, but takes NaN and any bytes."""
+    """Returns the value of a line, or a Problem. Slower than msgspec, but accepts NaN and bytes
+    that are not UTF-8 in columns that are not read."""
     if len(line) > MAX_DOCUMENT_BYTES:
         return TOO_LONG
     text = line.removeprefix(BOM).decode("utf-8", "surrogateescape")
@@ -80,7 +81,7 @@ def _values(text: _JsonText) -> Iterator[Any]:
 
 
 class _JsonText:
-    """The rest of a file, of which so much is in memory as the next value needs."""
+    """The rest of a file; only what the next value needs is in memory."""
 
     def __init__(self, stream: io.TextIOWrapper, name: str):
         self._stream = stream
@@ -90,7 +91,7 @@ class _JsonText:
         self._num_lines = 0  # before the buffer
 
     def peek(self) -> str:
-        """Returns the next character that is no white space; "" at the end of the file."""
+        """Returns the next character that is not white space; "" at the end of the file."""
         while True:
             space = _SPACE.match(self._buffer, self._position)
             assert space is not None
@@ -101,11 +102,11 @@ class _JsonText:
                 return ""
 
     def skip(self) -> None:
-        """Goes beyond the character that `peek` found."""
+        """Skips the character that `peek` returned."""
         self._position += 1
 
     def value(self) -> Any:
-        """Returns the next value and goes beyond it."""
+        """Returns the next value and skips it."""
         self.peek()
         while True:
             try:
@@ -128,7 +129,7 @@ class _JsonText:
         return damaged_file(f"{self._name}:{line}", "JSON", ValueError(what))
 
     def _read(self) -> bool:
-        """Drops what was read and reads as much again as is left; False at the end of the file."""
+        """Drops what was used and reads more; returns False at the end of the file."""
         left = self._buffer[self._position :]
         if len(left) > MAX_DOCUMENT_BYTES:
             raise self.error(f"a value longer than {MAX_DOCUMENT_BYTES // 10**6} MB")

@@ -1,4 +1,4 @@
-"""The documents and records of a source, read in parts that do not depend on each other."""
+"""Readers for the documents and records of a source, part by part."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FilePart(NamedTuple):
 
 
 def list_parts(source: Source, part_bytes: int) -> list[FilePart]:
-    """Returns the parts of all files, in order, of some `part_bytes` where the type can be cut.
+    """Returns the parts of all files in order, of about `part_bytes` each if a file can be cut.
 
     Raises:
         UserError: a file is empty, gone, or a damaged Parquet file.
@@ -71,7 +71,7 @@ def read_parts(
         source: where the files are.
         parts: which parts of them.
         text_column: the column or key that holds the text.
-        on_bad: what to do at a row that is no document: stop, or yield it with its problem.
+        on_bad: what to do at a row that is not a document: stop, or yield it with its problem.
         fix: what to do about such a row, if not what the problem says.
 
     Raises:
@@ -100,13 +100,12 @@ def read_records(source: Source, fix: str) -> Iterator[tuple[FilePart, int, dict
     """Yields the rows of a source: part of a file, number in it and the values by column.
 
     Raises:
-        UserError: a file is damaged or has no columns, or a row is no record; names it and says
-            what to do about it, `fix`.
+        UserError: a file is damaged or has no columns, or a row is not a record (with `fix`).
     """
     for file in source.files:
         if file.kind in WITHOUT_COLUMNS:
-            what = f"Give a file with columns: {WITH_COLUMNS}."
-            raise bad_input(file.name, "has no columns", what)
+            columns = f"Give a file with columns: {WITH_COLUMNS}."
+            raise bad_input(file.name, "has no columns", columns)
     for part in list_parts(source, sys.maxsize):
         for number, value in _read_rows(source, part, column=None):
             if not isinstance(value, dict):

@@ -17,7 +17,7 @@ HEAD_BYTES = 1 << 12  # of a file, by which its type is known
 _MISSING = object()
 _MOST_COLUMNS_SHOWN = 20
 _LONGEST_NAME = 60
-UNDECODED = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of other bytes
+UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, with "surrogateescape"
 _BEGINNINGS = {
     b"\xff\xfe\0\0": "UTF-32",
     b"\0\0\xfe\xff": "UTF-32",
@@ -37,7 +37,7 @@ class Problem:
     """Why a row is not a document.
 
     Attributes:
-        reason: one word or two, under which such rows are counted.
+        reason: the name under which such rows are counted.
         what: what is wrong, for the message.
         fix: what to do about it.
     """
@@ -61,9 +61,9 @@ NOT_OBJECT = Problem(
     "not an object", "not a JSON object", 'Each line must be like {"text": "..."}.'
 )
 
-# The number of a line or row in its section, from 1, and what is in it: its values by column, only
-# a text, or why it has neither. Bytes that are not UTF-8 are lone surrogates in it, as
-# "surrogateescape" makes them.
+# The number of a row in its section, from 1, and its values by column, or its text where there are
+# no columns, or what is wrong with it. Bytes that are not UTF-8 are lone surrogates in the text
+# (Python's "surrogateescape").
 Row: TypeAlias = tuple[int, dict[str, Any] | str | Problem]
 
 
@@ -72,7 +72,7 @@ class Document(NamedTuple):
 
     Attributes:
         text: its text; "" when the row is not a document.
-        source: which source it is counted under.
+        source: the source that it is counted under.
         number: of the line or row in its part, from 1.
         problem: why it is not a document; None when it is.
     """
@@ -90,7 +90,7 @@ def document_in(row: Row, column: str, default_source: str) -> Document:
         row: the row.
         column: the column that holds the text; `a.b` is key b of the object in column a, unless
             there is a column of that name.
-        default_source: what it is counted under if there is no text in a column `source`.
+        default_source: its source if no column `source` has text.
     """
     number, value = row
     if isinstance(value, Problem):
@@ -111,7 +111,7 @@ def document_in(row: Row, column: str, default_source: str) -> Document:
 
 
 def _label(value: Any) -> str | None:
-    """Returns what a row says that its source is called, if that is text."""
+    """Returns the source that a row names, if that is text."""
     try:
         return value if isinstance(value, str) and value.encode() else None
     except UnicodeEncodeError:
@@ -155,7 +155,7 @@ def no_column(column: str, columns: Iterable[str]) -> Problem:
 
 
 def lfs_pointer(data: bytes) -> Problem | None:
-    """Returns the problem of a file that a clone has in place of a large one; None if it is not."""
+    """Returns the problem of a Git LFS pointer, which clones have in place of large files."""
     if not data.startswith(b"version https://git-lfs.github.com/spec/"):
         return None
     what = "a pointer of Git LFS, not the file itself"
@@ -163,14 +163,11 @@ def lfs_pointer(data: bytes) -> Problem | None:
 
 
 def foreign_content(data: bytes) -> Problem | None:
-    """Returns the problem of data whose first bytes say that it is not text in UTF-8.
-
-    That is another encoding, another type of file, or a Git LFS pointer.
-    """
+    """Returns the problem of data that begins as another encoding, type of file or LFS pointer."""
     if (problem := lfs_pointer(data)) is not None:
         return problem
     head = data[:HEAD_BYTES]
-    # Every second byte of Latin letters in UTF-16 is NUL, and none of the others.
+    # In Latin text in UTF-16 every second byte is NUL, and no other byte.
     num_nul = sorted((head[::2].count(0), head[1::2].count(0)))
     if len(head) >= 16 and num_nul[0] == 0 and num_nul[1] > len(head) / 4:
         kind = "UTF-16"

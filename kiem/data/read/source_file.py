@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from kiem.core.errors import UserError, bad_input
 
 STANDARD_INPUT = "-"
-# A longer document is hardly one document, and there would be copies of it in memory.
+# Longer text is hardly one document, and several copies of it would be in memory.
 MAX_DOCUMENT_BYTES = 256_000_000
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 _BUFFER_BYTES = 1 << 17
@@ -27,8 +27,8 @@ class SourceFile(NamedTuple):
 
     Attributes:
         path: where it is.
-        name: what it is called in messages and in the manifest; STANDARD_INPUT: it was a copy.
-        kind: of content, a key of `formats.READERS`.
+        name: its name in messages and in the manifest; STANDARD_INPUT for a copy of that.
+        kind: what is in it, a key of `formats.READERS`.
         compression: gzip, zstd, bzip2 or xz; None: not compressed.
         separator: what cuts a text file into documents; None: it is one document.
         stamp: its size and the time of its last change, by which a later change is noticed.
@@ -43,7 +43,7 @@ class SourceFile(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The source that rows are counted under which do not name one themselves."""
+        """The source of rows that do not name one."""
         if self.name == STANDARD_INPUT:
             return "stdin"
         name = Path(self.name).name
@@ -62,7 +62,7 @@ class SourceFile(NamedTuple):
         return cast(BinaryIO, openers[self.compression](self.path))
 
     def open_text(self) -> io.TextIOWrapper:
-        """Opens the file as text; other bytes than UTF-8 become lone surrogates."""
+        """Opens the file as text; bytes that are not UTF-8 become lone surrogates."""
         return io.TextIOWrapper(self.open(), "utf-8-sig", "surrogateescape", newline="")
 
 
@@ -73,7 +73,7 @@ class Section(NamedTuple):
         file: the file.
         start: first byte (text and lines) or row group (Parquet).
         stop: one past the last. A line belongs to the section that its first byte is in.
-        column: the column that must be there; None: all columns are read.
+        column: the column to read; it must be there. None: all columns.
     """
 
     file: SourceFile
@@ -106,7 +106,7 @@ def _open_zstd(path: Path) -> io.BufferedReader:
 
 
 def seek_line(file: BinaryIO, start: int, stop: int) -> int:
-    """Goes to the first line that begins in a byte range; returns where, `stop` or more if none."""
+    """Seeks the first line that begins in a byte range; returns its position, or `stop`."""
     if start == 0:
         return 0
     # From one byte before: when that is a line end, a line begins with the range.
@@ -119,8 +119,10 @@ def seek_line(file: BinaryIO, start: int, stop: int) -> int:
 
 
 def next_line(file: BinaryIO) -> tuple[bytes, int]:
-    """Returns the next line and its length. A line that is too long for a document is cut after
-    that, so that memory stays bounded; the rest is skipped."""
+    """Returns the next line and its length.
+
+    Of a line that is too long for a document only the beginning is returned, to bound memory.
+    """
     line = file.readline(MAX_DOCUMENT_BYTES + 1)
     num_bytes, part = len(line), line
     while len(line) > MAX_DOCUMENT_BYTES and part and not part.endswith(b"\n"):
@@ -133,12 +135,12 @@ def next_line(file: BinaryIO) -> tuple[bytes, int]:
 def reading_errors(
     name: str, compression: str | None = None, number: Callable[[], int] | None = None
 ) -> Iterator[None]:
-    """Turns what reading raises into a UserError that names the file.
+    """Turns errors of reading into a UserError that names the file.
 
     Args:
-        name: what the file is called in messages.
-        compression: of the file, whose library may find it damaged.
-        number: returns the line at which it does, if that is to be named.
+        name: the file's name in messages.
+        compression: of the file, which may be damaged.
+        number: returns the line to name then.
     """
     try:
         yield

@@ -29,13 +29,13 @@ _WORD_BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved source: files in the order they are read, and what identifies them.
+    """The files of a source, and what identifies them.
 
     Attributes:
         name: short name, used for the chunk directory.
-        files: in the order in which they are read.
+        files: in reading order.
         description: what the manifest records: kind, revision or the sha256 of every file.
-        not_read: how many files in folders are not read, by suffix.
+        not_read: number of files in folders that are not read, by suffix.
     """
 
     name: str
@@ -57,9 +57,9 @@ def resolve_source(
 
     Args:
         source: ("hub",), ("sample",), or files, folders, globs and standard input ("-").
-        dataset_size: the Hub dataset's config; not looked at for other sources.
+        dataset_size: the Hub dataset's config; ignored for other sources.
         revision: the Hub dataset's commit, by default the newest.
-        console: where the progress of a download is shown, and what is not read.
+        console: for the progress of a download, and the files that are not read.
         option: the option's name, for messages.
         document_separator: what cuts text files into documents; None: each is one.
 
@@ -109,7 +109,7 @@ def local_source(
 def _files_source(
     name: str, kind: str, found: Sequence[tuple[Path, str]], separator: str | None
 ) -> Source:
-    """Returns files of this machine as a source; raises a UserError if one cannot be read."""
+    """Returns local files as a source; raises a UserError if one cannot be read."""
     hashes, files = {}, []
     for path, file_name in found:
         with reading_errors(file_name):
@@ -149,7 +149,7 @@ def _resolve_hub(dataset_size: str, revision: str | None, console: Console | Non
 
 
 def word_limit(dataset_size: str | None) -> int | None:
-    """Returns the number of white-space words that `--dataset-size` stands for: 10k is 10 000."""
+    """Returns the number of white-space words in `--dataset-size`: 10k is 10 000."""
     if dataset_size is None:
         return None
     factor = {"k": 10**3, "M": 10**6, "B": 10**9}.get(dataset_size[-1:], 1)

@@ -19,8 +19,8 @@ _OUTSIDE = Problem("not WikiExtractor", "text outside of <doc ...> and </doc>")
 def read_text(section: Section) -> Iterator[Row]:
     """Yields the one document that a text file is, or those into which its separator cuts it.
 
-    A document is in the section in which the line begins that separates it from the one before;
-    the first document is in the first section.
+    A document belongs to the section in which the separator before it begins, the first document
+    to the first section.
     """
     if section.file.separator is None:
         yield _read_whole(section)
@@ -46,7 +46,7 @@ def read_wikiextractor(section: Section) -> Iterator[Row]:
 
 def _read_whole(section: Section) -> Row:
     with section.file.open() as file:
-        # Memory for all that is asked for is made.
+        # `read` allocates all that it is asked for.
         data = file.read(min(MAX_DOCUMENT_BYTES, section.stop) + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
         fix = "Cut it into documents with --document-separator, or into several files."
