@@ -44,7 +44,7 @@ class LanguageModel:
     device: torch.device
 
 
-class Row(NamedTuple):
+class Window(NamedTuple):
     """Tokens to read, and the index of the first one to score; all after it are scored too."""
 
     ids: list[int]
@@ -70,7 +70,7 @@ def own_language_model(model: Gemma3, tokenizer: Tokenizer, context: int) -> Lan
     )
 
 
-def windows(ids: list[int], bos_id: int, context: int) -> Iterator[Row]:
+def windows(ids: list[int], bos_id: int, context: int) -> Iterator[Window]:
     """Yields the rows in which a document's tokens are scored, each token in exactly one.
 
     Args:
@@ -80,12 +80,12 @@ def windows(ids: list[int], bos_id: int, context: int) -> Iterator[Row]:
     """
     room = context - 1
     end = min(len(ids), room)
-    yield Row([bos_id, *ids[:end]], 1)
+    yield Window([bos_id, *ids[:end]], 1)
     while end < len(ids):
         new = min(len(ids) - end, room - room // 2)
         end += new
         start = max(0, end - room)
-        yield Row([bos_id, *ids[start:end]], 1 + end - new - start)
+        yield Window([bos_id, *ids[start:end]], 1 + end - new - start)
 
 
 def text_nats(model: LanguageModel, encoded: Sequence[list[int]]) -> np.ndarray:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import PurePath
-from typing import Literal
 
 from kiem.core.errors import UserError
 from kiem.data.read.columnar import read_arrow, read_parquet
@@ -23,8 +22,6 @@ from kiem.data.read.source_file import (
 from kiem.data.read.tables import read_table
 from kiem.data.read.text_files import read_text, read_wikiextractor
 
-Kind = Literal["text", "json lines", "json", "csv", "tsv", "parquet", "arrow", "wikiextractor"]
-
 READERS: dict[str, Callable[[Section], Iterator[Row]]] = {
     "text": read_text,
     "json lines": read_json_lines,
@@ -35,7 +32,7 @@ READERS: dict[str, Callable[[Section], Iterator[Row]]] = {
     "arrow": read_arrow,
     "wikiextractor": read_wikiextractor,
 }
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, str] = {
     ".txt": "text",
     ".jsonl": "json lines",
     ".ndjson": "json lines",
@@ -46,8 +43,8 @@ KINDS: dict[str, Kind] = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
-WITHOUT_COLUMNS: tuple[Kind, ...] = ("text", "wikiextractor")
-_COMPRESSED_INSIDE: tuple[Kind, ...] = ("parquet", "arrow")
+WITHOUT_COLUMNS = ("text", "wikiextractor")
+_COMPRESSED_INSIDE = ("parquet", "arrow")
 READABLE = (
     f"{', '.join(suffix for suffix, kind in KINDS.items() if kind not in _COMPRESSED_INSIDE)}, "
     f"also with {', '.join(COMPRESSIONS)} after it, "
@@ -58,7 +55,7 @@ WITH_COLUMNS = ", ".join(suffix for suffix, kind in KINDS.items() if kind not in
 METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 
 
-def format_of(name: str) -> tuple[Kind, str | None] | None:
+def format_of(name: str) -> tuple[str, str | None] | None:
     """Returns the kind and compression of a file by its name, in any case; None: not read."""
     path = PurePath(name.lower())
     compression = COMPRESSIONS.get(path.suffix)

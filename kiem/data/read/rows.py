@@ -79,7 +79,7 @@ class Document(NamedTuple):
 
     text: str
     source: str
-    number: int
+    number: int = 0
     problem: Problem | None = None
 
 
