@@ -135,6 +135,13 @@ def test_sources_and_minimal_pairs_are_drawn_when_there(trained_run: Path, tmp_p
     assert "1.5 (1.4 to 1.6)" in page.text
 
 
+def test_an_evaluation_of_a_run_that_says_nothing_of_itself(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 3)
+    (run / "evaluation.json").write_text(json.dumps({"per_source": {"law": {"bpb": 1.25}}}))
+    page = Page(render([read_record(run)]))
+    assert page.chart("Bits per byte by source")["groups"] == ["law"]
+
+
 def test_of_a_thousand_sources_the_largest_are_drawn(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 3)
     record = read_record(run)

@@ -61,7 +61,7 @@ def render(records: Sequence[Record], price: float | None = None) -> str:
         script=Markup(_read_resource("page.js")),
         status=[_status(record) for record in records],
         tiles=[_tiles(record, price) for record in records],
-        facts=_side_by_side([dict(describe(r.metadata)) if r.metadata else {} for r in records]),
+        facts=_side_by_side([dict(_described(record)) for record in records]),
         options=_side_by_side([{k: _shown(v) for k, v in r.options.items()} for r in records]),
         curves=curves(records),
         per_source=per_source_bars(records),
@@ -79,6 +79,10 @@ def _status(record: Record) -> str:
     last = record.updates[-1]["step"] if record.updates else 0
     most = record.metadata.get("recipe", {}).get("max_steps")
     return f"at step {last:,}{f' of {most:,}' if most else ''}: running, or stopped"
+
+
+def _described(record: Record) -> Iterator[tuple[str, str]]:
+    return describe(record.metadata) if "model" in record.metadata else iter(())
 
 
 def _tiles(record: Record, price: float | None) -> Iterator[tuple[str, str]]:

@@ -168,7 +168,7 @@ def _measure(
     deadline = time.monotonic() + _TIMING_SECONDS
     while two == math.inf or time.monotonic() < deadline:
         one, two = min(one, step(1)), min(two, step(2))
-    step_seconds = one + (recipe.accumulation - 1) * (two - one)
+    step_seconds = one + (recipe.accumulation - 1) * max(0.0, two - one)
 
     setting, hardware = replace(plan.setting, batch_size=recipe.batch_size), plan.hardware
     if distributed.device.type == "cpu":  # elsewhere the peak is that of tensors
