@@ -21,7 +21,7 @@ from kiem.config import TrainingOptions
 from kiem.core.files import format_bytes
 from kiem.data.chunks import Chunks, open_split, read_manifest, read_tokenizer
 from kiem.model.config import name_of, preset, read_config
-from kiem.model.gemma3 import Gemma3, Recompute, initialize
+from kiem.model.gemma3 import Recompute
 from kiem.model.io import find_model
 from kiem.optim.batch import Collator, Order
 from kiem.optim.optimizer import make_optimizers
@@ -41,7 +41,9 @@ from kiem.planning.memory_estimate import (
 from kiem.planning.probe import Probe
 from kiem.planning.recipe import Recipe, defaults_for, resolve_recipe
 from kiem.planning.time_estimate import GPUS, calculate_step_seconds
+from kiem.tokenizer.tokenizer import Tokenizer
 from kiem.training.checks import check_devices, check_options
+from kiem.training.setup import build_model
 
 _GPU_BASE_BYTES = 600_000_000  # of a driver and its libraries
 _TIMING_SECONDS = 5.0
@@ -117,10 +119,8 @@ def make_plan(options: TrainingOptions, distributed: Distributed, console: Conso
         return replace(plan, step_seconds=step_seconds)
     if estimate_memory(_alone(setting), hardware.base_bytes).total > hardware.usable_bytes:
         return plan
-    bos_id, pad_id = tokenizer.bos_id, tokenizer.pad_id
-    collate = Collator(bos_id, pad_id, options.document_mask, distributed.device)
     chunks = open_split(options.dataset_path, manifest, "train")
-    return _measure(plan, options, chunks, collate, distributed, console)
+    return _measure(plan, options, tokenizer, chunks, distributed, console)
 
 
 def _alone(setting: Setting) -> Setting:
@@ -130,18 +130,14 @@ def _alone(setting: Setting) -> Setting:
 def _measure(
     plan: TrainingPlan,
     options: TrainingOptions,
+    tokenizer: Tokenizer,
     chunks: Chunks,
-    collate: Collator,
     distributed: Distributed,
     console: Console,
 ) -> TrainingPlan:
     """Returns the plan with what updates on this device alone take, with passes that fit."""
     # Prepare the model as the training would.
-    with distributed.device:
-        model = Gemma3(plan.setting.config)
-    initialize(model, seed=0)  # with larger logits, numbers too small for full speed come up
-    model.recompute = plan.setting.recompute
-    model.model.embed_tokens.adds_to_gradient = True
+    model = build_model(options, tokenizer, world_size=1).to(distributed.device)
     keep_freed_memory()
     probe = Probe(model, options, plan.setting.chunk_size, distributed, console)
     recipe = probe.fit_recipe(plan.recipe)
@@ -151,6 +147,9 @@ def _measure(
     parallel_model = ParallelModel(model, alone, "none")
     optimizers = make_optimizers(
         model, options.optimizer, options.weight_decay, matrix_dtype=distributed.matrix_dtype
+    )
+    collate = Collator(
+        tokenizer.bos_id, tokenizer.pad_id, options.document_mask, distributed.device
     )
     batch = collate(chunks.read(Order(chunks.num_chunks, 0).chunks(0, recipe.batch_size)))
 
