@@ -1,6 +1,6 @@
-"""The `kiem` command: every script under one name, with the same options.
+"""Commands of `kiem`: every script under one name, with the same options.
 
-kiem train, and `accelerate launch -m kiem train` for several devices, are `training.py`, and so on.
+`kiem train`, or `accelerate launch -m kiem train` on several devices, is `training.py`, and so on.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Command:
     Attributes:
         script: the script that does the same.
         options: its dataclass of options.
-        module, function: what it calls with the options and a console; imported only then.
-        arguments: what stands before the user's arguments.
+        module, function: what to call with the options and a console; imported only then.
+        arguments: added before the user's arguments.
     """
 
     script: str
@@ -54,7 +54,7 @@ class Command:
     arguments: tuple[str, ...] = ()
 
     def __call__(self, options: Any, console: Console) -> None:
-        """Does what the script does."""
+        """Runs the command."""
         getattr(importlib.import_module(self.module), self.function)(options, console)
 
 
@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def _main(arguments: list[str], console: Console) -> None:
-    """Does what names no command: prints completion or help, or reports a mistake and exits."""
+    """Handles arguments without a command: completion, help or a mistake."""
     if arguments == ["--print-completion"]:
         show(console, completion())
         return
@@ -96,7 +96,8 @@ def _main(arguments: list[str], console: Console) -> None:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         script = " ".join([command.script, *command.arguments])
-        commands.add_parser(name, help=f"{command.options.__doc__} ({script})")
+        text = f"{command.options.__doc__} ({script})"
+        commands.add_parser(name, help=text.replace("%", "%%"))
     parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""docs/reference.md, made from the dataclasses in config.py: `python -m kiem.reference > FILE`."""
+"""Generator of docs/reference.md from kiem/config.py: `python -m kiem.reference > FILE`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def reference() -> str:
             script = " ".join([command.script, *command.arguments])
             lines += [f"## kiem {name}, {script}", "", f"Options as of {command.script}.", ""]
             continue
-        lines += [f"## kiem {name}, {command.script}", "", f"{command.options.__doc__}", ""]
+        does = " ".join(str(command.options.__doc__).split())
+        lines += [f"## kiem {name}, {command.script}", "", does, ""]
         lines += ["| option | values | default | |", "|---|---|---|---|"]
         lines += ["| " + " | ".join(row) + " |" for row in _rows(command.options)]
         lines.append("")
