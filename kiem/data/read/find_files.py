@@ -92,14 +92,11 @@ def _expand(pattern: str, option: str) -> tuple[list[Path], Counter[str]]:
     if is_there and not path.is_dir():
         _check_file(path)
         return [path], Counter()
-    if is_there:
-        found = _walk(path)
-    else:
-        # A glob may give a folder and what is in it as well.
-        matches = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-        files = [file for m in matches for file in (_walk(m) if m.is_dir() else [m])]
-        by_place = {(os.path.realpath(file.parent), file.name): file for file in files[::-1]}
-        found = sorted(by_place.values())
+    matches = [path] if is_there else sorted(map(Path, glob.glob(pattern, recursive=True)))
+    files = [file for m in matches for file in (_walk(m) if m.is_dir() else [m])]
+    # A glob may match a folder and what is in it as well.
+    by_place = {(os.path.realpath(file.parent), file.name): file for file in files[::-1]}
+    found = sorted(by_place.values())
     made = _in_chunk_directories(found)
     others = [path for path in found if path not in made]
     read = [path for path in others if path.name not in METADATA and format_of(path.name)]

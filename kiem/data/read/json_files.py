@@ -58,26 +58,19 @@ def read_json(section: Section) -> Iterator[Row]:
         UserError: it is not JSON; names the line.
     """
     with section.file.open_text() as stream:
-        for number, value in enumerate(_values(_JsonText(stream, section.file.name)), start=1):
+        text = _JsonText(stream, section.file.name)
+        is_array = text.skip("[")
+        number = 0
+        while (following := text.peek()) and not (is_array and following == "]"):
+            if is_array and number and not text.skip(","):
+                raise text.error("no comma")
+            value = text.value()
+            number += 1
             yield number, value if isinstance(value, (dict, str)) else NOT_OBJECT
-
-
-def _values(text: _JsonText) -> Iterator[Any]:
-    if text.peek() != "[":
-        while text.peek():
-            yield text.value()
-        return
-    text.skip()
-    end = text.peek()
-    while end != "]":
-        yield text.value()
-        if (end := text.peek()) == ",":
-            text.skip()
-        elif end != "]":
-            raise text.error("no comma" if end else "the array does not end")
-    text.skip()
-    if text.peek():
-        raise text.error("something stands after the array")
+        if is_array and not text.skip("]"):
+            raise text.error("the array does not end")
+        if text.peek():
+            raise text.error("something stands after the array")
 
 
 class _JsonText:
@@ -101,9 +94,11 @@ class _JsonText:
             if not self._read():
                 return ""
 
-    def skip(self) -> None:
-        """Skips the character that `peek` returned."""
-        self._position += 1
+    def skip(self, character: str) -> bool:
+        """Skips the next character that is not white space if it is this one; says whether."""
+        is_next = self.peek() == character
+        self._position += is_next
+        return is_next
 
     def value(self) -> Any:
         """Returns the next value and skips it."""

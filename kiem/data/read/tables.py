@@ -15,6 +15,10 @@ _QUOTES = (
     'A field that begins with a double quote must end with one, and have "" for those in it. Such '
     "rows are not skipped, since nobody can tell where they end."
 )
+_DELIMITERS = (
+    'Put quotes (") around a field that has the sign between fields in it, or leave such rows out '
+    "with --on-bad-document skip."
+)
 
 
 def read_table(section: Section, delimiter: str | None = None) -> Iterator[Row]:
@@ -43,7 +47,8 @@ def read_table(section: Section, delimiter: str | None = None) -> Iterator[Row]:
                 if len(fields) == len(columns):
                     yield number, dict(zip(columns, fields, strict=True))
                 elif fields:
-                    yield number, _other_fields(len(fields), len(columns))
+                    what = f"has {len(fields)} fields; the first line names {len(columns)}"
+                    yield number, Problem("other number of fields", what, _DELIMITERS)
                 number = reader.line_num + 1
         except csv.Error as error:
             where = f"{section.file.name}:{reader.line_num}"
@@ -57,12 +62,3 @@ def _check_column(columns: list[str], column: str, place: str) -> None:
     if columns.count(column) > 1:
         what = f"has several columns {column!r}"
         raise bad_input(place, what, "Rename or remove the others.")
-
-
-def _other_fields(num_fields: int, num_columns: int) -> Problem:
-    return Problem(
-        "other number of fields",
-        f"has {num_fields} fields; the first line names {num_columns}",
-        'Put quotes (") around a field that has the sign between fields in it, or leave such rows '
-        "out with --on-bad-document skip.",
-    )
