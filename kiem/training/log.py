@@ -26,7 +26,7 @@ from kiem.core.files import append_json_lines, fsync_file, write_bytes, write_js
 from kiem.core.yaml_options import to_dict, to_yaml
 from kiem.parallel.distributed import Distributed
 from kiem.report.record import CONFIG_FILE, METADATA_FILE, METRICS_FILE, read_metrics
-from kiem.training.trackers import BackgroundTracker, Tracker, open_tracker, tracker_names
+from kiem.training.trackers import BackgroundTracker, open_tracker, tracker_names
 
 T = TypeVar("T")
 _MAX_CHARACTERS = 1000
@@ -62,7 +62,7 @@ class RunLog:
     def open(
         self, options: TrainingOptions, metadata: Mapping[str, Any], step: int, *, is_last: bool
     ) -> None:
-        """Opens the trackers, writes config.yaml and run.json, and shortens an older log.
+        """Writes config.yaml and run.json, shortens an older log, and starts the trackers.
 
         Args:
             options: all options of training.py.
@@ -75,23 +75,20 @@ class RunLog:
                 run, that is a warning: no user is there to correct it.
         """
         self.step = step
-        config = {**to_dict(options), **metadata}
-        opening = {
-            name: partial(open_tracker, name, options, self._directory, config, step)
-            for name in tracker_names(options)
-        }
-        is_first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        trackers: dict[str, Tracker | None] = {}
-        if is_first_start:
-            trackers = {name: try_before(f"--trackers {name}", opening[name]) for name in opening}
         write_text(self._directory / CONFIG_FILE, to_yaml(options))
         write_json(self._directory / METADATA_FILE, metadata)
         lines = self._keep_until(step, is_last)
-        if not is_first_start:
-            trackers = {name: self.attempt(name, opening[name]) for name in opening}
-        self._trackers = {
-            name: BackgroundTracker(tracker, lines) for name, tracker in trackers.items() if tracker
-        }
+        config = {**to_dict(options), **metadata}
+        is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        for name in tracker_names(options):
+            start = partial(open_tracker, name, options, self._directory, config, step)
+            tracker = (
+                self.attempt(name, start)
+                if is_restarted
+                else try_before(f"--trackers {name}", start)
+            )
+            if tracker is not None:
+                self._trackers[name] = BackgroundTracker(tracker, lines)
 
     def write(self, figures: Mapping[str, Any]) -> None:
         """Writes a line of metrics.jsonl, and sends the figures to the trackers.
