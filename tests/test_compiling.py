@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_script
+from rich.console import Console
 
 from kiem.compute.speed import prefers_bf16
 from kiem.config import TrainingOptions
 from kiem.model.config import preset
 from kiem.model.gemma3 import Gemma3
 from kiem.parallel.distributed import Distributed, init_distributed
-from kiem.planning.probe import is_compiling_worthwhile
+from kiem.planning.probe import Probe
 from kiem.planning.recipe import Recipe
 
 # Losses of updates 1, 10, 25, 50, 75 and 100 of the run below, on an Intel Xeon with AVX-512.
@@ -102,10 +103,9 @@ def test_layers_are_compiled_when_the_run_is_long(
     seconds = minutes * 60 if minutes is not None else None
     recipe = Recipe(4, 1, 4, 1e-3, max_steps=steps, max_seconds=seconds)
     distributed = Distributed(0, 1, torch.device("cpu"), "fp32", 1e12)
-    assert is_compiling_worthwhile(model.config, options, recipe, 256, distributed) == expected
-    assert is_compiling_worthwhile(
-        model.config, replace(options, compile="always"), recipe, 256, distributed
-    )
-    assert not is_compiling_worthwhile(
-        model.config, replace(options, compile="never"), recipe, 256, distributed
-    )
+    probe = Probe(model, options, 256, distributed, Console())
+    assert probe.is_compiling_worthwhile(recipe) == expected
+    always = replace(probe, options=replace(options, compile="always"))
+    assert always.is_compiling_worthwhile(recipe)
+    never = replace(probe, options=replace(options, compile="never"))
+    assert not never.is_compiling_worthwhile(recipe)

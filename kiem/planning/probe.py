@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from kiem.compute.memory import is_out_of_memory
 from kiem.config import TrainingOptions
 from kiem.core.console import warn
 from kiem.core.errors import ExitCode, UserError
-from kiem.model.config import Gemma3Config
 from kiem.model.gemma3 import Gemma3, run_layer
 from kiem.optim.batch import Collator
 from kiem.parallel.distributed import Distributed
@@ -27,22 +26,15 @@ _COMPILE_SECONDS = 300
 _COMPILE_FLOP = {"cpu": 3e14, "cuda": 1e16}
 
 
+@dataclass(frozen=True)
 class Probe:
     """First passes of a model, on made-up tokens."""
 
-    def __init__(
-        self,
-        model: Gemma3,
-        options: TrainingOptions,
-        chunk_size: int,
-        distributed: Distributed,
-        console: Console,
-    ):
-        self._model = model
-        self._options = options
-        self._chunk_size = chunk_size
-        self._distributed = distributed
-        self._console = console
+    model: Gemma3
+    options: TrainingOptions
+    chunk_size: int
+    distributed: Distributed
+    console: Console
 
     def fit_recipe(self, recipe: Recipe) -> Recipe:
         """Returns the recipe, with smaller passes but the same updates if memory does not suffice.
@@ -54,20 +46,19 @@ class Probe:
         Raises:
             UserError: not even a pass of one chunk fits.
         """
-        if self._options.shard == "parameters":
+        if self.options.shard == "parameters":
             return recipe
         # Each process tries by itself, so that none waits for one that has failed.
-        while self._distributed.any(not self._fits(recipe.batch_size)):
+        while self.distributed.any(not self._fits(recipe.batch_size)):
             if recipe.batch_size == 1:
                 raise out_of_memory(recipe, "before the first step")
             passes = recipe.batch_size * recipe.accumulation
             half = recipe.batch_size // 2
             batch_size = next(size for size in range(half, 0, -1) if passes % size == 0)
             recipe = replace(recipe, batch_size=batch_size, accumulation=passes // batch_size)
-            options = (
-                f"--batch-size {batch_size} --gradient-accumulation-steps {recipe.accumulation}"
-            )
-            warn(self._console, f"out of memory: going on with {options}, for the same updates")
+            smaller = f"--batch-size {batch_size}"
+            smaller += f" --gradient-accumulation-steps {recipe.accumulation}"
+            warn(self.console, f"out of memory: going on with {smaller}, for the same updates")
         return recipe
 
     def compile_if_worthwhile(self, recipe: Recipe) -> bool:
@@ -79,37 +70,47 @@ class Probe:
         Returns:
             Whether the layers are compiled.
         """
-        model, distributed = self._model, self._distributed
-        if not is_compiling_worthwhile(
-            model.config, self._options, recipe, self._chunk_size, distributed
-        ):
+        if not self.is_compiling_worthwhile(recipe):
             return False
         from torch._dynamo.exc import BackendCompilerFailed  # seconds, so only where needed
         from torch._inductor.exc import InductorError
 
         started = time.perf_counter()
-        model.compile_layers()
+        self.model.compile_layers()
         # It would warn of in-place operations in a checkpoint; the layers have none.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         try:
             self._run_pass(recipe.batch_size)
         except (BackendCompilerFailed, InductorError) as error:
             what = "training goes on without --compile, which does not work here"
-            warn(self._console, f"{what}: {str(error).splitlines()[0]}")
-            model.run_layer = run_layer
+            warn(self.console, f"{what}: {str(error).splitlines()[0]}")
+            self.model.run_layer = run_layer
             return False
-        if distributed.is_main:
-            self._console.print(f"compiled the layers in {time.perf_counter() - started:.0f} s")
+        if self.distributed.is_main:
+            self.console.print(f"compiled the layers in {time.perf_counter() - started:.0f} s")
         return True
+
+    def is_compiling_worthwhile(self, recipe: Recipe) -> bool:
+        """Says whether the options ask for compiled layers, or leave it open and they save time."""
+        if self.options.compile != "auto":
+            return self.options.compile == "always"
+        if recipe.max_seconds is not None and recipe.max_seconds < _COMPILE_SECONDS:
+            return False
+        if recipe.max_steps is None:
+            return True
+        num_tokens = recipe.max_steps * recipe.chunks_per_step * self.chunk_size
+        flop = num_tokens * flops_per_token(self.model.config, self.chunk_size)
+        device = self.distributed.device.type
+        return flop / self.distributed.world_size > _COMPILE_FLOP[device]
 
     def _fits(self, batch_size: int) -> bool:
         """Tries a pass beside gradients and moments, and says whether there was memory for it."""
-        parameters = list(self._model.parameters())
+        parameters = list(self.model.parameters())
         num_moments = 2 * sum(parameter.numel() for parameter in parameters)
-        if self._options.shard == "optimizer":
-            num_moments //= self._distributed.world_size
+        if self.options.shard == "optimizer":
+            num_moments //= self.distributed.world_size
         try:
-            moments = torch.empty(num_moments, device=self._distributed.device)
+            moments = torch.empty(num_moments, device=self.distributed.device)
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
             # A quarter more than will be needed: allocators lose some memory between their blocks.
@@ -123,33 +124,14 @@ class Probe:
 
     def _run_pass(self, batch_size: int) -> None:
         """Runs a pass forward and backward; it leaves no gradients."""
-        collate = Collator(0, 0, self._options.document_mask, self._distributed.device)
-        batch = collate(np.ones((batch_size, self._chunk_size), np.int32))
+        collate = Collator(0, 0, self.options.document_mask, self.distributed.device)
+        batch = collate(np.ones((batch_size, self.chunk_size), np.int32))
         try:
-            with self._distributed.autocast():
-                loss, _ = self._model(batch.ids, batch.targets, batch.bos_id, self._options.z_loss)
+            with self.distributed.autocast():
+                loss, _ = self.model(batch.ids, batch.targets, batch.bos_id, self.options.z_loss)
             loss.backward()
         finally:
-            self._model.zero_grad()
-
-
-def is_compiling_worthwhile(
-    config: Gemma3Config,
-    options: TrainingOptions,
-    recipe: Recipe,
-    chunk_size: int,
-    distributed: Distributed,
-) -> bool:
-    """Says whether the options ask for compiled layers, or leave it open and they save time."""
-    if options.compile != "auto":
-        return options.compile == "always"
-    if recipe.max_seconds is not None and recipe.max_seconds < _COMPILE_SECONDS:
-        return False
-    if recipe.max_steps is None:
-        return True
-    num_tokens = recipe.max_steps * recipe.chunks_per_step * chunk_size / distributed.world_size
-    flop = num_tokens * flops_per_token(config, chunk_size)
-    return flop > _COMPILE_FLOP[distributed.device.type]
+            self.model.zero_grad()
 
 
 def out_of_memory(recipe: Recipe, where: str) -> UserError:
