@@ -13,8 +13,13 @@ from typing import Any, Literal
 from rich.console import Console
 
 from kiem.config import PreprocessOptions
+from kiem.core.console import warn
 from kiem.core.errors import not_installed
-from kiem.data.clean.contamination import EvaluationNgrams, read_evaluation
+from kiem.data.clean.contamination import (
+    MIN_EVALUATION_WORDS,
+    EvaluationNgrams,
+    read_evaluation,
+)
 from kiem.data.clean.filters import reject_reasons
 from kiem.data.clean.ngrams import WordHashes
 from kiem.data.read.rows import Document
@@ -71,7 +76,7 @@ class Cleaning:
 
 
 def make_cleaning(options: PreprocessOptions, console: Console) -> Cleaning:
-    """Returns what the options ask for; the console shows which evaluation files are not read.
+    """Returns what the options ask for; the console shows which evaluation texts are not used.
 
     Raises:
         UserError: rensa is missing, or an evaluation file cannot be read.
@@ -81,6 +86,10 @@ def make_cleaning(options: PreprocessOptions, console: Console) -> Cleaning:
     evaluation = None
     if options.decontaminate:
         evaluation = read_evaluation(options.decontaminate, options.text_column, console)
+        if num_ignored := evaluation.num_ignored:
+            texts = "1 evaluation text has" if num_ignored == 1 else f"{num_ignored} texts have"
+            what = f"{texts} fewer than {MIN_EVALUATION_WORDS} words, not looked for"
+            warn(console, f"--decontaminate: {what}")
     return Cleaning(options.clean, options.near_duplicates, evaluation)
 
 

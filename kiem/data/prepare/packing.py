@@ -194,9 +194,10 @@ class _SplitPacker:
             self._totals[name] += int(values.sum())
         columns["tokens"] = np.diff(to_numpy(batch.column("ids").offsets))[chosen]
         labels = to_numpy(batch.column("source"))[chosen]
-        for label in np.unique(labels):
-            for name, counter in self._per_source.items():
-                counter[names[label]] += int(columns[name][labels == label].sum())
+        for name, counter in self._per_source.items():
+            sums = np.bincount(labels, columns[name])
+            for label in np.unique(labels).tolist():
+                counter[names[label]] += int(sums[label])
 
     def close(self) -> dict[str, Any]:
         """Writes what still waits and returns the manifest's entry of the split."""

@@ -26,12 +26,11 @@ from kiem.core.files import new_folder, read_sealed, require_free_space, sealed_
 from kiem.core.values import check_name
 from kiem.data.chunks import finish_directory
 from kiem.data.clean.cleaner import Cleaning, make_cleaning
-from kiem.data.clean.contamination import MIN_EVALUATION_WORDS
 from kiem.data.prepare.decisions import DocumentDecisions, decide
 from kiem.data.prepare.packing import Part, write_splits
 from kiem.data.prepare.second_reading import TrainingTexts, cut_documents, write_rejected
 from kiem.data.prepare.summary import describe_left_out, print_summary
-from kiem.data.prepare.units import UNIT_VERSION, Unit, UnitJob, digest, open_unit, plan_units
+from kiem.data.prepare.units import Unit, UnitJob, digest, open_unit, plan_units
 from kiem.data.prepare.verify import verify_directory
 from kiem.data.prepare.work_directory import earlier_identity, work_directory
 from kiem.data.prepare.workers import run_units, run_units_on_ray
@@ -82,12 +81,6 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     _check_options(options)
     source, tokenizer = _resolve(options, console)
     cleaning = make_cleaning(options, console)
-    if cleaning.evaluation is not None and (num_ignored := cleaning.evaluation.num_ignored):
-        texts = "1 evaluation text has" if num_ignored == 1 else f"{num_ignored} texts have"
-        warn(
-            console,
-            f"--decontaminate: {texts} fewer than {MIN_EVALUATION_WORDS} words, not looked for",
-        )
     identity = _identity(options, source, tokenizer, cleaning)
     folder = options.output_dir / directory_name(options, source.name)
     with work_directory(folder, identity, options.overwrite) as work:
@@ -97,7 +90,7 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
         # Plan, and train a vocabulary if one is wanted.
         units = plan_units(source)
         how = (options.text_column, options.on_bad_document, options.seed, cleaning)
-        job = UnitJob(work, digest(UNIT_VERSION, identity), source, *how)
+        job = UnitJob(work, digest(identity), source, *how)
         if tokenizer is None:
             tokenizer = _trained_tokenizer(units, job, options, console)
         # Read, clean and encode in the workers.

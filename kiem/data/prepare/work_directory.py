@@ -15,7 +15,7 @@ from typing import Any
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import empty_folder, write_json
 from kiem.core.json_input import read_json
-from kiem.core.leftovers import discard, hidden, recover_folder
+from kiem.core.leftovers import discard, hidden, is_removed, recover_folder
 from kiem.core.locking import locked_folder
 from kiem.core.manifest import MANIFEST_FILE
 from kiem.data.chunks import DATASET_DICT_FILE, read_manifest
@@ -38,10 +38,19 @@ def work_directory(
     """
     work = _work_directory(folder)
     _refuse_foreign(recover_folder(folder))
+
+    def is_made() -> bool:
+        if overwrite or not folder.exists():
+            return False
+        _refuse_other(folder, read_manifest(folder), identity)
+        verify_directory(folder)
+        return True
+
+    if is_made() and is_removed(work):
+        yield None
+        return
     with locked_folder(work):
-        if folder.exists() and not overwrite:
-            _refuse_other(folder, read_manifest(folder), identity)
-            verify_directory(folder)
+        if is_made():  # by a run that was killed after that, or that had the lock
             yield None
             discard(work)
             return

@@ -45,54 +45,41 @@ def run_units(
             yield unit, finish_unit(unit, job, encoders[0])
         return
     waiting = deque(units)
-    workers = [_Worker(job, encoder) for encoder in encoders[: len(units)]]
+    workers: dict[Connection, multiprocessing.process.BaseProcess] = {}
+    busy: dict[Connection, Unit] = {}
+
+    def start_next(connection: Connection) -> None:
+        if waiting:
+            busy[connection] = waiting.popleft()
+            with contextlib.suppress(OSError):  # the worker is dead, which receiving will report
+                connection.send(busy[connection])
+
     try:
-        for worker in workers:
-            worker.start(waiting.popleft())
-        while busy := [worker for worker in workers if worker.unit is not None]:
-            ready = wait([worker.connection for worker in busy])
-            for worker in busy:
-                if worker.connection in ready:
-                    unit, result = worker.result()
-                    if waiting:
-                        worker.start(waiting.popleft())
-                    yield unit, result
-    finally:
-        for worker in workers:
-            worker.stop()
-
-
-class _Worker:
-    """A forked process and the unit that it works on."""
-
-    def __init__(self, job: UnitJob, encoder: Encoder | None):
         context = multiprocessing.get_context("fork")
-        self.connection, theirs = context.Pipe()
-        self.unit: Unit | None = None
-        self._process = context.Process(target=_work, args=(theirs, job, encoder))
-        self._process.start()
-        theirs.close()
-
-    def start(self, unit: Unit) -> None:
-        self.unit = unit
-        with contextlib.suppress(OSError):  # it is dead, which `result` will report
-            self.connection.send(unit)
-
-    def result(self) -> tuple[Unit, UnitSummary]:
-        unit, self.unit = self.unit, None
-        assert unit is not None
-        try:
-            answer = self.connection.recv()
-        except (EOFError, OSError) as error:
-            self._process.join()
-            worker = f"a worker process (exit code {self._process.exitcode})"
-            raise ended_from_outside(worker) from error
-        return unit, _raise_error(answer)
-
-    def stop(self) -> None:
-        self.connection.close()
-        self._process.terminate()
-        self._process.join()
+        for encoder in encoders[: len(units)]:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, job, encoder))
+            process.start()
+            theirs.close()
+            workers[ours] = process
+            start_next(ours)
+        while busy:
+            for connection in wait(list(busy)):
+                assert isinstance(connection, Connection)
+                unit = busy.pop(connection)
+                try:
+                    answer = connection.recv()
+                except (EOFError, OSError) as error:
+                    workers[connection].join()
+                    exit_code = workers[connection].exitcode
+                    raise ended_from_outside(f"a worker process (exit code {exit_code})") from error
+                start_next(connection)
+                yield unit, _raise_error(answer)
+    finally:
+        for connection, worker in workers.items():
+            connection.close()
+            worker.terminate()
+            worker.join()
 
 
 def _work(connection: Connection, job: UnitJob, encoder: Encoder | None) -> None:
