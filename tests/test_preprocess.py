@@ -206,7 +206,7 @@ def test_trouble_with_the_hub_on_the_command_line(tmp_path: Path) -> None:
                 hub.environment(tmp_path / "c", token="hf_fine"),
                 (),
                 ExitCode.TOKENIZER_MISMATCH,
-                "not a tokenizer.json",
+                "not the tokenizer.json of a BPE",
             ),
             (
                 {**hub.environment(tmp_path / "d"), "HF_ENDPOINT": "http://127.0.0.1:9"},

@@ -30,7 +30,7 @@ _MAX_PADDING = 0.005
 Packing = Literal["concat", "best-fit"]
 # Record batches of a unit file, the names that their `source` column numbers, and the decisions
 # about all their rows.
-Part = tuple[list[pa.RecordBatch], list[str], np.ndarray]
+UnitDocuments = tuple[list[pa.RecordBatch], list[str], np.ndarray]
 
 
 def frame(encoded: Encoded, bos_id: int, eos_id: int) -> Encoded:
@@ -216,7 +216,7 @@ class _SplitPacker:
 
 
 def write_splits(
-    parts: Iterable[Part],
+    documents: Iterable[UnitDocuments],
     tokenizer: Tokenizer,
     chunk_size: int,
     packing: Packing,
@@ -225,7 +225,7 @@ def write_splits(
     """Packs the documents into chunks and writes both splits.
 
     Args:
-        parts: the documents; those that are TRAIN or TEST are written.
+        documents: of all units; those that are TRAIN or TEST are written.
         tokenizer: the one that made the ids.
         chunk_size: tokens in a chunk.
         packing: how documents become chunks.
@@ -243,7 +243,7 @@ def write_splits(
     sources = _SplitPacker(folder / TEST_SOURCES, *how, NO_SOURCE, "source")
     numbers: dict[str, int] = {}
     is_used = np.zeros(tokenizer.num_rows, dtype=bool)
-    for batches, names, codes in parts:
+    for batches, names, codes in documents:
         start = 0
         for batch in batches:
             here = codes[start : start + batch.num_rows]
@@ -252,7 +252,7 @@ def write_splits(
                 chosen = here == code
                 if not chosen.any():
                     continue
-                ids, lengths = _documents(batch, chosen)
+                ids, lengths = _chosen_ids(batch, chosen)
                 is_used[ids] = True
                 split.add(ids, lengths)
                 split.count(batch, chosen, names)
@@ -265,7 +265,7 @@ def write_splits(
     return {"train": train, "test": test}, int(tokenizer.num_rows - is_used.sum())
 
 
-def _documents(batch: pa.RecordBatch, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _chosen_ids(batch: pa.RecordBatch, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the ids of the chosen rows, one after the other, and the length of each."""
     column = batch.column("ids")
     lengths = np.diff(to_numpy(column.offsets))

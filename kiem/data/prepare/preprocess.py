@@ -1,6 +1,6 @@
 """Preprocessing from end to end: documents in, a chunk directory out.
 
-resolve the source -> plan units -> finish every unit (in worker processes, each unit one file)
+resolve the source -> plan units -> finish every unit in a worker process (read, clean, encode)
 -> decide about every document -> pack into chunks and write shards -> write the manifest.
 """
 
@@ -27,7 +27,7 @@ from kiem.core.values import check_name
 from kiem.data.chunks import finish_directory
 from kiem.data.clean.cleaner import Cleaning, make_cleaning
 from kiem.data.prepare.decisions import DocumentDecisions, decide
-from kiem.data.prepare.packing import Part, write_splits
+from kiem.data.prepare.packing import UnitDocuments, write_splits
 from kiem.data.prepare.second_reading import TrainingTexts, cut_documents, write_rejected
 from kiem.data.prepare.summary import describe_left_out, print_summary
 from kiem.data.prepare.units import Unit, UnitJob, digest, open_unit, plan_units
@@ -52,8 +52,8 @@ from kiem.tokenizer.tokenizer import (
 )
 from kiem.tokenizer.train import train_tokenizer, vocabulary_size_to_train
 
-# Units and chunks are there at the same time; four bytes a token and at least three of text in it.
-# A rejected document that is kept is in no chunk, so it takes less.
+# Unit files and chunks exist at the same time. A token takes four bytes and has at least three of
+# text. Rejected documents that are kept take less.
 _OUTPUT_BYTES_PER_TEXT_BYTE = 3
 _VOCABULARY_FILE = "vocabulary.sealed"
 
@@ -116,7 +116,7 @@ def _check_verify_alone(options: PreprocessOptions) -> None:
 
 
 def _check_options(options: PreprocessOptions) -> None:
-    """Raises a UserError if an option cannot have an effect, or its text stands for nothing."""
+    """Raises a UserError if an option has no effect or no meaning."""
     check_one_reader(source=options.source, decontaminate=options.decontaminate)
     if options.source == ("hub",):
         check_hub_size(options.dataset_size or DEFAULT_HUB_SIZE)
@@ -139,7 +139,7 @@ def _check_options(options: PreprocessOptions) -> None:
 
 
 def _resolve(options: PreprocessOptions, console: Console) -> tuple[Source, Tokenizer | None]:
-    """Finds the text and loads the tokenizer, None if one is to be trained."""
+    """Finds the text and loads the tokenizer; None if one is to be trained."""
     resolve = partial(
         resolve_source,
         options.source,
@@ -158,7 +158,7 @@ def _resolve(options: PreprocessOptions, console: Console) -> tuple[Source, Toke
         return source, load()
     # The tokenizer before the Hub's gigabytes of text, which are useless without it.
     tokenizer = load()
-    # An earlier run goes on with the same text, although the dataset may have changed since.
+    # Resuming needs the same text, although the dataset may have changed since.
     size = options.dataset_size or DEFAULT_HUB_SIZE
     earlier: dict[str, Any] = {}
     if not options.overwrite:
@@ -204,7 +204,7 @@ def _trained_tokenizer(
 ) -> Tokenizer:
     """Trains a vocabulary on the training documents, or takes the one of an interrupted run.
 
-    Which documents these are is known once all units are finished, so first without ids.
+    To know which documents these are, all units are first finished without ids.
     """
     vocabulary_size = vocabulary_size_to_train(options.tokenizer)
     assert vocabulary_size is not None
@@ -253,9 +253,9 @@ def _finish_units(
         stack.enter_context(closing(running))
         progress = stack.enter_context(Progress(console=console, transient=True))
         bar = progress.add_task("starting", total=num_bytes)
-        # Follow them, until the units that are finished with all before them reach the word limit.
+        # Follow them until the units before the first unfinished one reach the word limit.
         limit = _word_limit(options)
-        words: dict[int, int] = {}  # of finished units that wait for one before them
+        words: dict[int, int] = {}  # of finished units after an unfinished one
         num_words = num_units = num_documents = 0
         for unit, summary in running:
             num_documents += summary.documents
@@ -270,7 +270,7 @@ def _finish_units(
 
 
 def _word_limit(options: PreprocessOptions) -> int | None:
-    # The Hub dataset has a config of every size, so nothing is left to cut there.
+    # On the Hub the size selects a config instead.
     return None if options.source == ("hub",) else word_limit(options.dataset_size)
 
 
@@ -288,21 +288,21 @@ def _write_chunks(
     """Writes the chunk directory but for its manifest; returns the manifest's entries about it."""
     # Cut documents where they are few and large.
     counts: dict[str, Any] = decisions.counts.copy()
-    last_parts: list[Part] = []
+    cut: list[UnitDocuments] = []
     if decisions.num_cut:
         encoder = Encoder(tokenizer, fast_path(tokenizer, options.encoder))
-        last_part, counts["cut_for_test"] = cut_documents(job, decisions, encoder)
-        last_parts.append(last_part)
+        documents, counts["cut_for_test"] = cut_documents(job, decisions, encoder)
+        cut.append(documents)
 
     # Pack, and account for every document.
-    def parts() -> Iterator[Part]:
+    def all_documents() -> Iterator[UnitDocuments]:
         for unit, codes in zip(decisions.units, decisions.per_unit, strict=True):
             batches, summary = open_unit(unit, job)
             yield batches, list(summary.sources), codes
-        yield from last_parts
+        yield from cut
 
     chunks = (options.chunk_size, options.packing)
-    splits, num_unused_rows = write_splits(parts(), tokenizer, *chunks, result)
+    splits, num_unused_rows = write_splits(all_documents(), tokenizer, *chunks, result)
     num_kept = sum(split["documents"] for split in splits.values()) - decisions.num_cut
     num_left_out = sum(counts["rejected"].values()) + counts["documents_beyond_limit"]
     assert num_kept + num_left_out == counts["documents_read"], "documents were lost"

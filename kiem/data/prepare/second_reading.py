@@ -18,7 +18,7 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import new_file, sha256_file
 from kiem.data.chunks import REJECTED_FILE
 from kiem.data.prepare.decisions import REJECTED, DocumentDecisions
-from kiem.data.prepare.packing import Part, frame
+from kiem.data.prepare.packing import UnitDocuments, frame
 from kiem.data.prepare.split import CUT, TEST, TRAIN, find_border
 from kiem.data.prepare.units import UnitJob
 from kiem.data.read.readers import FilePart, count_rows, place
@@ -30,13 +30,13 @@ from kiem.tokenizer.encoding import Encoder
 def read_again(
     job: UnitJob, decisions: DocumentDecisions, wanted: Sequence[int]
 ) -> Iterator[tuple[int, FilePart, Document]]:
-    """Yields the rows about which one of the `wanted` decisions was made, with the decision."""
+    """Reads the rows with one of the `wanted` decisions again; yields the decision with each."""
     for unit, codes in zip(decisions.units, decisions.per_unit, strict=True):
         is_wanted = np.isin(codes, wanted)
         if not is_wanted.any():
             continue
         for number, (part, document) in enumerate(job.read(unit)):
-            # A file that changed may have more rows; the reader refuses it at the end of the part.
+            # A changed file may have more rows; the reader raises at the end of the part.
             if number < len(codes) and is_wanted[number]:
                 yield int(codes[number]), part, document
 
@@ -60,8 +60,8 @@ class TrainingTexts:
 
 def cut_documents(
     job: UnitJob, decisions: DocumentDecisions, encoder: Encoder
-) -> tuple[Part, dict[str, Any]]:
-    """Cuts the document that is to be cut, and its copies if there are equal ones.
+) -> tuple[UnitDocuments, dict[str, Any]]:
+    """Cuts the document that is to be cut, and documents equal to it.
 
     Returns:
         Two rows for each copy, for training and for testing, each with its own <bos> and <eos>; and
@@ -128,7 +128,7 @@ def write_rejected(job: UnitJob, decisions: DocumentDecisions, folder: Path) -> 
 
 
 class _Places:
-    """Places of rows; reads each file once to count, as long as the rows come in order."""
+    """Places of rows that come in order; reads each file once to count its lines."""
 
     def __init__(self, source: Source):
         self._source = source

@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Decisions about documents: CUT ones are for testing at their end, for training before it.
+# Decisions about documents. The end of a CUT one is for testing, the rest for training.
 TRAIN, TEST, CUT = range(3)
 
-# More than a token of text takes, so that so many bytes per token make whole chunks.
+# More than the text of a token takes, so that this many bytes per token fill a chunk.
 _BYTES_PER_TOKEN = 6
-# How much of the text that is not asked for testing may be taken for it, to keep documents whole.
+# The share of the other text that testing may take as well, to keep documents whole.
 _MAX_EXCESS = 0.1
-# Where a document may be cut, the best first. White space stays before the cut.
+# Where a document may be cut, best first. White space stays before the cut.
 _BORDERS = {
     "paragraph": re.compile(r"\n[^\S\n]*\n\s*"),
     "line": re.compile(r"\n\s*"),
@@ -110,13 +110,13 @@ def find_border(text: str, num_bytes: int) -> Border | None:
     """Returns where to cut a document so that about `num_bytes` bytes of UTF-8 are behind the cut.
 
     That is the end of a paragraph, if there is one within half of that; otherwise of a line, a
-    sentence or a word, and where there is no space at all, a place between two characters. There is
-    text on both sides: None if the document has no two characters but white space.
+    sentence or a word, and without any space, a place between two characters. Both sides have text:
+    None if the document has fewer than two characters that are not white space.
     """
     first, end = len(text) - len(text.lstrip()), len(text.rstrip())
     if end - first < 2:
         return None
-    # From so many characters at the end those are taken that make `num_bytes` bytes.
+    # The last characters that make `num_bytes` bytes.
     tail = text[max(first, end - num_bytes) : end].encode()
     wanted = end - len(tail[-num_bytes:].decode(errors="ignore"))
     wanted = min(max(wanted, first + 1), end - 1)

@@ -1,4 +1,4 @@
-"""Closing table of preprocessing, and what became of every document in words."""
+"""Summary of a chunk directory for users: its counts, and what happened to the documents."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def print_summary(manifest: dict[str, Any], seconds: float, folder: Path, consol
 
 
 def describe_left_out(counts: dict[str, Any]) -> str:
-    """Returns what an error that there is too little text adds, "" if nothing was left out."""
+    """Returns the end of a message about too little text: what was left out, "" if nothing."""
     what, rejected, limit = "", counts["rejected"], counts["word_limit"] or {}
     if total := sum(rejected.values()):
         what += f"; {total:,} {'was' if total == 1 else 'were'} rejected ({_reasons(rejected)})"
@@ -60,7 +60,7 @@ def _reasons(rejected: dict[str, int]) -> str:
 
 
 def _account(manifest: dict[str, Any]) -> Iterator[str]:
-    """Yields lines that say what became of every document."""
+    """Yields lines that account for every document."""
     train, test = (manifest["splits"][name]["documents"] for name in ("train", "test"))
     rejected = sum(manifest["rejected"].values())
     num_read, per_file = manifest["documents_read"], manifest["documents_per_file"]

@@ -10,7 +10,7 @@ file with a row for every row of the source:
     source, reason  int32               numbers of names in the summary; reason -1: kept
     band_0 ...      uint64              keys of near duplicates, with --near-duplicates
 
-Its last record batch is empty and carries the summary. After it comes the SHA-256 of all that.
+Its last record batch is empty and carries the summary. The file ends with its SHA-256.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from kiem.tokenizer.encoding import Encoded, Encoder
 from kiem.tokenizer.tokenizer import Tokenizer
 
 UNIT_BYTES = 4_000_000
-# Raised whenever units made by older versions would not be what this one makes.
+# Increased whenever an older version would have made other unit files.
 UNIT_VERSION = 4
 SCHEMA = pa.schema(
     [
@@ -126,7 +126,7 @@ class UnitJob:
         return self.folder / f"{unit.number:06d}.unit"
 
     def key(self, unit: Unit) -> str:
-        """Returns what is in the file of a unit and in no other."""
+        """Returns the key that identifies the file of a unit."""
         return digest(self.identity, unit)
 
     def read(self, unit: Unit) -> Iterator[tuple[FilePart, Document]]:
@@ -159,7 +159,7 @@ def plan_units(source: Source) -> list[Unit]:
 
 
 def finish_unit(unit: Unit, job: UnitJob, encoder: Encoder | None) -> UnitSummary:
-    """Makes the file of a unit, unless it is there and intact already.
+    """Makes the file of a unit, unless it exists and is intact.
 
     Without an encoder there are no ids in it. Raises a UserError at bad input, an encoding that is
     not exact, or a disk that cannot be written.
@@ -177,7 +177,7 @@ def finish_unit(unit: Unit, job: UnitJob, encoder: Encoder | None) -> UnitSummar
 
 
 def open_unit(unit: Unit, job: UnitJob) -> tuple[list[pa.RecordBatch], UnitSummary]:
-    """As `read_unit`; raises a UserError if the file is missing, damaged or of other work."""
+    """As `read_unit`; raises a UserError if the file is missing, damaged or of another run."""
     path = job.path(unit)
     with reading_errors(str(path)):
         if not path.is_file():
@@ -185,14 +185,14 @@ def open_unit(unit: Unit, job: UnitJob) -> tuple[list[pa.RecordBatch], UnitSumma
         elif not check_seal(path):
             fault = "is damaged (its sha256 differs)"
         else:
-            fault = "belongs to other work"
+            fault = "belongs to another run"
             try:
                 batches, summary = read_unit(path)
                 if summary.key == job.key(unit):
                     return batches, summary
             except (pa.ArrowException, msgspec.MsgspecError, KeyError, TypeError):
-                fault = "is no file of this program"
-    raise damaged(str(path), fault, "Run the same command again: this part is made anew.")
+                fault = "is not a unit file"
+    raise damaged(str(path), fault, "Run the same command again: it makes this part again.")
 
 
 def read_unit(path: Path) -> tuple[list[pa.RecordBatch], UnitSummary]:
@@ -247,7 +247,7 @@ def _build_batch(
         framed = frame(encoded, job.bos_id, job.eos_id)
     summary.documents += len(texts)
     summary.words += int(words.sum())
-    # Put together; rejected rows have zeros.
+    # Assemble the batch; rejected rows have zeros.
     offsets = np.zeros(len(rows) + 1, np.int64)
     np.cumsum(_spread(framed.lengths, is_kept), out=offsets[1:])
     columns = [

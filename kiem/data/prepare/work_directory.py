@@ -1,7 +1,7 @@
-"""The work directory beside a chunk directory: finished units wait there, also for a later run.
+"""The work directory beside a chunk directory, which keeps finished units for a later run.
 
-Both have an identity: all options and files that their content depends on. Work on other text or
-with other options is never resumed.
+Both have an identity: all options and files that their content depends on. A run with another
+identity never resumes the work.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kiem.data.prepare.units import UNIT_VERSION
 from kiem.data.prepare.verify import verify_directory
 
 _PLAN_FILE = "plan.json"
-# After these the same command can resume; after others it needs other input or options.
+# After these errors the same command can resume; after others it needs other input or options.
 _RESUMABLE = (ExitCode.DISK_SPACE, ExitCode.NOT_WRITABLE, ExitCode.OUT_OF_MEMORY, ExitCode.DAMAGED)
 
 
@@ -33,8 +33,8 @@ def work_directory(
 ) -> Iterator[Path | None]:
     """Yields the work directory of a chunk directory, which an interrupted run leaves to the next.
 
-    None if the chunk directory is there already, which is verified. Raises a UserError if another
-    process works there, or an earlier run worked on something else.
+    Yields None if the chunk directory exists, which is then verified. Raises a UserError if another
+    process works there, or an earlier run had another identity.
     """
     work = _work_directory(folder)
     _refuse_foreign(recover_folder(folder))
@@ -80,7 +80,7 @@ def _work_directory(folder: Path) -> Path:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raises a UserError if what has this name is no chunk directory: it is never replaced."""
+    """Raises a UserError if something else than a chunk directory has this name."""
     is_ours = all((folder / name).is_file() for name in (DATASET_DICT_FILE, MANIFEST_FILE))
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if os.path.lexists(folder) and not is_ours and not is_empty:
@@ -93,7 +93,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _refuse_other(folder: Path, recorded: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Raises a UserError if what is in `folder` is made of other text or with other options."""
+    """Raises a UserError if `folder` is made of other text or with other options."""
     different = [
         f"--{name.replace('_', '-')} was {recorded['options'].get(name)!r}"
         for name, value in identity["options"].items()
@@ -122,7 +122,7 @@ def _changed_files(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _read_plan(work: Path) -> dict[str, Any]:
-    """Returns what work is about; {} if it does not say, so that it cannot be resumed."""
+    """Returns the identity of unfinished work; {} if it cannot be resumed."""
     file = work / _PLAN_FILE
     fix = "Begin again with --overwrite."
     kind = dict[str, Any]

@@ -1,7 +1,7 @@
 """Worker processes that finish the units of a plan, on this machine or on a Ray cluster.
 
-Each takes the next unit when it is done with one. Which worker takes which unit changes nothing in
-the result.
+A worker takes the next unit when it has finished one. The result does not depend on which worker
+takes which unit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kiem.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
 _PARENT_CHECK_SECONDS = 1.0
 _CONNECT_SECONDS = 10.0
 
-# Units with their summaries, in the order in which they get done.
+# Units with their summaries, in the order in which they are finished.
 FinishedUnits = Generator[tuple[Unit, UnitSummary], None, None]
 
 
@@ -37,8 +37,8 @@ def run_units(
 ) -> FinishedUnits:
     """Finishes units in forked processes, which share the memory of the loaded tokenizers.
 
-    There is a process for each encoder; a single one works in this process. Raises a UserError as
-    `finish_unit` does, or if a worker is killed. Finished units stay finished.
+    There is one process per encoder; a single encoder is used in this process. Raises a UserError
+    as `finish_unit` does, or if a worker is killed. Finished units are kept.
     """
     if len(encoders) == 1:
         for unit in units:
@@ -51,7 +51,7 @@ def run_units(
     def start_next(connection: Connection) -> None:
         if waiting:
             busy[connection] = waiting.popleft()
-            with contextlib.suppress(OSError):  # the worker is dead, which receiving will report
+            with contextlib.suppress(OSError):  # a dead worker: recv() reports it
                 connection.send(busy[connection])
 
     try:
@@ -86,8 +86,8 @@ def _work(connection: Connection, job: UnitJob, encoder: Encoder | None) -> None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = os.getppid()
-    # Not only until the end of the connection: later workers hold its other end as well, so it
-    # stays open when the parent is killed.
+    # The end of the connection is not enough: later workers hold its other end as well, so it stays
+    # open when the parent is killed.
     while True:
         while not connection.poll(_PARENT_CHECK_SECONDS):
             if os.getppid() != parent:
@@ -100,7 +100,7 @@ def _work(connection: Connection, job: UnitJob, encoder: Encoder | None) -> None
 
 
 def _finish(unit: Unit, job: UnitJob, encoder: Encoder | None) -> UnitSummary | UserError:
-    """Finishes a unit in a worker; returns a UserError, so that Ray does not wrap it."""
+    """Finishes a unit in a worker; returns a UserError, which Ray would wrap if it was raised."""
     try:
         return finish_unit(unit, job, encoder)
     except UserError as error:
@@ -123,7 +123,7 @@ def run_units_on_ray(
 ) -> FinishedUnits:
     """Finishes units on a Ray cluster; every node must see the same files under the same paths.
 
-    A worker that is killed is started again by Ray and makes its unit anew.
+    Ray restarts a killed worker, which makes its unit again.
 
     Args:
         units: what to do.
@@ -143,10 +143,10 @@ def run_units_on_ray(
     try:
         origin = None
         if tokenizer is not None:
-            # A file, not an argument, which a worker that is started again would not find any more.
+            # A file, not an argument, which a restarted worker would not find.
             write_bytes(job.folder / TOKENIZER_FILE, tokenizer.json_bytes)
             origin = tokenizer.origin
-        # Absolute paths, since Ray's workers have other working folders.
+        # Ray's workers have other working folders.
         files = [file._replace(path=file.path.absolute()) for file in job.source.files]
         source = replace(job.source, files=files)
         job = replace(job, folder=job.folder.absolute(), source=source)
@@ -184,7 +184,7 @@ def _start_ray(num_proc: int | None, address: str | None) -> Any:
             cluster: dict[str, Any] = {"num_cpus": num_proc, "include_dashboard": False}
         else:
             cluster = {}
-            # Ray itself would try for minutes to reach an address where nobody listens.
+            # Ray itself tries for minutes to reach an address where nothing listens.
             host, _, port = address.removeprefix("ray://").rpartition(":")
             if host and port.isdecimal():
                 socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
