@@ -261,7 +261,7 @@ def test_a_body_that_is_too_large(server: ServerProcess) -> None:
     assert "1048576" in json.loads(text)["error"]["message"]
 
 
-def test_a_client_that_leaves_frees_its_slot(server: ServerProcess) -> None:
+def test_disconnecting_cancels_the_request(server: ServerProcess) -> None:
     finished = server.metric('kiem_sequences_finished_total{reason="length"}')
     connection, answer = open_stream(server)
     assert server.metric("kiem_sequences_running") == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -41,6 +41,7 @@ from kiem.model.config import CONFIG_FILE
 from kiem.model.io import find_model
 
 _MOST_SOURCES_SHOWN = 50
+_TEXT_OPTIONS = ("text_column", "document_separator")
 
 
 class _Options(msgspec.Struct):
@@ -65,13 +66,7 @@ def evaluate(options: EvaluationOptions, console: Console) -> dict[str, Any]:
     """
     check_one_reader(data=options.data, suite=options.suite)
     if not options.data:
-        for name, default in (
-            ("max_documents", None),
-            ("text_column", "text"),
-            ("document_separator", None),
-        ):
-            if getattr(options, name) != default:
-                raise no_effect("--" + name.replace("_", "-"), "without --data")
+        _refuse(options, ("max_documents", *_TEXT_OPTIONS), "without --data")
     if options.json is not None:
         check_new_file(options.json)
     names = options.suite or (() if options.data else (BUILT_IN,))
@@ -94,6 +89,13 @@ def evaluate(options: EvaluationOptions, console: Console) -> dict[str, Any]:
     return results
 
 
+def _refuse(options: EvaluationOptions, names: Sequence[str], why: str) -> None:
+    """Raises a UserError if one of these options is given."""
+    for name in names:
+        if getattr(options, name) != getattr(EvaluationOptions(""), name):
+            raise no_effect("--" + name.replace("_", "-"), why)
+
+
 def evaluation_documents(options: EvaluationOptions, console: Console) -> Iterator[Document]:
     """Returns the documents of `--data`; what can be checked without reading is checked at once.
 
@@ -102,10 +104,7 @@ def evaluation_documents(options: EvaluationOptions, console: Console) -> Iterat
     """
     first = Path(options.data[0])
     if len(options.data) == 1 and (first / MANIFEST_FILE).is_file():
-        if options.text_column != "text":
-            raise no_effect("--text-column", "with a chunk directory")
-        if options.document_separator is not None:
-            raise no_effect("--document-separator", "with a chunk directory")
+        _refuse(options, _TEXT_OPTIONS, "with a chunk directory")
         return islice(_test_split(first), options.max_documents)
     if "hub" in options.data:
         fix = "Give the chunk directory that preprocess.py made of it."

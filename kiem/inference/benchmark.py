@@ -72,15 +72,15 @@ def run_benchmark(
 
 
 def _measure(loaded: LoadedModel, batch_size: int) -> dict[str, Any]:
-    """Returns the figures for `batch_size` sequences at a time, over all of them: prefill and
-    decode in tokens per second, and the times to the first token and between tokens in ms.
-    """
+    """Returns the figures for a batch: rates over all its sequences, and latencies."""
     generator = torch.Generator().manual_seed(0)
     size = (_PROMPT_TOKENS,)
     prompt = torch.randint(4, loaded.model.config.vocab_size, size, generator=generator).tolist()
     # A step that begins requests also writes the next token of each, so prefill is timed by itself.
     prefill, whole = (
-        Request(prompt, SamplingParams(0, repetition_penalty=1, max_new_tokens=new), seed=0)
+        Request(
+            prompt, SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=new), seed=0
+        )
         for new in (1, _NEW_TOKENS)
     )
     max_tokens = _PROMPT_TOKENS + _NEW_TOKENS

@@ -52,7 +52,7 @@ def is_loopback(host: str) -> bool:
 
 
 class AccessControl:
-    """Refuses requests that may not pass to `app`, and adds the same headers to every response.
+    """Refuses requests that may not pass, and adds the same headers to every response.
 
     Args:
         app: the application behind it.
