@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,15 @@ def test_many_rows_take_the_same_weights_as_few(format: Format) -> None:
     rounded = as_multiplied(x, format).float()
     few = torch.cat([weights(x[:, :10]), weights(x[:, 10:])], 1)
     torch.testing.assert_close(weights(rounded), few, rtol=1e-5, atol=2e-5)
+
+
+def test_a_model_stays_as_it_is_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Gemma3(SHAPE)
+    assert use_kernels(Gemma3(replace(SHAPE, hidden_size=144)), "int8") is not None
+    monkeypatch.setattr("kiem.inference.decoder.load_kernels", lambda: "no compiler")
+    assert use_kernels(model, "int4") == "no compiler"
+    assert model.decoder is None
+    assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])

@@ -200,6 +200,7 @@ def read_config(folder: Path) -> Gemma3Config:
     """
     check_folder(folder)
     path = folder / CONFIG_FILE
+    # The architecture: first its name, then what else tells it from others.
     description = read_json(path, dict[str, Any], **NOT_A_MODEL)
     if description.get("model_type") != _FIXED["model_type"]:
         kind = shown(description.get("model_type"))
@@ -208,11 +209,13 @@ def read_config(folder: Path) -> Gemma3Config:
         found = description.get(name, value)
         if found != value and not (found is None and value is False):
             raise not_a_model(path, f"{name} = {shown(found)} is not supported")
+    # The shape: types and ranges, then how values relate to each other.
     raw = convert(description, _ConfigJson, where=str(path), **NOT_A_MODEL)
     if raw.num_attention_heads % raw.num_key_value_heads != 0:
         heads = f"num_attention_heads = {raw.num_attention_heads}"
         what = f"{heads} is no multiple of num_key_value_heads = {raw.num_key_value_heads}"
         raise not_a_model(path, what)
+    # What has two spellings.
     names = {field.name for field in fields(Gemma3Config)} - _SPELLED_IN_TWO_WAYS
     rope = raw.rope_parameters or _RopeParameters()
     full, sliding = rope.full_attention or _Rope(), rope.sliding_attention or _Rope()

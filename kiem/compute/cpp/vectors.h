@@ -53,11 +53,11 @@ static inline Float16 fma(Float16 a, Float16 b, Float16 c) {
 #endif
 }
 
-// GCC 12 takes its generic conversions of down vectors apart into single values.
+// GCC 12 takes its generic conversions of narrow vectors apart into single values.
 static inline Float16 load16(const uint16_t *from) {
 #if defined(__AVX512F__)
-    __m256i down = _mm256_loadu_si256((const __m256i *)from);
-    return (Float16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(down), 16);
+    __m256i narrow = _mm256_loadu_si256((const __m256i *)from);
+    return (Float16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
 #else
     return (Float16)(__builtin_convertvector(load<Half16>(from), UInt16) << 16);
 #endif
