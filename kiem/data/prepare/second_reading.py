@@ -71,10 +71,8 @@ def cut_documents(
     labels: list[str] = []
     for _, part, document in read_again(job, decisions, (CUT,)):
         if not labels:
-            text, where = (
-                job.cleaning.normalize(document.text),
-                place(job.source, part, document.number),
-            )
+            text = job.cleaning.normalize(document.text)
+            where = place(job.source, part, document.number)
         labels.append(document.source)
     border = find_border(text, decisions.split.cut_bytes)
     if border is None:
