@@ -157,7 +157,7 @@ class HubServer:
         """Ends the connection `after` bytes of the body of a matching GET; `reset`: with a RST."""
         self._faults.append(_Fault(match, times, cut_after=after, reset=reset))
 
-    def mend(self) -> None:
+    def clear_faults(self) -> None:
         """Forgets the faults that are still to come."""
         self._faults.clear()
 

@@ -72,7 +72,7 @@ def test_after_failing_only_what_is_missing_is_downloaded(hub: HubServer, client
     exit_code, message = client.fail("download_dataset_files", DATASET, "10k")
     assert exit_code == ExitCode.NETWORK
     assert "files that are complete are not downloaded again" in message
-    hub.mend()
+    hub.clear_faults()
     hub.log.clear()
     assert client.get("download_dataset_files", DATASET, "10k")["names"] == list(SHARDS)
     assert len(paths_of(hub, "/cdn/")) == 1
