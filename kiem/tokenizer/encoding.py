@@ -40,28 +40,18 @@ _MAX_REMEMBERED_BYTES = 400_000_000
 
 
 class Encoded(NamedTuple):
-    """Ids of several documents, without control tokens.
+    """Ids of several documents, without control tokens."""
 
-    Attributes:
-        ids: int32, one document after the other.
-        lengths: int64 [documents], tokens of each.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
+    ids: np.ndarray  # int32, one document after the other
+    lengths: np.ndarray  # int64 [documents], tokens of each
 
 
 @dataclass(frozen=True)
 class FastPath:
-    """A tokenizer for which gigatoken is proven exact.
+    """A tokenizer for which gigatoken is proven exact."""
 
-    Attributes:
-        json_bytes: the tokenizer.json for gigatoken, to which control strings in text are text.
-        crossing: finds the entries that a cut before spaces would split; None if there are none.
-    """
-
-    json_bytes: bytes
-    crossing: re.Pattern[str] | None
+    json_bytes: bytes  # the tokenizer.json for gigatoken, without control tokens
+    crossing: re.Pattern[str] | None  # finds entries that a cut before spaces would split
 
 
 def fast_path(tokenizer: Tokenizer, choice: str) -> FastPath | str:
@@ -154,12 +144,9 @@ class Encoder:
             try:
                 fast = gigatoken.Tokenizer.from_json(self._fast.json_bytes)
             except (RuntimeError, ValueError) as error:
-                raise UserError(
-                    f"gigatoken cannot read it ({str(error).splitlines()[0]})",
-                    where=self._tokenizer.origin,
-                    fix="Use --encoder reference, or another --tokenizer.",
-                    exit_code=ExitCode.TOKENIZER_MISMATCH,
-                ) from error
+                what = f"gigatoken cannot read it ({str(error).splitlines()[0]})"
+                fix = "Use --encoder reference, or another --tokenizer."
+                raise _mismatch(self._tokenizer.origin, what, fix) from error
             self._encode_fast: Any = fast.encode
         self._loaded_bytes = _used_bytes()
 
@@ -175,12 +162,9 @@ class Encoder:
         expected = [self._reference(part) for part in islice(parts, None if "<" in text else 1)]
         right = np.concatenate([np.array(part, np.uint32) for part in expected])
         if not is_crossed and not np.array_equal(ids if "<" in text else ids[: len(right)], right):
-            raise UserError(
-                "gigatoken and tokenizers encode this document differently",
-                where=place(),
-                fix="Use --encoder reference, and please report the document.",
-                exit_code=ExitCode.TOKENIZER_MISMATCH,
-            )
+            what = "gigatoken and tokenizers encode this document differently"
+            fix = "Use --encoder reference, and please report the document."
+            raise _mismatch(place(), what, fix)
         return right if is_crossed else ids
 
 
@@ -215,6 +199,10 @@ def cut_long(text: str, part_characters: int) -> Iterator[str]:
         yield text[start : cut.start()]
         start = cut.start()
     yield text[start:]
+
+
+def _mismatch(where: str, what: str, fix: str) -> UserError:
+    return UserError(what, where=where, fix=fix, exit_code=ExitCode.TOKENIZER_MISMATCH)
 
 
 def _used_bytes() -> int:

@@ -11,9 +11,9 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
-from threading import Thread
 
 from kiem.core.errors import ExitCode, UserError
 from kiem.tokenizer.tokenizer import Tokenizer
@@ -46,13 +46,9 @@ def reference_process(tokenizer: Tokenizer, num_workers: int) -> Iterator[list[R
 
 def ended_from_outside(process: str) -> UserError:
     """Returns the error for a child process that was killed."""
-    return UserError(
-        f"{process} was ended from outside",
-        where="--num-proc",
-        fix="If memory ran out, use a lower number. Run the same command again: finished parts are "
-        "kept.",
-        exit_code=ExitCode.OUT_OF_MEMORY,
-    )
+    what = f"{process} was ended from outside"
+    fix = "If memory ran out, use a lower number. Run the same command again: it goes on."
+    return UserError(what, where="--num-proc", fix=fix, exit_code=ExitCode.OUT_OF_MEMORY)
 
 
 def _ask(connection: Connection, text: str) -> list[int]:
@@ -74,11 +70,8 @@ def _serve_all(tokenizer: Tokenizer, theirs: list[Connection], ours: list[Connec
         connection.close()  # so that this process sees when the parent and its workers have ended
     with contextlib.suppress(UserError):  # which the first answer will be
         tokenizer.encode("")  # loads it
-    threads = [Thread(target=serve, args=(tokenizer, connection)) for connection in theirs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(theirs)) as pool:
+        pool.map(partial(serve, tokenizer), theirs)
 
 
 def serve(tokenizer: Tokenizer, connection: Connection) -> None:

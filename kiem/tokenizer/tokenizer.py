@@ -23,7 +23,6 @@ from kiem.hub import download_tokenizer, looks_like_hub_id
 TOKENIZER_FILE = "tokenizer.json"
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 MAX_ROWS = 1 << 24  # of an embedding; far beyond any vocabulary
-_SPECIAL_NAMES = ("pad", "eos", "bos")
 _Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
@@ -74,23 +73,24 @@ class Tokenizer:
         json_bytes: the exact content of tokenizer.json.
         description: what that says.
         vocabulary: the ids of the model's entries; added tokens need not be among them.
+        added_tokens: by their text.
         origin: where it came from, for the manifest.
+        pad_id, eos_id, bos_id: of the control tokens.
     """
 
     json_bytes: bytes = field(repr=False)
     description: TokenizerJson = field(repr=False)
     vocabulary: dict[str, int] = field(repr=False)
+    added_tokens: dict[str, AddedToken] = field(repr=False)
     origin: str
+    pad_id: int
+    eos_id: int
+    bos_id: int
 
     @cached_property
     def sha256(self) -> str:
         """The hash of `json_bytes`, by which chunk directories and models pin the tokenizer."""
         return hashlib.sha256(self.json_bytes).hexdigest()
-
-    @cached_property
-    def added_tokens(self) -> dict[str, AddedToken]:
-        """The added tokens by their text."""
-        return {token.content: token for token in self.description.added_tokens}
 
     @property
     def is_gemma_style(self) -> bool:
@@ -127,22 +127,9 @@ class Tokenizer:
         return max([*self.special_ids.values(), *self.vocabulary.values(), *text_ids]) + 1
 
     @property
-    def pad_id(self) -> int:
-        return self.special_ids["pad"]
-
-    @property
-    def eos_id(self) -> int:
-        return self.special_ids["eos"]
-
-    @property
-    def bos_id(self) -> int:
-        return self.special_ids["bos"]
-
-    @cached_property
     def special_ids(self) -> dict[str, int]:
         """The ids of the control tokens, under "pad", "eos" and "bos"."""
-        found = {name: self.token_id(f"<{name}>") for name in _SPECIAL_NAMES}
-        return {name: token_id for name, token_id in found.items() if token_id is not None}
+        return {"pad": self.pad_id, "eos": self.eos_id, "bos": self.bos_id}
 
     def token_id(self, token: str) -> int | None:
         """Returns the id of an added token or an entry of the vocabulary, if there is one."""
@@ -201,10 +188,13 @@ def parse_tokenizer(json_bytes: bytes, origin: str) -> Tokenizer:
         vocabulary = msgspec.json.decode(description.model.vocab, type=dict[str, _Id])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _bad_tokenizer(origin, f"not the tokenizer.json of a BPE ({error})") from error
-    tokenizer = Tokenizer(json_bytes, description, vocabulary, origin)
-    for name in _SPECIAL_NAMES:
-        if name not in tokenizer.special_ids:
-            raise _bad_tokenizer(origin, f"it has no <{name}>")
+    added = {token.content: token for token in description.added_tokens}
+    ids = vocabulary | {text: token.id for text, token in added.items()}
+    for control in ("<pad>", "<eos>", "<bos>"):
+        if control not in ids:
+            raise _bad_tokenizer(origin, f"it has no {control}")
+    special = (ids["<pad>"], ids["<eos>"], ids["<bos>"])
+    tokenizer = Tokenizer(json_bytes, description, vocabulary, added, origin, *special)
     if tokenizer.num_rows > MAX_ROWS:
         what = f"its ids go up to {tokenizer.num_rows - 1}; supported are {MAX_ROWS} rows"
         raise _bad_tokenizer(origin, what)

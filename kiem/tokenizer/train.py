@@ -82,14 +82,13 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, left_out: str = 
     implementation.train_from_iterator(texts, trainer)
     vocabulary: dict[str, int] = implementation.get_vocab(with_added_tokens=False)
     if len(vocabulary) < vocabulary_size:
+        what = f"the training documents give only {len(vocabulary)} of {vocabulary_size} entries"
         is_possible = len(vocabulary) >= _MIN_VOCABULARY
+        other = f"train:{len(vocabulary)} or fewer" if is_possible else "a trained tokenizer"
         raise UserError(
-            f"the training documents give only {len(vocabulary)} of {vocabulary_size} entries"
-            f"{left_out}",
+            what + left_out,
             where="--tokenizer",
-            fix=f"Use more text, or train:{len(vocabulary)} or fewer."
-            if is_possible
-            else "Use more text, or a tokenizer that is trained already.",
+            fix=f"Use more text, or {other}.",
             exit_code=ExitCode.DATASET_TOO_SMALL,
         )
     # Describe how they encode and decode
