@@ -50,11 +50,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device to plan for; `base_bytes` is what the program takes before it makes a model."""
+    """A device to plan for; `program_bytes` is what the program takes before it makes a model."""
 
     description: str
     usable_bytes: int
-    base_bytes: int
+    program_bytes: int
 
 
 @dataclass(frozen=True)
@@ -103,28 +103,28 @@ def hardware_here(distributed: Distributed) -> Hardware:
     if distributed.device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(distributed.device)
         return Hardware(distributed.name, int(free_bytes * GPU_USABLE_SHARE), 0)
-    base_bytes = psutil.Process().memory_info().rss
-    usable_bytes = psutil.virtual_memory().available // distributed.world_size + base_bytes
-    return Hardware(distributed.name, usable_bytes, base_bytes)
+    program_bytes = psutil.Process().memory_info().rss
+    usable_bytes = psutil.virtual_memory().available // distributed.world_size + program_bytes
+    return Hardware(distributed.name, usable_bytes, program_bytes)
 
 
 def largest_batch(setting: Setting, hardware: Hardware, wanted: int) -> int:
     """Returns the first of `wanted`, its half and so on that fits into memory; 0 if none does."""
     size = wanted
     while size:
-        memory = estimate_memory(replace(setting, batch_size=size), hardware.base_bytes)
+        memory = estimate_memory(replace(setting, batch_size=size), hardware.program_bytes)
         if memory.total <= hardware.usable_bytes:
             break
         size //= 2
     return size
 
 
-def estimate_memory(setting: Setting, base_bytes: int) -> Memory:
+def estimate_memory(setting: Setting, program_bytes: int) -> Memory:
     """Returns the memory at the peak of an update that has several passes.
 
     Args:
         setting: what is trained and how.
-        base_bytes: what the program takes before it makes a model.
+        program_bytes: what the program takes before it makes a model.
     """
     config = setting.config
     weights = held_weights = held_gradients = 4 * config.num_parameters()
@@ -140,7 +140,7 @@ def estimate_memory(setting: Setting, base_bytes: int) -> Memory:
         share = -(-weights // setting.world_size)
         held_weights, held_gradients = share + embedding + layers, share + layers
     return Memory(
-        program=base_bytes,
+        program=program_bytes,
         weights=held_weights,
         gradients=held_gradients,
         optimizer=optimizer_bytes(setting),

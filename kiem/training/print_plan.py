@@ -45,7 +45,7 @@ from kiem.tokenizer.tokenizer import Tokenizer
 from kiem.training.checks import check_devices, check_options
 from kiem.training.setup import build_model
 
-_GPU_BASE_BYTES = 600_000_000  # of a driver and its libraries
+_GPU_PROGRAM_BYTES = 600_000_000  # of a driver and its libraries
 _TIMING_SECONDS = 5.0
 
 
@@ -61,7 +61,7 @@ class TrainingPlan:
     @property
     def memory(self) -> Memory:
         """Memory of a device."""
-        return estimate_memory(self.setting, self.hardware.base_bytes)
+        return estimate_memory(self.setting, self.hardware.program_bytes)
 
     @property
     def tokens_per_step(self) -> int:
@@ -96,7 +96,7 @@ def make_plan(options: TrainingOptions, distributed: Distributed, console: Conso
         )
         description = f"{gpu.name} of {gpu.memory_bytes / 1e9:g} GB"
         usable_bytes = int(gpu.memory_bytes * GPU_USABLE_SHARE)
-        hardware = Hardware(description, usable_bytes, _GPU_BASE_BYTES)
+        hardware = Hardware(description, usable_bytes, _GPU_PROGRAM_BYTES)
     check_devices(options, distributed)
 
     # Recipe.
@@ -117,7 +117,7 @@ def make_plan(options: TrainingOptions, distributed: Distributed, console: Conso
     if gpu is not None:
         step_seconds = calculate_step_seconds(setting, recipe.accumulation, gpu)
         return replace(plan, step_seconds=step_seconds)
-    if estimate_memory(_alone(setting), hardware.base_bytes).total > hardware.usable_bytes:
+    if estimate_memory(_alone(setting), hardware.program_bytes).total > hardware.usable_bytes:
         return plan
     chunks = open_split(options.dataset_path, manifest, "train")
     return _measure(plan, options, tokenizer, chunks, distributed, console)
@@ -172,8 +172,8 @@ def _measure(
     setting, hardware = replace(plan.setting, batch_size=recipe.batch_size), plan.hardware
     if distributed.device.type == "cpu":  # elsewhere the peak is that of tensors
         tensor_bytes = estimate_memory(_alone(setting), 0).total
-        base_bytes = max(0, peak_memory_bytes(distributed.device) - tensor_bytes)
-        hardware = replace(hardware, base_bytes=base_bytes)
+        program_bytes = max(0, peak_memory_bytes(distributed.device) - tensor_bytes)
+        hardware = replace(hardware, program_bytes=program_bytes)
     return TrainingPlan(recipe, setting, hardware, step_seconds)
 
 
@@ -229,7 +229,7 @@ def _fitting_table(plan: TrainingPlan) -> Table:
     for recompute, shard in product(recomputes, shards):
         way = replace(setting, recompute=recompute, shard=shard)
         size = largest_batch(way, hardware, setting.batch_size)
-        memory = estimate_memory(replace(way, batch_size=size or 1), hardware.base_bytes)
+        memory = estimate_memory(replace(way, batch_size=size or 1), hardware.program_bytes)
         passes = f"{size} x {num_chunks // size}" if size else "not even 1"
         table.add_row(recompute, shard, passes, format_bytes(memory.total))
     return table
