@@ -33,7 +33,7 @@ from rich.console import Console
 from kiem.cli import parse
 from kiem.config import TrainingOptions
 from kiem.parallel.distributed import init_distributed
-from kiem.training.print_plan import make_plan
+from kiem.planning.print_plan import make_plan
 options = parse(TrainingOptions, sys.argv[1:], "plan")
 with init_distributed(options.precision) as devices:
     plan = make_plan(options, devices, Console(stderr=True))

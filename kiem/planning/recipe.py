@@ -1,4 +1,4 @@
-"""Defaults by the size of the model, and the numbers of a run that follow from its options."""
+"""What follows from the options of a run: checks, defaults by size, numbers, and the model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
+
 from kiem.config import TrainingOptions
-from kiem.model.config import Gemma3Config
-from kiem.model.gemma3 import Recompute
+from kiem.core.errors import ExitCode, UserError, bad_option, no_effect
+from kiem.model.config import Gemma3Config, preset
+from kiem.model.gemma3 import Gemma3, Recompute, initialize
+from kiem.model.io import find_model, read_model
+from kiem.parallel.distributed import Distributed
+from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 SECONDS_BETWEEN_SAVES = 1800  # without --save-steps
 # Small data gets small batches: a run of whole epochs should have at least this many updates.
@@ -114,3 +120,74 @@ def resolve_recipe(
         max_steps=max_steps,
         max_seconds=options.max_minutes * 60 if options.max_minutes is not None else None,
     )
+
+
+def tracker_names(options: TrainingOptions) -> list[str]:
+    """Returns the trackers that the options name, each once."""
+    return sorted({*options.trackers, *(["wandb"] if options.use_wandb else [])})
+
+
+def check_options(options: TrainingOptions) -> None:
+    """Checks combinations; kiem.core.values has checked each value.
+
+    Raises:
+        UserError: two options contradict each other, or one cannot have an effect.
+    """
+    has_budget = options.max_steps is not None or options.max_minutes is not None
+    has_project = {"wandb", "trackio"} & {*tracker_names(options)}
+    if options.save_total_limit == 0 and options.save_steps != 0:
+        fix = "Give 1 or more, or turn checkpoints off with --save-steps 0."
+        raise bad_option("--save-total-limit 0", "every checkpoint would be removed at once", fix)
+    if options.save_steps == 0 and options.on_save_failure == "stop":
+        raise no_effect("--on-save-failure stop", "with --save-steps 0, which saves nothing")
+    if has_budget and options.epochs != 1.0:
+        raise no_effect("--epochs", "together with --max-steps or --max-minutes")
+    if options.gpu is not None and not options.plan:
+        raise no_effect("--gpu", "without --plan")
+    if options.num_gpus is not None and options.gpu is None:
+        raise no_effect("--num-gpus", "without --gpu")
+    if options.wandb_project is not None and not has_project:
+        raise no_effect("--wandb-project", "without --use-wandb or --trackers trackio")
+    if options.shard == "parameters" and options.optimizer == "muon":
+        what = "Muon needs whole matrices, and no device has them"
+        fix = "Add --optimizer adamw, or use --shard optimizer."
+        raise bad_option("--shard parameters", what, fix)
+    if options.init_from is not None and options.model != "gemma3-1b":
+        raise no_effect("--model", "with --init-from, which brings its own shape")
+
+
+def check_devices(options: TrainingOptions, distributed: Distributed) -> None:
+    """Checks options that depend on the number of devices, present or planned for.
+
+    Raises:
+        UserError: an option cannot have an effect.
+    """
+    if options.shard != "none" and distributed.world_size == 1:
+        raise no_effect("--shard", "with one device")
+
+
+def build_model(options: TrainingOptions, tokenizer: Tokenizer, world_size: int) -> Gemma3:
+    """Returns a new model for the tokenizer's vocabulary, or that of --init-from.
+
+    Raises:
+        UserError: that is no Gemma 3 text model, or has another tokenizer.
+    """
+    if options.init_from is None:
+        model = Gemma3(preset(options.model, tokenizer.num_rows))
+        initialize(model, options.seed)
+    else:
+        folder = find_model(options.init_from)
+        model = read_model(folder, dtype=torch.float32)
+        # Equal vocabularies suffice: Gemma's -it and -pt files, and transformers' own saves, differ
+        # in bytes but give every piece of text the same id.
+        own = load_tokenizer(str(folder)).implementation.get_vocab(with_added_tokens=False)
+        if own != tokenizer.implementation.get_vocab(with_added_tokens=False):
+            raise UserError(
+                f"the chunks in {options.dataset_path} were made with another tokenizer",
+                where=f"--init-from {options.init_from}",
+                fix=f"Make them again with preprocess.py --tokenizer {options.init_from}.",
+                exit_code=ExitCode.TOKENIZER_MISMATCH,
+            )
+    model.recompute = what_to_recompute(options, model.config)
+    model.model.embed_tokens.adds_to_gradient = world_size == 1
+    return model

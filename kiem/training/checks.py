@@ -12,13 +12,11 @@ from functools import partial
 import numpy as np
 
 from kiem.config import TrainingOptions
-from kiem.core.errors import bad_option, no_effect
+from kiem.core.errors import bad_option
 from kiem.model.config import Gemma3Config
-from kiem.parallel.distributed import Distributed
 from kiem.tokenizer.tokenizer import Tokenizer
 from kiem.training.log import try_before
 from kiem.training.run import Run, TrainState
-from kiem.training.trackers import tracker_names
 
 # Tokens that the model adds to a `--sample-prompt`.
 SAMPLE_TOKENS = 40
@@ -33,45 +31,6 @@ _STUCK_WINDOW = 128
 _STUCK_SHARE = 0.98
 _MAX_PADDING = 0.1
 _MIN_USED = 0.5
-
-
-def check_options(options: TrainingOptions) -> None:
-    """Checks combinations; kiem.core.values has checked each value.
-
-    Raises:
-        UserError: two options contradict each other, or one cannot have an effect.
-    """
-    has_budget = options.max_steps is not None or options.max_minutes is not None
-    has_project = {"wandb", "trackio"} & {*tracker_names(options)}
-    if options.save_total_limit == 0 and options.save_steps != 0:
-        fix = "Give 1 or more, or turn checkpoints off with --save-steps 0."
-        raise bad_option("--save-total-limit 0", "every checkpoint would be removed at once", fix)
-    if options.save_steps == 0 and options.on_save_failure == "stop":
-        raise no_effect("--on-save-failure stop", "with --save-steps 0, which saves nothing")
-    if has_budget and options.epochs != 1.0:
-        raise no_effect("--epochs", "together with --max-steps or --max-minutes")
-    if options.gpu is not None and not options.plan:
-        raise no_effect("--gpu", "without --plan")
-    if options.num_gpus is not None and options.gpu is None:
-        raise no_effect("--num-gpus", "without --gpu")
-    if options.wandb_project is not None and not has_project:
-        raise no_effect("--wandb-project", "without --use-wandb or --trackers trackio")
-    if options.shard == "parameters" and options.optimizer == "muon":
-        what = "Muon needs whole matrices, and no device has them"
-        fix = "Add --optimizer adamw, or use --shard optimizer."
-        raise bad_option("--shard parameters", what, fix)
-    if options.init_from is not None and options.model != "gemma3-1b":
-        raise no_effect("--model", "with --init-from, which brings its own shape")
-
-
-def check_devices(options: TrainingOptions, distributed: Distributed) -> None:
-    """Checks options that depend on the number of devices, present or planned for.
-
-    Raises:
-        UserError: an option cannot have an effect.
-    """
-    if options.shard != "none" and distributed.world_size == 1:
-        raise no_effect("--shard", "with one device")
 
 
 def check_sample_prompts(

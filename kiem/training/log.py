@@ -25,8 +25,9 @@ from kiem.core.errors import UserError, bad_option
 from kiem.core.files import append_json_lines, fsync_file, write_bytes, write_json, write_text
 from kiem.core.yaml_options import to_dict, to_yaml
 from kiem.parallel.distributed import Distributed
+from kiem.planning.recipe import tracker_names
 from kiem.report.record import CONFIG_FILE, METADATA_FILE, METRICS_FILE, read_metrics
-from kiem.training.trackers import BackgroundTracker, open_tracker, tracker_names
+from kiem.training.trackers import BackgroundTracker, open_tracker
 
 T = TypeVar("T")
 _MAX_CHARACTERS = 1000

@@ -19,6 +19,7 @@ from kiem.optim.batch import Order, micro_batches
 from kiem.optim.optimizer import learning_rate_share
 from kiem.optim.step import StepResult, train_step
 from kiem.parallel.distributed import init_distributed
+from kiem.planning.print_plan import print_plan
 from kiem.planning.probe import out_of_memory
 from kiem.planning.recipe import SECONDS_BETWEEN_SAVES
 from kiem.planning.time_estimate import flops_per_token
@@ -38,7 +39,6 @@ from kiem.training.outputs import (
     show_start,
     write_final_model,
 )
-from kiem.training.print_plan import print_plan
 from kiem.training.resume import restore
 from kiem.training.run import Run, RunSpec, TrainState
 from kiem.training.setup import setup

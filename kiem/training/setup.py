@@ -18,7 +18,6 @@ from kiem.compute.memory import give_back_free_memory, keep_freed_memory
 from kiem.compute.speed import prefers_bf16
 from kiem.config import TrainingOptions
 from kiem.core.console import warn
-from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import require_free_space, sha256_file
 from kiem.core.leftovers import remove_leftovers
 from kiem.core.locking import locked_folder
@@ -33,9 +32,8 @@ from kiem.data.chunks import (
     read_tokenizer,
 )
 from kiem.data.prepare.verify import verify_shards
-from kiem.model.config import name_of, preset
-from kiem.model.gemma3 import Gemma3, initialize
-from kiem.model.io import find_model, read_model
+from kiem.model.config import name_of
+from kiem.model.gemma3 import Gemma3
 from kiem.optim.optimizer import make_optimizers
 from kiem.parallel.agreement import (
     check_same,
@@ -50,13 +48,15 @@ from kiem.planning.probe import Probe
 from kiem.planning.recipe import (
     SECONDS_BETWEEN_SAVES,
     Recipe,
+    build_model,
+    check_devices,
+    check_options,
     defaults_for,
     resolve_recipe,
-    what_to_recompute,
 )
-from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from kiem.tokenizer.tokenizer import Tokenizer
 from kiem.training.checkpoint import CHECKPOINTS, list_checkpoints, read_state, set_aside_after
-from kiem.training.checks import check_devices, check_options, check_sample_prompts
+from kiem.training.checks import check_sample_prompts
 from kiem.training.log import RunLog
 from kiem.training.resume import check_same_run, choose_checkpoint, restore
 from kiem.training.run import Run, RunSpec, TrainingData, TrainState
@@ -146,33 +146,6 @@ def _open_model(options: TrainingOptions, tokenizer: Tokenizer, distributed: Dis
     check_same_weights(model, distributed)
     if options.shard != "parameters":  # which puts only its shards on the device
         model.to(distributed.device)
-    return model
-
-
-def build_model(options: TrainingOptions, tokenizer: Tokenizer, world_size: int) -> Gemma3:
-    """Returns a new model for the tokenizer's vocabulary, or that of --init-from.
-
-    Raises:
-        UserError: that is no Gemma 3 text model, or has another tokenizer.
-    """
-    if options.init_from is None:
-        model = Gemma3(preset(options.model, tokenizer.num_rows))
-        initialize(model, options.seed)
-    else:
-        folder = find_model(options.init_from)
-        model = read_model(folder, dtype=torch.float32)
-        # Equal vocabularies suffice: Gemma's -it and -pt files, and transformers' own saves, differ
-        # in bytes but give every piece of text the same id.
-        own = load_tokenizer(str(folder)).implementation.get_vocab(with_added_tokens=False)
-        if own != tokenizer.implementation.get_vocab(with_added_tokens=False):
-            raise UserError(
-                f"the chunks in {options.dataset_path} were made with another tokenizer",
-                where=f"--init-from {options.init_from}",
-                fix=f"Make them again with preprocess.py --tokenizer {options.init_from}.",
-                exit_code=ExitCode.TOKENIZER_MISMATCH,
-            )
-    model.recompute = what_to_recompute(options, model.config)
-    model.model.embed_tokens.adds_to_gradient = world_size == 1
     return model
 
 

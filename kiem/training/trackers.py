@@ -38,15 +38,10 @@ class Tracker(Protocol):
         """Takes the results of the run, None if it was stopped, and sends what is left."""
 
 
-def tracker_names(options: TrainingOptions) -> list[str]:
-    """Returns the trackers that the options name, each once."""
-    return sorted({*options.trackers, *(["wandb"] if options.use_wandb else [])})
-
-
 def open_tracker(
     name: str, options: TrainingOptions, run_directory: Path, config: Mapping[str, Any], step: int
 ) -> Tracker:
-    """Starts one of `tracker_names`, or continues its run after `step`.
+    """Starts one of the trackers that the options name, or continues its run after `step`.
 
     The run has the name of the run directory; some trackers keep their files there.
 

@@ -39,11 +39,16 @@ from kiem.planning.memory_estimate import (
     setting_of,
 )
 from kiem.planning.probe import Probe
-from kiem.planning.recipe import Recipe, defaults_for, resolve_recipe
+from kiem.planning.recipe import (
+    Recipe,
+    build_model,
+    check_devices,
+    check_options,
+    defaults_for,
+    resolve_recipe,
+)
 from kiem.planning.time_estimate import GPUS, calculate_step_seconds
 from kiem.tokenizer.tokenizer import Tokenizer
-from kiem.training.checks import check_devices, check_options
-from kiem.training.setup import build_model
 
 _GPU_PROGRAM_BYTES = 600_000_000  # of a driver and its libraries
 _TIMING_SECONDS = 5.0
