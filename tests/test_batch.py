@@ -115,7 +115,7 @@ def test_killed_and_started_again_gives_the_same(
 
 
 def count_lines(folder: Path) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in folder.glob(".out.jsonl.*"))
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob(".out.jsonl.unfinished-*"))
 
 
 def test_another_command_does_not_go_on_with_it(

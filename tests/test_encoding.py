@@ -21,7 +21,7 @@ from kiem.data.prepare.packing import frame
 from kiem.data.prepare.preprocess import preprocess
 from kiem.tokenizer import encoding
 from kiem.tokenizer.encoding import Encoder, FastPath, cut_long, fast_path
-from kiem.tokenizer.reference import reference_process, serve
+from kiem.tokenizer.reference_process import reference_process, serve
 from kiem.tokenizer.tokenizer import Tokenizer, parse_tokenizer
 from kiem.tokenizer.train import train_tokenizer
 

@@ -198,7 +198,11 @@ DIFFERENCES = {
     "an option more": (["--max-minutes", "3"], ExitCode.BAD_OPTION, "--max-minutes: is 3.0 here"),
     "no chunks": (["--dataset-path", "/nergens"], ExitCode.NOT_FOUND, "no such chunk directory"),
     "other chunks": (["--dataset-path", "CHUNKS"], ExitCode.BAD_OPTION, "sha256 of the chunk"),
-    "damaged chunks": (["--dataset-path", "DAMAGED"], ExitCode.DAMAGED, "arrow: is damaged"),
+    "damaged chunks": (
+        ["--dataset-path", "DAMAGED"],
+        ExitCode.DAMAGED,
+        "arrow: its sha256 differs",
+    ),
     "no shared disk": (["--output-dir", "FOLDER"], ExitCode.NOT_FOUND, "not the folder that proc"),
     "other weights": (["--init-from", "MODEL"], ExitCode.BAD_OPTION, "sum over the weights"),
     "another prompt": (["--sample-prompt", "x"], ExitCode.BAD_OPTION, "--sample-prompt: is ['x']"),

@@ -15,8 +15,8 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import make_folder
 from kiem.core.leftovers import discard, hidden
 
-# The workers of a killed program hold its lock for a second or two.
-_TRIES = 50
+# The workers of a killed program hold its lock until their unit is finished: seconds.
+_TRIES = 100
 _PAUSE_SECONDS = 0.1
 
 

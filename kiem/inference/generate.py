@@ -15,9 +15,9 @@ from kiem.config import InferenceOptions
 from kiem.core.console import show, warn
 from kiem.core.errors import ExitCode, UserError, bad_option, no_effect
 from kiem.core.files import check_new_file
-from kiem.inference.batch import generate_file
 from kiem.inference.benchmark import run_benchmark
 from kiem.inference.engine import Engine, Request
+from kiem.inference.generate_file import generate_file
 from kiem.inference.loading import LoadedModel, load_for_inference
 from kiem.inference.prompts import read_prompts
 from kiem.inference.repl import run_repl

@@ -1,4 +1,4 @@
-"""What follows from the options of a run: checks, defaults by size, numbers, and the model."""
+"""Checks of the options of a run, defaults by size, and the numbers and the model that follow."""
 
 from __future__ import annotations
 

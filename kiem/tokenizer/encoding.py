@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from tokenizers import Regex, pre_tokenizers
 
 from kiem.core.errors import ExitCode, UserError
-from kiem.tokenizer.reference import Reference, reference_process
+from kiem.tokenizer.reference_process import Reference, reference_process
 from kiem.tokenizer.tokenizer import BYTE_TOKENS, Tokenizer
 from kiem.tokenizer.train import SPLIT_REGEX
 

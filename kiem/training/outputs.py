@@ -1,4 +1,4 @@
-"""What a run shows and leaves: progress and results on the screen, the report, the final model."""
+"""Outputs of a run: progress and results on the screen, the report, the final model."""
 
 from __future__ import annotations
 
