@@ -201,7 +201,7 @@ DIFFERENCES = {
     "damaged chunks": (
         ["--dataset-path", "DAMAGED"],
         ExitCode.DAMAGED,
-        "arrow: its sha256 differs",
+        "its sha256 differs",
     ),
     "no shared disk": (["--output-dir", "FOLDER"], ExitCode.NOT_FOUND, "not the folder that proc"),
     "other weights": (["--init-from", "MODEL"], ExitCode.BAD_OPTION, "sum over the weights"),
