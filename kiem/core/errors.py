@@ -79,6 +79,11 @@ def not_found(where: str, what: str, fix: str) -> UserError:
     return UserError(what, where=where, fix=fix, exit_code=ExitCode.NOT_FOUND)
 
 
+def already_exists(where: str, what: str, fix: str) -> UserError:
+    """Returns the error for a name that is taken by something else, or by another process."""
+    return UserError(what, where=where, fix=fix, exit_code=ExitCode.ALREADY_EXISTS)
+
+
 def damaged(where: str, what: str, fix: str) -> UserError:
     """Returns the error for a file that kiem wrote and that is changed or incomplete."""
     return UserError(what, where=where, fix=fix, exit_code=ExitCode.DAMAGED)

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import lock_descriptor
 
 from kiem.core.disk import warn_once, writing_errors
-from kiem.core.errors import ExitCode, UserError
+from kiem.core.errors import already_exists
 from kiem.core.files import make_folder
 from kiem.core.leftovers import discard, hidden
 
@@ -60,11 +60,10 @@ def _lock(file: Path, folder: Path) -> int:
                 return descriptor
             os.close(descriptor)
         time.sleep(_PAUSE_SECONDS)
-    raise UserError(
+    raise already_exists(
+        str(folder),
         "another process is working here",
-        where=str(folder),
-        fix="Wait until it is done, or choose another name.",
-        exit_code=ExitCode.ALREADY_EXISTS,
+        "Wait until it is done, or choose another name.",
     )
 
 

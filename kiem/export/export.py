@@ -9,7 +9,7 @@ from rich.console import Console
 
 from kiem.config import ExportOptions
 from kiem.core.console import warn
-from kiem.core.errors import ExitCode, UserError, bad_option, no_effect, not_installed
+from kiem.core.errors import already_exists, bad_option, no_effect, not_installed
 from kiem.core.files import (
     check_new_file,
     format_bytes,
@@ -113,4 +113,4 @@ def _check_options(options: ExportOptions) -> None:
         # --overwrite replaces a folder with all that is in it.
         what = "it holds something other than a model, which would be lost"
     if what:
-        raise UserError(what, where=where, fix=fix, exit_code=ExitCode.ALREADY_EXISTS)
+        raise already_exists(where, what, fix)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from kiem.config import TrainingOptions
 from kiem.core.console import warn
-from kiem.core.errors import ExitCode, UserError, not_found
+from kiem.core.errors import ExitCode, already_exists, not_found
 from kiem.core.files import sha256_file
 from kiem.core.json_input import convert
 from kiem.core.manifest import MANIFEST_FILE
@@ -63,22 +63,20 @@ def choose_checkpoint(
 def _check_unfinished(options: TrainingOptions, directory: Path) -> None:
     """Checks that a run directory is not finished and holds no checkpoints of another run."""
     if (directory / "final_model").exists():
-        raise UserError(
+        raise already_exists(
+            str(directory),
             "this run is finished",
-            where=str(directory),
-            fix="Choose another --run-name; to train its model further, use --init-from.",
-            exit_code=ExitCode.ALREADY_EXISTS,
+            "Choose another --run-name; to train its model further, use --init-from.",
         )
     folder = directory / CHECKPOINTS
     is_own = options.resume == "auto" or (
         options.resume != "none" and Path(options.resume).parent.resolve() == folder.resolve()
     )
     if not is_own and list_checkpoints(folder):
-        raise UserError(
+        raise already_exists(
+            str(directory),
             "this run directory holds checkpoints that would be mixed with those of a new run",
-            where=str(directory),
-            fix="Choose another --run-name, or resume with --resume auto.",
-            exit_code=ExitCode.ALREADY_EXISTS,
+            "Choose another --run-name, or resume with --resume auto.",
         )
 
 
@@ -97,11 +95,10 @@ def check_same_run(
     # Checkpoints of older versions have the model's shape only in the model's own config.json.
     different = _differences({**vars(read_config(path)), **state["fingerprint"]}, fingerprint)
     if different:
-        raise UserError(
+        raise already_exists(
+            str(path),
             f"this checkpoint belongs to another run: {'; '.join(different)}",
-            where=str(path),
-            fix="Use the same options, another --run-name, or --resume none.",
-            exit_code=ExitCode.ALREADY_EXISTS,
+            "Use the same options, another --run-name, or --resume none.",
         )
     for change in _differences(state["changeable"], changeable):
         warn(console, f"{change} from here on: the result differs from that of an undisturbed run")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kiem.core.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError, already_exists
 from kiem.core.files import empty_folder, write_json
 from kiem.core.json_input import read_json
 from kiem.core.leftovers import discard, hidden, is_removed, recover_folder
@@ -84,11 +84,10 @@ def _refuse_foreign(folder: Path) -> None:
     is_ours = all((folder / name).is_file() for name in (DATASET_DICT_FILE, MANIFEST_FILE))
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if os.path.lexists(folder) and not is_ours and not is_empty:
-        raise UserError(
+        raise already_exists(
+            str(folder),
             "something else than a chunk directory has this name",
-            where=str(folder),
-            fix="Choose another --name or --output-dir, or remove it if it is a damaged one.",
-            exit_code=ExitCode.ALREADY_EXISTS,
+            "Choose another --name or --output-dir, or remove it if it is a damaged one.",
         )
 
 
@@ -103,11 +102,10 @@ def _refuse_other(folder: Path, recorded: dict[str, Any], identity: dict[str, An
         changed = _changed_files(recorded["source"], identity["source"])
         different.append(f"--source was other text{changed}")
     if different:
-        raise UserError(
+        raise already_exists(
+            str(folder),
             f"this was made differently: {'; '.join(different)}",
-            where=str(folder),
-            fix="Choose another --name, or replace it with --overwrite.",
-            exit_code=ExitCode.ALREADY_EXISTS,
+            "Choose another --name, or replace it with --overwrite.",
         )
 
 
