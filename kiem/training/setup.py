@@ -127,7 +127,7 @@ def _open_data(
         folder = options.dataset_path
         manifest = read_manifest(folder)
         tokenizer = read_tokenizer(folder, manifest)
-        sha256 = manifest.get("sha256", sha256_file(folder / MANIFEST_FILE))
+        sha256 = manifest.get("sha256") or sha256_file(folder / MANIFEST_FILE)
     found = {"sha256 of the chunk directory's manifest": sha256}
     check_same(found, "Give all machines the same chunk directory.", distributed)
     with distributed.raise_on_all_ranks():
