@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import difflib
 import os
-import shlex
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,44 +17,18 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from kiem.core.console import PlainConsole, open_output, warn
+from kiem.core.console import PlainConsole, open_output, show, warn
 from kiem.core.disk import DiskWarning
 from kiem.core.errors import ExitCode, UserError, bad_option
-from kiem.core.values import OptionType, describe_limits, option_flag, option_help, option_types
+from kiem.core.values import OptionType, option_flags, option_rows, option_types
 from kiem.core.yaml_options import read_options
 from kiem.parallel.launch import prints_output
 
 Options = TypeVar("Options")
-_METAVARS = {str: "TEXT", int: "INT", float: "FLOAT", Path: "PATH"}
 _CONFIG_HELP = (
     "Options as YAML, as in a run's config.yaml. What is given on the command line, lists "
     "included, replaces what the file says."
 )
-_VALUE = "\0"  # begins a value that is no option, whatever it looks like; no argument has it
-
-
-class _Flag(argparse.Action):
-    """`--x` and `--no-x`."""
-
-    def __call__(
-        self,
-        _: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        written = str(option_string)
-        if values is not None:
-            fix = f"Write {' or '.join(self.option_strings)}."
-            raise bad_option(written, "takes no value", fix)
-        setattr(namespace, self.dest, not written.startswith("--no-"))
-
-
-class _Formatter(argparse.HelpFormatter):
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if isinstance(action, _Flag):
-            return ", ".join(action.option_strings)
-        return super()._format_action_invocation(action)
 
 
 def parse(options_class: type[Options], arguments: Sequence[str], program: str) -> Options:
@@ -69,112 +43,84 @@ def parse(options_class: type[Options], arguments: Sequence[str], program: str) 
         program: the script's name, for the help text.
 
     Raises:
-        UserError: an option or its value is not possible, or the YAML file has a mistake.
-        SystemExit: with 2, after a message, when a value is missing; with 0 after --help.
+        UserError: an option or its value is missing or not possible, or the file has a mistake.
+        SystemExit: with 0 after --help.
     """
+    if {"-h", "--help"} & {*arguments}:
+        show(PlainConsole(), _help(options_class, program))
+        raise SystemExit(0)
     kinds = option_types(options_class)
-    defaults = {
+    values = {
         field.name: field.default
         for field in dataclasses.fields(options_class)  # type: ignore[arg-type]
         if field.default is not dataclasses.MISSING
     }
-    parser = _parser(options_class, program, kinds, defaults)
-    known = ["--config", *(flag for name, kind in kinds.items() for flag in flags(name, kind))]
-    namespace, unknown = parser.parse_known_args(list(_mark_values(arguments, known)))
-    if unknown:
-        similar = difflib.get_close_matches(unknown[0], known, n=1)
-        fix = f"Did you mean {similar[0]}?" if similar else f"See {program} --help."
-        raise bad_option(unknown[0], f"{program} has no such option", fix)
-    given = vars(namespace)
-    if files := given.pop("config", None):
-        defaults |= read_options(options_class, _one_file(files))
-    values = defaults | given
+    given = _read_words(arguments, kinds | {"config": OptionType(Path)}, program)
+    if file := given.pop("config", None):
+        values |= read_options(options_class, file)
     for name, kind in kinds.items():
-        if kind.is_list and name in given:
-            values[name] = tuple(given[name])
-        value = values.get(name, ())
-        is_pointless = name in given and value == defaults.get(name) == ()
-        is_missing = name not in values or (kind.is_list and len(value) < kind.min_length)
-        if is_missing or is_pointless:
-            fix = f"Give {kind.describe()}{', or leave it out' if name in defaults else ''}."
-            raise bad_option(option_flag(name), "no value is given", fix)
-    return options_class(**values)
+        is_pointless = given.get(name) == values.get(name) == ()
+        has_too_few = kind.is_list and len(given.get(name, values.get(name, ()))) < kind.min_length
+        if name not in values | given or has_too_few or is_pointless:
+            fix = f"Give {kind.describe()}{', or leave it out' if name in values else ''}."
+            raise bad_option(option_flags(name, kind)[0], "no value is given", fix)
+    return options_class(**values | given)
 
 
-def _parser(
-    options_class: type[Any], program: str, kinds: dict[str, OptionType], defaults: dict[str, Any]
-) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        program,
-        usage="%(prog)s [options]",
-        description=options_class.__doc__,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=_Formatter,
-        allow_abbrev=False,
-    )
-    texts = option_help(options_class)
-    for name, kind in kinds.items():
-        flag = option_flag(name)
-        hint = _hint(kind, defaults[name]) if name in defaults else "(required)"
-        text = f"{texts.get(name, '')} {hint}".replace("%", "%%")
-        if kind.base is bool:
-            parser.add_argument(*flags(name, kind), action=_Flag, nargs="?", help=text)
+def _read_words(words: Sequence[str], kinds: dict[str, OptionType], program: str) -> dict[str, Any]:
+    """Returns the values that a command line gives, by option.
+
+    A word that begins with "--" is an option; the words up to the next one, or what stands behind
+    its "=", are its values.
+    """
+    known = {flag: name for name, kind in kinds.items() for flag in option_flags(name, kind)}
+    grouped: list[tuple[str, list[str]]] = []
+    for word in words:
+        if grouped and not word.startswith("--"):
+            grouped[-1][1].append(word)
             continue
-        parser.add_argument(
-            flag,
-            action="extend" if kind.is_list else "store",
-            nargs="*" if kind.is_list else None,
-            type=partial(_read, kind, flag),
-            metavar=f"{{{','.join(kind.choices)}}}" if kind.choices else _METAVARS[kind.base],
-            help=text,
-        )
-    parser.add_argument(
-        "--config", action="append", nargs="?", const="", metavar="FILE", help=_CONFIG_HELP
-    )
-    return parser
+        flag, equals, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        if flag not in known:
+            similar = difflib.get_close_matches(flag, known, n=1)
+            fix = f"Did you mean {similar[0]}?" if similar else f"See {program} --help."
+            raise bad_option(word, f"{program} has no such option", fix)
+        grouped.append((flag, [value] if equals else []))
+    given: dict[str, Any] = {}
+    for flag, texts in grouped:
+        name = known[flag]
+        kind = kinds[name]
+        if kind.base is bool:
+            if texts:
+                fix = f"Write {' or '.join(option_flags(name, kind))}."
+                raise bad_option(flag, "takes no value", fix)
+            given[name] = not flag.startswith("--no-")
+        elif kind.is_list:
+            given[name] = (*given.get(name, ()), *(kind.read(text, flag) for text in texts))
+        elif len(texts) == 1:
+            given[name] = kind.read(texts[0], flag)
+        else:
+            what = f"{len(texts)} values are given" if texts else "no value is given"
+            raise bad_option(flag, what, f"Give {kind.describe()}, in quotes if it has spaces.")
+    return given
 
 
-def _read(kind: OptionType, flag: str, word: str) -> Any:
-    return kind.read(word.removeprefix(_VALUE), flag)
-
-
-def flags(name: str, kind: OptionType) -> list[str]:
-    """Returns the ways in which an option is written on the command line."""
-    flag = option_flag(name)
-    return [flag, f"--no-{flag[2:]}"] if kind.base is bool else [flag]
-
-
-def _mark_values(arguments: Sequence[str], known: Sequence[str]) -> Iterator[str]:
-    """Separates options from values behind "=", and takes `--a_b` for `--a-b`."""
-    for word in arguments:
-        written, equals, value = word.partition("=")
-        flag = written.replace("_", "-")
-        yield flag if flag in known else word
-        if flag in known and equals:
-            yield _VALUE + value
-
-
-def _one_file(files: Sequence[str]) -> Path:
-    names = [name.removeprefix(_VALUE) for name in files]
-    if not all(names):
-        raise bad_option("--config", "no file is named", "Write --config FILE.")
-    if len(names) > 1:
-        fix = "Put their lines into one file."
-        raise bad_option("--config", f"{len(names)} files are named", fix)
-    OptionType(Path).read(names[0], "--config")
-    return Path(names[0])
-
-
-def _hint(kind: OptionType, default: Any) -> str:
-    """Returns what follows the help of an option: its limits and default."""
-    words = [describe_limits(kind.limits)] if kind.limits else []
-    if kind.base is bool:
-        words.append(f"default: {'on' if default else 'off'}")
-    elif isinstance(default, tuple):
-        words.append(f"default: {shlex.join(map(str, default)) or 'none'}")
-    elif default is not None:
-        words.append(f"default: {default}")
-    return f"({'; '.join(words)})" if words else ""
+def _help(options_class: type[Any], program: str) -> str:
+    width = min(100, max(40, shutil.get_terminal_size().columns))
+    wrap = partial(textwrap.fill, width=width, break_on_hyphens=False)
+    lines = [f"usage: {program} [options]", "", wrap(" ".join(str(options_class.__doc__).split()))]
+    rows = [
+        *option_rows(options_class),
+        (["--config"], "a path", "", _CONFIG_HELP),
+        (["-h", "--help"], "flag", "", "Show this help."),
+    ]
+    for flags, values, default, meaning in rows:
+        head = f"{', '.join(flags)}: {values}"
+        if default:
+            head += f" ({'' if default == 'required' else 'default: '}{default})"
+        lines += ["", wrap(head, initial_indent="  ", subsequent_indent="    ")]
+        lines.append(wrap(meaning, initial_indent="      ", subsequent_indent="      "))
+    return "\n".join(lines) + "\n"
 
 
 def run(
@@ -227,13 +173,13 @@ def report_errors(work: Callable[[Console], Any]) -> int:
 @contextlib.contextmanager
 def _disk_warnings(console: Console) -> Iterator[None]:
     """Prints disk warnings as the program's own; forked workers print none."""
-    process, show = os.getpid(), warnings.showwarning
+    process, show_others = os.getpid(), warnings.showwarning
 
     def show_plainly(
         message: Warning | str, category: type[Warning], *place: Any, **rest: Any
     ) -> None:
         if not issubclass(category, DiskWarning):
-            show(message, category, *place, **rest)
+            show_others(message, category, *place, **rest)
         elif os.getpid() == process:
             warn(console, str(message))
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from kiem.cli import flags, report_errors, run
+from kiem.cli import report_errors, run
 from kiem.config import (
     EvaluationOptions,
     ExportOptions,
@@ -23,17 +22,7 @@ from kiem.config import (
     TrainingOptions,
 )
 from kiem.core.console import show
-from kiem.core.values import option_flag, option_types
-
-_COMPLETION = """_kiem() {{
-  local words=
-  case "$COMP_CWORD ${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD-1]}}" in
-{cases}
-  esac
-  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
-}}
-complete -o default -F _kiem kiem
-"""
+from kiem.core.errors import bad_option
 
 
 @dataclass(frozen=True)
@@ -75,41 +64,19 @@ COMMANDS = {
 
 def main() -> int:
     """Runs the command that the command line names and returns its exit code."""
-    arguments = sys.argv[1:]
-    if arguments and arguments[0] in COMMANDS:
-        command = COMMANDS[arguments[0]]
-        rest = [*command.arguments, *arguments[1:]]
-        return run(command.options, f"kiem {arguments[0]}", command, rest)
-    return report_errors(lambda console: _main(arguments, console))
+    name, *words = sys.argv[1:] or ["--help"]
+    if name not in COMMANDS:
+        return report_errors(lambda console: _list_commands(name, console))
+    command = COMMANDS[name]
+    return run(command.options, f"kiem {name}", command, [*command.arguments, *words])
 
 
-def _main(arguments: list[str], console: Console) -> None:
-    """Handles arguments without a command: completion, help or a mistake."""
-    if arguments == ["--print-completion"]:
-        show(console, completion())
-        return
-    parser = argparse.ArgumentParser(
-        "kiem",
-        description="Train Gemma 3 language models from scratch on Dutch text.",
-        epilog="kiem --print-completion: a script that completes commands and options in bash.",
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+def _list_commands(word: str, console: Console) -> None:
+    if word not in ("-h", "--help"):
+        raise bad_option(word, "no such command", f"The commands are: {', '.join(COMMANDS)}.")
+    lines = ["usage: kiem COMMAND [options]; kiem COMMAND --help lists the options"]
     for name, command in COMMANDS.items():
         script = " ".join([command.script, *command.arguments])
-        text = f"{command.options.__doc__} ({script})"
-        commands.add_parser(name, help=text.replace("%", "%%"))
-    parser.parse_args(arguments)
-
-
-def completion() -> str:
-    """Returns a bash script, which zsh can read, for commands, options and choices."""
-    cases = [f"1\\ *) words='{' '.join(COMMANDS)}' ;;"]
-    for name, command in COMMANDS.items():
-        kinds = option_types(command.options)
-        for option, kind in kinds.items():
-            if kind.choices:
-                choices = " ".join(kind.choices)
-                cases.append(f"*\\ {name}\\ {option_flag(option)}) words='{choices}' ;;")
-        words = " ".join(flag for option, kind in kinds.items() for flag in flags(option, kind))
-        cases.append(f"*\\ {name}\\ *) words='{words} --config --help' ;;")
-    return _COMPLETION.format(cases="\n".join(f"    {case}" for case in cases))
+        does = " ".join(str(command.options.__doc__).split())
+        lines.append(f"  {name:10} {does} ({script})")
+    show(console, "\n".join(lines) + "\n")

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from typing import Any
-
 from kiem.commands import COMMANDS
-from kiem.core.values import OptionType, option_flag, option_help, option_types
+from kiem.core.values import option_rows
 
 _HEAD = """# Reference
 
 Made from kiem/config.py by `make reference`; change it there. Exit codes:
-[troubleshooting.md](troubleshooting.md). Completion of commands and options in bash:
-`source <(kiem --print-completion)`; in zsh the same after `autoload -U +X bashcompinit &&
-bashcompinit`.
+[troubleshooting.md](troubleshooting.md).
 
 ## On the command line
 
 A flag is turned on by its name and off by `--no-` and its name. Options with `...` take several
 values, one after the other (`--source a b`) or with the name repeated (`--source a --source b`). Of
 any other option that is repeated the last value counts. Numbers are decimal: `0.001`, `1e-3`,
-`1_000_000`. A value that begins with a dash follows an equals sign: `--stop=--`.
+`1_000_000`. A value that begins with two dashes follows an equals sign: `--stop=--`.
 
 ## In a file
 
@@ -53,36 +47,12 @@ def reference() -> str:
         does = " ".join(str(command.options.__doc__).split())
         lines += [f"## kiem {name}, {command.script}", "", does, ""]
         lines += ["| option | values | default | |", "|---|---|---|---|"]
-        lines += ["| " + " | ".join(row) + " |" for row in _rows(command.options)]
+        for flags, values, default, meaning in option_rows(command.options):
+            shown = f"`{default}`" if default not in ("", "required") else default
+            cells = [f"`{flags[0]}`", values, shown, meaning.replace("|", "\\|")]
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _rows(options: type[Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Yields name, values, default and meaning of each option."""
-    types, meanings = option_types(options), option_help(options)
-    for field in dataclasses.fields(options):
-        is_required = field.default is dataclasses.MISSING
-        yield (
-            f"`{option_flag(field.name)}`",
-            _values(types[field.name]),
-            "required" if is_required else _default(field.default),
-            meanings[field.name].replace("|", "\\|"),
-        )
-
-
-def _values(kind: OptionType) -> str:
-    """Returns what an option takes, such as `a`, `b` ... or whole number from 1 to 8."""
-    words = ", ".join(f"`{choice}`" for choice in kind.choices)
-    words = words or ("flag" if kind.base is bool else kind.describe().removeprefix("a "))
-    return f"{words} ..." if kind.is_list else words
-
-
-def _default(value: Any) -> str:
-    if value is None:
-        return ""
-    words = value if isinstance(value, tuple) else (value,)
-    return ", ".join(f"`{word}`" for word in words)
 
 
 if __name__ == "__main__":

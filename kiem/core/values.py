@@ -7,9 +7,11 @@ import inspect
 import math
 import re
 import reprlib
+import shlex
 import types
 import typing
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -80,16 +82,13 @@ class OptionType:
         words = "a path" if self.base is Path else _WORDS[self.base]
         if not self.may_be_empty:
             words = "non-empty text"
-        return f"{words} {describe_limits(self.limits)}" if self.limits else words
-
-
-def describe_limits(limits: Meta) -> str:
-    """Returns limits in words, such as "from 1 to 8" or "above 0, at most 1"."""
-    if limits.ge is not None and limits.le is not None:
-        return f"from {limits.ge} to {limits.le}"
-    low = f"from {limits.ge}" if limits.gt is None else f"above {limits.gt}"
-    high = f"at most {limits.le}" if limits.lt is None else f"below {limits.lt}"
-    return f"{low}, {high}"
+        if not (limits := self.limits):
+            return words
+        if limits.ge is not None and limits.le is not None:
+            return f"{words} from {limits.ge} to {limits.le}"
+        low = f"from {limits.ge}" if limits.gt is None else f"above {limits.gt}"
+        high = f"at most {limits.le}" if limits.lt is None else f"below {limits.lt}"
+        return f"{words} {low}, {high}"
 
 
 def option_types(options_class: type[Any]) -> dict[str, OptionType]:
@@ -98,7 +97,30 @@ def option_types(options_class: type[Any]) -> dict[str, OptionType]:
     return {name: _option_type(hint) for name, hint in hints.items()}
 
 
-def option_help(options_class: type[Any]) -> dict[str, str]:
+def option_rows(options_class: type[Any]) -> Iterator[tuple[list[str], str, str, str]]:
+    """Yields flags, values, default and meaning of each option, for help and docs/reference.md."""
+    meanings = _meanings(options_class)
+    kinds = option_types(options_class)
+    for field in fields(options_class):
+        kind, default = kinds[field.name], field.default
+        values = "flag" if kind.base is bool else kind.describe() + " ..." * kind.is_list
+        if default is MISSING:
+            shown = "required"
+        elif kind.base is bool:
+            shown = "on" if default else "off"
+        else:
+            words = default if isinstance(default, tuple) else [default]
+            shown = shlex.join(str(word) for word in words if word is not None)
+        yield option_flags(field.name, kind), values, shown, meanings.get(field.name, "")
+
+
+def option_flags(name: str, kind: OptionType) -> list[str]:
+    """Returns the ways in which an option is written on the command line."""
+    flag = "--" + name.replace("_", "-")
+    return [flag, f"--no-{flag[2:]}"] if kind.base is bool else [flag]
+
+
+def _meanings(options_class: type[Any]) -> dict[str, str]:
     """Returns the string below each field of a dataclass, which only its source has."""
     try:
         described = ast.parse(inspect.getsource(options_class)).body[0]
@@ -110,11 +132,6 @@ def option_help(options_class: type[Any]) -> dict[str, str]:
         for field, below in pairwise(described.body)
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
     }
-
-
-def option_flag(name: str) -> str:
-    """Returns an option's name on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 def _option_type(hint: Any) -> OptionType:

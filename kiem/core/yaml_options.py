@@ -6,30 +6,17 @@ which `no` is false, 1.10 a number and 017 fifteen, do not apply.
 
 from __future__ import annotations
 
-import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
 from kiem.core.errors import bad_option
 from kiem.core.values import OptionType, option_types
 
-_MOST_BYTES = 1 << 20
 _UNSET = ("", "~", "null", "Null", "NULL")
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes text on one line: YAML folds line breaks into spaces, also U+0085 and its like."""
-
-    def represent_str(self, data: str) -> yaml.ScalarNode:
-        node = super().represent_str(data)
-        if not data.isprintable():
-            node.style = '"'
-        return node
-
-
-_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def read_options(options_class: type[Any], path: Path) -> dict[str, Any]:
@@ -60,22 +47,16 @@ def read_options(options_class: type[Any], path: Path) -> dict[str, Any]:
 
 def to_yaml(options: Any) -> str:
     """Returns options as the YAML that `read_options` reads back; unset ones are left out."""
-    return yaml.dump(
-        to_dict(options), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf")
-    )
+    values = to_dict(options)
+    # YAML would fold U+0085 and its like into spaces: then all but ASCII is escaped.
+    is_plain = json.dumps(values, ensure_ascii=False).isprintable()
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=is_plain, width=float("inf"))
 
 
 def to_dict(options: Any) -> dict[str, Any]:
     """Returns options as plain values by name; unset ones are left out."""
-
-    def plain(value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else value
-
-    return {
-        name: list(map(plain, value)) if isinstance(value, tuple) else plain(value)
-        for name, value in dataclasses.asdict(options).items()
-        if value is not None
-    }
+    values = msgspec.to_builtins(options, enc_hook=str)  # for paths
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _value(kind: OptionType, node: yaml.Node, path: Path, option: str) -> Any:
@@ -83,7 +64,6 @@ def _value(kind: OptionType, node: yaml.Node, path: Path, option: str) -> Any:
     where = f"{path}:{node.start_mark.line + 1}: {option}"
     if not kind.is_list:
         return kind.read(_text(node, where), where)
-    _refuse_tag(node, where)
     items = node.value if isinstance(node, yaml.SequenceNode) else [node]
     if len(items) < kind.min_length:
         raise bad_option(where, "the list is empty", f"Give at least {kind.min_length}.")
@@ -98,18 +78,11 @@ def _value(kind: OptionType, node: yaml.Node, path: Path, option: str) -> Any:
 
 
 def _text(node: yaml.Node, where: str) -> str:
-    _refuse_tag(node, where)
     if not isinstance(node, yaml.ScalarNode):
         what = "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
         fix = "Give one value, in quotes if it has brackets or a colon."
         raise bad_option(where, f"{what} is not possible here", fix)
     return node.value
-
-
-def _refuse_tag(node: yaml.Node, where: str) -> None:
-    if node.tag.removeprefix("tag:yaml.org,2002:") not in ("str", "seq", "map"):
-        fix = "Remove it: the option says what kind of value it is."
-        raise bad_option(where, f"the tag {node.tag} is not read", fix)
 
 
 def _is_unset(node: yaml.Node) -> bool:
@@ -118,31 +91,20 @@ def _is_unset(node: yaml.Node) -> bool:
 
 def _entries(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
     """Returns keys and values of a file's mapping, as nodes, which know their line."""
-    fix = "Write lines such as 'batch_size: 4'."
+    fix = "Write UTF-8 text, in lines such as 'batch_size: 4'."
     try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
-        if len(data) > _MOST_BYTES:
-            raise bad_option(str(path), f"larger than {_MOST_BYTES:,} bytes", "Correct --config.")
         # BaseLoader reads every scalar as text.
-        root = yaml.compose(data.decode("utf-8-sig"), Loader=yaml.BaseLoader)
+        root = yaml.compose(path.read_bytes(), Loader=yaml.BaseLoader)
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
         raise bad_option(str(path), what, "Correct --config.") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise bad_option(f"{path}:{line}", "not UTF-8", "Save the file as UTF-8 text.") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise bad_option(f"{path}:{line}", f"not YAML ({error.problem})", fix) from error
-    except yaml.YAMLError as error:  # a character that YAML does not have
-        reason = str(error).splitlines()[0]
-        raise bad_option(str(path), f"not YAML ({reason})", fix) from error
-    except RecursionError as error:
-        raise bad_option(str(path), "nested too deeply", fix) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise bad_option(where, f"not YAML ({reason})", fix) from error
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
         raise bad_option(str(path), "no options by name", fix)
-    _refuse_tag(root, str(path))
     return list(root.value)
