@@ -138,7 +138,6 @@ TXT = {
     "beyond Unicode": bad("in.txt", b"\xf4\x90\x80\x80", "1" + UTF8, "not UTF-8"),
     "cut at the end": bad("in.txt", "a\nb\n€".encode()[:-1], "3" + UTF8, "not UTF-8"),
     "UTF-16 with BOM": bad("in.txt", "een".encode("utf-16"), "1: UTF-16, not UTF-8", "not UTF-8"),
-    "UTF-32 with BOM": bad("in.txt", "een".encode("utf-32"), "1: UTF-32, not UTF-8", "not UTF-8"),
     "latin-1": bad("in.txt", "café\n".encode("latin-1"), "1" + UTF8, "not UTF-8"),
     **{f"{name} (.txt)": good("in.txt", text.encode(), text) for name, text in ODD_TEXTS.items()},
 }

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, SMALL_UNITS_PROGRAM, run_script
-from format_cases import CASES, END, STORY, WIKI, A, B, Case, lines, parquet, stream
+from format_cases import AB, CASES, END, STORY, A, B, Case, lines, parquet, stream
 from rich.console import Console
 
 from kiem.config import EvaluationOptions, PreprocessOptions
@@ -87,7 +87,7 @@ TREE = {
     "a/deep/x.TXT": b"x",
     "a.parquet/part-0.arrow": stream({"text": ["p"]}),
     "a.parquet/_SUCCESS": b"",
-    "AA/wiki_00": WIKI.encode(),
+    "AA/wiki_00": AB,
     "notes.docx": b"PK",
     "a/paper.PDF": b"%PDF",
     "a/old.pdf": b"%PDF",

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from kiem.core.errors import UserError
 from kiem.data.read.columnar import read_arrow, read_parquet
 from kiem.data.read.json_files import parse_line, read_json, read_json_lines
-from kiem.data.read.rows import BOM, HEAD_BYTES, Problem, Row, foreign_content, lfs_pointer
+from kiem.data.read.rows import BOM, Problem, Row, foreign_content
 from kiem.data.read.source_file import (
     COMPRESSIONS,
     MAX_DOCUMENT_BYTES,
@@ -20,7 +20,7 @@ from kiem.data.read.source_file import (
     reading_errors,
 )
 from kiem.data.read.tables import read_table
-from kiem.data.read.text_files import read_text, read_wikiextractor
+from kiem.data.read.text_files import read_text
 
 READERS: dict[str, Callable[[Section], Iterator[Row]]] = {
     "text": read_text,
@@ -30,7 +30,6 @@ READERS: dict[str, Callable[[Section], Iterator[Row]]] = {
     "tsv": partial(read_table, delimiter="\t"),
     "parquet": read_parquet,
     "arrow": read_arrow,
-    "wikiextractor": read_wikiextractor,
 }
 KINDS: dict[str, str] = {
     ".txt": "text",
@@ -43,14 +42,14 @@ KINDS: dict[str, str] = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
-WITHOUT_COLUMNS = ("text", "wikiextractor")
 _COMPRESSED_INSIDE = ("parquet", "arrow")
 READABLE = (
     f"{', '.join(suffix for suffix, kind in KINDS.items() if kind not in _COMPRESSED_INSIDE)}, "
     f"also with {', '.join(COMPRESSIONS)} after it, "
     f"or {', '.join(suffix for suffix, kind in KINDS.items() if kind in _COMPRESSED_INSIDE)}"
 )
-WITH_COLUMNS = ", ".join(suffix for suffix, kind in KINDS.items() if kind not in WITHOUT_COLUMNS)
+WITH_COLUMNS = ", ".join(suffix for suffix, kind in KINDS.items() if kind != "text")
+_HEAD_BYTES = 1 << 12  # of a file, by which its type is known
 # Descriptions that `datasets` puts beside data.
 METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 
@@ -61,9 +60,8 @@ def format_of(name: str) -> tuple[str, str | None] | None:
     compression = COMPRESSIONS.get(path.suffix)
     if compression:
         path = PurePath(path.stem)
-    if re.fullmatch(r"wiki_\d+", path.name):
-        return "wikiextractor", compression
-    kind = KINDS.get(path.suffix)
+    is_wiki = re.fullmatch(r"wiki_\d+", path.name)  # as WikiExtractor names its files
+    kind = "json lines" if is_wiki else KINDS.get(path.suffix)
     if kind is None or (compression and kind in _COMPRESSED_INSIDE):
         return None
     return kind, compression
@@ -86,24 +84,21 @@ def look_inside(file: SourceFile) -> SourceFile:
     Raises:
         UserError: it has another encoding or compression than its name says.
     """
-    kind, is_named = file.kind, file.name != STANDARD_INPUT
-    if kind == "text" and is_named and file.separator is None:
+    is_named = file.name != STANDARD_INPUT
+    if file.kind == "text" and is_named and file.separator is None:
         return file  # checked when its one document is read
-    may_be_lines = kind in ("json", "wikiextractor") or not is_named
+    may_be_lines = file.kind == "json" or not is_named
     try:
         with reading_errors(file.name, file.compression), file.open() as content:
-            head = content.read(HEAD_BYTES)
+            head = content.read(_HEAD_BYTES)
             start = head.removeprefix(BOM).lstrip()
             if may_be_lines and start.startswith(b"{"):
                 start += content.readline(MAX_DOCUMENT_BYTES)
     except UserError:
         return file  # reading will find the damage, and its line
-    found = lfs_pointer(head) if kind in _COMPRESSED_INSIDE else foreign_content(head)
-    if found is not None:
+    if (found := foreign_content(head)) is not None:
         raise found.error(file.name)
-    if may_be_lines and start.startswith(b"["):
-        kind = kind if kind == "wikiextractor" else "json"
-    elif may_be_lines and start.startswith(b"{"):
-        is_line = not isinstance(parse_line(start.split(b"\n", 1)[0]), Problem)
-        kind = "json lines" if is_line else "json"
-    return file._replace(kind=kind)
+    if not may_be_lines or not start.startswith((b"[", b"{")):
+        return file
+    is_line = start[:1] == b"{" and not isinstance(parse_line(start.split(b"\n", 1)[0]), Problem)
+    return file._replace(kind="json lines" if is_line else "json")

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from kiem.core.errors import ExitCode, UserError, bad_input, no_effect
 from kiem.data.read.columnar import row_groups
-from kiem.data.read.formats import READERS, WITH_COLUMNS, WITHOUT_COLUMNS
+from kiem.data.read.formats import READERS, WITH_COLUMNS
 from kiem.data.read.rows import NOT_OBJECT, Document, Problem, Row, document_in
 from kiem.data.read.source_file import Section, SourceFile, file_stamp, reading_errors
 from kiem.data.read.sources import Source
@@ -103,7 +103,7 @@ def read_records(source: Source, fix: str) -> Iterator[tuple[FilePart, int, dict
         UserError: a file is damaged or has no columns, or a row is not a record (with `fix`).
     """
     for file in source.files:
-        if file.kind in WITHOUT_COLUMNS:
+        if file.kind == "text":
             columns = f"Give a file with columns: {WITH_COLUMNS}."
             raise bad_input(file.name, "has no columns", columns)
     for part in list_parts(source, sys.maxsize):
@@ -144,7 +144,7 @@ def count_rows(source: Source, file: int, start: int, stop: int) -> int:
 
 def check_effects(source: Source, text_column: str) -> None:
     """Raises a UserError if there are no columns to choose from, or nothing is separated."""
-    if text_column != "text" and all(file.kind in WITHOUT_COLUMNS for file in source.files):
+    if text_column != "text" and all(file.kind == "text" for file in source.files):
         raise no_effect("--text-column", "on this source, which has no columns")
     separator = source.files[0].separator
     if separator is None:

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import codecs
 import re
+import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
 from kiem.core.errors import UserError, bad_input
 from kiem.data.read.source_file import MAX_DOCUMENT_BYTES
 
 BOM = b"\xef\xbb\xbf"
-HEAD_BYTES = 1 << 12  # of a file, by which its type is known
 _MISSING = object()
-_MOST_COLUMNS_SHOWN = 20
-_LONGEST_NAME = 60
 UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, with "surrogateescape"
+# How files begin that hold something else than their names say. Text in UTF-8 begins otherwise.
 _BEGINNINGS = {
-    b"\xff\xfe\0\0": "UTF-32",
-    b"\0\0\xfe\xff": "UTF-32",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-    b"\x1f\x8b": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"PK\3\4": "zip",
-    b"%PDF": "PDF",
+    b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS, not the file itself",
+    b"\xff\xfe": "UTF-16, not UTF-8",
+    b"\xfe\xff": "UTF-16, not UTF-8",
+    b"\x1f\x8b": "gzip, not UTF-8",
+    b"\x28\xb5\x2f\xfd": "zstd, not UTF-8",
+    b"BZh91AY&SY": "bzip2, not UTF-8",
+    b"\xfd7zXZ": "xz, not UTF-8",
+    b"PK\3\4": "zip, not UTF-8",
+    b"%PDF-": "PDF, not UTF-8",
 }
 
 
@@ -144,45 +140,29 @@ def _columns(record: dict[str, Any], before: str = "") -> Iterator[tuple[str, An
 
 def no_column(column: str, columns: Iterable[str]) -> Problem:
     """Returns the problem of a row or file without the text column."""
-    names = [repr(name) for name in islice(columns, _MOST_COLUMNS_SHOWN + 1)]
-    names = [name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..." for name in names]
-    there = ", ".join([*names[:_MOST_COLUMNS_SHOWN], *["..."] * (len(names) > _MOST_COLUMNS_SHOWN)])
+    shown = reprlib.Repr()
+    shown.maxlist, shown.maxstring = 20, 60
     return Problem(
         "no such column",
-        f"no column {column!r}; there is {there or 'nothing'}",
+        f"no column {column!r}; there is {shown.repr(list(columns))[1:-1] or 'nothing'}",
         "Name the column that holds the text with --text-column.",
     )
 
 
-def lfs_pointer(data: bytes) -> Problem | None:
-    """Returns the problem of a Git LFS pointer, which clones have in place of large files."""
-    if not data.startswith(b"version https://git-lfs.github.com/spec/"):
-        return None
-    what = "a pointer of Git LFS, not the file itself"
-    return Problem("Git LFS pointer", what, "Fetch the file, as with git lfs pull.")
+def check_column(column: str, columns: list[str], place: str) -> None:
+    """Raises a UserError if a file has no such column, or several."""
+    if column not in columns:
+        raise no_column(column, columns).error(place)
+    if columns.count(column) > 1:
+        what = f"has several columns {column!r}"
+        raise bad_input(place, what, "Rename or remove the others.")
 
 
 def foreign_content(data: bytes) -> Problem | None:
     """Returns the problem of data that begins as another encoding, type of file or LFS pointer."""
-    if (problem := lfs_pointer(data)) is not None:
-        return problem
-    head = data[:HEAD_BYTES]
-    # In Latin text in UTF-16 every second byte is NUL, and no other byte.
-    num_nul = sorted((head[::2].count(0), head[1::2].count(0)))
-    if len(head) >= 16 and num_nul[0] == 0 and num_nul[1] > len(head) / 4:
-        kind = "UTF-16"
-    else:
-        try:
-            codecs.getincrementaldecoder("utf-8")().decode(head)
-            return None
-        except UnicodeDecodeError:
-            kind = next((kind for start, kind in _BEGINNINGS.items() if head.startswith(start)), "")
-    if not kind:
-        return None
-    if kind in ("zip", "PDF"):
-        fix = "Give the text that is in it."
-    elif kind.startswith("UTF"):
-        fix = f"Convert the file: iconv -f {kind} -t utf-8 FILE > NEW-FILE"
-    else:
-        fix = "Decompress it, or let its name end as in docs/formats.md."
-    return Problem("not UTF-8", f"{kind}, not UTF-8", fix)
+    fix = (
+        "Fetch the file with git lfs pull, convert it to UTF-8 with iconv, decompress it, or let "
+        "its name end as in docs/formats.md."
+    )
+    found = (what for start, what in _BEGINNINGS.items() if data.startswith(start))
+    return next((Problem("not UTF-8", what, fix) for what in found), None)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import chain
 
 from kiem.core.errors import bad_input
-from kiem.data.read.rows import Problem, Row, no_column
+from kiem.data.read.rows import Problem, Row, check_column
 from kiem.data.read.source_file import MAX_DOCUMENT_BYTES, Section
 
 _QUOTES = (
@@ -41,7 +41,7 @@ def read_table(section: Section, delimiter: str | None = None) -> Iterator[Row]:
         try:
             columns = next(reader, [])
             if section.column is not None:
-                _check_column(columns, section.column, f"{section.file.name}:1")
+                check_column(section.column, columns, f"{section.file.name}:1")
             number = reader.line_num + 1
             for fields in reader:
                 if len(fields) == len(columns):
@@ -53,12 +53,3 @@ def read_table(section: Section, delimiter: str | None = None) -> Iterator[Row]:
         except csv.Error as error:
             where = f"{section.file.name}:{reader.line_num}"
             raise bad_input(where, f"not a table ({error})", _QUOTES) from error
-
-
-def _check_column(columns: list[str], column: str, place: str) -> None:
-    if column not in columns:
-        problem = no_column(column, columns)
-        raise problem.error(place, f"The first line must name the columns. {problem.fix}")
-    if columns.count(column) > 1:
-        what = f"has several columns {column!r}"
-        raise bad_input(place, what, "Rename or remove the others.")

@@ -1,4 +1,4 @@
-"""Readers for plain text, one document or cut into several, and for WikiExtractor's files."""
+"""Reader for plain text, one document or cut into several."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from kiem.data.read.source_file import MAX_DOCUMENT_BYTES, Section, next_line, s
 # Values of `--document-separator` that are not the text of a line.
 BLANK_LINES = "blank-lines"
 EVERY_LINE = "every-line"
-
-_NOT_CLOSED = Problem("not WikiExtractor", "a <doc ...> that no </doc> ends")
-_OUTSIDE = Problem("not WikiExtractor", "text outside of <doc ...> and </doc>")
 
 
 def read_text(section: Section) -> Iterator[Row]:
@@ -38,12 +35,6 @@ def separator_test(separator: str) -> Callable[[bytes], bool]:
     return lambda line: line.removeprefix(BOM).strip() == wanted
 
 
-def read_wikiextractor(section: Section) -> Iterator[Row]:
-    """Yields the documents of a file as WikiExtractor writes them: `<doc id="..." url="..."
-    title="...">`, the title and the text, `</doc>`."""
-    return _join_lines(_wiki_lines(section.lines()))
-
-
 def _read_whole(section: Section) -> Row:
     with section.file.open() as file:
         # `read` allocates all that it is asked for.
@@ -63,8 +54,8 @@ def _text_row(number: int, data: bytes) -> Row:
         return number + data.count(b"\n", 0, error.start), NOT_UTF8
 
 
-# Lines with their numbers; None ends a document, a Problem drops the one that was begun.
-_Marked = Iterable[tuple[int, bytes | Problem | None]]
+# Lines with their numbers; None ends a document.
+_Marked = Iterable[tuple[int, bytes | None]]
 
 
 def _join_lines(lines: _Marked) -> Iterator[Row]:
@@ -72,22 +63,17 @@ def _join_lines(lines: _Marked) -> Iterator[Row]:
     kept: list[bytes] = []
     first = num_bytes = 0
     for number, line in chain(lines, [(0, None)]):
-        if isinstance(line, bytes):
-            if num_bytes == 0:
-                if not line.strip():
-                    continue
-                first = number
+        if line is None:
+            if num_bytes > MAX_DOCUMENT_BYTES:
+                yield first, TOO_LONG
+            elif num_bytes:
+                yield _text_row(first, b"".join(kept).rstrip(b"\r\n"))
+            kept, num_bytes = [], 0
+        elif num_bytes or line.strip():
+            first = first if num_bytes else number
             num_bytes += len(line)
             if num_bytes <= MAX_DOCUMENT_BYTES:
                 kept.append(line)
-            continue
-        if line is not None:
-            yield number, line
-        elif num_bytes > MAX_DOCUMENT_BYTES:
-            yield first, TOO_LONG
-        elif num_bytes:
-            yield _text_row(first, b"".join(kept).rstrip(b"\r\n"))
-        kept, num_bytes = [], 0
 
 
 def _marked_lines(section: Section, is_separator: Callable[[bytes], bool]) -> _Marked:
@@ -106,24 +92,3 @@ def _marked_lines(section: Section, is_separator: Callable[[bytes], bool]) -> _M
             elif is_inside:
                 yield number, line.removeprefix(BOM) if position == 0 else line
             position += num_bytes
-
-
-def _wiki_lines(lines: Iterable[bytes]) -> _Marked:
-    begun = 0
-    for number, line in enumerate(lines, start=1):
-        stripped = line.removeprefix(BOM).strip()
-        is_start = stripped.startswith(b"<doc ") and stripped.endswith(b">")
-        if is_start or stripped == b"</doc>":
-            if begun and is_start:
-                yield begun, _NOT_CLOSED
-            elif begun:
-                yield number, None
-            elif not is_start:
-                yield number, _OUTSIDE
-            begun = number if is_start else 0
-        elif begun:
-            yield number, line
-        elif stripped:
-            yield number, _OUTSIDE
-    if begun:
-        yield begun, _NOT_CLOSED
