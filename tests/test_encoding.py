@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.data.prepare.packing import frame
 from kiem.data.prepare.preprocess import preprocess
 from kiem.tokenizer import encoding
-from kiem.tokenizer.encoding import Encoder, FastPath, cut_long, fast_path
-from kiem.tokenizer.reference_process import reference_process, serve
+from kiem.tokenizer.encoding import Encoder, cut_long, fast_path, reference_process, serve
 from kiem.tokenizer.tokenizer import Tokenizer, parse_tokenizer
 from kiem.tokenizer.train import train_tokenizer
 
@@ -49,7 +47,7 @@ def test_fast_equals_reference(
 ) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(name)
     fast = fast_path(tokenizer, "auto")
-    assert isinstance(fast, FastPath)
+    assert isinstance(fast, bytes)
     encoder = Encoder(tokenizer, fast)
     texts = [*sample_texts, *NASTY, *fragments(tokenizer, 5000)]
     assert encode(encoder, texts) == tokenizer.encode_batch(texts)
@@ -57,9 +55,7 @@ def test_fast_equals_reference(
 
 def test_gemmas_one_crossing_entry_is_left_to_the_reference(gemma: Tokenizer) -> None:
     fast = fast_path(gemma, "auto")
-    assert isinstance(fast, FastPath)
-    assert fast.crossing is not None
-    assert fast.crossing.pattern == r">\ </"
+    assert isinstance(fast, bytes)
     texts = ["gewoon", "<a>b</a> </p>", "x > </ y", "nog een"]
     assert encode(Encoder(gemma, fast), texts) == gemma.encode_batch(texts)
 
@@ -80,15 +76,15 @@ def test_long_documents_are_checked_in_parts(
             assert "".join(parts) == text
             assert len(parts) > 3 or part_characters == 1000
             joined = [token for ids in tokenizer.encode_batch(parts) for token in ids]
-            if not re.search("> +</", text):
-                assert joined == tokenizer.encode(text)
+            assert joined == tokenizer.encode(text)
     monkeypatch.setattr(encoding, "_PART_CHARACTERS", 100)
     encoder = Encoder(tokenizer, fast_path(tokenizer, "auto"))
     assert encode(encoder, texts) == tokenizer.encode_batch(texts)
     wrong = Encoder(tokenizer, fast_path(train_tokenizer(sample_texts, 700), "auto"))
-    for text in (texts[2], f"De dag < {texts[2]}"):
-        with pytest.raises(UserError, match="differently"):
-            wrong.encode([text], str)
+    with pytest.raises(UserError, match="differently"):
+        wrong.encode([texts[2]], str)
+    text = f"De dag < {texts[2]}"  # is left to the reference
+    assert encode(wrong, [text]) == tokenizer.encode_batch([text])
 
 
 def test_memory_of_words_is_bounded(gemma: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +140,10 @@ def test_tokenizers_without_proof_go_to_the_reference(trained: Tokenizer) -> Non
         changed(trained, normalizer={"type": "NFC"}),
         changed(trained, pre_tokenizer={"type": "Whitespace"}),
         changed(trained, pre_tokenizer={**split, "pattern": {"Regex": "a"}}),
-        changed(trained, model={"vocab": {**vocabulary, "a▁b": 1500}}),
+        *(
+            changed(trained, model={"vocab": {**vocabulary, entry: 1500}})
+            for entry in ("a▁b", "a▁", "<▁b", "a▁▁b<", "a▁<b▁c")
+        ),
     ]
     for tokenizer in cases:
         reason = fast_path(tokenizer, "auto")

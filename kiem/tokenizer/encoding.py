@@ -1,21 +1,27 @@
 """Batch encoding: with gigatoken where it is proven exact, else with the tokenizers library.
 
-gigatoken is some ten times as fast, since it encodes each word once and remembers it. Cutting a
-text before its spaces is exact if no vocabulary entry has a space after another character: no merge
-can then cross the cut. Documents that contain one of the few entries for which this does not hold
-are left to the tokenizers library, which also checks a sample of the others.
+gigatoken is some ten times as fast, since it cuts texts before their spaces, encodes each word once
+and remembers it. The cuts are exact where no entry of the vocabulary goes across one. Gemma has one
+that does, "> </". So documents with a "<" are left to the tokenizers library, which also checks a
+sample of the others.
+
+For that it runs in a process of its own: loading Gemma's tokenizer holds Python's lock for a
+second, and so does loading gigatoken. So one is loaded beside the other, once for all workers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import multiprocessing
+import os
 import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
-from itertools import islice
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import msgspec
@@ -25,18 +31,22 @@ from msgspec.structs import replace
 from tokenizers import Regex, pre_tokenizers
 
 from kiem.core.errors import ExitCode, UserError
-from kiem.tokenizer.reference_process import Reference, reference_process
 from kiem.tokenizer.tokenizer import BYTE_TOKENS, Tokenizer
 from kiem.tokenizer.train import SPLIT_REGEX
 
-# With more entries that have a space inside, most documents would go to the reference anyway.
-_MAX_CROSSING_ENTRIES = 64
-# Of the documents in a batch, one in so many is compared with the reference.
+# An entry that would go across a cut before a space and that has no "<" right after the space.
+_CROSSING = re.compile("[^▁]▁+(?![▁<])")
+# A place where no other entry goes across.
+_CUT = re.compile("(?<=[^ ]) (?= *[^ <])")
+# Of the documents in a batch, the beginning of one in so many is compared with the reference.
 _COMPARED_SHARE = 200
 # The reference takes some 100 bytes a character, so it gets long documents in parts.
 _PART_CHARACTERS = 100_000
 # gigatoken remembers every word for good, so it is loaded again when it has grown by this.
 _MAX_REMEMBERED_BYTES = 400_000_000
+
+# A text to its ids, without control tokens.
+Reference = Callable[[str], list[int]]
 
 
 class Encoded(NamedTuple):
@@ -46,16 +56,13 @@ class Encoded(NamedTuple):
     lengths: np.ndarray  # int64 [documents], tokens of each
 
 
-@dataclass(frozen=True)
-class FastPath:
-    """A tokenizer for which gigatoken is proven exact."""
+def fast_path(tokenizer: Tokenizer, choice: str) -> bytes | str:
+    """Returns the tokenizer.json for gigatoken if it is proven exact, or why it is not used.
 
-    json_bytes: bytes  # the tokenizer.json for gigatoken, without control tokens
-    crossing: re.Pattern[str] | None  # finds entries that a cut before spaces would split
-
-
-def fast_path(tokenizer: Tokenizer, choice: str) -> FastPath | str:
-    """Returns the fast path, or why there is none, for `--encoder` "auto" or "reference"."""
+    Args:
+        tokenizer: the tokenizer; for gigatoken it is without control tokens.
+        choice: `--encoder`, "auto" or "reference".
+    """
     description, model = tokenizer.description, tokenizer.description.model
     if choice == "reference":
         return "as asked for with --encoder reference"
@@ -67,13 +74,9 @@ def fast_path(tokenizer: Tokenizer, choice: str) -> FastPath | str:
         return "the pre-tokenizer may split where an entry of the vocabulary would go across"
     added = [token for token in description.added_tokens if not token.special]
     entries = [*tokenizer.vocabulary, *(token.content.replace(" ", "▁") for token in added)]
-    crossing = sorted({entry for entry in entries if re.search("[^▁]▁", entry)})
-    # Documents with a "<" are compared with the reference, so a crossing entry must have one.
-    if len(crossing) > _MAX_CROSSING_ENTRIES or not all("<" in entry for entry in crossing):
-        return f"{len(crossing)} entries of the vocabulary have a space inside"
-    pattern = "|".join(re.escape(entry.replace("▁", " ")) for entry in crossing)
-    reduced = replace(description, added_tokens=added, pre_tokenizer=None)
-    return FastPath(msgspec.json.encode(reduced), re.compile(pattern) if pattern else None)
+    if any(map(_CROSSING.search, entries)):
+        return "an entry of the vocabulary has a space inside"
+    return msgspec.json.encode(replace(description, added_tokens=added, pre_tokenizer=None))
 
 
 def _splits_are_exact(tokenizer: Tokenizer) -> bool:
@@ -97,15 +100,13 @@ class Encoder:
 
     Args:
         tokenizer: the tokenizer.
-        fast: the fast path, or why there is none.
-        reference: what the fast path is compared with; by default the tokenizer in this process.
+        fast: what `fast_path` returns for it.
+        reference: what gigatoken is compared with; by default the tokenizer in this process.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, fast: FastPath | str, reference: Reference | None = None
-    ):
+    def __init__(self, tokenizer: Tokenizer, fast: bytes | str, reference: Reference | None = None):
         self._tokenizer = tokenizer
-        self._fast = fast if isinstance(fast, FastPath) else None
+        self._fast = fast if isinstance(fast, bytes) else None
         self._reference = reference or tokenizer.encode
         self._load()
 
@@ -123,16 +124,24 @@ class Encoder:
             place: returns where the document of this number comes from, for the message.
 
         Raises:
-            UserError: the fast path gave other ids than the reference; names the document.
+            UserError: gigatoken gave other ids than the reference; names the document.
         """
         if self._fast is None:
             return _join(self._tokenizer.encode_batch(texts))
-        # One by one: for every batch gigatoken would start with an empty memory of words.
-        documents: list[np.ndarray] = [self._encode_fast(text) for text in texts]
+        documents: list[list[int] | np.ndarray] = []
         for number, text in enumerate(texts):
-            # All added tokens and crossing entries have a "<".
-            if "<" in text or number % _COMPARED_SHARE == 0:
-                documents[number] = self._check(documents[number], text, partial(place, number))
+            parts = cut_long(text, _PART_CHARACTERS)
+            if "<" in text:
+                documents.append([id for part in parts for id in self._reference(part)])
+                continue
+            # One by one: for every batch gigatoken would start with an empty memory of words.
+            documents.append(self._encode_fast(text))
+            if number % _COMPARED_SHARE == 0:
+                part = next(parts)
+                if self._encode_fast(part).tolist() != self._reference(part):
+                    what = "gigatoken and tokenizers encode this document differently"
+                    fix = "Use --encoder reference, and please report the document."
+                    raise _mismatch(place(number), what, fix)
         if _used_bytes() > self._loaded_bytes + _MAX_REMEMBERED_BYTES:
             self._load()
         return _join(documents)
@@ -142,7 +151,7 @@ class Encoder:
             import gigatoken
 
             try:
-                fast = gigatoken.Tokenizer.from_json(self._fast.json_bytes)
+                fast = gigatoken.Tokenizer.from_json(self._fast)
             except (RuntimeError, ValueError) as error:
                 what = f"gigatoken cannot read it ({str(error).splitlines()[0]})"
                 fix = "Use --encoder reference, or another --tokenizer."
@@ -150,27 +159,10 @@ class Encoder:
             self._encode_fast: Any = fast.encode
         self._loaded_bytes = _used_bytes()
 
-    def _check(self, ids: np.ndarray, text: str, place: Callable[[], str]) -> np.ndarray:
-        """Returns the ids of a document if the reference gives the same.
-
-        For a document with a crossing entry it returns the reference's ids. Of one without "<" only
-        the beginning is compared.
-        """
-        assert self._fast is not None
-        is_crossed = self._fast.crossing is not None and self._fast.crossing.search(text)
-        parts = iter([text]) if is_crossed else cut_long(text, _PART_CHARACTERS)
-        expected = [self._reference(part) for part in islice(parts, None if "<" in text else 1)]
-        right = np.concatenate([np.array(part, np.uint32) for part in expected])
-        if not is_crossed and not np.array_equal(ids if "<" in text else ids[: len(right)], right):
-            what = "gigatoken and tokenizers encode this document differently"
-            fix = "Use --encoder reference, and please report the document."
-            raise _mismatch(place(), what, fix)
-        return right if is_crossed else ids
-
 
 @contextlib.contextmanager
 def load_encoders(
-    tokenizer: Tokenizer, fast: FastPath | str, num_workers: int
+    tokenizer: Tokenizer, fast: bytes | str, num_workers: int
 ) -> Iterator[list[Encoder]]:
     """Yields an encoder for each worker process that will be forked from this one.
 
@@ -185,20 +177,80 @@ def load_encoders(
         yield [encoder.checked_by(reference) for reference in references]
 
 
-def cut_long(text: str, part_characters: int) -> Iterator[str]:
-    """Yields a text in parts that are encoded as in the whole, if no entry crosses a cut.
+@contextlib.contextmanager
+def reference_process(tokenizer: Tokenizer, num_workers: int) -> Iterator[list[Reference]]:
+    """Runs a forked process that loads a tokenizer, and yields a reference for each worker.
 
-    Every cut is before a space that follows another character. Parts have `part_characters`, or
-    more where there is no such place.
+    The workers may be forked from this process and use their references at the same time.
+    """
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe() for _ in range(num_workers)]
+    ours, theirs = [our for our, _ in pipes], [their for _, their in pipes]
+    process = context.Process(target=_serve_all, args=(tokenizer, theirs, ours))
+    process.start()
+    for connection in theirs:
+        connection.close()
+    try:
+        yield [partial(_ask, connection) for connection in ours]
+    finally:
+        for connection in ours:
+            connection.close()
+        process.terminate()
+        process.join()
+
+
+def cut_long(text: str, part_characters: int) -> Iterator[str]:
+    """Yields a text in parts that are encoded as in the whole.
+
+    Parts have `part_characters`, or more where no cut is exact.
     """
     start = 0
-    while start + part_characters < len(text):
-        cut = re.compile("(?<=[^ ]) ").search(text, start + part_characters)
-        if cut is None:
-            break
+    while (cut := _CUT.search(text, start + part_characters)) is not None:
         yield text[start : cut.start()]
         start = cut.start()
     yield text[start:]
+
+
+def ended_from_outside(process: str) -> UserError:
+    """Returns the error for a child process that was killed."""
+    what = f"{process} was ended from outside"
+    fix = "If memory ran out, use a lower number. Run the same command again: it goes on."
+    return UserError(what, where="--num-proc", fix=fix, exit_code=ExitCode.OUT_OF_MEMORY)
+
+
+def _ask(connection: Connection, text: str) -> list[int]:
+    try:
+        connection.send(text)
+        answer = connection.recv()
+    except (EOFError, OSError) as error:
+        raise ended_from_outside("the process that checks the encoding") from error
+    if isinstance(answer, UserError):
+        raise answer
+    return list(answer)
+
+
+def _serve_all(tokenizer: Tokenizer, theirs: list[Connection], ours: list[Connection]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers keep all processors busy
+    for connection in ours:
+        connection.close()  # so that this process sees when the parent and its workers have ended
+    with contextlib.suppress(UserError):  # which the first answer will be
+        tokenizer.encode("")  # loads it
+    with ThreadPoolExecutor(len(theirs)) as pool:
+        pool.map(partial(serve, tokenizer), theirs)
+
+
+def serve(tokenizer: Tokenizer, connection: Connection) -> None:
+    """Answers each text with its ids or a UserError, until the other end is closed."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            text = connection.recv()
+            try:
+                answer: list[int] | UserError = tokenizer.encode(text)
+            except UserError as error:  # the tokenizer cannot be loaded
+                answer = error
+            connection.send(answer)
 
 
 def _mismatch(where: str, what: str, fix: str) -> UserError:

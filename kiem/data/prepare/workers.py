@@ -21,8 +21,7 @@ from kiem.core.errors import ExitCode, UserError, bad_option, not_installed
 from kiem.core.files import write_bytes
 from kiem.data.prepare.units import Unit, UnitJob, UnitSummary, finish_unit
 from kiem.data.read.source_file import STANDARD_INPUT
-from kiem.tokenizer.encoding import Encoder, fast_path
-from kiem.tokenizer.reference_process import ended_from_outside
+from kiem.tokenizer.encoding import Encoder, ended_from_outside, fast_path
 from kiem.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
 
 _PARENT_CHECK_SECONDS = 1.0
