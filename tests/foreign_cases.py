@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
-
-from kiem.export.origin import Origin
 
 Place = tuple[str | int, ...]
 REMOVED = object()
@@ -114,22 +111,26 @@ NOT_MODELS: dict[str, tuple[bytes | None, str]] = {
 }
 
 # The head of a README.md: what it says of the model, or the message after the file's name.
-NOTHING = Origin("", [], "", "", "")
-CARDS: dict[str, tuple[str, Origin | str]] = {
-    "no card": ("# A model\n", NOTHING),
-    "empty": ("---\n---\n", NOTHING),
+CARDS: dict[str, tuple[str, dict[str, Any] | str]] = {
+    "no card": ("# A model\n", {}),
+    "empty": ("---\n---\n", {}),
     "a run's": (
         "---\nlanguage:\n- fy\nlicense: gemma\nmodel-index:\n- name: klaver\n---\n# Klaver",
-        Origin("klaver", ["fy"], "gemma", "", ""),
+        {"name": "klaver", "languages": ["fy"], "license": "gemma"},
     ),
-    "Norwegian": ("---\nlanguage: no\n---\n", replace(NOTHING, languages=["no"])),
+    "Norwegian": ("---\nlanguage: no\n---\n", {"languages": ["no"]}),
     "another licence": (
         "---\nlicense: other\nlicense_name: a\nlicense_link: LICENSE\nlanguage: [nl, fy]\n---",
-        Origin("", ["nl", "fy"], "other", "a", "LICENSE"),
+        {
+            "languages": ["nl", "fy"],
+            "license": "other",
+            "license_name": "a",
+            "license_link": "LICENSE",
+        },
     ),
-    "values left open": ("---\nlanguage:\nlicense:\nmodel-index:\n---\n", NOTHING),
+    "values left open": ("---\nlanguage:\nlicense:\nmodel-index:\n---\n", {}),
     "CRLF and byte order mark": (
-        "\ufeff---\r\nlicense: mit\r\n---\r\n", replace(NOTHING, license="mit")
+        "\ufeff---\r\nlicense: mit\r\n---\r\n", {"license": "mit"}
     ),
     "language is a mapping": ("---\nlanguage: {nl: 1}\n---\n", "language = {"),
     "licence is a list": ("---\nlicense: [mit]\n---\n", 'license = ["mit"]: expected str'),

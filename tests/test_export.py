@@ -75,7 +75,7 @@ def test_gguf_reads_back(final_model: Path, dtype: str, tmp_path: Path) -> None:
             # In q8_0 a value halfway between two steps may go either way.
             step = float(original.abs().max()) / 127 * 1.01 if dtype == "q8_0" else 0
             assert difference.max() <= step
-            assert np.mean(difference > step / 1000) <= 1e-4
+            assert np.mean(difference > step / 1000) <= 1e-3
     config = json.loads((final_model / "config.json").read_text())
     for key, value in {
         "general.architecture": "gemma3",

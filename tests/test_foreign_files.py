@@ -20,7 +20,6 @@ from foreign_cases import (
     CARDS,
     CONFIGS,
     NOT_MODELS,
-    NOTHING,
     REMOVED,
     VALUES,
     Place,
@@ -33,7 +32,7 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.core.manifest import write_manifest
 from kiem.data.chunks import open_split, open_test_sources, read_manifest, read_tokenizer
 from kiem.data.prepare.verify import verify_shards
-from kiem.export.origin import Origin, read_origin
+from kiem.export.gguf_file import read_card
 from kiem.export.vocabulary import make_vocabulary
 from kiem.model.config import read_config
 from kiem.model.gemma3 import Gemma3, initialize
@@ -317,21 +316,20 @@ def test_card_of_a_model(name: str, tmp_path: Path) -> None:
     text, expected = CARDS[name]
     path = tmp_path / "README.md"
     path.write_bytes(text.encode())
-    if isinstance(expected, Origin):
-        assert read_origin(tmp_path, str(tmp_path)) == expected
+    if isinstance(expected, dict):
+        assert read_card(tmp_path) == expected
         return
     with pytest.raises(UserError) as caught:
-        read_origin(tmp_path, str(tmp_path))
+        read_card(tmp_path)
     assert str(caught.value).startswith(f"{path}: {expected}")
 
 
-def test_card_that_is_not_text_and_names_of_the_hub(tmp_path: Path) -> None:
+def test_card_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(b"---\nlicense: caf\xe9\n---\n")
     with pytest.raises(UserError, match=r"README\.md: cannot be read"):
-        read_origin(tmp_path, "x")
+        read_card(tmp_path)
     (tmp_path / "README.md").unlink()
-    assert read_origin(tmp_path, str(tmp_path)) == NOTHING
-    assert read_origin(tmp_path, "google/gemma-3-270m").name == "gemma-3-270m"
+    assert read_card(tmp_path) == {}
 
 
 def test_any_change_of_a_chunk_directorys_manifest(sample_chunks: Path, tmp_path: Path) -> None:

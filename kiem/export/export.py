@@ -8,28 +8,19 @@ import torch
 from rich.console import Console
 
 from kiem.config import ExportOptions
-from kiem.core.console import warn
 from kiem.core.errors import already_exists, bad_option, no_effect, not_installed
-from kiem.core.files import (
-    check_new_file,
-    format_bytes,
-    new_folder,
-    require_free_space,
-    write_bytes,
-)
+from kiem.core.files import check_new_file, format_bytes, new_folder, write_bytes
 from kiem.core.leftovers import recover_folder
 from kiem.core.manifest import write_manifest
-from kiem.export.origin import CARD_FILE, read_origin
 from kiem.hub import looks_like_hub_id, upload
 from kiem.model.config import CONFIG_FILE
 from kiem.model.gemma3 import Gemma3
 from kiem.model.io import find_model, read_model, read_model_tokenizer, write_model
 from kiem.tokenizer.tokenizer import Tokenizer, write_tokenizer
 
-_BYTES_PER_VALUE = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}
 _TORCH_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # Files that describe a model and are the same in every precision.
-_COPIED_FILES = (CARD_FILE, "training_summary.json")
+_COPIED_FILES = ("README.md", "training_summary.json")
 
 
 def export(options: ExportOptions, console: Console) -> None:
@@ -43,7 +34,7 @@ def export(options: ExportOptions, console: Console) -> None:
     is_gguf, output = options.format == "gguf", options.output
     if is_gguf:
         try:
-            from kiem.export.gguf_file import write_gguf
+            from kiem.export.gguf_file import read_card, write_gguf
         except ImportError as error:
             raise not_installed("gguf", "--format gguf") from error
         check_new_file(output)
@@ -51,14 +42,8 @@ def export(options: ExportOptions, console: Console) -> None:
     model = read_model(folder)
     tokenizer = read_model_tokenizer(folder, model.config)
     # Write.
-    num_bytes = int(model.config.num_parameters() * _BYTES_PER_VALUE[options.dtype])
-    require_free_space(output.parent, num_bytes, "the exported model")
     if is_gguf:
-        origin = read_origin(folder, options.model_path)
-        if missing := [name for name in ("name", "languages", "license") if not vars(origin)[name]]:
-            what = f"the GGUF file lacks the model's {', '.join(missing)}"
-            warn(console, f"{what}: they are not in {folder / CARD_FILE}")
-        write_gguf(model, tokenizer, origin, options.dtype, output)
+        write_gguf(model, tokenizer, read_card(folder), options.dtype, output)
     else:
         _write_folder(model, tokenizer, folder, options)
     files = sorted(output.iterdir()) if output.is_dir() else [output]
@@ -84,7 +69,7 @@ def _write_folder(
         for name in _COPIED_FILES:
             if (source / name).is_file():
                 write_bytes(unfinished / name, (source / name).read_bytes())
-        write_manifest(unfinished, known, without=(CARD_FILE,))
+        write_manifest(unfinished, known, without=("README.md",))
 
 
 def _check_options(options: ExportOptions) -> None:
@@ -104,13 +89,10 @@ def _check_options(options: ExportOptions) -> None:
         raise bad_option(where, "not a Hub name", "Write it as OWNER/NAME.")
     if not recover_folder(output).exists():
         return
-    what, fix = "", "Choose another name."
     if not options.overwrite:
-        what, fix = "it exists already", "Choose another name, or --overwrite."
-    elif output.resolve() == Path(options.model_path).resolve():
-        what = "this is the model itself"
-    elif options.format == "safetensors" and not (output / CONFIG_FILE).is_file():
-        # --overwrite replaces a folder with all that is in it.
-        what = "it holds something other than a model, which would be lost"
-    if what:
-        raise already_exists(where, what, fix)
+        raise already_exists(where, "it exists already", "Choose another name, or --overwrite.")
+    # --overwrite replaces a folder with all that is in it.
+    is_model = output.resolve() == Path(options.model_path).resolve()
+    if is_model or (options.format == "safetensors" and not (output / CONFIG_FILE).is_file()):
+        what = "--overwrite replaces an earlier export, and this is something else"
+        raise already_exists(where, what, "Choose another name.")

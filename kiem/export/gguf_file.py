@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
+import msgspec
 
-from kiem.core.errors import ExitCode, UserError
+from kiem.core.errors import ExitCode, UserError, bad_input
 from kiem.core.files import new_file
-from kiem.export.origin import Origin
+from kiem.core.json_input import convert
 from kiem.export.vocabulary import make_vocabulary
+from kiem.hub import read_front_matter
 from kiem.model.config import Gemma3Config
 from kiem.model.gemma3 import Gemma3
 from kiem.tokenizer.tokenizer import Tokenizer
@@ -21,13 +22,28 @@ _LAYER_PATTERN = 6
 _LOCAL_ROPE_BASE = 10_000.0
 
 
-def write_gguf(model: Gemma3, tokenizer: Tokenizer, origin: Origin, dtype: str, path: Path) -> None:
+class _Entry(msgspec.Struct):
+    name: str = ""
+
+
+class _Card(msgspec.Struct, rename={"model_index": "model-index"}):
+    language: str | list[str] = ""
+    license: str = ""
+    license_name: str = ""
+    license_link: str = ""
+    model_name: str = ""
+    model_index: list[_Entry] | str = ""  # YAML's nothing is a text here
+
+
+def write_gguf(
+    model: Gemma3, tokenizer: Tokenizer, card: dict[str, Any], dtype: str, path: Path
+) -> None:
     """Writes a GGUF file; matrices in `dtype`, norms in fp32.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        origin: the model's name, languages and licence.
+        card: what `read_card` returns.
         dtype: "f32", "f16", "bf16" or "q8_0" (blocks of 32 values with a common scale).
         path: the file.
 
@@ -37,16 +53,11 @@ def write_gguf(model: Gemma3, tokenizer: Tokenizer, origin: Origin, dtype: str, 
     _check_shape(model.config, dtype)
     vocabulary = make_vocabulary(tokenizer, model.config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, model.config.num_hidden_layers)
-    matrix_type = gguf.GGMLQuantizationType[dtype.upper()]
-    tensors = [
-        (f"{names[key.removesuffix('.weight')]}.weight", tensor)
-        for key, tensor in model.state_dict().items()
-    ]
-    types = {n: matrix_type if t.ndim == 2 else gguf.GGMLQuantizationType.F32 for n, t in tensors}
     with new_file(path) as file:
         # The writer opens the file by its name; the name goes, the content stays.
         writer = gguf.GGUFWriter(Path(file.name), "gemma3")
-        _add_origin(writer, origin)
+        for key, value in card.items():
+            getattr(writer, f"add_{key}")(value)
         _add_config(writer, model.config, dtype)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
@@ -61,26 +72,43 @@ def write_gguf(model: Gemma3, tokenizer: Tokenizer, origin: Origin, dtype: str, 
         writer.add_add_bos_token(True)
         writer.add_add_eos_token(False)
         writer.add_add_space_prefix(False)
-        for name, tensor in tensors:
-            shape = gguf.quant_shape_to_byte_shape(tuple(tensor.shape), types[name])
-            num_bytes = int(np.prod(shape))
-            writer.add_tensor_info(name, shape, np.dtype(np.uint8), num_bytes, types[name])
+        for key, tensor in model.state_dict().items():
+            values = tensor.float().cpu().numpy()
+            kind = gguf.GGMLQuantizationType[dtype.upper()]
+            if key.endswith("norm.weight"):
+                values = values + 1  # llama.cpp's norms multiply by the weight, Gemma's by 1 more
+                kind = gguf.GGMLQuantizationType.F32
+            name = f"{names[key.removesuffix('.weight')]}.weight"
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, tensor in tensors:
-            values = tensor.float().cpu().numpy()
-            if name.endswith("norm.weight"):
-                values = values + 1  # llama.cpp's norms multiply by the weight, Gemma's by 1 more
-            writer.write_tensor_data(gguf.quants.quantize(values, types[name]).view(np.uint8))
+        writer.write_tensors_to_file()
         writer.close()
 
 
-def _add_origin(writer: Any, origin: Origin) -> None:
-    """Writes what is known; an empty text would be a statement."""
-    for key, value in vars(origin).items():
-        if value:
-            getattr(writer, f"add_{key}")(value)
+def read_card(folder: Path) -> dict[str, Any]:
+    """Returns name, languages and licence of a model by gguf's names, as far as its card says them.
+
+    Raises:
+        UserError: the head of the card is damaged; names the key.
+    """
+    path = folder / "README.md"
+    fix = "Correct the lines between '---' at its top, or remove the file."
+    try:
+        values = read_front_matter(path) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise bad_input(str(path), f"cannot be read ({error})", fix) from error
+    card = convert(values, _Card, where=str(path), fix=fix, exit_code=ExitCode.BAD_INPUT)
+    entries = card.model_index if isinstance(card.model_index, list) else []
+    known = {
+        "name": entries[0].name if entries else card.model_name,
+        "languages": [card.language] if isinstance(card.language, str) else card.language,
+        "license": card.license,
+        "license_name": card.license_name,
+        "license_link": card.license_link,
+    }
+    # An empty text would be a statement.
+    return {key: value for key, value in known.items() if value not in ("", [], [""])}
 
 
 def _add_config(writer: Any, config: Gemma3Config, dtype: str) -> None:
@@ -104,14 +132,15 @@ def _add_config(writer: Any, config: Gemma3Config, dtype: str) -> None:
 
 
 def _check_shape(config: Gemma3Config, dtype: str) -> None:
+    expected = {
+        "sliding_window_pattern": _LAYER_PATTERN,
+        "rope_local_base_freq": _LOCAL_ROPE_BASE,
+        "query_pre_attn_scalar": config.head_dim,
+    }
     problems = [
-        f"{name} is {getattr(config, name)}, not {expected}"
-        for name, expected in (
-            ("sliding_window_pattern", _LAYER_PATTERN),
-            ("rope_local_base_freq", _LOCAL_ROPE_BASE),
-            ("query_pre_attn_scalar", config.head_dim),
-        )
-        if getattr(config, name) != expected
+        f"{name} is {getattr(config, name)}, not {value}"
+        for name, value in expected.items()
+        if getattr(config, name) != value
     ]
     widths = (config.hidden_size, config.intermediate_size)
     if dtype == "q8_0" and any(width % 32 for width in widths):

@@ -19,7 +19,8 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.tokenizer.tokenizer import BYTE_TOKENS, AddedToken, Tokenizer
 from kiem.tokenizer.train import SPLIT_REGEX
 
-_OTHER_KIND = "it is not a byte-fallback BPE over text with its spaces replaced"
+# Splits that change nothing: Gemma's finds no space any more, and no entry goes across kiem's.
+_SPLITS = ({"String": " "}, {"Regex": SPLIT_REGEX})
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ def make_vocabulary(tokenizer: Tokenizer, num_rows: int) -> Vocabulary:
     Raises:
         UserError: llama.cpp would encode text in another way than this tokenizer does.
     """
-    if not tokenizer.is_gemma_style:
-        raise _not_expressible(_OTHER_KIND)
+    split = tokenizer.description.pre_tokenizer or {"type": "Split", "pattern": _SPLITS[0]}
+    never_cuts = split.get("type") == "Split" and split.get("pattern") in _SPLITS
+    if not tokenizer.is_gemma_style or not never_cuts:
+        raise _not_expressible("it is not a byte-fallback BPE over text with its spaces replaced")
     added = tokenizer.added_tokens
     ranks = _ranks(tokenizer)
     lowest = -float(len(ranks))
@@ -72,14 +75,6 @@ def _type_of(text: str, added: AddedToken | None) -> TokenType:
 
 def _ranks(tokenizer: Tokenizer) -> dict[str, int]:
     """Returns entry -> its place among all that merging can make, the first being made first."""
-    pre_tokenizer = tokenizer.description.pre_tokenizer
-    never_cuts = pre_tokenizer is None or (
-        # Gemma's, which finds no space any more, or kiem's, across which no entry goes.
-        pre_tokenizer.get("type") == "Split"
-        and pre_tokenizer.get("pattern") in ({"String": " "}, {"Regex": SPLIT_REGEX})
-    )
-    if not never_cuts:
-        raise _not_expressible(_OTHER_KIND)
     try:
         kind = list[tuple[str, str] | str]
         merges = msgspec.json.decode(tokenizer.description.model.merges, type=kind)
