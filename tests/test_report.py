@@ -15,11 +15,11 @@ from conftest import ROOT, run_script
 
 from kiem.core.errors import ExitCode
 from kiem.core.files import sha256_file
-from kiem.report.charts import text_bars, thin
+from kiem.report.charts import curves
 from kiem.report.page import render, write_report
-from kiem.report.record import read_metrics, read_record
+from kiem.report.record import Line, Sample, read_metrics, read_record
 
-SECTIONS = ["warnings", "curves", "samples", "run", "text", "vocabulary", "cost"]
+SECTIONS = ["warnings", "curves", "samples", "run"]
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
@@ -66,7 +66,7 @@ class Page(HTMLParser):
         return next(chart for chart in self.data if chart["title"] == title)
 
 
-def write_run(folder: Path, num_steps: int, **facts: Any) -> Path:
+def write_run(folder: Path, num_steps: int) -> Path:
     """A run directory with a log of `num_steps` updates and an evaluation every tenth of them."""
     folder.mkdir()
     lines: list[dict[str, Any]] = []
@@ -82,9 +82,6 @@ def write_run(folder: Path, num_steps: int, **facts: Any) -> Path:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
     (folder / "config.yaml").write_text("seed: 42\nmodel: gemma3-micro\n", encoding="utf-8")
-    if facts:
-        (folder / "final_model").mkdir()
-        (folder / "final_model" / "training_summary.json").write_text(json.dumps(facts))
     return folder
 
 
@@ -94,7 +91,7 @@ def test_every_run_leaves_a_report(trained_run: Path) -> None:
     assert [section for section in page.sections if section not in measured] == SECTIONS
     for words in ("gemma3-micro", "train:1024", "Nederland is", "smaller model may do better"):
         assert words in page.text, words
-    lines, _ = read_metrics(trained_run / "metrics.jsonl")
+    lines, _ = read_metrics(trained_run / "metrics.jsonl", dict[str, Any])
     training = page.chart("Loss")["series"][0]
     assert training["step"] == list(range(1, 13))
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -142,17 +139,6 @@ def test_an_evaluation_of_a_run_that_says_nothing_of_itself(tmp_path: Path) -> N
     assert page.chart("Bits per byte by source")["groups"] == ["law"]
 
 
-def test_of_a_thousand_sources_the_largest_are_drawn(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", 3)
-    record = read_record(run)
-    record.metadata["data"] = {"bytes_per_source": {f"book {n}": n * 10**6 for n in range(1000)}}
-    chart = text_bars([record])
-    assert chart is not None
-    assert chart["title"].endswith("(the 100 largest of 1,000)")
-    assert chart["groups"][:2] == ["book 999", "book 998"]
-    assert len(chart["groups"]) == len(chart["series"][0]["value"]) == 100
-
-
 def test_damaged_and_repeated_lines(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 20)
     path = run / "metrics.jsonl"
@@ -161,9 +147,9 @@ def test_damaged_and_repeated_lines(tmp_path: Path) -> None:
     again = whole[whole.index('{"step": 11,') :].replace("2048.0", "4096.0")
     path.write_text(whole + '{"step": 21, "tok\n' + again)
     record = read_record(run)
-    assert [line["step"] for line in record.updates] == list(range(1, 21))
-    assert [line["tokens_per_second"] for line in record.updates] == [2048.0] * 10 + [4096.0] * 10
-    assert [line["step"] for line in record.evaluations] == list(range(2, 21, 2))
+    assert [line.step for line in record.updates] == list(range(1, 21))
+    assert [line.tokens_per_second for line in record.updates] == [2048.0] * 10 + [4096.0] * 10
+    assert [line.step for line in record.evaluations] == list(range(2, 21, 2))
     assert record.num_damaged == 1
     assert "1 damaged lines" in render([record])
     assert "running, or stopped" in render([record])
@@ -198,16 +184,20 @@ def test_ten_thousand_steps_cost_little(tmp_path: Path) -> None:
     chart = Page((run / "report.html").read_text()).chart("Gradient norm")
     noise, means = chart["series"]
     assert (min(noise["y"]), max(noise["y"])) == (1, 7)
-    assert means["y"] == pytest.approx([4] * len(means["y"]), abs=0.1)
+    assert means["y"] == pytest.approx([4] * len(means["y"]), abs=0.2)
 
 
-def test_thinned_curves_keep_their_extremes() -> None:
-    y = [math.sin(i / 50) for i in range(5000)]
-    y[1234], y[4321] = 9.0, -9.0
-    places = thin(y, 200)
-    assert len(places) <= 200
-    assert {0, 1234, 4321, 4999} <= set(places)
-    assert thin([5.0, 5.0, 5.0], 4) == [0, 1, 2]
+def test_thinned_curves_keep_their_extremes(tmp_path: Path) -> None:
+    record = read_record(write_run(tmp_path / "run", 5000))
+    record.updates[1234].loss, record.updates[4321].loss = 99.0, -99.0
+    noise, means = curves([record])[0]["series"][:2]
+    assert len(noise["y"]) <= 500
+    assert noise["step"] == sorted(noise["step"])
+    assert (noise["y"][noise["step"].index(1235)], noise["y"][noise["step"].index(4322)]) == (
+        99,
+        -99,
+    )
+    assert len(means["y"]) == 250
 
 
 def test_a_report_that_cannot_be_written_stops_nothing(sample_chunks: Path, tmp_path: Path) -> None:
@@ -241,7 +231,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (run / "run.json").write_text("{")
     done = run_script("report.py", "--runs", run)
     assert done.returncode == ExitCode.DAMAGED
-    assert "run.json: cannot be read" in done.stderr
+    assert "run.json:1: not JSON" in done.stderr
 
 
 def test_a_report_needs_no_torch() -> None:
@@ -263,7 +253,7 @@ def test_a_text_may_hold_any_line_break(tmp_path: Path) -> None:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
     record = read_record(run)
     assert record.num_damaged == 0
-    assert record.evaluations[-1]["samples"] == [sample]
+    assert record.evaluations[-1].samples == (Sample(**sample),)
 
 
 def test_updates_are_what_was_logged_whatever_figures_they_have(tmp_path: Path) -> None:
@@ -275,7 +265,7 @@ def test_updates_are_what_was_logged_whatever_figures_they_have(tmp_path: Path) 
     expected.append({**expected[0], "step": 5})
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in expected[3:])
-    assert list(read_record(run).updates) == expected
+    assert read_record(run).updates == [Line(**line) for line in expected]
 
 
 def test_drawing_a_long_run_takes_little_memory(tmp_path: Path) -> None:
@@ -287,5 +277,5 @@ def test_drawing_a_long_run_takes_little_memory(tmp_path: Path) -> None:
         write_report([run], tmp_path / "page.html")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    # Columns of ten figures, and the points of one curve: some 0.12 MB for 1000 steps.
-    assert peaks[1] - peaks[0] < 2e6, peaks
+    # Lines of ten figures, and the points of one curve: some 0.4 MB for 1000 steps.
+    assert peaks[1] - peaks[0] < 5e6, peaks

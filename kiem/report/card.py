@@ -42,35 +42,6 @@ def model_card(summary: dict[str, Any], run_name: str, language: str) -> str:
     return f"---\n{_metadata(summary, run_name, language)}\n---\n\n{body}"
 
 
-def describe(metadata: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields names and texts of what was trained on what, for the report and the model card."""
-    data, recipe, hardware = metadata["data"], metadata["recipe"], metadata["hardware"]
-    source, tokenizer, chunk_size = (
-        data["source"],
-        metadata["tokenizer"],
-        data["options"]["chunk_size"],
-    )
-    yield "model", f"{metadata['model']}, {metadata['parameters']:,} parameters"
-    yield "started from", metadata["initialized_from"]
-    parts = [f"{key} {source[key]}" for key in ("dataset", "config", "revision") if source.get(key)]
-    kinds = {"sample": "the built-in sample", "files": "local files"}
-    yield "text", ", ".join(parts) or kinds.get(source["kind"], source["kind"])
-    yield "training documents", f"{data['train_documents']:,}"
-    if data.get("bytes_per_source"):
-        yield "training text", format_bytes(sum(data["bytes_per_source"].values()))
-    yield "training tokens", f"{data['train_tokens']:,} in chunks of {chunk_size:,}"
-    yield "test documents", f"{data['test_documents']:,}"
-    yield "tokenizer", f"{tokenizer['origin']}, {tokenizer['num_rows']:,} rows"
-    yield "tokens per update", f"{recipe['chunks_per_step'] * chunk_size:,}"
-    passes = f"{recipe['batch_size']} x {recipe['accumulation']} x {hardware['devices']}"
-    yield "chunks per update", f"{recipe['chunks_per_step']:,} ({passes} devices)"
-    yield "highest learning rate", f"{recipe['learning_rate']:g}"
-    yield "hardware", f"{hardware['devices']} x {hardware['device']}, {hardware['precision']}"
-    yield "versions", ", ".join(f"{name} {value}" for name, value in metadata["versions"].items())
-    yield "chunk directory's sha256", data["manifest_sha256"][:16]
-    yield "tokenizer's sha256", tokenizer["sha256"][:16]
-
-
 def _metadata(summary: dict[str, Any], run_name: str, language: str) -> str:
     """Returns the YAML that the Hub reads."""
     from huggingface_hub import EvalResult, ModelCardData  # slow to import, once at the end
@@ -103,7 +74,26 @@ def _metadata(summary: dict[str, Any], run_name: str, language: str) -> str:
 
 
 def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    yield from describe(summary)
+    """Yields names and texts of what was trained on what."""
+    data, recipe, hardware = summary["data"], summary["recipe"], summary["hardware"]
+    source, tokenizer = data["source"], summary["tokenizer"]
+    chunk_size = data["options"]["chunk_size"]
+    yield "model", f"{summary['model']}, {summary['parameters']:,} parameters"
+    yield "started from", summary["initialized_from"]
+    parts = [f"{key} {source[key]}" for key in ("dataset", "config", "revision") if source.get(key)]
+    kinds = {"sample": "the built-in sample", "files": "local files"}
+    yield "text", ", ".join(parts) or kinds.get(source["kind"], source["kind"])
+    yield "training documents", f"{data['train_documents']:,}"
+    yield "training text", format_bytes(sum(data["bytes_per_source"].values()))
+    yield "training tokens", f"{data['train_tokens']:,} in chunks of {chunk_size:,}"
+    yield "test documents", f"{data['test_documents']:,}"
+    yield "tokenizer", f"{tokenizer['origin']}, {tokenizer['num_rows']:,} rows"
+    yield "tokens per update", f"{recipe['chunks_per_step'] * chunk_size:,}"
+    yield "highest learning rate", f"{recipe['learning_rate']:g}"
+    yield "hardware", f"{hardware['devices']} x {hardware['device']}, {hardware['precision']}"
+    yield "versions", ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
+    yield "chunk directory's sha256", data["manifest_sha256"][:16]
+    yield "tokenizer's sha256", tokenizer["sha256"][:16]
     yield "tokens trained on", f"{summary['tokens']:,} in {summary['steps']:,} updates"
     yield "training time", f"{summary['seconds'] / 3600:.2f} hours"
     yield "finished", summary["finished"]

@@ -183,7 +183,7 @@ class RunLog:
             return []
         kept = [
             line
-            for line in read_metrics(self._path)[0]
+            for line in read_metrics(self._path, dict[str, Any])[0]
             if step > 0
             and line["step"] <= step
             and not (is_last and line["step"] == step and "test_loss" in line)
