@@ -33,11 +33,13 @@ from rich.console import Console
 from kiem.cli import parse
 from kiem.config import TrainingOptions
 from kiem.parallel.distributed import init_distributed
+from kiem.planning.memory_estimate import estimate_memory
 from kiem.planning.print_plan import make_plan
 options = parse(TrainingOptions, sys.argv[1:], "plan")
 with init_distributed(options.precision) as devices:
     plan = make_plan(options, devices, Console(stderr=True))
-print(json.dumps([plan.memory.total, plan.tokens_per_step / plan.step_seconds]))
+num_bytes = estimate_memory(plan.setting).total + plan.program_bytes
+print(json.dumps([num_bytes, plan.tokens_per_step / plan.step_seconds]))
 """
 
 

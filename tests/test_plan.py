@@ -102,15 +102,15 @@ def test_moments_are_as_large_as_the_optimizers_make_them(kind: str) -> None:
         value.nbytes for values in states for value in values.values() if value.numel() > 1
     )
     setting = replace(SETTING, optimizer=kind)  # type: ignore[arg-type]
-    assert estimate_memory(setting, 0).optimizer == expected
+    assert estimate_memory(setting).optimizer == expected
     shares = replace(setting, world_size=4, shard="optimizer")
-    assert expected / 4 <= estimate_memory(shares, 0).optimizer < expected / 4 * 1.35
+    assert expected / 4 <= estimate_memory(shares).optimizer < expected / 4 * 1.35
 
 
 def test_shared_parameters_take_a_share_and_what_is_gathered() -> None:
     setting = replace(SETTING, config=preset("gemma3-1b", 262_144), recompute="full")
-    alone = estimate_memory(setting, 0)
-    eight = estimate_memory(replace(setting, world_size=8, shard="parameters"), 0)
+    alone = estimate_memory(setting)
+    eight = estimate_memory(replace(setting, world_size=8, shard="parameters"))
     embedding = 4 * 262_144 * 1152
     layers = 2 * (alone.weights - embedding) / 26
     assert eight.weights == pytest.approx(alone.weights / 8 + embedding + layers)
@@ -138,18 +138,6 @@ def test_calculated_time_follows_published_figures() -> None:
         assert seconds == pytest.approx(accumulation * expected + exchanges * once)
 
 
-def test_muons_products_take_time_which_a_divided_optimizer_shares() -> None:
-    setting = replace(SETTING, config=preset("gemma3-1b", 262_144), chunk_size=1024, world_size=4)
-    without = calculate_step_seconds(setting, 1, GPUS["h100"])
-    muon = replace(setting, optimizer="muon")
-    whole = calculate_step_seconds(muon, 1, GPUS["h100"]) - without
-    # By hand: at least the five products X X^T of the feed-forward matrices.
-    assert whole > 26 * 3 * 5 * 2 * 1152**2 * 6912 / (0.45 * 989e12) * 0.5
-    without = calculate_step_seconds(replace(setting, shard="optimizer"), 1, GPUS["h100"])
-    quarter = calculate_step_seconds(replace(muon, shard="optimizer"), 1, GPUS["h100"]) - without
-    assert quarter == pytest.approx(whole / 4)
-
-
 def test_plan_is_printed_and_nothing_is_made(sample_chunks: Path, tmp_path: Path) -> None:
     given = ("training.py", "--dataset-path", sample_chunks, "--output-dir", tmp_path / "runs")
     done = run_script(
@@ -157,7 +145,7 @@ def test_plan_is_printed_and_nothing_is_made(sample_chunks: Path, tmp_path: Path
         *("--price", "5.67"),
     )
     assert done.returncode == 0, done.stderr
-    for text in ("4 x NVIDIA A10G", "calculated", "weights", "fits into", "tokens per second"):
+    for text in ("4 x NVIDIA A10G", "calculated", "weights", "fit into", "tokens per second"):
         assert text in done.stdout, text
     assert "cost" in done.stdout
     assert not (tmp_path / "runs").exists()

@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ from kiem.inference.loading import load_for_inference
 from kiem.model.config import preset
 from kiem.optim.batch import Order
 from kiem.optim.optimizer import learning_rate_share
-from kiem.planning.recipe import defaults_for, resolve_recipe
+from kiem.parallel.distributed import Distributed
+from kiem.planning.memory_estimate import setting_of
+from kiem.planning.recipe import resolve_recipe
 
 # In fp32, since these tests compare the same sums in another order.
 QUICK = ("--eval-steps", "0", "--save-steps", "0", "--max-steps", "4", "--precision", "fp32")
@@ -323,10 +326,12 @@ def test_schedules() -> None:
 
 def test_settled_recipe_keeps_the_usual_tokens_per_step() -> None:
     options = TrainingOptions(dataset_path=Path("x"))
-    usual = defaults_for(preset("gemma3-1b", 262_144))
+    config = preset("gemma3-1b", 262_144)
     for world_size in (1, 2, 4, 8):
-        recipe = resolve_recipe(options, usual, 10_000_000, 1024, world_size)
+        distributed = Distributed(0, world_size, torch.device("cpu"), "bf16", 1e12)
+        setting = setting_of(config, options, distributed, 1024)
+        recipe = resolve_recipe(options, setting, 10_000_000, 10**11, on_gpu=False)
         assert recipe.chunks_per_step * 1024 == 262_144
         assert recipe.max_steps == math.ceil(10_000_000 / 256)
-    small = resolve_recipe(options, usual, 20, 1024, 4)
+    small = resolve_recipe(options, replace(setting, world_size=4), 20, 10**11, on_gpu=False)
     assert (small.chunks_per_step, small.max_steps) == (4, 5)

@@ -25,12 +25,12 @@ from kiem.model.gemma3 import Gemma3, Recompute
 from kiem.optim.optimizer import is_hidden_matrix
 from kiem.parallel.distributed import Distributed
 from kiem.parallel.parallel_model import Shard, owners
-from kiem.planning.recipe import what_to_recompute
 
 # The share of a GPU's memory that its allocator can make use of.
 GPU_USABLE_SHARE = 0.95
 # What fully_shard gathers at once: the layer that computes, and the next one.
 _GATHERED_LAYERS = 2
+_RECOMPUTE_ABOVE_PARAMETERS = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,9 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """A device to plan for; `program_bytes` is what the program takes before it makes a model."""
-
-    description: str
-    usable_bytes: int
-    program_bytes: int
-
-
-@dataclass(frozen=True)
 class Memory:
-    """Bytes that one device needs at the peak, by use."""
+    """Bytes of the tensors that one device has at the peak, by use."""
 
-    program: int
     weights: int
     gradients: int
     optimizer: int
@@ -98,34 +88,31 @@ def setting_of(
     )
 
 
-def hardware_here(distributed: Distributed) -> Hardware:
-    """Returns this process's device with the memory that is free now."""
+def what_to_recompute(options: TrainingOptions, config: Gemma3Config) -> Recompute:
+    """Returns what the backward pass computes again: by the option, else by the model's size."""
+    if options.activation_checkpointing != "auto":
+        return options.activation_checkpointing
+    return "full" if config.num_parameters() > _RECOMPUTE_ABOVE_PARAMETERS else "none"
+
+
+def usable_bytes(distributed: Distributed) -> int:
+    """Returns what tensors may take on this process's device, of the memory that is free now."""
     if distributed.device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(distributed.device)
-        return Hardware(distributed.name, int(free_bytes * GPU_USABLE_SHARE), 0)
-    program_bytes = psutil.Process().memory_info().rss
-    usable_bytes = psutil.virtual_memory().available // distributed.world_size + program_bytes
-    return Hardware(distributed.name, usable_bytes, program_bytes)
+        return int(free_bytes * GPU_USABLE_SHARE)
+    return int(psutil.virtual_memory().available) // distributed.world_size
 
 
-def largest_batch(setting: Setting, hardware: Hardware, wanted: int) -> int:
-    """Returns the first of `wanted`, its half and so on that fits into memory; 0 if none does."""
+def largest_batch(setting: Setting, usable: int, wanted: int) -> int:
+    """Returns the first of `wanted`, its half and so on that takes `usable` bytes at most, or 0."""
     size = wanted
-    while size:
-        memory = estimate_memory(replace(setting, batch_size=size), hardware.program_bytes)
-        if memory.total <= hardware.usable_bytes:
-            break
+    while size and estimate_memory(replace(setting, batch_size=size)).total > usable:
         size //= 2
     return size
 
 
-def estimate_memory(setting: Setting, program_bytes: int) -> Memory:
-    """Returns the memory at the peak of an update that has several passes.
-
-    Args:
-        setting: what is trained and how.
-        program_bytes: what the program takes before it makes a model.
-    """
+def estimate_memory(setting: Setting) -> Memory:
+    """Returns the memory at the peak of an update that has several passes."""
     config = setting.config
     weights = held_weights = held_gradients = 4 * config.num_parameters()
     embedding = 4 * config.vocab_size * config.hidden_size
@@ -140,16 +127,15 @@ def estimate_memory(setting: Setting, program_bytes: int) -> Memory:
         share = -(-weights // setting.world_size)
         held_weights, held_gradients = share + embedding + layers, share + layers
     return Memory(
-        program=program_bytes,
         weights=held_weights,
         gradients=held_gradients,
-        optimizer=optimizer_bytes(setting),
+        optimizer=_optimizer_bytes(setting),
         activations=activations,
         temporary=one.peak_bytes - 2 * weights - activations,
     )
 
 
-def optimizer_bytes(setting: Setting) -> int:
+def _optimizer_bytes(setting: Setting) -> int:
     """Returns the bytes of the moments on the device that has most of them."""
     if setting.shard == "parameters":
         return -(-2 * 4 * setting.config.num_parameters() // setting.world_size)

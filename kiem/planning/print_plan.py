@@ -5,18 +5,13 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from kiem.compute.memory import (
-    give_back_free_memory,
-    keep_freed_memory,
-    peak_memory_bytes,
-)
+from kiem.compute.memory import give_back_free_memory, keep_freed_memory, peak_memory_bytes
 from kiem.config import TrainingOptions
 from kiem.core.files import format_bytes
 from kiem.data.chunks import Chunks, open_split, read_manifest, read_tokenizer
@@ -30,23 +25,14 @@ from kiem.parallel.distributed import Distributed
 from kiem.parallel.parallel_model import ParallelModel, Shard
 from kiem.planning.memory_estimate import (
     GPU_USABLE_SHARE,
-    Hardware,
-    Memory,
     Setting,
     estimate_memory,
-    hardware_here,
     largest_batch,
     setting_of,
+    usable_bytes,
 )
 from kiem.planning.probe import Probe
-from kiem.planning.recipe import (
-    Recipe,
-    build_model,
-    check_devices,
-    check_options,
-    defaults_for,
-    resolve_recipe,
-)
+from kiem.planning.recipe import Recipe, build_model, check_options, resolve_recipe
 from kiem.planning.time_estimate import GPUS, calculate_step_seconds
 from kiem.tokenizer.tokenizer import Tokenizer
 
@@ -56,17 +42,20 @@ _TIMING_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a training will need; `step_seconds` is None if it does not fit into this machine."""
+    """What a training will need.
+
+    Attributes:
+        recipe, setting: what is trained and how.
+        usable: bytes that tensors may take on a device.
+        step_seconds: time of an update; None if it does not fit into this machine.
+        program_bytes: memory beside the tensors, where that was measured.
+    """
 
     recipe: Recipe
     setting: Setting
-    hardware: Hardware
-    step_seconds: float | None
-
-    @property
-    def memory(self) -> Memory:
-        """Memory of a device."""
-        return estimate_memory(self.setting, self.hardware.program_bytes)
+    usable: int
+    step_seconds: float | None = None
+    program_bytes: int = 0
 
     @property
     def tokens_per_step(self) -> int:
@@ -80,49 +69,41 @@ def make_plan(options: TrainingOptions, distributed: Distributed, console: Conso
     Raises:
         UserError: an option, the data or the model is wrong.
     """
-    check_options(options)
-    manifest = read_manifest(options.dataset_path)
-    tokenizer = read_tokenizer(options.dataset_path, manifest)
-    if options.init_from is None:
-        config = preset(options.model, tokenizer.num_rows)
-    else:
-        config = read_config(find_model(options.init_from))
-
     # Hardware.
     gpu = GPUS[options.gpu] if options.gpu else None
     if gpu is None:
-        hardware = hardware_here(distributed)
+        usable = usable_bytes(distributed)
     else:
+        usable = int(gpu.memory_bytes * GPU_USABLE_SHARE) - _GPU_PROGRAM_BYTES
         distributed = replace(
             distributed,
             world_size=options.num_gpus or 1,
             device=torch.device("cuda"),
             precision="fp32" if options.precision == "fp32" else "bf16",
         )
-        description = f"{gpu.name} of {gpu.memory_bytes / 1e9:g} GB"
-        usable_bytes = int(gpu.memory_bytes * GPU_USABLE_SHARE)
-        hardware = Hardware(description, usable_bytes, _GPU_PROGRAM_BYTES)
-    check_devices(options, distributed)
+
+    # Model and data.
+    check_options(options, distributed.world_size)
+    manifest = read_manifest(options.dataset_path)
+    tokenizer = read_tokenizer(options.dataset_path, manifest)
+    if options.init_from is None:
+        config = preset(options.model, tokenizer.num_rows)
+    else:
+        config = read_config(find_model(options.init_from))
+    setting = setting_of(config, options, distributed, manifest["options"]["chunk_size"])
 
     # Recipe.
-    chunk_size = manifest["options"]["chunk_size"]
-    setting = setting_of(config, options, distributed, chunk_size)
-    recipe = resolve_recipe(
-        options,
-        defaults_for(config, distributed.device.type == "cuda"),
-        manifest["splits"]["train"]["chunks"],
-        chunk_size,
-        distributed.world_size,
-        partial(largest_batch, setting, hardware),
-    )
+    num_chunks = manifest["splits"]["train"]["chunks"]
+    on_gpu = distributed.device.type == "cuda"
+    recipe = resolve_recipe(options, setting, num_chunks, usable, on_gpu)
     setting = replace(setting, batch_size=recipe.batch_size)
-    plan = TrainingPlan(recipe, setting, hardware, None)
+    plan = TrainingPlan(recipe, setting, usable)
 
     # Time.
     if gpu is not None:
         step_seconds = calculate_step_seconds(setting, recipe.accumulation, gpu)
         return replace(plan, step_seconds=step_seconds)
-    if estimate_memory(_alone(setting), hardware.program_bytes).total > hardware.usable_bytes:
+    if estimate_memory(_alone(setting)).total > usable:
         return plan
     chunks = open_split(options.dataset_path, manifest, "train")
     return _measure(plan, options, tokenizer, chunks, distributed, console)
@@ -174,41 +155,39 @@ def _measure(
         one, two = min(one, step(1)), min(two, step(2))
     step_seconds = one + (recipe.accumulation - 1) * max(0.0, two - one)
 
-    setting, hardware = replace(plan.setting, batch_size=recipe.batch_size), plan.hardware
+    setting, program_bytes = replace(plan.setting, batch_size=recipe.batch_size), 0
     if distributed.device.type == "cpu":  # elsewhere the peak is that of tensors
-        tensor_bytes = estimate_memory(_alone(setting), 0).total
+        tensor_bytes = estimate_memory(_alone(setting)).total
         program_bytes = max(0, peak_memory_bytes(distributed.device) - tensor_bytes)
-        hardware = replace(hardware, program_bytes=program_bytes)
-    return TrainingPlan(recipe, setting, hardware, step_seconds)
+    return TrainingPlan(recipe, setting, plan.usable, step_seconds, program_bytes)
 
 
 def print_plan(options: TrainingOptions, distributed: Distributed, console: Console) -> None:
     """Prints the plan of a training; errors as of `make_plan`."""
     plan = make_plan(options, distributed, console)
-    config, setting, hardware = plan.setting.config, plan.setting, plan.hardware
+    config, setting = plan.setting.config, plan.setting
     console.print(
         f"{name_of(config)}: {config.num_parameters():,} parameters, vocabulary of "
-        f"{config.vocab_size:,}; {setting.world_size} x {hardware.description} in "
+        f"{config.vocab_size:,}; {setting.world_size} x "
+        f"{GPUS[options.gpu].name if options.gpu else distributed.name} in "
         f"{'bf16' if setting.bf16 else 'fp32'}"
     )
-    console.print(
-        "All figures are calculated: memory from tensor sizes, time from published peaks."
-        if options.gpu
-        else "Tensors are calculated; what the program takes beside them, and time, are measured."
-        if plan.step_seconds is not None
-        else "All figures are calculated. The training does not fit, so there are no times."
-    )
-    table = _table("memory of a device")
-    for part, num_bytes in vars(plan.memory).items():
+    memory = estimate_memory(setting)
+    verdict = "fit into" if memory.total <= plan.usable else "DO NOT FIT into"
+    table = _table("memory of a device, calculated")
+    for part, num_bytes in vars(memory).items():
         table.add_row(part, format_bytes(num_bytes))
-    usable = hardware.usable_bytes
-    verdict = "fits into" if plan.memory.total <= usable else "DOES NOT FIT into"
     table.add_section()
-    table.add_row(f"in all; {verdict} {format_bytes(usable)}", format_bytes(plan.memory.total))
+    table.add_row(f"tensors; {verdict} {format_bytes(plan.usable)}", format_bytes(memory.total))
+    if plan.program_bytes:
+        table.add_row("program beside them, measured", format_bytes(plan.program_bytes))
     console.print(table)
     console.print(_fitting_table(plan))
-    if plan.step_seconds is not None:
-        console.print(_time_table(plan, plan.step_seconds, options.price))
+    if plan.step_seconds is None:
+        console.print("The training does not fit into this machine, so its time is not measured.")
+    else:
+        how = "calculated from the published peak" if options.gpu else "measured"
+        console.print(_time_table(f"time, {how}", plan, plan.step_seconds, options.price))
 
 
 def _table(title: str) -> Table:
@@ -220,8 +199,7 @@ def _table(title: str) -> Table:
 
 def _fitting_table(plan: TrainingPlan) -> Table:
     """Returns the largest batch that fits, for each way to save memory."""
-    setting, hardware = plan.setting, plan.hardware
-    num_chunks = plan.recipe.batch_size * plan.recipe.accumulation
+    setting, num_chunks = plan.setting, plan.recipe.batch_size * plan.recipe.accumulation
     table = Table(title="what fits", title_justify="left")
     for title in ("--activation-checkpointing", "--shard", "batch size x accumulation"):
         table.add_column(title)
@@ -233,14 +211,14 @@ def _fitting_table(plan: TrainingPlan) -> Table:
         shards = ("none", "optimizer") if muon else ("none", "optimizer", "parameters")
     for recompute, shard in product(recomputes, shards):
         way = replace(setting, recompute=recompute, shard=shard)
-        size = largest_batch(way, hardware, setting.batch_size)
-        memory = estimate_memory(replace(way, batch_size=size or 1), hardware.program_bytes)
+        size = largest_batch(way, plan.usable, setting.batch_size)
+        memory = estimate_memory(replace(way, batch_size=size or 1))
         passes = f"{size} x {num_chunks // size}" if size else "not even 1"
         table.add_row(recompute, shard, passes, format_bytes(memory.total))
     return table
 
 
-def _time_table(plan: TrainingPlan, step_seconds: float, price: float | None) -> Table:
+def _time_table(title: str, plan: TrainingPlan, step_seconds: float, price: float | None) -> Table:
     recipe = plan.recipe
     limits = [recipe.max_steps] if recipe.max_steps is not None else []
     if recipe.max_seconds is not None:
@@ -248,7 +226,7 @@ def _time_table(plan: TrainingPlan, step_seconds: float, price: float | None) ->
     num_steps = min(limits)
     hours = num_steps * step_seconds / 3600
     passes = f"{recipe.batch_size} x {recipe.accumulation} x {plan.setting.world_size}"
-    table = _table("time")
+    table = _table(title)
     table.add_row("batch size x accumulation x devices", passes)
     table.add_row("tokens per update", f"{plan.tokens_per_step:,}")
     table.add_row("updates", f"{num_steps:,}")

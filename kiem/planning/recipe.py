@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode, UserError, bad_option, no_effect
-from kiem.model.config import Gemma3Config, preset
-from kiem.model.gemma3 import Gemma3, Recompute, initialize
+from kiem.model.config import preset
+from kiem.model.gemma3 import Gemma3, initialize
 from kiem.model.io import find_model, read_model
-from kiem.parallel.distributed import Distributed
+from kiem.planning.memory_estimate import Setting, largest_batch, what_to_recompute
 from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 SECONDS_BETWEEN_SAVES = 1800  # without --save-steps
@@ -21,11 +20,10 @@ SECONDS_BETWEEN_SAVES = 1800  # without --save-steps
 _MIN_STEPS = 50
 # More tokens in a pass make no GPU faster; fewer are taken where memory is short.
 _GPU_PASS_TOKENS = 16_384
-_RECOMPUTE_ABOVE_PARAMETERS = 500_000_000
 
 
 @dataclass(frozen=True)
-class ModelDefaults:
+class _Defaults:
     """What suits a model; more than `tokens_per_pass` make a CPU no faster."""
 
     tokens_per_pass: int
@@ -36,10 +34,10 @@ class ModelDefaults:
 # By the largest number of parameters without the embedding: for the presets micro, nano, 270m and
 # 1b, and for models that training starts from.
 _DEFAULTS = {
-    3_000_000: ModelDefaults(tokens_per_pass=4_096, tokens_per_step=1_024, learning_rate=4e-3),
-    30_000_000: ModelDefaults(tokens_per_pass=4_096, tokens_per_step=4_096, learning_rate=1e-2),
-    300_000_000: ModelDefaults(tokens_per_pass=2_048, tokens_per_step=131_072, learning_rate=1e-3),
-    10**12: ModelDefaults(tokens_per_pass=1_024, tokens_per_step=262_144, learning_rate=1e-3),
+    3_000_000: _Defaults(tokens_per_pass=4_096, tokens_per_step=1_024, learning_rate=4e-3),
+    30_000_000: _Defaults(tokens_per_pass=4_096, tokens_per_step=4_096, learning_rate=1e-2),
+    300_000_000: _Defaults(tokens_per_pass=2_048, tokens_per_step=131_072, learning_rate=1e-3),
+    10**12: _Defaults(tokens_per_pass=1_024, tokens_per_step=262_144, learning_rate=1e-3),
 }
 
 
@@ -64,47 +62,30 @@ class Recipe:
     max_seconds: float | None
 
 
-def what_to_recompute(options: TrainingOptions, config: Gemma3Config) -> Recompute:
-    """Returns what the backward pass computes again: by the option, else by the model's size."""
-    if options.activation_checkpointing != "auto":
-        return options.activation_checkpointing
-    return "full" if config.num_parameters() > _RECOMPUTE_ABOVE_PARAMETERS else "none"
-
-
-def defaults_for(config: Gemma3Config, on_gpu: bool = False) -> ModelDefaults:
-    """Returns what suits a model of this shape; GPUs with more memory take larger passes."""
-    size = config.num_parameters() - config.vocab_size * config.hidden_size
-    defaults = next(defaults for limit, defaults in _DEFAULTS.items() if size <= limit)
-    return replace(defaults, tokens_per_pass=_GPU_PASS_TOKENS) if on_gpu else defaults
-
-
 def resolve_recipe(
-    options: TrainingOptions,
-    defaults: ModelDefaults,
-    num_chunks: int,
-    chunk_size: int,
-    world_size: int,
-    largest_fitting: Callable[[int], int] = lambda wanted: wanted,
+    options: TrainingOptions, setting: Setting, num_chunks: int, usable: int, on_gpu: bool
 ) -> Recipe:
-    """Returns the numbers of a run: by the options, else what suits model and data.
+    """Returns the numbers of a run: by the options, else what suits model, data and memory.
 
     Args:
         options: all options of training.py.
-        defaults: what suits the model.
+        setting: what is trained and how.
         num_chunks: chunks in the training split.
-        chunk_size: tokens in a chunk.
-        world_size: devices.
-        largest_fitting: returns how many of the wanted chunks in a pass fit into memory.
+        usable: bytes that tensors may take on a device.
+        on_gpu: whether the devices are GPUs.
     """
+    config, chunk_size, world_size = setting.config, setting.chunk_size, setting.world_size
+    size = config.num_parameters() - config.vocab_size * config.hidden_size
+    defaults = next(defaults for limit, defaults in _DEFAULTS.items() if size <= limit)
     has_budget = options.max_steps is not None or options.max_minutes is not None
     wanted_chunks = defaults.tokens_per_step / chunk_size
     if not has_budget:
         wanted_chunks = min(wanted_chunks, options.epochs * num_chunks / _MIN_STEPS)
     batch_size = options.batch_size
     if batch_size is None:
-        most = defaults.tokens_per_pass // chunk_size
+        most = (_GPU_PASS_TOKENS if on_gpu else defaults.tokens_per_pass) // chunk_size
         wanted = max(1, min(most, round(wanted_chunks / world_size)))
-        batch_size = max(1, largest_fitting(wanted))
+        batch_size = max(1, largest_batch(setting, usable, wanted))
     accumulation = options.gradient_accumulation_steps
     if accumulation is None:
         accumulation = max(1, round(wanted_chunks / (batch_size * world_size)))
@@ -127,8 +108,12 @@ def tracker_names(options: TrainingOptions) -> list[str]:
     return sorted({*options.trackers, *(["wandb"] if options.use_wandb else [])})
 
 
-def check_options(options: TrainingOptions) -> None:
+def check_options(options: TrainingOptions, world_size: int) -> None:
     """Checks combinations; kiem.core.values has checked each value.
+
+    Args:
+        options: all options of training.py.
+        world_size: devices, present or planned for.
 
     Raises:
         UserError: two options contradict each other, or one cannot have an effect.
@@ -148,22 +133,14 @@ def check_options(options: TrainingOptions) -> None:
         raise no_effect("--num-gpus", "without --gpu")
     if options.wandb_project is not None and not has_project:
         raise no_effect("--wandb-project", "without --use-wandb or --trackers trackio")
+    if options.shard != "none" and world_size == 1:
+        raise no_effect("--shard", "with one device")
     if options.shard == "parameters" and options.optimizer == "muon":
         what = "Muon needs whole matrices, and no device has them"
         fix = "Add --optimizer adamw, or use --shard optimizer."
         raise bad_option("--shard parameters", what, fix)
     if options.init_from is not None and options.model != "gemma3-1b":
         raise no_effect("--model", "with --init-from, which brings its own shape")
-
-
-def check_devices(options: TrainingOptions, distributed: Distributed) -> None:
-    """Checks options that depend on the number of devices, present or planned for.
-
-    Raises:
-        UserError: an option cannot have an effect.
-    """
-    if options.shard != "none" and distributed.world_size == 1:
-        raise no_effect("--shard", "with one device")
 
 
 def build_model(options: TrainingOptions, tokenizer: Tokenizer, world_size: int) -> Gemma3:

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from kiem.model.config import Gemma3Config
-from kiem.model.gemma3 import Gemma3
-from kiem.optim.muon import orthogonalize
-from kiem.optim.optimizer import is_hidden_matrix
 from kiem.planning.memory_estimate import Setting
 
 # The share of the published matrix peak that training programs reach: 40 to 50 %.
@@ -47,9 +41,9 @@ GPUS = {
 
 
 def calculate_step_seconds(setting: Setting, accumulation: int, gpu: Gpu) -> float:
-    """Returns the time of an update: its passes, Muon's products, the exchange between GPUs.
+    """Returns the time of an update: its passes and the exchange between GPUs.
 
-    What the optimizer reads and writes is left out: it takes less than 1 % of an update.
+    The optimizer's work is left out: it takes some 1 % of an update of the usual size.
     """
     # Ring: each GPU sends all but its own part, twice to add up and once to spread. With sharded
     # parameters every pass gathers them twice and sends gradients to their owners.
@@ -58,8 +52,6 @@ def calculate_step_seconds(setting: Setting, accumulation: int, gpu: Gpu) -> flo
     num_tokens = accumulation * setting.batch_size * setting.chunk_size
     flops = num_tokens * flops_per_token(setting.config, setting.chunk_size)
     flops *= _WORK[setting.recompute]
-    if setting.optimizer == "muon":
-        flops += _muon_flops(setting) / (setting.world_size if setting.shard == "optimizer" else 1)
     return flops / (gpu.matrix_flops * _MATRIX_SHARE) + sent_bytes / gpu.link_bandwidth
 
 
@@ -84,13 +76,3 @@ def flops_per_token(config: Gemma3Config, chunk_size: int) -> float:
         for layer in range(config.num_hidden_layers)
     )
     return 6 * config.num_parameters() + 12 * query_width * keys
-
-
-def _muon_flops(setting: Setting) -> int:
-    """Returns the FLOP of Muon's products, counted on tensors without data."""
-    dtype = torch.bfloat16 if setting.bf16 else torch.float32
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        for name, parameter in Gemma3(setting.config).named_parameters():
-            if is_hidden_matrix(name, parameter):
-                orthogonalize(torch.empty(1, *sorted(parameter.shape), dtype=dtype))
-    return counter.get_total_flops()

@@ -43,15 +43,13 @@ from kiem.parallel.agreement import (
 )
 from kiem.parallel.distributed import Distributed
 from kiem.parallel.parallel_model import ParallelModel, shard_parameters
-from kiem.planning.memory_estimate import hardware_here, largest_batch, setting_of
+from kiem.planning.memory_estimate import setting_of, usable_bytes
 from kiem.planning.probe import Probe
 from kiem.planning.recipe import (
     SECONDS_BETWEEN_SAVES,
     Recipe,
     build_model,
-    check_devices,
     check_options,
-    defaults_for,
     resolve_recipe,
 )
 from kiem.tokenizer.tokenizer import Tokenizer
@@ -119,8 +117,7 @@ def _open_data(
 ) -> TrainingData:
     """Checks the options, and opens the chunk directory, which must be the same everywhere."""
     with distributed.raise_on_all_ranks():
-        check_options(options)
-        check_devices(options, distributed)
+        check_options(options, distributed.world_size)
         is_bf16 = distributed.is_main and distributed.precision == "bf16"
         if is_bf16 and not prefers_bf16(distributed.device):
             warn(console, "bf16 is hardly faster on this processor; try --precision fp32")
@@ -152,17 +149,11 @@ def _open_model(options: TrainingOptions, tokenizer: Tokenizer, distributed: Dis
 def _resolve_recipe(
     options: TrainingOptions, model: Gemma3, train: Chunks, distributed: Distributed
 ) -> Recipe:
-    """Resolves the open options; the main process decides what fits into memory."""
-    hardware = hardware_here(distributed)
+    """Resolves the open options; the main process says how much memory is free."""
     setting = setting_of(model.config, options, distributed, train.chunk_size)
-    return resolve_recipe(
-        options,
-        defaults_for(model.config, distributed.device.type == "cuda"),
-        train.num_chunks,
-        train.chunk_size,
-        distributed.world_size,
-        lambda wanted: distributed.broadcast_from_main(largest_batch(setting, hardware, wanted)),
-    )
+    usable = distributed.broadcast_from_main(usable_bytes(distributed))
+    on_gpu = distributed.device.type == "cuda"
+    return resolve_recipe(options, setting, train.num_chunks, usable, on_gpu)
 
 
 def _open_directory(
