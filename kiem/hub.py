@@ -10,16 +10,12 @@ import errno
 import re
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import filter as matching
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
 import yaml
 from rich.console import Console
 
@@ -56,36 +52,24 @@ class HubFiles:
 
 
 def download_dataset_files(
-    dataset: str,
-    config: str,
-    split: str = "train",
-    revision: str | None = None,
-    console: Console | None = None,
+    dataset: str, config: str, revision: str | None = None, console: Console | None = None
 ) -> HubFiles:
-    """Downloads the parquet files of one split and returns them in the order of their names.
+    """Downloads the files CONFIG/train-*.parquet and returns them in the order of their names.
 
     Args:
         dataset: the Hub id of a dataset.
-        config, split: as the dataset's card names them or, without one, CONFIG/SPLIT-*.parquet.
+        config: the name of its configuration.
         revision: a branch, tag or commit; by default the newest commit.
         console: for a line about what is downloaded.
 
     Raises:
         UserError: not there, no access, no network, or no room on the disk.
     """
-    repo = _Repo("dataset", dataset, revision)
-    commit, files = repo.list_files(f"{config}/*")
-    parquet = sorted(matching(files, "*.parquet"))
-    card = [name for name in files if name == "README.md"]
-    configs = _read_configs([repo.download(commit, files, card) / name for name in card], parquet)
-    if config not in configs:
-        raise repo.lacks(f"configuration {config!r}", list(configs))
-    if split not in configs[config]:
-        raise repo.lacks(f"split {split!r} in configuration {config!r}", list(configs[config]))
-    patterns = configs[config][split]
-    chosen = [name for name in parquet if any(_matches(name, pattern) for pattern in patterns)]
+    repo, pattern = _Repo("dataset", dataset, revision), f"{config}/train-*.parquet"
+    commit, files = repo.list_files(pattern)
+    chosen = sorted(matching(files, pattern))
     if not chosen:
-        raise repo.lacks(f"parquet file {' or '.join(patterns)}", list(files))
+        raise repo.lacks(pattern, list(files))
     repo.require_all_parts(chosen)
     folder = repo.download(commit, files, chosen, console)
     return HubFiles(commit, [folder / name for name in chosen], chosen)
@@ -134,7 +118,7 @@ def upload(repo: str, path: Path, *, private: bool) -> str:
     """
     from huggingface_hub import HfApi
 
-    model, api = _Repo("model", repo, needed_right="write to"), HfApi()
+    model, api = _Repo("model", repo), HfApi()
     url = model.call(api.create_repo, repo, private=private, exist_ok=True)
     message = f"Upload {path.name} with kiem"
     if path.is_dir():
@@ -169,7 +153,6 @@ class _Repo:
     kind: Literal["dataset", "model"]
     id: str
     revision: str | None = None
-    needed_right: str = "read"
 
     def list_files(self, needed: str) -> tuple[str, dict[str, Any]]:
         """Returns a commit and its files, as the Hub describes them.
@@ -285,7 +268,7 @@ class _Repo:
             fix = f"Accept it on {page}. A fine-grained token must be allowed gated repositories."
             return "your account has not accepted its licence", fix, ExitCode.HUB_LICENCE
         if status in (401, 403) and has_token:
-            fix = f"Use a valid one that may {self.needed_right} this {self.kind}: {_LOG_IN}."
+            fix = f"Use one that may read it, or for an upload may write to it: {_LOG_IN}."
             return f"the Hub refuses your login token ({status})", fix, ExitCode.HUB_LOGIN
         if status == 401:
             fix = f"Check the name on {page}. If it is private, {_LOG_IN}."
@@ -294,9 +277,6 @@ class _Repo:
         if status == 404:
             thing = "revision" if isinstance(error, errors.RevisionNotFoundError) else self.kind
             return f"the Hub has no such {thing}", f"Check the name on {page}.", ExitCode.NOT_FOUND
-        if status == 429:
-            fix = "Wait a few minutes and run it again. Logged-in users may send more requests."
-            return "too many requests to the Hub (429)", fix, ExitCode.NETWORK
         if status:
             return f"the Hub answers with error {status}", _AGAIN, ExitCode.NETWORK
         # What this machine or the options refuse
@@ -314,34 +294,3 @@ class _Repo:
         reason = re.sub(r"(hf_|Bearer |://)[^\s'\"]+", r"\1***", f"{type(error).__name__}: {error}")
         fix = f"Check the network. {_AGAIN} Or set HF_HUB_OFFLINE=1 to use the cache, {_LOCAL}"
         return f"no connection to the Hub ({reason[:200]})", fix, ExitCode.NETWORK
-
-
-class _DataFiles(msgspec.Struct):
-    split: str
-    path: str | list[str]
-
-
-class _Config(msgspec.Struct):
-    config_name: str
-    data_files: str | list[str | _DataFiles] = []
-
-
-def _read_configs(card: list[Path], names: list[str]) -> dict[str, dict[str, list[str]]]:
-    """Returns configuration -> split -> patterns, from the dataset's card or else from names."""
-    configs: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    with suppress(ValueError, OSError):  # a card without readable metadata names no files
-        metadata = read_front_matter(card[0]) if card else {}
-        for entry in msgspec.convert(metadata.get("configs", []), list[_Config]):
-            files = entry.data_files
-            for file in files if isinstance(files, list) else [files]:
-                split, path = ("train", file) if isinstance(file, str) else (file.split, file.path)
-                configs[entry.config_name][split] += path if isinstance(path, list) else [path]
-    matches = [re.fullmatch(r"(.+)/([^/-]+)-[^/]*", name) for name in names if not configs]
-    for match in filter(None, matches):
-        configs[match[1]][match[2]].append(match[0])
-    return configs
-
-
-def _matches(name: str, pattern: str) -> bool:
-    same_depth = "**" in pattern or name.count("/") == pattern.count("/")
-    return same_depth and fnmatchcase(name, pattern)

@@ -20,23 +20,10 @@ MODEL = "google/gemma-3-1b-pt"
 OPEN_MODEL = "someone/open-model"
 ACCEPTED, NOT_ACCEPTED, INVALID = "hf_AcceptedSecret", "hf_KnownSecret", "hf_InvalidSecret"
 
-CARD = b"""---
-language: [nl]
-configs:
-- config_name: 10k
-  data_files:
-  - {split: train, path: 10k/train-*}
-  - {split: test, path: 10k/test-*}
-- config_name: 1M
-  data_files:
-  - {split: train, path: 1M/train-*}
----
-# Dutch
-"""
 SHARDS = ("10k/train-00000-of-00002.parquet", "10k/train-00001-of-00002.parquet")
 BIG_BYTES = random.Random(0).randbytes(12_000_000)
 DATASET_FILES = {
-    "README.md": CARD,
+    "README.md": b"# Dutch",
     SHARDS[1]: b"second shard" * 500,
     SHARDS[0]: b"first shard" * 500,
     "10k/test-00000-of-00001.parquet": b"test shard",
@@ -122,7 +109,6 @@ class Client:
 def new_hub() -> Iterator[HubServer]:
     repos = {
         f"datasets/{DATASET}": DATASET_FILES,
-        "datasets/someone/plain": {"a/train-00.parquet": b"a", "a/valid-00.parquet": b"v"},
         "datasets/someone/incomplete": {"a/train-00000-of-00003.parquet": b"a"},
         MODEL: MODEL_FILES,
         OPEN_MODEL: {"config.json": b"{}", "tokenizer.json": b"{}"},

@@ -41,7 +41,7 @@ def test_rate_limit_while_looking_up_a_file(hub: HubServer, client: Client) -> N
 
 
 @pytest.mark.parametrize(
-    ("status", "retry_after", "says"), [(429, 0, "(429)"), (429, 3600, "(429)"), (503, 0, "503")]
+    ("status", "retry_after", "says"), [(429, 0, "429"), (429, 3600, "429"), (503, 0, "503")]
 )
 def test_lasting_trouble_is_explained(
     hub: HubServer, client: Client, status: int, retry_after: int, says: str

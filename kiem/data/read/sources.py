@@ -135,7 +135,7 @@ def check_hub_size(dataset_size: str) -> None:
 def _resolve_hub(dataset_size: str, revision: str | None, console: Console | None) -> Source:
     check_hub_size(dataset_size)
     # Always the train split: a config's own test split can be in a larger config's train split.
-    files = download_dataset_files(HUB_DATASET, dataset_size, "train", revision, console)
+    files = download_dataset_files(HUB_DATASET, dataset_size, revision, console)
     description = {
         "kind": "hub",
         "dataset": HUB_DATASET,
