@@ -26,15 +26,15 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "rope_parameters is a list": ({"rope_parameters": []}, "rope_parameters = []: expected object"),
     "rope_parameters for all layers": (
         {"rope_parameters": {"rope_theta": 7}},
-        'rope_parameters = {"rope_theta": 7}: unknown key rope_theta',
+        "rope_parameters: object contains unknown field rope_theta",
     ),
     "scaled angles": (
         {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8}}},
-        'rope_parameters.full_attention.rope_type = "linear": this value is not supported',
+        'rope_parameters.full_attention.rope_type = "linear": invalid enum value',
     ),
     "scaled angles of 4.50": (
         {"rope_scaling": {"type": "yarn"}},
-        'rope_scaling.type = "yarn": this value is not supported',
+        'rope_scaling.type = "yarn": invalid enum value',
     ),
     "pattern of 0": (
         {"sliding_window_pattern": 0},
@@ -66,7 +66,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown kind of layer": (
         {"layer_types": ["linear_attention"]},
-        'layer_types[0] = "linear_attention": this value is not supported',
+        'layer_types[0] = "linear_attention": invalid enum value',
     ),
     "odd width of heads": ({"head_dim": 15}, "head_dim = 15: expected int that's a multiple of 2"),
     "heads that do not share": (
@@ -105,7 +105,7 @@ NOT_MODELS: dict[str, tuple[bytes | None, str]] = {
     "list": (b"[]", "expected object, got array"),
     "text": (b'"gemma3_text"', "expected object, got str"),
     "Llama": (b'{"model_type": "llama"}', 'not a Gemma 3 text model (model_type is "llama")'),
-    "only its type": (b'{"model_type": "gemma3_text"}', "it lacks vocab_size"),
+    "only its type": (b'{"model_type": "gemma3_text"}', "object missing required field vocab_size"),
     "key twice": (b'{"model_type": "gemma3_text", "model_type": 1}', "stands twice"),
     "deep": (b'{"a":' * 5000, "nested too deeply"),
 }

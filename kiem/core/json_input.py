@@ -23,7 +23,6 @@ _MAX_DIGITS = 300  # of a whole number; every such number is a float as well
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole one
 _BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
-_PLACE = re.compile(r"(?P<what>.*) - at `\$\.?(?P<key>.*)`", re.DOTALL)
 
 
 class JsonError(ValueError):
@@ -59,8 +58,14 @@ def parse_json(data: bytes) -> Any:
         raise JsonError(what, error.lineno) from error
     except RecursionError as error:
         raise JsonError("not JSON (nested too deeply)") from error
-    if _HALF_PAIR.search(text) or text.count("[") + text.count("{") > MAX_DEPTH:
-        _check(value)
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_too_deep(value):
+        raise JsonError("not JSON (nested too deeply)")
+    if _HALF_PAIR.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            before = error.object[max(0, error.start - 30) : error.start]
+            raise JsonError(f"half a surrogate pair after {before}") from error
     return value
 
 
@@ -121,47 +126,29 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check(value: Any) -> None:
-    """Refuses what is nested too deeply, and half a surrogate pair."""
-    waiting: list[tuple[str, Any, int]] = [("", value, 1)]
-    while waiting:
-        key, item, depth = waiting.pop()
-        if isinstance(item, str):
-            _check_text(item, key)
-        elif isinstance(item, list):
-            entries = [(f"{key}[{index}]", entry) for index, entry in enumerate(item)]
-        elif isinstance(item, dict):
-            for name in item:
-                _check_text(name, "a key")
-            entries = [(f"{key}.{name}".lstrip("."), entry) for name, entry in item.items()]
-        if isinstance(item, (list, dict)):
-            if depth > MAX_DEPTH:
-                raise JsonError("not JSON (nested too deeply)")
-            waiting += [(name, entry, depth + 1) for name, entry in entries]
-
-
-def _check_text(text: str, key: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        place = f"{key or 'the text'} has half a surrogate pair at character {error.start + 1}"
-        raise JsonError(place) from error
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += item.values()
+            elif isinstance(item, list):
+                below += item
+        level = below
+    return any(isinstance(item, (dict, list)) for item in level)
 
 
 def _explain(message: str, value: Any) -> str:
-    """Returns msgspec's message in plain words, with the value it is about."""
-    found = _PLACE.fullmatch(message)
-    key, what = ("", message) if found is None else (found["key"], found["what"])
-    what = what.replace("`", "").replace("Object missing required field", "it lacks")
-    what = what.replace("Object contains unknown field", "unknown key")
-    if what.startswith("it lacks"):
-        return f"{key}: {what}" if key else what
-    if what.startswith("Invalid enum value"):
-        what = "this value is not supported"
+    """Returns msgspec's message, such as "Expected `int` - at `$.x`", with the value found."""
+    what, _, key = message.replace("`", "").rpartition(" - at $")
+    key, what = (key.lstrip("."), what) if what else ("", key)
+    what = what[0].lower() + what[1:]
     if not key:
-        return what[0].lower() + what[1:]
-    what = what.split(", got ")[0].replace(" | null", "").replace("Expected", "expected")
-    if "[...]" in key:  # in one of the entries of an object; msgspec does not say which
+        return what
+    what = what.split(", got ")[0].replace(" | null", "")
+    # In one of the entries of an object msgspec does not say which.
+    if "[...]" in key or what.startswith("object"):
         return f"{key}: {what}"
     place = value
     for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", key):
