@@ -30,11 +30,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "scaled angles": (
         {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8}}},
-        'rope_parameters.full_attention.rope_type = "linear": invalid enum value',
+        "rope_parameters.full_attention.rope_type = \"linear\": invalid enum value 'linear'",
     ),
     "scaled angles of 4.50": (
         {"rope_scaling": {"type": "yarn"}},
-        'rope_scaling.type = "yarn": invalid enum value',
+        "rope_scaling.type = \"yarn\": invalid enum value 'yarn'",
     ),
     "pattern of 0": (
         {"sliding_window_pattern": 0},
@@ -66,7 +66,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown kind of layer": (
         {"layer_types": ["linear_attention"]},
-        'layer_types[0] = "linear_attention": invalid enum value',
+        "layer_types[0] = \"linear_attention\": invalid enum value 'linear_attention'",
     ),
     "odd width of heads": ({"head_dim": 15}, "head_dim = 15: expected int that's a multiple of 2"),
     "heads that do not share": (

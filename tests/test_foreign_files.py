@@ -218,11 +218,7 @@ def test_index_of_weights(empty: Folder, weights: dict[str, torch.Tensor]) -> No
     check_works(empty.path)
     for index in [value for value in VALUES if value is not REMOVED]:
         write(index)
-        refused(
-            empty.path,
-            INDEX,
-            "object missing required field weight_map" if isinstance(index, dict) else "expected",
-        )
+        refused(empty.path, INDEX, "field weight_map" if isinstance(index, dict) else "expected")
         write({"weight_map": index})
         if isinstance(index, dict) and not index:
             refused(empty.path, "config.json", "there are weights of 0 layers")
