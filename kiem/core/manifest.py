@@ -67,11 +67,8 @@ def read_content(folder: Path) -> tuple[Any, bool]:
     content = parse_json(written)
     if not isinstance(content, dict) or to_json(content).encode() != written:
         return content, False
-    said = content.get("sha256")
     unsealed = {name: value for name, value in content.items() if name != "sha256"}
-    # Version 0.1 hashed only the files of a model or checkpoint, with other separators.
-    old = hashlib.sha256(json.dumps(content.get("files")).encode()).hexdigest()
-    return content, said == _sha256_of(unsealed) or (said == old and len(unsealed) == 1)
+    return content, content.get("sha256") == _sha256_of(unsealed)
 
 
 def verify_manifest(folder: Path, fix: str) -> None:
