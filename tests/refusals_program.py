@@ -19,9 +19,8 @@ from pathlib import Path
 from disk_shim import ANY, FULL, KILL, NEVER, OPERATIONS, SHORT, Shim
 
 from kiem.core import files
-from kiem.core.disk import DiskWarning
+from kiem.core.disk import DiskWarning, remove_leftovers
 from kiem.core.errors import UserError
-from kiem.core.leftovers import recover_folder, remove_leftovers
 from kiem.core.locking import locked_folder
 
 State = dict[str, bytes]
@@ -70,8 +69,7 @@ def put(path: Path, *contents: str) -> None:
 
 
 def fill(folder: Path, *contents: str, temporary: Path | None = None) -> None:
-    exists = recover_folder(folder).exists()
-    with files.new_folder(folder, overwrite=exists, temporary=temporary) as unfinished:
+    with files.new_folder(folder, overwrite=folder.exists(), temporary=temporary) as unfinished:
         for number, content in enumerate(contents):
             files.write_text(unfinished / f"{number}.txt", content)
 
@@ -103,7 +101,6 @@ def prepare_taken_name(folder: Path) -> None:
 def prepare_leftovers(folder: Path) -> None:
     put(folder / ".a.partial-1", "half")
     put(folder / ".b.removed", "half")
-    put(folder / ".c.old", "whole")
 
 
 def seal(folder: Path) -> None:
@@ -251,8 +248,10 @@ class Trials:
             return end
         if end.startswith("UserError") and str(folder) not in end:
             return f"does not say where: {end}"
-        if not self._can_swap and (goes_on or end == "killed"):
-            recover_folder(folder / "a")  # as a reader does
+        old = folder / ".a.old"
+        if not self._can_swap and old.exists() and not (folder / "a").exists():
+            assert goes_on or end == "killed"
+            old.rename(folder / "a")  # as people do who want it back
         state = state_of(folder)
         allowed = [self._new] if end == "done" and self._case.is_needed else [self._old, self._new]
         is_between = self._case.is_between(state, self._old, self._new, end)

@@ -70,7 +70,7 @@ def test_only_one_module_writes() -> None:
     """Writes go through kiem/core/files.py, which feeds libraries' own writers too."""
     writers = {"write_bytes", "write_text", "mkdir", "unlink", "symlink_to", "rename", "replace"}
     exceptions = {
-        "core/leftovers.py": {"unlink", "rename"},  # what files.py leaves when it is killed
+        "core/disk.py": {"unlink", "rename"},  # what files.py leaves when it is killed
         "compute/native.py": {"mkdir"},  # the user's cache folder
         "data/chunks.py": {"mkdir", "rename"},  # inside a folder that files.new_folder made
     }

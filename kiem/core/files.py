@@ -1,7 +1,7 @@
 """Atomic and durable writes; the only place that writes files.
 
 A file or folder appears under its final name in one step, after its content has reached the disk.
-A program killed at any moment leaves the old state or the new one; `kiem.core.leftovers` removes
+A program killed at any moment leaves the old state or the new one; `kiem.core.disk` removes
 what it leaves beside them. What a disk refuses becomes a `UserError`, or a warning where the result
 does not need it: see `kiem.core.disk`.
 """
@@ -22,9 +22,18 @@ from io import BufferedRandom, BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
-from kiem.core.disk import exchange, fsync, fsync_folder, warn_once, writing_errors
+from kiem.core.disk import (
+    discard,
+    exchange,
+    fsync,
+    fsync_folder,
+    hidden,
+    remove,
+    temporary_path,
+    warn_once,
+    writing_errors,
+)
 from kiem.core.errors import ExitCode, UserError
-from kiem.core.leftovers import discard, hidden, recover_folder, remove, temporary_path
 
 _READ_BLOCK_BYTES = 1 << 18
 _SEAL_BYTES = hashlib.sha256().digest_size
@@ -165,7 +174,6 @@ def new_folder(
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             path.lstat()  # a name that is too long is refused before the work, not after it
-        recover_folder(path)
         temporary = temporary or temporary_path(path)
         remove(temporary)
         temporary.mkdir()
@@ -203,7 +211,6 @@ def remove_folder(path: Path) -> None:
         UserError: it cannot be removed.
     """
     with writing_errors(path):
-        recover_folder(path)
         remove(hidden(path, "old"))
         remove(path)
 

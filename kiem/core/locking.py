@@ -10,10 +10,9 @@ from pathlib import Path
 
 from filelock import lock_descriptor
 
-from kiem.core.disk import warn_once, writing_errors
+from kiem.core.disk import discard, hidden, warn_once, writing_errors
 from kiem.core.errors import already_exists
 from kiem.core.files import make_folder
-from kiem.core.leftovers import discard, hidden
 
 # The workers of a killed program hold its lock until their unit is finished: seconds.
 _TRIES = 100

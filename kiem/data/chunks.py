@@ -23,7 +23,6 @@ import pyarrow as pa
 from kiem.core.errors import ExitCode, UserError, bad_input, damaged, not_found
 from kiem.core.files import sha256_file, write_json
 from kiem.core.json_input import convert
-from kiem.core.leftovers import recover_folder
 from kiem.core.manifest import MANIFEST_FILE, FileName, read_content, write_content
 from kiem.data.arrow import from_numpy, to_numpy
 from kiem.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
@@ -178,7 +177,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             is damaged.
     """
     file = path / MANIFEST_FILE
-    if not recover_folder(path).is_dir():
+    if not path.is_dir():
         fix = "Make it with preprocess.py, or correct --dataset-path."
         raise not_found(str(path), "no such chunk directory", fix)
     try:

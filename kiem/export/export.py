@@ -10,7 +10,6 @@ from rich.console import Console
 from kiem.config import ExportOptions
 from kiem.core.errors import already_exists, bad_option, no_effect, not_installed
 from kiem.core.files import check_new_file, format_bytes, new_folder, write_bytes
-from kiem.core.leftovers import recover_folder
 from kiem.core.manifest import write_manifest
 from kiem.hub import looks_like_hub_id, upload
 from kiem.model.config import CONFIG_FILE
@@ -87,7 +86,7 @@ def _check_options(options: ExportOptions) -> None:
     elif not looks_like_hub_id(options.push_to_hub):
         where = f"--push-to-hub {options.push_to_hub}"
         raise bad_option(where, "not a Hub name", "Write it as OWNER/NAME.")
-    if not recover_folder(output).exists():
+    if not output.exists():
         return
     if not options.overwrite:
         raise already_exists(where, "it exists already", "Choose another name, or --overwrite.")

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kiem.config import InferenceOptions
+from kiem.core.disk import hidden
 from kiem.core.errors import damaged, not_found
 from kiem.core.files import append_json_lines, remove_file, write_text
 from kiem.core.json_input import parse_json
-from kiem.core.leftovers import hidden
 from kiem.core.yaml_options import to_dict
 from kiem.inference.engine import Engine, Request
 from kiem.inference.loading import LoadedModel

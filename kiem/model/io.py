@@ -22,7 +22,6 @@ from kiem.core.disk import fsync
 from kiem.core.errors import ExitCode, UserError, damaged
 from kiem.core.files import new_file, write_json
 from kiem.core.json_input import read_json, shown
-from kiem.core.leftovers import recover_folder
 from kiem.core.manifest import MANIFEST_FILE, verify_manifest
 from kiem.hub import download_model, looks_like_hub_id
 from kiem.model.config import (
@@ -136,7 +135,7 @@ def find_model(name: str) -> Path:
     Raises:
         UserError: the Hub does not give it; a folder is looked at only when it is read.
     """
-    folder = recover_folder(Path(name))
+    folder = Path(name)
     return download_model(name) if looks_like_hub_id(name) and not folder.exists() else folder
 
 

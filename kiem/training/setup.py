@@ -18,8 +18,8 @@ from kiem.compute.memory import give_back_free_memory, keep_freed_memory
 from kiem.compute.speed import prefers_bf16
 from kiem.config import TrainingOptions
 from kiem.core.console import warn
+from kiem.core.disk import remove_leftovers
 from kiem.core.files import require_free_space, sha256_file
-from kiem.core.leftovers import remove_leftovers
 from kiem.core.locking import locked_folder
 from kiem.core.manifest import MANIFEST_FILE
 from kiem.core.randomness import derive_seed

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kiem.core.disk import discard, hidden, is_removed
 from kiem.core.errors import ExitCode, UserError, already_exists
 from kiem.core.files import empty_folder, write_json
 from kiem.core.json_input import read_json
-from kiem.core.leftovers import discard, hidden, is_removed, recover_folder
 from kiem.core.locking import locked_folder
 from kiem.core.manifest import MANIFEST_FILE
 from kiem.data.chunks import DATASET_DICT_FILE, read_manifest
@@ -37,7 +37,7 @@ def work_directory(
     process works there, or an earlier run had another identity.
     """
     work = _work_directory(folder)
-    _refuse_foreign(recover_folder(folder))
+    _refuse_foreign(folder)
 
     def is_made() -> bool:
         if overwrite or not folder.exists():
@@ -71,8 +71,7 @@ def work_directory(
 
 def earlier_identity(folder: Path) -> dict[str, Any]:
     """Returns the identity of a chunk directory or of the unfinished work on it, {} if neither."""
-    exists = recover_folder(folder).exists()
-    return read_manifest(folder) if exists else _read_plan(_work_directory(folder))
+    return read_manifest(folder) if folder.exists() else _read_plan(_work_directory(folder))
 
 
 def _work_directory(folder: Path) -> Path:
