@@ -16,7 +16,6 @@ from fnmatch import filter as matching
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from rich.console import Console
 
 from kiem.core.errors import ExitCode, UserError
@@ -27,7 +26,6 @@ _MODEL_FILES = (
     *("*.safetensors", "*.safetensors.index.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
 )
-_FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
 _LOG_IN = "run `hf auth login` or set HF_TOKEN (tokens: https://huggingface.co/settings/tokens)"
 _LOCAL = "or name local files or a local folder instead."
 _AGAIN = "Run it again; files that are complete are not downloaded again."
@@ -127,25 +125,6 @@ def upload(repo: str, path: Path, *, private: bool) -> str:
         where = {"repo_id": repo, "path_in_repo": path.name, "commit_message": message}
         model.call(api.upload_file, path_or_fileobj=path, **where)
     return str(url)
-
-
-def read_front_matter(path: Path) -> dict[str, Any]:
-    """Returns the YAML metadata at the top of a README.md, every scalar as text; {} without any.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not UTF-8, or its metadata is not a YAML mapping.
-    """
-    block = _FRONT_MATTER.match(path.read_text(encoding="utf-8-sig"))
-    try:
-        # Not SafeLoader, for which the language `no` is false.
-        values = yaml.load(block[1], Loader=yaml.BaseLoader) if block else None
-    except (yaml.YAMLError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the lines between '---' are not YAML ({reason})") from error
-    if not isinstance(values, dict | None):
-        raise ValueError("the lines between '---' are no keys with values")
-    return values or {}
 
 
 @dataclass(frozen=True)

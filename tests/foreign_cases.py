@@ -101,7 +101,7 @@ NOT_MODELS: dict[str, tuple[bytes | None, str]] = {
     "cut": (b"{", "not JSON"),
     "empty": (b"", "empty"),
     "not UTF-8": (b'{"model_type": "caf\xe9"}', "not UTF-8"),
-    "UTF-16": ('{"model_type": "gemma3_text"}'.encode("utf-16"), "UTF-16"),
+    "UTF-16": ('{"model_type": "gemma3_text"}'.encode("utf-16"), "not UTF-8"),
     "list": (b"[]", "expected object, got array"),
     "text": (b'"gemma3_text"', "expected object, got str"),
     "Llama": (b'{"model_type": "llama"}', 'not a Gemma 3 text model (model_type is "llama")'),
@@ -135,8 +135,8 @@ CARDS: dict[str, tuple[str, dict[str, Any] | str]] = {
     "language is a mapping": ("---\nlanguage: {nl: 1}\n---\n", "language = {"),
     "licence is a list": ("---\nlicense: [mit]\n---\n", 'license = ["mit"]: expected str'),
     "index without objects": ("---\nmodel-index: [x]\n---\n", "model-index[0] = "),
-    "no YAML": ("---\nlicense: [\n---\n", "cannot be read (the lines between '---' are not YAML"),
-    "no keys": ("---\n- nl\n---\n", "cannot be read (the lines between '---' are no keys"),
+    "no YAML": ("---\nlicense: [\n---\n", "cannot be read (while parsing a flow"),
+    "no keys": ("---\n- nl\n---\n", "expected object, got array"),
     "deep": ("---\na: " + "[" * 3000 + "\n---\n", "cannot be read"),
 }  # fmt: skip
 

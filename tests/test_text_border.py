@@ -58,7 +58,7 @@ JSON_THAT_IS_REFUSED = {
     "cut": (b'{"layers": 3,\n"na', ":2: not JSON (Unterminated string starting at at character 1)"),
     "lines": (b'{"layers": 3}\n{"layers": 3}', ":2: not JSON (Extra data at character 1)"),
     "not UTF-8": (b'{"layers": 3,\n"x": "caf\xe9"}', ":2: not UTF-8"),
-    "UTF-16": ('{"layers": 3}'.encode("utf-16"), ":1: UTF-16, not UTF-8"),
+    "UTF-16": ('{"layers": 3}'.encode("utf-16"), ":1: not UTF-8"),
     "too deep": (DEEP, ": not JSON (nested too deeply)"),
     "far too deep": (b'{"a":' * 100_000, ": not JSON (nested too deeply)"),
     "deep elsewhere": (b'{"layers": 3, "x": %s}' % DEEP, ": not JSON (nested too deeply)"),

@@ -22,7 +22,6 @@ MAX_DEPTH = 200  # Python's own limit depends on the depth of the caller
 _MAX_DIGITS = 300  # of a whole number; every such number is a float as well
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole one
 _BOM = b"\xef\xbb\xbf"
-_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class JsonError(ValueError):
@@ -51,8 +50,7 @@ def parse_json(data: bytes) -> Any:
         text = data.removeprefix(_BOM).decode()
         value = json.loads(text, parse_int=_number, object_pairs_hook=_object_of)
     except UnicodeDecodeError as error:
-        what = "UTF-16, not UTF-8" if data.startswith(_UTF16_BOMS) else "not UTF-8"
-        raise JsonError(what, data.count(b"\n", 0, error.start) + 1) from error
+        raise JsonError("not UTF-8", data.count(b"\n", 0, error.start) + 1) from error
     except json.JSONDecodeError as error:
         what = f"not JSON ({error.msg} at character {error.colno})" if text.strip() else "empty"
         raise JsonError(what, error.lineno) from error

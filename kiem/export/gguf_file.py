@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import gguf
 import msgspec
+import yaml
 
 from kiem.core.errors import ExitCode, UserError, bad_input
 from kiem.core.files import new_file
 from kiem.core.json_input import convert
 from kiem.export.vocabulary import make_vocabulary
-from kiem.hub import read_front_matter
 from kiem.model.config import Gemma3Config
 from kiem.model.gemma3 import Gemma3
 from kiem.tokenizer.tokenizer import Tokenizer
@@ -20,6 +21,7 @@ from kiem.tokenizer.tokenizer import Tokenizer
 # What llama.cpp takes for granted in Gemma 3 models.
 _LAYER_PATTERN = 6
 _LOCAL_ROPE_BASE = 10_000.0
+_FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
 class _Entry(msgspec.Struct):
@@ -95,10 +97,14 @@ def read_card(folder: Path) -> dict[str, Any]:
     path = folder / "README.md"
     fix = "Correct the lines between '---' at its top, or remove the file."
     try:
-        values = read_front_matter(path) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise bad_input(str(path), f"cannot be read ({error})", fix) from error
-    card = convert(values, _Card, where=str(path), fix=fix, exit_code=ExitCode.BAD_INPUT)
+        text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
+        head = _FRONT_MATTER.match(text)
+        # Not SafeLoader, for which the language `no` is false.
+        values = yaml.load(head[1], Loader=yaml.BaseLoader) if head else None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise bad_input(str(path), f"cannot be read ({reason})", fix) from error
+    card = convert(values or {}, _Card, where=str(path), fix=fix, exit_code=ExitCode.BAD_INPUT)
     entries = card.model_index if isinstance(card.model_index, list) else []
     known = {
         "name": entries[0].name if entries else card.model_name,
