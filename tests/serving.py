@@ -24,7 +24,7 @@ from conftest import ROOT
 from kiem.config import InferenceOptions
 from kiem.inference.loading import LoadedModel
 from kiem.inference.sampling import SamplingParams
-from kiem.inference.server.serve import make_server, open_socket
+from kiem.inference.server.serve import make_server, prepare_server
 
 # So repetitive that the model never ends its text.
 ENDLESS = {"temperature": 0, "repetition_penalty": 0.5}
@@ -116,10 +116,9 @@ class ServerProcess(RunningServer):
 @contextlib.contextmanager
 def serving_here(loaded: LoadedModel, **options: Any) -> Iterator[RunningServer]:
     """Runs a server in a thread: quick to start, and its model can be given faults."""
-    given = InferenceOptions("here", serve=True, **{"max_requests": 2, **options})
+    given = InferenceOptions("here", serve=True, port=0, **{"max_requests": 2, **options})
     server, worker = make_server(loaded, SamplingParams(), given)
-    with open_socket("127.0.0.1", 0) as listening:
-        listening.listen()
+    with prepare_server(given) as listening:
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:

@@ -13,7 +13,7 @@ from rich.console import Console
 from kiem.compute.memory import is_out_of_memory
 from kiem.config import InferenceOptions
 from kiem.core.console import show, warn
-from kiem.core.errors import ExitCode, UserError, bad_option, no_effect
+from kiem.core.errors import ExitCode, UserError, bad_option, no_effect, not_installed
 from kiem.core.files import check_new_file
 from kiem.inference.benchmark import run_benchmark
 from kiem.inference.engine import Engine, Request
@@ -22,7 +22,6 @@ from kiem.inference.loading import LoadedModel, load_for_inference
 from kiem.inference.prompts import read_prompts
 from kiem.inference.repl import run_repl
 from kiem.inference.sampling import SamplingParams
-from kiem.inference.server.serve import prepare_server, serve
 from kiem.parallel.launch import read_place
 
 
@@ -53,6 +52,10 @@ def generate(options: InferenceOptions, console: Console) -> None:
     # Load the model and run the chosen mode.
     with contextlib.ExitStack() as stack, _memory_errors():
         if options.serve:
+            try:
+                from kiem.inference.server.serve import prepare_server, serve
+            except ImportError as error:
+                raise not_installed("starlette uvicorn prometheus-client", "--serve") from error
             listening = stack.enter_context(prepare_server(options))
         loaded = load_for_inference(options.model_path, options.precision, options.quantize)
         if loaded.warning is not None:

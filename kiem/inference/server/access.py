@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import hmac
 import ipaddress
-from collections.abc import Callable
+import re
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kiem.inference.server.errors import ApiError
+from kiem.inference.server.metrics import ServerMetrics
 
 # For probes, which have no key and use any host name; the response reveals nothing else.
 _OPEN_PATH = "/health"
@@ -43,27 +43,25 @@ _HEADERS = {
 
 def is_loopback(host: str) -> bool:
     """Returns whether a host name or address means this machine alone."""
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
 class AccessControl:
-    """Refuses requests that may not pass, and adds the same headers to every response.
+    """Refuses requests that may not pass, adds headers to every response and counts it.
 
     Args:
         app: the application behind it.
         api_key: what every request must carry; None: nothing, for servers on loopback.
-        count: called with path and status of every response.
+        metrics: where responses are counted.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, count: Callable[[str, int], None]):
+    def __init__(self, app: ASGIApp, api_key: str | None, metrics: ServerMetrics):
         self._app = app
-        self._key_hash = None if api_key is None else _hash(api_key.encode())
-        self._count = count
+        self._key = None if api_key is None else api_key.encode()
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -73,7 +71,7 @@ class AccessControl:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(_HEADERS)
-                self._count(scope["path"], message["status"])
+                self._metrics.responses.labels(message["status"]).inc()
             await send(message)
 
         app = self._app
@@ -86,44 +84,32 @@ class AccessControl:
 
     def _check(self, headers: Headers) -> None:
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self._key_hash is not None:
-            self._check_key(headers.get("authorization", ""), self._key_hash)
+        if self._key is not None:
+            _check_key(headers.get("authorization", ""), self._key)
             # Without an Origin it is a link that somebody follows.
-            is_foreign = origin is not None and headers.get("sec-fetch-site") in _OTHER_SITES
-        else:
-            if not is_loopback(_without_port(host)):
-                message = f"This server does not answer to the name {host!r}. {_BEHIND_PROXY}"
-                raise ApiError(403, message)
-            is_foreign = origin is not None and origin.partition("://")[2] != host
-        if is_foreign:
-            message = "Pages of other sites may not use this server."
-            raise ApiError(403, message if self._key_hash else f"{message} {_BEHIND_PROXY}")
-
-    def _check_key(self, authorization: str, key_hash: bytes) -> None:
-        """Checks the key, a bearer token or the password that a browser asks for."""
-        scheme, _, given = authorization.partition(" ")
-        key = given.strip().encode("latin-1")
-        if scheme.lower() == "basic":
-            try:
-                key = base64.b64decode(key, validate=True).partition(b":")[2]
-            except binascii.Error:
-                key = b""
-        is_right = hmac.compare_digest(_hash(key), key_hash)
-        if scheme.lower() not in ("bearer", "basic") or not is_right:
-            raise ApiError(
-                401,
-                "The API key is missing or wrong.",
-                code="invalid_api_key",
-                headers={"www-authenticate": 'Basic realm="kiem: the API key is the password"'},
-            )
+            if origin is not None and headers.get("sec-fetch-site") in _OTHER_SITES:
+                raise ApiError(403, "Pages of other sites may not use this server.")
+        elif not is_loopback(re.sub(r":\d+$", "", host).strip("[]").lower()):
+            message = f"This server does not answer to the name {host!r}. {_BEHIND_PROXY}"
+            raise ApiError(403, message)
+        elif origin is not None and origin.partition("://")[2] != host:
+            message = f"Pages of other sites may not use this server. {_BEHIND_PROXY}"
+            raise ApiError(403, message)
 
 
-def _hash(key: bytes) -> bytes:
-    """Returns a key at a fixed length, so that the time of a comparison reveals nothing."""
-    return hashlib.sha256(key).digest()
-
-
-def _without_port(host: str) -> str:
-    if host.startswith("["):  # [::1]:8000
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0].lower()
+def _check_key(authorization: str, expected: bytes) -> None:
+    """Checks the key, a bearer token or the password that a browser asks for."""
+    scheme, _, given = authorization.partition(" ")
+    key = given.strip().encode("latin-1")
+    if scheme.lower() == "basic":
+        try:
+            key = base64.b64decode(key, validate=True).partition(b":")[2]
+        except binascii.Error:
+            key = b""
+    if scheme.lower() not in ("bearer", "basic") or not hmac.compare_digest(key, expected):
+        raise ApiError(
+            401,
+            "The API key is missing or wrong.",
+            code="invalid_api_key",
+            headers={"www-authenticate": 'Basic realm="kiem: the API key is the password"'},
+        )

@@ -7,17 +7,23 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from functools import partial
-from importlib import resources
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
-import anyio
 import jinja2
 import msgspec
+from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import (
+    FileResponse,
+    HTMLResponse,
+    JSONResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -31,13 +37,11 @@ from kiem.tokenizer.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
 _MOST_BODY_BYTES = 1 << 20
-_BODY_SECONDS = 30
-_MOST_THREADS = 2
 _ROUTES_HERE = (
-    "There are POST /v1/completions, GET /v1/models, /health, /metrics and the page at /."
+    "There are POST /v1/completions, GET /v1/models, /health, /metrics and the page at /; "
+    "a base model has no chats."
 )
-_PAGE_FILES = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
-_Result = TypeVar("_Result")
+_PAGE = Path(__file__).parent / "page"
 
 
 class Server:
@@ -47,10 +51,6 @@ class Server:
         self._worker = worker
         self._settings = settings
         self._tokenizer = tokenizer
-        self._metrics = worker.metrics
-        source = (resources.files(__package__) / "page" / "index.html").read_text("utf-8")
-        template = jinja2.Environment(autoescape=True).from_string(source)
-        self._page = template.render(settings=settings)
         self._model = {
             "id": settings.model,
             "object": "model",
@@ -58,7 +58,10 @@ class Server:
             "owned_by": "kiem",
             "max_model_len": settings.max_context,
         }
-        self._threads = asyncio.Semaphore(_MOST_THREADS)
+        # For what may take seconds, and little of it at a time: a prompt of a megabyte takes a
+        # second to encode, and 300 MB; the probabilities of a long prompt's tokens are a million
+        # numbers to write.
+        self._executor = ThreadPoolExecutor(2, "texts")
 
     def app(self, api_key: str | None, on_end: Callable[[], None]) -> ASGIApp:
         """Returns the application.
@@ -73,15 +76,19 @@ class Server:
             self._worker.start(on_end)
             yield
 
+        source = (_PAGE / "index.html").read_text("utf-8")
+        template = jinja2.Environment(autoescape=True).from_string(source)
+        always = {
+            "/": HTMLResponse(template.render(settings=self._settings)),
+            **{f"/{n}": FileResponse(_PAGE / n) for n in ("page.css", "page.js", "icon.svg")},
+            "/v1/models": JSONResponse({"object": "list", "data": [self._model]}),
+        }
         routes = [
-            Route("/", self.page),
-            *(Route(f"/{name}", partial(_page_file, name=name)) for name in _PAGE_FILES),
+            *(Route(path, response, methods=["GET"]) for path, response in always.items()),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
-            Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
             Route("/v1/completions", self.completions, methods=["POST"]),
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
         ]
         handlers: Mapping[Any, Callable[[Request, Any], Awaitable[Response]]] = {
             HTTPException: _error_response,
@@ -91,32 +98,18 @@ class Server:
         inner = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
         # It would redirect to the name under which a proxy asks.
         inner.router.redirect_slashes = False
-        known = {route.path for route in routes}
-
-        def count(path: str, status: int) -> None:
-            # Not any path that somebody may think of: each would be a new series.
-            self._metrics.count_response(path if path in known else "other", status)
-
-        return AccessControl(inner, api_key, count)
-
-    async def page(self, _: Request) -> Response:
-        """The page to try the model."""
-        return Response(self._page, media_type="text/html")
+        return AccessControl(inner, api_key, self._worker.metrics)
 
     async def health(self, _: Request) -> Response:
         """Whether the engine runs."""
-        is_running = self._worker.is_running
-        return JSONResponse(
-            {"status": "ok" if is_running else "stopped"}, 200 if is_running else 503
-        )
+        if self._worker.is_running:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "stopped"}, 503)
 
     async def metrics(self, _: Request) -> Response:
         """Figures for Prometheus."""
-        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
-
-    async def models(self, _: Request) -> Response:
-        """The list of the one model."""
-        return JSONResponse({"object": "list", "data": [self._model]})
+        text = generate_latest(self._worker.metrics.registry)
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     async def model(self, request: Request) -> Response:
         """The one model by its name."""
@@ -125,61 +118,34 @@ class Server:
             raise model_not_found(name, self._settings)
         return JSONResponse(self._model)
 
-    async def chat(self, _: Request) -> Response:
-        """Refuses chats."""
-        message = (
-            f"{self._settings.model} is a base model: it continues texts and has no chats. "
-            "Use /v1/completions with a prompt."
-        )
-        raise ApiError(404, message, param="model")
-
     async def completions(self, request: Request) -> Response:
         """Continues one or more prompts."""
         data = await _read_body(request)
-        asked = await self._in_thread(
-            lambda: parse_completion(data, self._settings, self._tokenizer)
-        )
+        run = asyncio.get_running_loop().run_in_executor
+        asked = await run(self._executor, parse_completion, data, self._settings, self._tokenizer)
         job = self._worker.submit(asked.requests)
-        self._metrics.prompt_tokens.inc(asked.num_prompt_tokens)
+        self._worker.metrics.prompt_tokens.inc(asked.num_prompt_tokens)
         response = CompletionResponse(asked, self._settings.model, self._tokenizer)
         if asked.body.stream:
-            return _EventStream(job, _events(job, response))
-        outputs: list[list[RequestOutput]] = [[] for _ in asked.requests]
-
-        async def collect() -> None:
-            async for index, output in job.outputs():
-                outputs[index].append(output)
-
-        try:
-            await _while_connected(request, collect())
-        finally:
-            job.close()
-        encoded = await self._in_thread(lambda: msgspec.json.encode(response.whole(outputs)))
+            return _EventStream(job, response)
+        outputs = await _collect(job, request)
+        encoded = await run(self._executor, lambda: msgspec.json.encode(response.whole(outputs)))
         return Response(encoded, media_type="application/json")
-
-    async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
-        """Runs what may take seconds beside the event loop, and little of it at a time.
-
-        A prompt of a megabyte takes a second to encode, and 300 MB; the probabilities of a long
-        prompt's tokens are a million numbers to write.
-        """
-        async with self._threads:
-            return await anyio.to_thread.run_sync(work)
 
 
 class _EventStream(StreamingResponse):
     """A stream of server-sent events that closes its job however it ends."""
 
-    def __init__(self, job: Job, events: AsyncIterator[bytes]):
+    def __init__(self, job: Job, response: CompletionResponse):
         # nginx would hold the parts back.
-        super().__init__(events, 200, {"x-accel-buffering": "no"}, "text/event-stream")
+        headers = {"x-accel-buffering": "no"}
+        super().__init__(_events(job, response), headers=headers, media_type="text/event-stream")
         self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        # Not in the generator: a client may disconnect before that begins.
+        with contextlib.closing(self._job):
             await super().__call__(scope, receive, send)
-        finally:  # not in the generator: a client may disconnect before that begins
-            self._job.close()
 
 
 async def _events(job: Job, response: CompletionResponse) -> AsyncIterator[bytes]:
@@ -199,22 +165,20 @@ def _event(part: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(part) + b"\n\n"
 
 
-async def _while_connected(request: Request, work: Awaitable[None]) -> None:
-    """Waits for work, but not after the client has disconnected."""
+async def _collect(job: Job, request: Request) -> list[tuple[int, RequestOutput]]:
+    """Returns all that a job puts out, unless the client disconnects before."""
 
-    async def disconnect() -> None:
+    async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        job.put(ClientDisconnect())
 
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
+    watching = asyncio.ensure_future(watch())
+    with contextlib.closing(job):
+        try:
+            return [event async for event in job.outputs()]
+        finally:
+            watching.cancel()
 
 
 async def _read_body(request: Request) -> bytes:
@@ -225,21 +189,12 @@ async def _read_body(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "The content-type must be application/json.")
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding != "identity":
-        message = f"The content-encoding is {shown(encoding)}; send the body uncompressed."
-        raise ApiError(415, message)
     body = bytearray()
-    try:
-        with anyio.fail_after(_BODY_SECONDS):
-            async for block in request.stream():
-                body += block
-                if len(body) > _MOST_BODY_BYTES:
-                    message = f"The body is larger than {_MOST_BODY_BYTES} bytes."
-                    raise ApiError(413, message, headers={"connection": "close"})
-    except TimeoutError:
-        message = f"The body did not come within {_BODY_SECONDS} seconds."
-        raise ApiError(408, message, headers={"connection": "close"}) from None
+    async for block in request.stream():
+        body += block
+        if len(body) > _MOST_BODY_BYTES:
+            message = f"The body is larger than {_MOST_BODY_BYTES} bytes."
+            raise ApiError(413, message, headers={"connection": "close"})
     return bytes(body)
 
 
@@ -258,8 +213,3 @@ async def _failure_response(_: Request, __: Exception) -> Response:
 async def _no_response(_: Request, __: ClientDisconnect) -> Response:
     """Ends a request whose client has disconnected; only /metrics sees the status."""
     return Response(status_code=499)
-
-
-async def _page_file(_: Request, name: str) -> Response:
-    data = (resources.files(__package__) / "page" / name).read_bytes()
-    return Response(data, media_type=_PAGE_FILES[name])

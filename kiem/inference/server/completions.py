@@ -1,7 +1,7 @@
 """Requests to /v1/completions, as OpenAI defines them, translated for the engine.
 
 https://platform.openai.com/docs/api-reference/completions. Additional fields (top_k, min_p,
-repetition_penalty) have vLLM's names; for other fields see unsupported.py.
+repetition_penalty) have vLLM's names.
 """
 
 from __future__ import annotations
@@ -18,20 +18,32 @@ from kiem.config import Penalty, Share, Temperature, TopP
 from kiem.inference.engine import Request
 from kiem.inference.sampling import SamplingParams
 from kiem.inference.server.errors import ApiError, shown
-from kiem.inference.server.unsupported import without_unsupported
 from kiem.tokenizer.tokenizer import Tokenizer
 
-_MOST_LOGPROBS = 20
+# A field that is not here is accepted with a value that asks for nothing: null, false, 0 or empty.
+# For these, of OpenAI, vLLM and llama.cpp, that is another value beside null.
+_OFF: dict[str, Any] = {
+    **dict.fromkeys(("best_of", "length_penalty", "repeat_penalty", "tfs_z", "typical_p"), 1),
+    **dict.fromkeys(("id_slot", "top_n_sigma"), -1),
+    **dict.fromkeys(("add_special_tokens", "detokenize", "skip_special_tokens"), True),
+    "spaces_between_special_tokens": True,
+    "response_format": {"type": "text"},
+}
+# These may have any value, since they only adjust what is off. llama.cpp's clients send defaults.
+_ADJUSTMENTS = """
+cache_prompt dry_allowed_length dry_base dry_penalty_last_n dry_sequence_breakers dynatemp_exponent
+guided_decoding_backend guided_whitespace_pattern mirostat_eta mirostat_tau repeat_last_n
+xtc_threshold
+"""
 
-Count = Annotated[int, Meta(ge=1)]
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """The field stream_options."""
+    """What a stream tells beside the text."""
 
     include_usage: bool = False
-    continuous_usage_stats: bool = False  # vLLM's
+    continuous_usage_stats: bool = False  # vLLM's: with every part
     include_obfuscation: bool = False  # OpenAI pads its stream with noise; kiem never does
 
 
@@ -40,12 +52,11 @@ class CompletionBody(msgspec.Struct):
 
     prompt: str | list[str | int | list[int]]
     model: str | None = None
-    best_of: Count | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=_MOST_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     max_tokens: Annotated[int, Meta(ge=0)] | None = None
     min_p: Share | None = None
-    n: Count | None = None
+    n: Annotated[int, Meta(ge=1)] | None = None
     repetition_penalty: Penalty | None = None
     seed: int | None = None
     stop: StopText | Annotated[list[StopText], Meta(max_length=16)] | None = None
@@ -92,11 +103,6 @@ class Completion:
     prompt_ids: list[list[int]]
     num_prompt_tokens: int
 
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the numbers of tokens."""
-        return self.body.stream_options is not None and self.body.stream_options.include_usage
-
 
 def parse_completion(data: bytes, settings: ServerSettings, tokenizer: Tokenizer) -> Completion:
     """Returns what a request asks for.
@@ -109,10 +115,6 @@ def parse_completion(data: bytes, settings: ServerSettings, tokenizer: Tokenizer
     if body.model not in (None, settings.model):
         raise model_not_found(body.model, settings)
     num_sequences = body.n or 1
-    if body.best_of not in (None, num_sequences):
-        message = f"best_of is {shown(body.best_of)}; what works: n, here {shown(num_sequences)}."
-        raise ApiError(400, message, param="best_of")
-    _check_stream_options(body)
     prompts = _prompts(body.prompt)
     if len(prompts) * num_sequences > settings.max_sequences:
         message = f"More than {settings.max_sequences} sequences at once are never possible here."
@@ -166,12 +168,11 @@ def _read_body(data: bytes) -> CompletionBody:
         given = msgspec.json.decode(data, type=dict[str, Any])
         if given.get("logprobs") is False:  # as in OpenAI's API for chats
             del given["logprobs"]
-        given = without_unsupported(given)
         known = CompletionBody.__struct_fields__
-        for name in given:
-            if name not in known:
-                message = f"There is no field {shown(name)} here; there are {', '.join(known)}."
-                raise ApiError(400, message, param=shown(name))
+        for name, value in given.items():
+            if name not in known and not _is_off(name, value):
+                message = f"This server cannot do {shown(name)}: {shown(value)}. Its fields are "
+                raise ApiError(400, f"{message}{', '.join(known)}.", param=shown(name))
         return msgspec.convert(given, CompletionBody)
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at `$")
@@ -179,18 +180,14 @@ def _read_body(data: bytes) -> CompletionBody:
         where = f"{path.strip('.`')}: " if names else ""
         raise ApiError(400, f"{where}{what}.", param=names[0] if names else None) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(400, f"The body is not JSON: {error}") from error
+        raise ApiError(400, f"The body is not plain JSON: {error}") from error
 
 
-def _check_stream_options(body: CompletionBody) -> None:
-    wanted = body.stream_options or StreamOptions()
-    wrong = None
-    if wanted.continuous_usage_stats:
-        wrong = "continuous_usage_stats is true; what works: include_usage"
-    elif wanted.include_usage and not body.stream:
-        wrong = "include_usage is true; what works: false, or stream: true"
-    if wrong is not None:
-        raise ApiError(400, f"stream_options.{wrong}.", param="stream_options")
+def _is_off(name: str, value: Any) -> bool:
+    """Returns whether a field that is not here asks for nothing."""
+    if name in _OFF:
+        return value is None or value == _OFF[name]
+    return not value or name in _ADJUSTMENTS.split()
 
 
 def _prompts(given: str | list[str | int | list[int]]) -> list[str | list[int]]:

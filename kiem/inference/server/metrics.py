@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from kiem.inference.engine import Engine, RequestOutput
 
@@ -15,14 +15,14 @@ class ServerMetrics:
     """The figures of one server, in a registry of its own."""
 
     def __init__(self, engine: Engine, max_sequences: int):
-        self._registry = own = CollectorRegistry()
+        self.registry = own = CollectorRegistry()
         running = Gauge("kiem_sequences_running", "Sequences that have a slot", registry=own)
         running.set_function(lambda: engine.num_running)
         waiting = Gauge("kiem_sequences_waiting", "Sequences without a slot", registry=own)
         waiting.set_function(lambda: engine.num_waiting)
         Gauge("kiem_sequences_limit", "Most running and waiting", registry=own).set(max_sequences)
         counter = partial(Counter, registry=own)
-        self._responses = counter("kiem_http_responses", "Responses", ("route", "status"))
+        self.responses = counter("kiem_http_responses", "Responses", ("status",))
         self.prompt_tokens = counter("kiem_prompt_tokens", "Tokens of prompts")
         self._new_tokens = counter("kiem_new_tokens", "Tokens written")
         self._finished = counter("kiem_sequences_finished", "Sequences that ended", ("reason",))
@@ -34,16 +34,8 @@ class ServerMetrics:
             "kiem_request_seconds", "From a request to the end of its response"
         )
 
-    def count_response(self, route: str, status: int) -> None:
-        """Counts a response."""
-        self._responses.labels(route, str(status)).inc()
-
     def count(self, output: RequestOutput) -> None:
         """Counts an output of the engine."""
         self._new_tokens.inc(output.num_tokens)
         if output.finish_reason is not None:
             self._finished.labels(output.finish_reason).inc()
-
-    def text(self) -> bytes:
-        """Returns all figures in Prometheus's text format."""
-        return generate_latest(self._registry)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any
 
 from kiem.inference.engine import RequestOutput, Score
-from kiem.inference.server.completions import Completion
+from kiem.inference.server.completions import Completion, StreamOptions
 from kiem.inference.text import TextStream
 from kiem.tokenizer.tokenizer import BYTE_TOKENS, Tokenizer
 
@@ -32,17 +32,19 @@ class CompletionResponse:
             "model": model,
         }
         self._num_new_tokens = 0
-        self._token_texts: dict[int, str] = {}
+        self._told = asked.body.stream_options or StreamOptions()
         self._num_sequences = len(asked.requests) // len(asked.prompts)
         texts = asked.prompts if asked.body.echo else [""] * len(asked.prompts)
         self._echoes = [text for text in texts for _ in range(self._num_sequences)]
         self._num_characters = [len(text) for text in self._echoes]
 
-    def whole(self, outputs: Sequence[Sequence[RequestOutput]]) -> dict[str, Any]:
-        """Returns the response without a stream, from the outputs of each sequence."""
+    def whole(self, outputs: Iterable[tuple[int, RequestOutput]]) -> dict[str, Any]:
+        """Returns the response without a stream, from sequence and output as they came."""
+        by_sequence: list[list[RequestOutput]] = [[] for _ in self._echoes]
+        for index, output in outputs:
+            by_sequence[index].append(output)
         choices = [
-            self._choice(index, own, echo)
-            for index, (own, echo) in enumerate(zip(outputs, self._echoes, strict=True))
+            self._choice(index, own, self._echoes[index]) for index, own in enumerate(by_sequence)
         ]
         return {**self._head, "choices": choices, "usage": self._usage()}
 
@@ -57,12 +59,14 @@ class CompletionResponse:
         async for index, output in outputs:
             echo = self._echoes[index] if output.prompt_scores is not None else ""
             yield self._part(self._choice(index, [output], echo))
-        if self._asked.include_usage:
+        if self._told.include_usage:
             yield {**self._head, "choices": [], "usage": self._usage()}
 
     def _part(self, choice: dict[str, Any]) -> dict[str, Any]:
-        usage = {"usage": None} if self._asked.include_usage else {}
-        return {**self._head, "choices": [choice], **usage}
+        part = {**self._head, "choices": [choice]}
+        if self._told.include_usage:
+            part["usage"] = self._usage() if self._told.continuous_usage_stats else None
+        return part
 
     def _choice(self, index: int, outputs: Sequence[RequestOutput], echo: str) -> dict[str, Any]:
         reason = outputs[-1].finish_reason if outputs else None
@@ -112,11 +116,10 @@ class CompletionResponse:
 
     def _token_text(self, token: int) -> str:
         """Returns a token as text; a byte as OpenAI writes it, such as bytes:\\xc3."""
-        if token not in self._token_texts:
-            entry = self._tokenizer.implementation.id_to_token(token)
-            text = f"bytes:\\x{entry[3:5].lower()}" if entry in BYTE_TOKENS else None
-            self._token_texts[token] = text or self._tokenizer.decode([token]) or entry or ""
-        return self._token_texts[token]
+        entry = self._tokenizer.implementation.id_to_token(token)
+        if entry in BYTE_TOKENS:
+            return f"bytes:\\x{entry[3:5].lower()}"
+        return self._tokenizer.decode([token]) or entry or ""
 
     def _usage(self) -> dict[str, int]:
         new, given = self._num_new_tokens, self._asked.num_prompt_tokens

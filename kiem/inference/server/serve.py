@@ -3,87 +3,92 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import importlib
 import logging
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import uvicorn
 from rich.console import Console
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kiem.config import InferenceOptions
-from kiem.core.errors import bad_option, not_installed
+from kiem.core.errors import bad_option
 from kiem.inference.engine import Engine
 from kiem.inference.loading import LoadedModel
 from kiem.inference.sampling import SamplingParams
+from kiem.inference.server.access import is_loopback
+from kiem.inference.server.app import Server
+from kiem.inference.server.completions import ServerSettings
+from kiem.inference.server.worker import Worker
 
-if TYPE_CHECKING:
-    import uvicorn
-
-    from kiem.inference.server.worker import Worker
-
+REQUEST_SECONDS = 30
 _STOP_SECONDS = 30  # for running requests to end
 _SHORTEST_KEY = 16
 _MOST_CONNECTIONS = 500
 
 
-@contextlib.contextmanager
-def prepare_server(options: InferenceOptions) -> Iterator[socket.socket]:
-    """Checks packages and key, and binds the address, all before a model is loaded.
+class _Connection(H11Protocol):
+    """A client's connection, closed if its next request does not come in time.
+
+    Uvicorn itself would wait forever for the first request, and for the rest of one that has
+    begun. Its connections are limited, so silent clients could keep all others out.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._update_deadline()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._update_deadline()
+
+    def _update_deadline(self) -> None:
+        """Ends the time limit if a whole request has come; else it stays as it was."""
+        is_waiting = self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+        if is_waiting and self._deadline is None:
+            self._deadline = self.loop.call_later(REQUEST_SECONDS, self.transport.close)
+        elif not is_waiting and self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _should_upgrade(self) -> bool:
+        """Ignores requests for another protocol, as HTTP allows: some clients send many."""
+        return False
+
+
+def prepare_server(options: InferenceOptions) -> socket.socket:
+    """Checks the key and binds the address, before a model is loaded.
 
     Raises:
-        UserError: a package is missing, the key is too weak, or the address cannot be bound.
+        UserError: the key is too weak, or the address cannot be bound.
     """
-    for package in ("starlette", "uvicorn", "prometheus_client"):
-        try:
-            importlib.import_module(package)
-        except ModuleNotFoundError as error:
-            raise not_installed("starlette uvicorn prometheus-client", "--serve") from error
-    _check_key(options.host, options.api_key)
-    with open_socket(options.host, options.port) as listening:
-        yield listening
+    host, port = options.host, options.port
+    _check_key(host, options.api_key)
+    is_v6 = ":" in host
+    family = socket.AF_INET6 if is_v6 else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, dualstack_ipv6=is_v6)
+    except (OSError, ValueError) as error:  # the latter: not even a name, or no IPv6 here
+        what = f"cannot listen there ({getattr(error, 'strerror', None) or error})"
+        where = f"--host {host} --port {port}"
+        raise bad_option(where, what, "Choose another --port or --host.") from error
 
 
 def _check_key(host: str, api_key: str | None) -> None:
     """Checks that a server that others can reach has a key that cannot be guessed."""
-    from kiem.inference.server.access import is_loopback
-
     if api_key is None:
         if is_loopback(host):
             return
         what = f"others can reach a server on {host}: it needs a key"
-    elif len(api_key) < _SHORTEST_KEY or not api_key.isascii() or not api_key.isprintable():
-        what = f"the key must have at least {_SHORTEST_KEY} characters, all of them ASCII"
-    elif " " in api_key:
-        what = "the key has a space"
+    elif len(api_key) < _SHORTEST_KEY or not all("!" <= letter <= "~" for letter in api_key):
+        what = f"the key must have at least {_SHORTEST_KEY} characters, all ASCII and no spaces"
     else:
         return
     fix = "Make one with: openssl rand -hex 16. In a file for --config nobody else sees it."
     raise bad_option("--api-key", what, fix)
-
-
-@contextlib.contextmanager
-def open_socket(host: str, port: int) -> Iterator[socket.socket]:
-    """Binds an address.
-
-    Raises:
-        UserError: there is no such address here, or it is in use.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            family, kind, _, _, address = found[0]
-            listening = stack.enter_context(socket.socket(family, kind))
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind(address)
-        except (OSError, UnicodeError) as error:
-            what = f"cannot listen there ({getattr(error, 'strerror', None) or error})"
-            where = f"--host {host} --port {port}"
-            raise bad_option(where, what, "Choose another --port or --host.") from error
-        yield listening
 
 
 def serve(
@@ -99,17 +104,12 @@ def serve(
     """
     server, worker = make_server(loaded, params, options)
     loaded.tokenizer.encode("")  # Gemma's takes a second to load: not at the first request
-    listening.listen()
-    host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-
-    def end(*_: object) -> None:
-        server.should_exit = True
-
     # uvicorn raises the signal that has stopped it once more: that is no error here.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
+        signal.signal(number, server.handle_exit)
     logging.getLogger("uvicorn.error").addFilter(_is_error)
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
     name = _model_name(options.model_path)
     console.print(f"{name} is at http://{shown}:{port}/ (Ctrl-C ends it)")
     try:
@@ -129,24 +129,13 @@ def make_server(
     loaded: LoadedModel, params: SamplingParams, options: InferenceOptions
 ) -> tuple[uvicorn.Server, Worker]:
     """Returns a server that is yet to run, and its engine's thread; arguments as of `serve`."""
-    import uvicorn
-
-    from kiem.inference.server.app import Server
-    from kiem.inference.server.completions import ServerSettings
-    from kiem.inference.server.connection import Connection
-    from kiem.inference.server.worker import Worker
-
-    settings = ServerSettings(
-        model=_model_name(options.model_path),
-        params=params,
-        max_context=options.max_context,
-        max_sequences=options.max_requests + options.max_waiting,
-    )
-    max_requests, max_tokens = options.max_requests, options.max_context
+    max_requests, max_context = options.max_requests, options.max_context
+    max_sequences = max_requests + options.max_waiting
+    settings = ServerSettings(_model_name(options.model_path), params, max_context, max_sequences)
     engine = Engine(
-        loaded.model, loaded.tokenizer, max_requests=max_requests, max_tokens=max_tokens
+        loaded.model, loaded.tokenizer, max_requests=max_requests, max_tokens=max_context
     )
-    worker = Worker(engine, settings.max_sequences)
+    worker = Worker(engine, max_sequences)
 
     def end() -> None:
         server.should_exit = True
@@ -154,7 +143,7 @@ def make_server(
     app = Server(worker, settings, loaded.tokenizer).app(options.api_key, end)
     config = uvicorn.Config(
         app,
-        http=Connection,
+        http=_Connection,
         ws="none",
         lifespan="on",
         log_config=None,

@@ -22,48 +22,43 @@ class Job:
         self._worker = worker
         self._num_sequences = num_sequences
         self._started = time.perf_counter()
-        self._events: asyncio.Queue[tuple[int, RequestOutput] | None] = asyncio.Queue()
-        self.open = set(range(num_sequences))
+        self._events: asyncio.Queue[tuple[int, RequestOutput] | Exception] = asyncio.Queue()
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Yields sequence and output as they come, until every sequence has ended.
 
         Raises:
-            ApiError: a sequence has failed, or the engine has stopped.
+            Exception: what was put instead of an output.
         """
-        num_running = self._num_sequences  # some may have ended already
+        num_running = self._num_sequences
         has_token = False
         while num_running:
             event = await self._events.get()
-            if event is None:
-                raise _stopping()
+            if isinstance(event, Exception):
+                raise event
             output = event[1]
-            if output.error is not None:
-                raise server_failed() from output.error
             if output.token is not None and not has_token:
-                self._worker.metrics.first_token_seconds.observe(
-                    time.perf_counter() - self._started
-                )
+                seconds = time.perf_counter() - self._started
+                self._worker.metrics.first_token_seconds.observe(seconds)
                 has_token = True
             num_running -= output.finish_reason is not None
             yield event
 
-    def put(self, event: tuple[int, RequestOutput] | None) -> None:
-        """Takes an output of a sequence, or None when there will be no more."""
-        if event is not None and event[1].finish_reason is not None:
-            self.open.discard(event[0])
+    def put(self, event: tuple[int, RequestOutput] | Exception) -> None:
+        """Takes a sequence and its output, or why there will be no more."""
         self._events.put_nowait(event)
 
     def close(self) -> None:
-        """Ends the job once and for all: cancels the sequences that have not ended."""
+        """Ends the job: cancels the sequences that have not ended."""
         self._worker.metrics.request_seconds.observe(time.perf_counter() - self._started)
-        if self.open:
-            self._worker.cancel(self)
-        self.open.clear()
+        self._worker.cancel(self)
 
 
 class Worker:
-    """Runs the engine: its steps in a thread, all else on the event loop between two steps.
+    """Runs the engine: its steps in a thread, all else on the event loop.
+
+    Requests are added during a step, too, since that only appends to the engine's queue. They are
+    cancelled between two steps.
 
     Args:
         engine: nothing else uses it.
@@ -74,9 +69,9 @@ class Worker:
         self.metrics = ServerMetrics(engine, max_sequences)
         self._engine = engine
         self._max_sequences = max_sequences
-        self._commands: asyncio.Queue[Callable[[], None]] = asyncio.Queue()
         self._sequences: dict[int, tuple[Job, int]] = {}  # by the engine's number
-        self._jobs: set[Job] = set()
+        self._cancelled: list[int] = []
+        self._has_work = asyncio.Event()
         self._executor = ThreadPoolExecutor(1, "engine")
         self._task: asyncio.Task[None] | None = None
 
@@ -89,8 +84,8 @@ class Worker:
         """Starts the work on this event loop; calls `on_end` when it ends for any reason."""
 
         def end(_: asyncio.Task[None]) -> None:
-            for job in self._jobs:
-                job.put(None)
+            for job in {job for job, _ in self._sequences.values()}:
+                job.put(_stopping())
             on_end()
 
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -114,63 +109,50 @@ class Worker:
         """
         if not self.is_running:
             raise _stopping()
-        if sum(len(job.open) for job in self._jobs) + len(requests) > self._max_sequences:
+        if len(self._sequences) + len(requests) > self._max_sequences:
             message = "The server has as many requests as it takes; try again soon."
             raise ApiError(429, message, headers={"retry-after": "1"})
         job = Job(self, len(requests))
-        self._jobs.add(job)
-
-        def add() -> None:
-            for index, request in enumerate(requests):
-                try:
-                    self._sequences[self._engine.add(request)] = job, index
-                except Exception as error:  # noqa: BLE001 - logged, and the client gets a 500
-                    _log(error)
-                    self._deliver(job, index, RequestOutput(-1, finish_reason="error", error=error))
-
-        self._commands.put_nowait(add)
+        for index, request in enumerate(requests):
+            self._sequences[self._engine.add(request)] = job, index
+        self._has_work.set()
         return job
 
     def cancel(self, job: Job) -> None:
         """Frees the slots of a job."""
-        self._jobs.discard(job)
-
-        def cancel() -> None:
-            for number in [n for n, (other, _) in self._sequences.items() if other is job]:
-                self._engine.cancel(number)
-                del self._sequences[number]
-
-        self._commands.put_nowait(cancel)
+        for number in [n for n, (other, _) in self._sequences.items() if other is job]:
+            del self._sequences[number]
+            self._cancelled.append(number)
 
     async def _run(self) -> None:
         """Works until the event loop ends, or the model itself fails."""
         loop = asyncio.get_running_loop()
         while True:
-            while not self._sequences or not self._commands.empty():
-                (await self._commands.get())()
-            for output in await loop.run_in_executor(self._executor, self._step):
-                job, index = self._sequences[output.request_id]
-                if output.finish_reason is not None:
-                    del self._sequences[output.request_id]
-                self._deliver(job, index, output)
+            while self._cancelled:
+                self._engine.cancel(self._cancelled.pop())
+            if self._sequences:
+                for output in await loop.run_in_executor(self._executor, self._step):
+                    self._deliver(output)
+            else:
+                self._has_work.clear()
+                await self._has_work.wait()
 
     def _step(self) -> list[RequestOutput]:
         outputs = self._engine.step()
         for output in outputs:
             if output.error is not None:
                 self._engine.check_model()  # raises if the model itself is the reason
-                _log(output.error)
+                _LOG.error("A request has failed; the server continues.", exc_info=output.error)
         return outputs
 
-    def _deliver(self, job: Job, index: int, output: RequestOutput) -> None:
+    def _deliver(self, output: RequestOutput) -> None:
         self.metrics.count(output)
-        job.put((index, output))
-        if not job.open:
-            self._jobs.discard(job)
-
-
-def _log(error: Exception) -> None:
-    _LOG.error("A request has failed; the server continues.", exc_info=error)
+        if output.request_id not in self._sequences:  # cancelled during the step
+            return
+        job, index = self._sequences[output.request_id]
+        if output.finish_reason is not None:
+            del self._sequences[output.request_id]
+        job.put((index, output) if output.error is None else server_failed())
 
 
 def _stopping() -> ApiError:
