@@ -135,12 +135,9 @@ def test_stop_echo_and_token_ids(client: openai.OpenAI, server: ServerProcess) -
 
 def test_models_and_openais_errors(client: openai.OpenAI) -> None:
     assert [entry.id for entry in client.models.list()] == ["short"]
-    assert client.models.retrieve("short").owned_by == "kiem"
     with pytest.raises(openai.NotFoundError) as missing:
-        client.models.retrieve("gpt-4")
-    assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.NotFoundError):
         client.completions.create(model="gpt-4", prompt="x")
+    assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as bad:
         client.completions.create(model="short", prompt="x", temperature=-1)
     assert bad.value.param == "temperature"

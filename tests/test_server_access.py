@@ -28,7 +28,7 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.inference.generate import generate
 
 KEY = "een-sleutel-van-lengte"
-ROUTES = ("/", "/page.js", "/metrics", "/v1/models", "/v1/models/short", "/niets")
+ROUTES = ("/", "/page.js", "/metrics", "/v1/models", "/niets")
 
 
 @pytest.fixture(scope="module")

@@ -49,8 +49,10 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class AccessControl:
-    """Refuses requests that may not pass, adds headers to every response and counts it.
+def with_access_control(app: ASGIApp, api_key: str | None, metrics: ServerMetrics) -> ASGIApp:
+    """Returns an application that refuses requests that may not pass.
+
+    It adds headers to every response, and counts it.
 
     Args:
         app: the application behind it.
@@ -58,43 +60,37 @@ class AccessControl:
         metrics: where responses are counted.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, metrics: ServerMetrics):
-        self._app = app
-        self._key = None if api_key is None else api_key.encode()
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(_HEADERS)
-                self._metrics.responses.labels(message["status"]).inc()
+                metrics.responses.labels(message["status"]).inc()
             await send(message)
 
-        app = self._app
+        chosen = app
         try:
-            if scope["path"] != _OPEN_PATH:
-                self._check(Headers(scope=scope))
+            if scope["type"] == "http" and scope["path"] != _OPEN_PATH:
+                _check(Headers(scope=scope), api_key)
         except ApiError as error:
-            app = error.response()
-        await app(scope, receive, send_with_headers)
+            chosen = error.response()
+        await chosen(scope, receive, send_with_headers)
 
-    def _check(self, headers: Headers) -> None:
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if self._key is not None:
-            _check_key(headers.get("authorization", ""), self._key)
-            # Without an Origin it is a link that somebody follows.
-            if origin is not None and headers.get("sec-fetch-site") in _OTHER_SITES:
-                raise ApiError(403, "Pages of other sites may not use this server.")
-        elif not is_loopback(re.sub(r":\d+$", "", host).strip("[]").lower()):
-            message = f"This server does not answer to the name {host!r}. {_BEHIND_PROXY}"
-            raise ApiError(403, message)
-        elif origin is not None and origin.partition("://")[2] != host:
-            message = f"Pages of other sites may not use this server. {_BEHIND_PROXY}"
-            raise ApiError(403, message)
+    return guarded
+
+
+def _check(headers: Headers, api_key: str | None) -> None:
+    host, origin = headers.get("host", ""), headers.get("origin")
+    if api_key is not None:
+        _check_key(headers.get("authorization", ""), api_key.encode())
+        # Without an Origin it is a link that somebody follows.
+        if origin is not None and headers.get("sec-fetch-site") in _OTHER_SITES:
+            raise ApiError(403, "Pages of other sites may not use this server.")
+    elif not is_loopback(re.sub(r":\d+$", "", host).strip("[]").lower()):
+        message = f"This server does not answer to the name {host!r}. {_BEHIND_PROXY}"
+        raise ApiError(403, message)
+    elif origin is not None and origin.partition("://")[2] != host:
+        message = f"Pages of other sites may not use this server. {_BEHIND_PROXY}"
+        raise ApiError(403, message)
 
 
 def _check_key(authorization: str, expected: bytes) -> None:

@@ -28,8 +28,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kiem.inference.engine import RequestOutput
-from kiem.inference.server.access import AccessControl
-from kiem.inference.server.completions import ServerSettings, model_not_found, parse_completion
+from kiem.inference.server.access import with_access_control
+from kiem.inference.server.completions import ServerSettings, parse_completion
 from kiem.inference.server.errors import ApiError, server_failed, shown
 from kiem.inference.server.response import CompletionResponse
 from kiem.inference.server.worker import Job, Worker
@@ -51,13 +51,6 @@ class Server:
         self._worker = worker
         self._settings = settings
         self._tokenizer = tokenizer
-        self._model = {
-            "id": settings.model,
-            "object": "model",
-            "created": int(time.time()),
-            "owned_by": "kiem",
-            "max_model_len": settings.max_context,
-        }
         # For what may take seconds, and little of it at a time: a prompt of a megabyte takes a
         # second to encode, and 300 MB; the probabilities of a long prompt's tokens are a million
         # numbers to write.
@@ -78,16 +71,22 @@ class Server:
 
         source = (_PAGE / "index.html").read_text("utf-8")
         template = jinja2.Environment(autoescape=True).from_string(source)
+        model = {
+            "id": self._settings.model,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "kiem",
+            "max_model_len": self._settings.max_context,
+        }
         always = {
             "/": HTMLResponse(template.render(settings=self._settings)),
             **{f"/{n}": FileResponse(_PAGE / n) for n in ("page.css", "page.js", "icon.svg")},
-            "/v1/models": JSONResponse({"object": "list", "data": [self._model]}),
+            "/v1/models": JSONResponse({"object": "list", "data": [model]}),
         }
         routes = [
             *(Route(path, response, methods=["GET"]) for path, response in always.items()),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
-            Route("/v1/models/{name:path}", self.model),
             Route("/v1/completions", self.completions, methods=["POST"]),
         ]
         handlers: Mapping[Any, Callable[[Request, Any], Awaitable[Response]]] = {
@@ -98,7 +97,7 @@ class Server:
         inner = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
         # It would redirect to the name under which a proxy asks.
         inner.router.redirect_slashes = False
-        return AccessControl(inner, api_key, self._worker.metrics)
+        return with_access_control(inner, api_key, self._worker.metrics)
 
     async def health(self, _: Request) -> Response:
         """Whether the engine runs."""
@@ -110,13 +109,6 @@ class Server:
         """Figures for Prometheus."""
         text = generate_latest(self._worker.metrics.registry)
         return Response(text, media_type="text/plain; version=0.0.4")
-
-    async def model(self, request: Request) -> Response:
-        """The one model by its name."""
-        name = request.path_params["name"]
-        if name != self._settings.model:
-            raise model_not_found(name, self._settings)
-        return JSONResponse(self._model)
 
     async def completions(self, request: Request) -> Response:
         """Continues one or more prompts."""

@@ -113,7 +113,8 @@ def parse_completion(data: bytes, settings: ServerSettings, tokenizer: Tokenizer
     # Read the fields.
     body = _read_body(data)
     if body.model not in (None, settings.model):
-        raise model_not_found(body.model, settings)
+        message = f"The model {shown(body.model)} is not here; the only one is {settings.model}."
+        raise ApiError(404, message, param="model", code="model_not_found")
     num_sequences = body.n or 1
     prompts = _prompts(body.prompt)
     if len(prompts) * num_sequences > settings.max_sequences:
@@ -156,12 +157,6 @@ def parse_completion(data: bytes, settings: ServerSettings, tokenizer: Tokenizer
     )
 
 
-def model_not_found(name: str | None, settings: ServerSettings) -> ApiError:
-    """Returns the error for another model than the server's."""
-    message = f"The model {shown(name)} is not here; the only one is {settings.model}."
-    return ApiError(404, message, param="model", code="model_not_found")
-
-
 def _read_body(data: bytes) -> CompletionBody:
     """Returns a request's JSON with types and ranges checked."""
     try:
@@ -190,16 +185,14 @@ def _is_off(name: str, value: Any) -> bool:
     return not value or name in _ADJUSTMENTS.split()
 
 
-def _prompts(given: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    if isinstance(given, str):
+def _prompts(given: str | list[Any]) -> list[str | list[int]]:
+    kinds = set(map(type, given))
+    if isinstance(given, str) or kinds == {int}:
         return [given]
-    texts = [prompt for prompt in given if isinstance(prompt, str)]
-    ids = [prompt for prompt in given if isinstance(prompt, int)]
-    lists = [prompt for prompt in given if isinstance(prompt, list)]
-    if not given or max(len(texts), len(ids), len(lists)) != len(given):
+    if kinds not in ({str}, {list}):
         message = "prompt must be a text, a list of texts, token ids, or a list of token ids."
         raise ApiError(400, message, param="prompt")
-    return [ids] if ids else [*texts, *lists]
+    return given
 
 
 def _prompt_ids(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:

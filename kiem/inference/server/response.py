@@ -33,9 +33,10 @@ class CompletionResponse:
         }
         self._num_new_tokens = 0
         self._told = asked.body.stream_options or StreamOptions()
-        self._num_sequences = len(asked.requests) // len(asked.prompts)
-        texts = asked.prompts if asked.body.echo else [""] * len(asked.prompts)
-        self._echoes = [text for text in texts for _ in range(self._num_sequences)]
+        self._echoes = [
+            asked.prompts[request.prompt_number] if asked.body.echo else ""
+            for request in asked.requests
+        ]
         self._num_characters = [len(text) for text in self._echoes]
 
     def whole(self, outputs: Iterable[tuple[int, RequestOutput]]) -> dict[str, Any]:
@@ -43,33 +44,26 @@ class CompletionResponse:
         by_sequence: list[list[RequestOutput]] = [[] for _ in self._echoes]
         for index, output in outputs:
             by_sequence[index].append(output)
-        choices = [
-            self._choice(index, own, self._echoes[index]) for index, own in enumerate(by_sequence)
-        ]
+        choices = [self._choice(index, own) for index, own in enumerate(by_sequence)]
         return {**self._head, "choices": choices, "usage": self._usage()}
 
     async def stream(
         self, outputs: AsyncIterator[tuple[int, RequestOutput]]
     ) -> AsyncIterator[dict[str, Any]]:
         """Yields the parts of a stream, from sequence and output as they come."""
-        if self._asked.body.logprobs is None:  # otherwise the prompts come with their scores
-            for index, echo in enumerate(self._echoes):
-                if echo:
-                    yield self._part(self._choice(index, [], echo))
+        usage: dict[str, Any] = {}
         async for index, output in outputs:
-            echo = self._echoes[index] if output.prompt_scores is not None else ""
-            yield self._part(self._choice(index, [output], echo))
+            choice = self._choice(index, [output])
+            if self._told.include_usage:
+                usage["usage"] = self._usage() if self._told.continuous_usage_stats else None
+            yield {**self._head, "choices": [choice], **usage}
         if self._told.include_usage:
             yield {**self._head, "choices": [], "usage": self._usage()}
 
-    def _part(self, choice: dict[str, Any]) -> dict[str, Any]:
-        part = {**self._head, "choices": [choice]}
-        if self._told.include_usage:
-            part["usage"] = self._usage() if self._told.continuous_usage_stats else None
-        return part
-
-    def _choice(self, index: int, outputs: Sequence[RequestOutput], echo: str) -> dict[str, Any]:
-        reason = outputs[-1].finish_reason if outputs else None
+    def _choice(self, index: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """Returns what the next outputs add to a sequence; its prompt comes with the first."""
+        echo, self._echoes[index] = self._echoes[index], ""
+        reason = outputs[-1].finish_reason
         has_logprobs = self._asked.body.logprobs is not None
         self._num_new_tokens += sum(output.num_tokens for output in outputs)
         return {
@@ -93,7 +87,7 @@ class CompletionResponse:
     ) -> Iterator[tuple[int, Score | None, int]]:
         """Yields the tokens of an output, their scores, and their offsets in the text."""
         if output.prompt_scores is not None:
-            number = index // self._num_sequences
+            number = self._asked.requests[index].prompt_number
             ids = self._asked.prompt_ids[number]
             known = output.prompt_scores[len(output.prompt_scores) - len(ids) + 1 :]
             stream, offset = TextStream(self._tokenizer), 0

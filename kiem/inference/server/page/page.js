@@ -3,13 +3,16 @@
 const byId = (id) => document.getElementById(id);
 const RANGES = ["temperature", "top_p", "min_p", "repetition_penalty", "max_tokens"];
 const SHOWN_ALTERNATIVES = 5;
-const QUESTION_END = "\nVraag:";
+
+// Some browsers forbid it; then the page just forgets.
+let memory = {};
+try {
+  memory = localStorage;
+} catch {}
 
 const WORDS = {
   nl: {
     busy: "Bezig…",
-    first: (s) => `Eerste token na ${s} s`,
-    done: (n, rate) => `${n} tokens${rate ? `, ${rate} tokens/s` : ""}`,
     reasons: { stop: "einde van de tekst", length: "maximum bereikt", stopped: "gestopt" },
     copied: "Gekopieerd.",
     lost: "Geen verbinding met de server.",
@@ -24,8 +27,6 @@ const WORDS = {
   },
   en: {
     busy: "Busy…",
-    first: (s) => `First token after ${s} s`,
-    done: (n, rate) => `${n} tokens${rate ? `, ${rate} tokens/s` : ""}`,
     reasons: { stop: "end of the text", length: "limit reached", stopped: "stopped" },
     copied: "Copied.",
     lost: "No connection to the server.",
@@ -50,28 +51,29 @@ function words() {
   return WORDS[language];
 }
 
+function make(tag, className, ...content) {
+  const element = document.createElement(tag);
+  element.className = className;
+  element.append(...content);
+  return element;
+}
+
 function number(value, digits) {
   return value.toLocaleString(language, { minimumFractionDigits: digits, maximumFractionDigits: digits });
 }
 
 function percent(logprob) {
-  const share = 100 * Math.exp(logprob);
-  return `${share < 0.01 ? "<\u2009" + number(0.01, 2) : number(share, share < 1 ? 2 : 1)}\u2009%`;
+  return Math.exp(logprob).toLocaleString(language, { style: "percent", maximumFractionDigits: 2 });
 }
 
 // --- languages: Dutch stands in the page, English in its data-en attributes -----------------------
 
 function setLanguage(next) {
-  for (const element of document.querySelectorAll("[data-en]")) {
-    element.dataset.nl ??= element.textContent;
-    element.textContent = element.dataset[next];
-  }
-  for (const name of ["title", "placeholder"]) {
-    for (const element of document.querySelectorAll(`[data-en-${name}]`)) {
+  for (const [property, suffix] of [["textContent", ""], ["title", "Title"], ["placeholder", "Placeholder"]]) {
+    for (const element of document.querySelectorAll(`[data-en${suffix && "-" + suffix}]`)) {
       const own = element.dataset;
-      const key = name[0].toUpperCase() + name.slice(1);
-      own[`nl${key}`] ??= element.getAttribute(name);
-      element.setAttribute(name, own[`${next}${key}`]);
+      own["nl" + suffix] ??= element[property];
+      element[property] = own[next + suffix];
     }
   }
   language = next;
@@ -82,22 +84,6 @@ function setLanguage(next) {
   for (const id of RANGES) showValue(byId(id));
   byId("status").textContent = "";
   hideDetails();
-}
-
-function remember(key, value) {
-  try {
-    localStorage.setItem(key, value);
-  } catch {
-    // Some browsers forbid it; then the page just forgets.
-  }
-}
-
-function recall(key) {
-  try {
-    return localStorage.getItem(key);
-  } catch {
-    return null;
-  }
 }
 
 // --- settings --------------------------------------------------------------------------------------
@@ -159,20 +145,14 @@ function setRunning(controller) {
 }
 
 function begin() {
-  const result = byId("result");
-  const prompt = document.createElement("span");
-  prompt.className = "given";
-  prompt.textContent = given;
-  result.replaceChildren(prompt);
+  byId("result").replaceChildren(make("span", "given", given));
   tokens = [];
   chosen = -1;
   hideDetails();
 }
 
 function addPiece(text, steps) {
-  const span = document.createElement("span");
-  span.className = "token";
-  span.textContent = text;
+  const span = make("span", "token", text);
   span.steps = steps;
   span.index = tokens.length;
   tokens.push(span);
@@ -194,13 +174,15 @@ async function write() {
   begin();
   setRunning(controller);
   say(words().busy);
-  const started = performance.now();
   let first = 0;
   let last = 0;
   let count = 0;
   let reason = null;
   let waiting = []; // steps whose text is still to come
-  const rate = () => (count > 1 ? number((1000 * (count - 1)) / (last - first), 1) : "");
+  const done = () => {
+    const rate = count > 1 ? `, ${number((1000 * (count - 1)) / (last - first), 1)} tokens/s` : "";
+    return `${count} tokens${rate}`;
+  };
   try {
     const response = await fetch("v1/completions", {
       method: "POST",
@@ -213,32 +195,25 @@ async function write() {
       if (event.error) throw new Error(event.error.message);
       const choice = event.choices[0];
       last = performance.now();
-      const told = choice.logprobs;
-      for (let i = 0; i < told.tokens.length; i++) {
-        if (count === 0) first = last;
+      first ||= last;
+      choice.logprobs.tokens.forEach((token, i) => {
         count++;
-        const step = { token: told.tokens[i], logprob: told.token_logprobs[i], top: told.top_logprobs[i] };
-        waiting.push(step);
-      }
+        waiting.push({ token, logprob: choice.logprobs.token_logprobs[i], top: choice.logprobs.top_logprobs[i] });
+      });
       if (choice.text) {
         addPiece(choice.text, waiting);
         waiting = [];
       }
       reason = choice.finish_reason ?? reason;
-      say(count > 1 ? words().done(count, rate()) : words().first(number((last - started) / 1000, 2)));
+      say(done());
     }
-    const end = words().reasons[reason] ?? words().cut;
-    say(`${words().done(count, rate())} (${end})`, reason === null);
+    say(`${done()} (${words().reasons[reason] ?? words().cut})`, reason === null);
   } catch (error) {
-    if (controller.signal.aborted) say(`${words().done(count, rate())} (${words().reasons.stopped})`);
+    if (controller.signal.aborted) say(`${done()} (${words().reasons.stopped})`);
     else say(error instanceof TypeError ? words().lost : error.message, true);
   } finally {
     setRunning(null);
   }
-}
-
-function stop() {
-  running?.abort();
 }
 
 // --- probabilities ---------------------------------------------------------------------------------
@@ -247,26 +222,15 @@ function visible(token) {
   return token.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣") || words().empty;
 }
 
-function cell(row, content) {
-  const td = document.createElement("td");
-  td.append(content);
-  row.append(td);
-}
-
 function stepTable(step) {
   const alternatives = Object.entries(step.top).sort((a, b) => b[1] - a[1]);
   if (!alternatives.some(([token]) => token === step.token)) alternatives.push([step.token, step.logprob]);
-  const table = document.createElement("table");
+  const table = make("table", "");
   for (const [token, logprob] of alternatives) {
-    const row = document.createElement("tr");
-    if (token === step.token) row.className = "taken";
-    cell(row, visible(token));
-    const bar = document.createElement("span");
-    bar.className = "bar";
+    const bar = make("span", "bar");
     bar.style.width = `${100 * Math.exp(logprob)}%`;
-    cell(row, bar);
-    cell(row, percent(logprob));
-    table.append(row);
+    const cells = [visible(token), bar, percent(logprob)].map((content) => make("td", "", content));
+    table.append(make("tr", token === step.token ? "taken" : "", ...cells));
   }
   return table;
 }
@@ -278,9 +242,8 @@ function showDetails(span) {
   span.classList.add("chosen");
   const parts = [];
   for (const step of span.steps.slice(-3)) {
-    const line = document.createElement("p");
-    line.textContent = `${visible(step.token)}: ${words().chance} ${percent(step.logprob)}`;
-    parts.push(line, stepTable(step));
+    const line = `${visible(step.token)}: ${words().chance} ${percent(step.logprob)}`;
+    parts.push(make("p", "", line), stepTable(step));
   }
   details.replaceChildren(...parts);
   details.hidden = false;
@@ -326,7 +289,7 @@ function question() {
   if (!prompt.value.startsWith("Vraag: ")) {
     prompt.value = `Vraag: ${prompt.value.trim()}\nAntwoord:`;
   }
-  byId("stop_text").value = QUESTION_END.replaceAll("\n", "\\n");
+  byId("stop_text").value = "\\nVraag:";
   prompt.focus();
 }
 
@@ -334,7 +297,7 @@ byId("form").addEventListener("submit", (event) => {
   event.preventDefault();
   write();
 });
-byId("stop").addEventListener("click", stop);
+byId("stop").addEventListener("click", () => running?.abort());
 byId("question").addEventListener("click", question);
 byId("adopt").addEventListener("click", () => {
   byId("prompt").value = resultText();
@@ -346,10 +309,10 @@ byId("copy").addEventListener("click", async () => {
 });
 byId("language").addEventListener("click", () => {
   setLanguage(language === "nl" ? "en" : "nl");
-  remember("language", language);
+  memory.language = language;
 });
 byId("colors").addEventListener("change", () => {
-  remember("colors", byId("colors").checked);
+  memory.colors = byId("colors").checked;
   tokens.forEach(color);
 });
 for (const id of RANGES) byId(id).addEventListener("input", (event) => showValue(event.target));
@@ -371,10 +334,10 @@ addEventListener("keydown", (event) => {
     write();
   } else if (event.key === "Escape") {
     if (!byId("details").hidden) hideDetails();
-    else stop();
+    else running?.abort();
   }
 });
 
 const preferred = navigator.language.toLowerCase().startsWith("nl") ? "nl" : "en";
-setLanguage(recall("language") ?? preferred);
-byId("colors").checked = recall("colors") === "true";
+setLanguage(memory.language ?? preferred);
+byId("colors").checked = memory.colors === "true";
