@@ -115,9 +115,9 @@ class Server:
         data = await _read_body(request)
         run = asyncio.get_running_loop().run_in_executor
         asked = await run(self._executor, parse_completion, data, self._settings, self._tokenizer)
+        response = CompletionResponse(asked, self._settings.model, self._tokenizer)
         job = self._worker.submit(asked.requests)
         self._worker.metrics.prompt_tokens.inc(asked.num_prompt_tokens)
-        response = CompletionResponse(asked, self._settings.model, self._tokenizer)
         if asked.body.stream:
             return _EventStream(job, response)
         outputs = await _collect(job, request)
