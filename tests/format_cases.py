@@ -100,18 +100,15 @@ CASES = {
     "gzip members": Case("a.json.gz", gzip.compress(AB[:9]) + gzip.compress(AB[9:]), (A, B)),
     "bzip2 streams": Case("a.jsonl.bz2", bz2.compress(AB[:9]) + bz2.compress(AB[9:]), (A, B)),
     "xz streams": Case("a.jsonl.xz", lzma.compress(AB[:9]) + lzma.compress(AB[9:]), (A, B)),
-    "zstd cut": Case("a.txt.zst", zstd(AB)[:-3], message="{path}:1: damaged zstd (Truncated"),
+    "zstd cut": Case("a.txt.zst", zstd(AB)[:-3], message="{path}: damaged zstd (Truncated"),
     "zstd with rubbish after it": Case(
-        "a.jsonl.zst", zstd(AB) + b"x" * 9, (), message="{path}:1: damaged zstd ("
+        "a.jsonl.zst", zstd(AB) + b"x" * 9, (), message="{path}: damaged zstd ("
     ),
-    "bzip2 cut": Case("a.jsonl.bz2", bz2.compress(AB)[:-9], message="{path}:3: damaged bzip2 ("),
-    "xz cut": Case("a.json.xz", lzma.compress(AB)[:-9], message="{path}:1: damaged xz ("),
+    "bzip2 cut": Case("a.jsonl.bz2", bz2.compress(AB)[:-9], message="{path}: damaged bzip2 ("),
+    "xz cut": Case("a.json.xz", lzma.compress(AB)[:-9], message="{path}: damaged xz ("),
     "empty and compressed": Case("a.json.zst", b"", message="{path}: the file is empty"),
-    "zstd called .txt": Case("a.txt", zstd(AB), message="{path}:1: zstd, not UTF-8"),
-    "UTF-16 that is to be cut": Case(
-        "a.txt", A.encode("utf-16"), message="{path}: UTF-16, not UTF-8", separator=END
-    ),
-    "PDF": Case("a.txt", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", message="{path}:1: PDF, not UTF-8"),
+    "zstd called .txt": Case("a.txt", zstd(AB), message="{path}:1: not UTF-8"),
+    "PDF": Case("a.txt", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", message="{path}:2: not UTF-8"),
     **{
         f"Git LFS pointer in {name}": Case(name, LFS_POINTER, message=f"{{path}}{place}: a pointer")
         for name, place in {"a.txt": ":1", "a.jsonl": "", "a.parquet": "", "a.csv": ""}.items()

@@ -137,4 +137,4 @@ def test_lm_eval_finds_the_figure_of_evaluate_py(
     measured = measure(model, iter([Document(text, "", 1) for text in texts]))
     found = bits_per_byte(measured, None, 0)
     num_bytes = sum(len(text.encode()) for text in texts)
-    assert nats / (math.log(2) * num_bytes) == pytest.approx(found.bpb, abs=1e-4)
+    assert nats / (math.log(2) * num_bytes) == pytest.approx(found["bpb"], abs=1e-4)

@@ -62,7 +62,9 @@ class _Split(msgspec.Struct):
     source_shards: list[_Shard] = []
 
 
-class _Options(msgspec.Struct):
+class ChunkOptions(msgspec.Struct):
+    """The options of a chunk directory that training and evaluation rely on."""
+
     chunk_size: Annotated[int, msgspec.Meta(ge=2, lt=1 << 31)]
 
 
@@ -73,7 +75,7 @@ class _Tokenizer(msgspec.Struct):
 class _Manifest(msgspec.Struct):
     """What reading relies on; other keys are only shown or verified."""
 
-    options: _Options
+    options: ChunkOptions
     splits: Annotated[dict[Literal["train", "test"], _Split], msgspec.Meta(min_length=2)]
     tokenizer: _Tokenizer
     special_ids: dict[str, _Count]
@@ -279,11 +281,9 @@ def _open(path: Path, manifest: dict[str, Any], shards: list[dict[str, Any]]) ->
             table = pa.ipc.open_stream(pa.py_buffer(mappings[-1])).read_all()
         except (pa.ArrowException, OSError, ValueError) as error:  # the last for an empty file
             raise damaged(str(file), f"cannot be read ({error})", MAKE_AGAIN) from error
-        if table.schema.types != [pa.list_(pa.int32(), chunk_size)]:
-            what = f"has {table.schema.types}, not chunks of {chunk_size} tokens"
-            raise damaged(str(file), what, MAKE_AGAIN)
-        if len(table) != shard["chunks"]:
-            what = f"has {len(table)} chunks, not {shard['chunks']}"
+        is_of_chunks = table.schema.types == [pa.list_(pa.int32(), chunk_size)]
+        if not is_of_chunks or len(table) != shard["chunks"]:
+            what = f"does not have {shard['chunks']} chunks of {chunk_size} tokens"
             raise damaged(str(file), what, MAKE_AGAIN)
         for batch in table.column(0).chunks:
             blocks.append(to_numpy(batch.flatten()).reshape(-1, chunk_size))

@@ -27,30 +27,17 @@ _DOCUMENTS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Measured:
-    """Measurements of each document; num_unknown is over all."""
+    """Measurements of each document."""
 
     nats: np.ndarray  # fp64 [documents]
     num_bytes: np.ndarray  # int64 [documents]
     num_tokens: np.ndarray  # int64 [documents], without <bos>
     sources: list[str]
-    num_unknown: int  # tokens that stand for text the tokenizer cannot express
-
-
-@dataclass(frozen=True)
-class BitsPerByte:
-    """Bits per byte of some documents, with the 95 % interval of resampling the documents."""
-
-    bpb: float
-    bpb_low: float
-    bpb_high: float
-    documents: int
-    bytes: int
-    tokens: int
 
 
 def measure(model: LanguageModel, documents: Iterator[Document]) -> Measured:
     """Scores every token of the documents once."""
-    nats, sources, num_unknown = [np.zeros(0)], [], 0
+    nats, sources = [np.zeros(0)], []
     num_bytes: list[int] = []
     num_tokens: list[int] = []
     while block := list(islice(documents, _DOCUMENTS_AT_ONCE)):
@@ -59,27 +46,22 @@ def measure(model: LanguageModel, documents: Iterator[Document]) -> Measured:
         num_bytes += [len(document.text.encode()) for document in block]
         num_tokens += map(len, encoded)
         sources += [document.source for document in block]
-        if model.unknown_id is not None:
-            num_unknown += sum(ids.count(model.unknown_id) for ids in encoded)
-    return Measured(
-        np.concatenate(nats),
-        np.array(num_bytes, dtype=np.int64),
-        np.array(num_tokens, dtype=np.int64),
-        sources,
-        num_unknown,
-    )
+    return Measured(np.concatenate(nats), np.array(num_bytes), np.array(num_tokens), sources)
 
 
-def bits_per_byte(measured: Measured, source: str | None, seed: int) -> BitsPerByte:
+def bits_per_byte(measured: Measured, source: str | None, seed: int) -> dict[str, float]:
     """Returns the bits per byte of one source, or of all.
 
-    The interval is the middle 95 % of 1000 resamplings of the documents (the percentile bootstrap,
-    Efron 1979): how much the figure depends on the choice of documents.
+    The interval, bpb_low to bpb_high, is the middle 95 % of 1000 resamplings of the documents (the
+    percentile bootstrap, Efron 1979): how much the figure depends on the choice of documents.
 
     Args:
         measured: all documents.
         source: only the documents of this source; None: all.
         seed: of the resampling.
+
+    Returns:
+        bpb, bpb_low and bpb_high, and the documents, bytes and tokens that they are of.
     """
     chosen = np.array([source in (None, name) for name in measured.sources], dtype=bool)
     bits = measured.nats[chosen] / math.log(2)
@@ -90,11 +72,11 @@ def bits_per_byte(measured: Measured, source: str | None, seed: int) -> BitsPerB
         drawn = generator.integers(len(bits), size=len(bits))
         resampled.append(bits[drawn].sum() / num_bytes[drawn].sum())
     low, high = np.percentile(resampled, [2.5, 97.5])
-    return BitsPerByte(
-        bpb=float(bits.sum() / num_bytes.sum()),
-        bpb_low=float(low),
-        bpb_high=float(high),
-        documents=len(bits),
-        bytes=int(num_bytes.sum()),
-        tokens=int(measured.num_tokens[chosen].sum()),
-    )
+    return {
+        "bpb": float(bits.sum() / num_bytes.sum()),
+        "bpb_low": float(low),
+        "bpb_high": float(high),
+        "documents": len(bits),
+        "bytes": int(num_bytes.sum()),
+        "tokens": int(measured.num_tokens[chosen].sum()),
+    }

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -15,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from kiem.config import EvaluationOptions
-from kiem.core.console import warn
 from kiem.core.errors import ExitCode, bad_input, bad_option, no_effect
 from kiem.core.files import check_new_file, format_bytes, write_json
 from kiem.core.json_input import JsonError, parse_json, read_json
 from kiem.core.manifest import MANIFEST_FILE
 from kiem.data.chunks import (
+    ChunkOptions,
     Chunks,
     open_split,
     open_test_sources,
@@ -28,7 +27,6 @@ from kiem.data.chunks import (
     read_tokenizer,
 )
 from kiem.data.prepare.verify import verify_shards
-from kiem.data.read.find_files import check_one_reader
 from kiem.data.read.readers import check_effects, read_documents
 from kiem.data.read.rows import Document
 from kiem.data.read.sources import resolve_source
@@ -44,12 +42,8 @@ _MOST_SOURCES_SHOWN = 50
 _TEXT_OPTIONS = ("text_column", "document_separator")
 
 
-class _Options(msgspec.Struct):
-    chunk_size: Annotated[int, msgspec.Meta(ge=2, lt=1 << 31)]
-
-
 class _Data(msgspec.Struct):
-    options: _Options
+    options: ChunkOptions
 
 
 class _Summary(msgspec.Struct):
@@ -64,7 +58,6 @@ def evaluate(options: EvaluationOptions, console: Console) -> dict[str, Any]:
     Raises:
         UserError: an option, the data, the suite or the model cannot be used.
     """
-    check_one_reader(data=options.data, suite=options.suite)
     if not options.data:
         _refuse(options, ("max_documents", *_TEXT_OPTIONS), "without --data")
     if options.json is not None:
@@ -77,7 +70,7 @@ def evaluate(options: EvaluationOptions, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     if options.data:
         with console.status("bits per byte"):
-            results |= _measure_text(model, documents, options, console)
+            results |= _measure_text(model, documents, options)
     if pairs:
         with console.status("minimal pairs"):
             results["suite"] = list(names)
@@ -176,24 +169,15 @@ def open_language_model(
 
 
 def _measure_text(
-    model: LanguageModel,
-    documents: Iterator[Document],
-    options: EvaluationOptions,
-    console: Console,
+    model: LanguageModel, documents: Iterator[Document], options: EvaluationOptions
 ) -> dict[str, Any]:
     measured = measure(model, documents)
     if not measured.sources:
         raise bad_input(f"--data {options.data[0]}", "there is no document", "Give files of text.")
-    if measured.num_unknown:
-        warn(
-            console,
-            f"{measured.num_unknown:,} tokens stand for text that the tokenizer cannot express; "
-            "the model need not predict that text, so its bits per byte are too low",
-        )
     names = sorted(set(measured.sources))
     return {
-        **asdict(bits_per_byte(measured, None, options.seed)),
-        "per_source": {n: asdict(bits_per_byte(measured, n, options.seed)) for n in names},
+        **bits_per_byte(measured, None, options.seed),
+        "per_source": {name: bits_per_byte(measured, name, options.seed) for name in names},
     }
 
 

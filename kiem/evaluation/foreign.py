@@ -55,12 +55,8 @@ def open_foreign_model(
         encoded = [list(ids) for ids in tokenizer(list(texts), **options)["input_ids"]]
         highest = max((max(ids) for ids in encoded if ids), default=0)
         if highest >= num_rows:
-            raise UserError(
-                f"its tokenizer has the id {highest}, its embedding only {num_rows} rows",
-                where=str(folder),
-                fix="Put the tokenizer that the model was trained with into the folder.",
-                exit_code=ExitCode.TOKENIZER_MISMATCH,
-            )
+            what = f"its tokenizer has the id {highest}, its embedding only {num_rows} rows"
+            raise _unusable(folder, what, "Use the tokenizer that the model was trained with.")
         return encoded
 
     def nats(ids: Tensor, scored: Tensor) -> Tensor:
@@ -72,7 +68,6 @@ def open_foreign_model(
         encode=encode,
         nats=nats,
         bos_id=bos_id,
-        unknown_id=tokenizer.unk_token_id if tokenizer.unk_token_id != bos_id else None,
         context=longest,
         tokens_per_batch=_LOGIT_BYTES_PER_BATCH // (4 * config.vocab_size),
         device=device,

@@ -36,17 +36,6 @@ class Pair:
     phenomenon: str
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of pairs whose good sentence is likelier, with its 95 % Wilson interval."""
-
-    accuracy: float
-    accuracy_low: float
-    accuracy_high: float
-    correct: int
-    pairs: int
-
-
 def read_suite(names: Sequence[str], console: Console | None = None) -> list[Pair]:
     """Returns the pairs of a suite.
 
@@ -57,12 +46,20 @@ def read_suite(names: Sequence[str], console: Console | None = None) -> list[Pai
     Raises:
         UserError: a file is missing, or a line has no pair; names it.
     """
-    others = [name for name in names if name != BUILT_IN]
+    built_in = str(resources.files("kiem.evaluation") / "suite" / "minimal_pairs.jsonl")
+    files = [built_in if name == BUILT_IN else name for name in names]
+    source = local_source(files, "--suite", console)
     pairs = []
-    if len(others) < len(names):
-        file = resources.files("kiem.evaluation") / "suite" / "minimal_pairs.jsonl"
-        pairs += _read([str(file)], console)
-    return pairs + _read(others, console) if others else pairs
+    for part, number, row in read_records(source, _FIX):
+        texts = [row.get("sentence_good"), row.get("sentence_bad")]
+        good, bad = (text.strip() if isinstance(text, str) else "" for text in texts)
+        if not good or not bad or good == bad:
+            raise bad_input(place(source, part, number), "no two sentences that differ", _FIX)
+        phenomena = (row[key] for key in _PHENOMENON_KEYS if isinstance(row.get(key), str))
+        pairs.append(Pair(good, bad, next(phenomena, source.files[part.file].label)))
+    if not pairs:
+        raise bad_input(f"--suite {' '.join(names)}", "there are no pairs", _FIX)
+    return pairs
 
 
 def prefers_good(model: LanguageModel, pairs: Sequence[Pair]) -> np.ndarray:
@@ -81,33 +78,24 @@ def summarize(pairs: Sequence[Pair], is_correct: np.ndarray) -> dict[str, Any]:
     for pair, correct in zip(pairs, is_correct, strict=True):
         by_phenomenon.setdefault(pair.phenomenon, []).append(bool(correct))
     return {
-        **vars(accuracy(int(is_correct.sum()), len(pairs))),
+        **accuracy(int(is_correct.sum()), len(pairs)),
         "phenomena": {
-            name: vars(accuracy(sum(results), len(results)))
+            name: accuracy(sum(results), len(results))
             for name, results in sorted(by_phenomenon.items())
         },
     }
 
 
-def accuracy(correct: int, pairs: int) -> Accuracy:
-    """Returns the share of `correct` in `pairs` with its Wilson score interval (1927)."""
+def accuracy(correct: int, pairs: int) -> dict[str, float]:
+    """Returns the share of `correct` in `pairs` with its 95 % Wilson score interval (1927)."""
     share, z2 = correct / pairs, _Z_95**2
     center = (share + z2 / (2 * pairs)) / (1 + z2 / pairs)
     spread = share * (1 - share) / pairs + z2 / (4 * pairs**2)
     half = _Z_95 * math.sqrt(spread) / (1 + z2 / pairs)
-    return Accuracy(share, max(0.0, center - half), min(1.0, center + half), correct, pairs)
-
-
-def _read(names: Sequence[str], console: Console | None) -> list[Pair]:
-    pairs = []
-    source = local_source(names, "--suite", console)
-    for part, number, row in read_records(source, _FIX):
-        texts = [row.get("sentence_good"), row.get("sentence_bad")]
-        good, bad = (text.strip() if isinstance(text, str) else "" for text in texts)
-        if not good or not bad or good == bad:
-            raise bad_input(place(source, part, number), "no two sentences that differ", _FIX)
-        phenomena = (row[key] for key in _PHENOMENON_KEYS if isinstance(row.get(key), str))
-        pairs.append(Pair(good, bad, next(phenomena, source.files[part.file].label)))
-    if not pairs:
-        raise bad_input(f"--suite {' '.join(names)}", "there are no pairs", _FIX)
-    return pairs
+    return {
+        "accuracy": share,
+        "accuracy_low": max(0.0, center - half),
+        "accuracy_high": min(1.0, center + half),
+        "correct": correct,
+        "pairs": pairs,
+    }

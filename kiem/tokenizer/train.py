@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import reprlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -24,12 +23,12 @@ SPLIT_REGEX = r"▁*[\p{L}\p{M}]+|▁*\p{N}|▁*[^\s▁\p{L}\p{M}\p{N}]+|▁+|\n
 # Of 52 MB of Dutch text the longest is a line of 1994 "─".
 _MAX_RUN = 2048
 # The same with bounded runs, and for white space that SPLIT_REGEX leaves alone.
-_TRAINING_REGEX = re.sub(
-    "[*+]",
-    lambda sign: f"{{{'*+'.index(sign[0])},{_MAX_RUN}}}",
-    rf"{SPLIT_REGEX}|[^\S\n\t]+",
+_TRAINING_REGEX = (
+    (SPLIT_REGEX + r"|[^\S\n\t]+")
+    .replace("*", f"{{0,{_MAX_RUN}}}")
+    .replace("+", f"{{1,{_MAX_RUN}}}")
 )
-_BLOCK_CHARACTERS = 4_000_000
+_BLOCK_CHARACTERS = 4_000_000  # at once, to bound memory
 
 
 def vocabulary_size_to_train(option: str) -> int | None:
@@ -83,12 +82,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, left_out: str = 
     vocabulary: dict[str, int] = implementation.get_vocab(with_added_tokens=False)
     if len(vocabulary) < vocabulary_size:
         what = f"the training documents give only {len(vocabulary)} of {vocabulary_size} entries"
-        is_possible = len(vocabulary) >= _MIN_VOCABULARY
-        other = f"train:{len(vocabulary)} or fewer" if is_possible else "a trained tokenizer"
         raise UserError(
             what + left_out,
             where="--tokenizer",
-            fix=f"Use more text, or {other}.",
+            fix="Use more text, a smaller train:N, or a trained tokenizer.",
             exit_code=ExitCode.DATASET_TOO_SMALL,
         )
     # Describe how they encode and decode
@@ -114,27 +111,15 @@ def _most_frequent_characters(texts: Iterable[str], most: int) -> list[str]:
     The trainer's own choice among equally frequent ones differs each time.
     """
     counts = np.zeros(0x110000, np.int64)
-    for block in _blocks(texts):
-        found = np.bincount(np.frombuffer(block.encode("utf-32-le"), np.uint32))
-        counts[: len(found)] += found
+    for text in texts:
+        for start in range(0, len(text), _BLOCK_CHARACTERS):
+            block = text[start : start + _BLOCK_CHARACTERS].encode("utf-32-le")
+            found = np.bincount(np.frombuffer(block, np.uint32))
+            counts[: len(found)] += found
     counts[ord("▁")] += counts[ord(" ")]
     counts[ord(" ")] = 0
     order = np.argsort(-counts, kind="stable")[:most]
     return [chr(code) for code in order[counts[order] > 0]]
-
-
-def _blocks(texts: Iterable[str]) -> Iterator[str]:
-    """Yields the texts, joined and cut into blocks of a few million characters."""
-    parts: list[str] = []
-    num_characters = 0
-    for text in texts:
-        for start in range(0, len(text), _BLOCK_CHARACTERS):
-            parts.append(text[start : start + _BLOCK_CHARACTERS])
-            num_characters += len(parts[-1])
-            if num_characters >= _BLOCK_CHARACTERS:
-                yield "".join(parts)
-                parts, num_characters = [], 0
-    yield "".join(parts)
 
 
 def _all_merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:

@@ -34,7 +34,6 @@ from kiem.data.prepare.units import Unit, UnitJob, digest, open_unit, plan_units
 from kiem.data.prepare.verify import verify_directory
 from kiem.data.prepare.work_directory import earlier_identity, work_directory
 from kiem.data.prepare.workers import run_units, run_units_on_ray
-from kiem.data.read.find_files import check_one_reader
 from kiem.data.read.readers import check_effects
 from kiem.data.read.sources import (
     DEFAULT_HUB_SIZE,
@@ -117,7 +116,6 @@ def _check_verify_alone(options: PreprocessOptions) -> None:
 
 def _check_options(options: PreprocessOptions) -> None:
     """Raises a UserError if an option has no effect or no meaning."""
-    check_one_reader(source=options.source, decontaminate=options.decontaminate)
     if options.source == ("hub",):
         check_hub_size(options.dataset_size or DEFAULT_HUB_SIZE)
     else:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
 import sys
 import tempfile
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 from kiem.core.disk import writing_errors
 from kiem.core.errors import bad_input, bad_option, not_found
@@ -21,6 +23,7 @@ from kiem.tokenizer.tokenizer import TOKENIZER_FILE
 
 _MOST_SUFFIXES_SHOWN = 8
 _IN_CHUNK_DIRECTORIES = "in chunk directories"
+_BAD_IN_NAMES = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def find_files(patterns: Sequence[str], option: str) -> tuple[list[tuple[Path, str]], Counter[str]]:
@@ -44,7 +47,9 @@ def find_files(patterns: Sequence[str], option: str) -> tuple[list[tuple[Path, s
             continue
         with reading_errors(f"{option} {pattern}"):
             paths, others = _expand(pattern, option)
-            files += ((path, str(path)) for path in paths)
+            for path in paths:
+                _check_file(path)
+                files.append((path, str(path)))
             not_read += others
     counts = Counter(
         name if name == STANDARD_INPUT else os.path.realpath(path) for path, name in files
@@ -53,14 +58,6 @@ def find_files(patterns: Sequence[str], option: str) -> tuple[list[tuple[Path, s
         fix = "Name each file once, so that its text does not count double."
         raise bad_option(option, f"named twice: {', '.join(repeated)}", fix)
     return files, not_read
-
-
-def check_one_reader(**values: Sequence[str | Path]) -> None:
-    """Raises a UserError if standard input, which can be read once, is a value of two options."""
-    readers = [name for name, given in values.items() if STANDARD_INPUT in map(str, given)]
-    if len(readers) > 1:
-        what = f"standard input is read for --{readers[0]} already"
-        raise bad_option(f"--{readers[1]} {STANDARD_INPUT}", what, "Give a file.")
 
 
 def show_counts(not_read: Counter[str]) -> str:
@@ -72,11 +69,12 @@ def show_counts(not_read: Counter[str]) -> str:
     return f"{total:,} {'file' if total == 1 else 'files'} ({shown}{more})"
 
 
+@cache
 def _keep_standard_input() -> Path:
     """Copies standard input into a nameless temporary file and returns a path that opens it.
 
-    It is read in parallel and more than once. The file disappears when this process and its forks
-    have ended.
+    It is read in parallel and more than once, also for several options. The file disappears when
+    this process and its forks have ended.
     """
     folder = Path(tempfile.gettempdir())
     with writing_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
@@ -90,7 +88,6 @@ def _expand(pattern: str, option: str) -> tuple[list[Path], Counter[str]]:
     path = Path(pattern)
     is_there = bool(pattern) and (path.exists() or path.is_symlink())  # Path("") is this folder
     if is_there and not path.is_dir():
-        _check_file(path)
         return [path], Counter()
     matches = [path] if is_there else sorted(map(Path, glob.glob(pattern, recursive=True)))
     files = [file for m in matches for file in (_walk(m) if m.is_dir() else [m])]
@@ -102,8 +99,6 @@ def _expand(pattern: str, option: str) -> tuple[list[Path], Counter[str]]:
     read = [path for path in others if path.name not in METADATA and format_of(path.name)]
     not_read = Counter(shown_suffix(path.name) for path in {*others}.difference(read))
     not_read += Counter({_IN_CHUNK_DIRECTORIES: len(made)})
-    for path in read:
-        _check_file(path)
     if not read:
         what = "has no file that can be read" if is_there else "no such file"
         what += f", but {show_counts(not_read)}" if not_read else ""
@@ -124,9 +119,8 @@ def _walk(folder: Path) -> list[Path]:
     found = []
     seen = set()
 
-    def refuse(error: OSError) -> None:
-        with reading_errors(str(error.filename)):
-            raise error
+    def refuse(error: OSError) -> NoReturn:
+        raise error
 
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         status = Path(place).stat()
@@ -140,14 +134,11 @@ def _walk(folder: Path) -> list[Path]:
 def _check_file(path: Path) -> None:
     """Raises a UserError if the path is not a file that can be read."""
     text = str(path)
-    odd = () if text.isprintable() else {unicodedata.category(character) for character in text}
-    if {"Cc", "Cs", "Zl", "Zp"}.intersection(odd):
+    if _BAD_IN_NAMES.search(text):
         what = "the file's name has a line break, a control character or bytes that are not UTF-8"
         raise bad_input(ascii(text), what, "Rename it.")
     if not path.is_file():
-        is_dangling = path.is_symlink() and not path.exists()
-        what = "is a link to a file that is not there" if is_dangling else "is not a regular file"
         fix = "Remove it, or name only files. Text from a pipe is read from standard input: -"
-        raise bad_input(text, what, fix)
+        raise bad_input(text, "is not a regular file, nor a link to one", fix)
     if format_of(path.name) is None:
         raise bad_input(text, "unknown type of file", f"Files must end in {READABLE}.")

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from kiem.core.errors import UserError
 from kiem.data.read.columnar import read_arrow, read_parquet
 from kiem.data.read.json_files import parse_line, read_json, read_json_lines
-from kiem.data.read.rows import BOM, Problem, Row, foreign_content
+from kiem.data.read.rows import BOM, Problem, Row, lfs_pointer
 from kiem.data.read.source_file import (
     COMPRESSIONS,
     MAX_DOCUMENT_BYTES,
@@ -82,7 +82,7 @@ def look_inside(file: SourceFile) -> SourceFile:
     """Returns a file with its true kind, where its name does not tell.
 
     Raises:
-        UserError: it has another encoding or compression than its name says.
+        UserError: it only points to its content.
     """
     is_named = file.name != STANDARD_INPUT
     if file.kind == "text" and is_named and file.separator is None:
@@ -96,7 +96,7 @@ def look_inside(file: SourceFile) -> SourceFile:
                 start += content.readline(MAX_DOCUMENT_BYTES)
     except UserError:
         return file  # reading will find the damage, and its line
-    if (found := foreign_content(head)) is not None:
+    if (found := lfs_pointer(head)) is not None:
         raise found.error(file.name)
     if not may_be_lines or not start.startswith((b"[", b"{")):
         return file

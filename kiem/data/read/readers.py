@@ -41,7 +41,6 @@ def list_parts(source: Source, part_bytes: int) -> list[FilePart]:
     for number, file in enumerate(source.files):
         with reading_errors(file.name):
             size = file.path.stat().st_size
-            is_document = file.kind == "text" and file.separator is None
             if size == 0 and file.kind != "text":
                 raise bad_input(file.name, "the file is empty", "Remove it.")
             if file.kind == "parquet":
@@ -49,12 +48,12 @@ def list_parts(source: Source, part_bytes: int) -> list[FilePart]:
                 parts += [FilePart(number, n, n + 1, num_bytes) for n, (_, num_bytes) in groups]
             elif file.compression:
                 parts.append(FilePart(number, 0, sys.maxsize, size))
-            elif size == 0 or is_document or file.kind not in ("text", "json lines"):
-                parts.append(FilePart(number, 0, size, size))
+            elif file.kind == "json lines" or (file.kind == "text" and file.separator):
+                for start in range(0, size or 1, part_bytes):
+                    stop = min(start + part_bytes, size)
+                    parts.append(FilePart(number, start, stop, stop - start))
             else:
-                starts = range(0, size, part_bytes)
-                stops = (min(start + part_bytes, size) for start in starts)
-                parts += [FilePart(number, a, b, b - a) for a, b in zip(starts, stops, strict=True)]
+                parts.append(FilePart(number, 0, size, size))
     return parts
 
 
@@ -116,11 +115,9 @@ def read_records(source: Source, fix: str) -> Iterator[tuple[FilePart, int, dict
 
 def _read_rows(source: Source, part: FilePart, column: str | None) -> Iterator[Row]:
     """Yields every row of a part of a file, with the values of one column or of all."""
-    file, number = source.files[part.file], 0
-    with reading_errors(file.name, file.compression, lambda: number + 1):
-        for row in READERS[file.kind](Section(file, part.start, part.stop, column)):
-            number = row[0]
-            yield row
+    file = source.files[part.file]
+    with reading_errors(file.name, file.compression):
+        yield from READERS[file.kind](Section(file, part.start, part.stop, column))
         if file_stamp(file.path) != file.stamp:
             fix = "Run it again when nothing writes to the file any more."
             raise bad_input(file.name, "the file changed while it was read", fix)

@@ -14,18 +14,7 @@ from kiem.data.read.source_file import MAX_DOCUMENT_BYTES
 BOM = b"\xef\xbb\xbf"
 _MISSING = object()
 UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, with "surrogateescape"
-# How files begin that hold something else than their names say. Text in UTF-8 begins otherwise.
-_BEGINNINGS = {
-    b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS, not the file itself",
-    b"\xff\xfe": "UTF-16, not UTF-8",
-    b"\xfe\xff": "UTF-16, not UTF-8",
-    b"\x1f\x8b": "gzip, not UTF-8",
-    b"\x28\xb5\x2f\xfd": "zstd, not UTF-8",
-    b"BZh91AY&SY": "bzip2, not UTF-8",
-    b"\xfd7zXZ": "xz, not UTF-8",
-    b"PK\3\4": "zip, not UTF-8",
-    b"%PDF-": "PDF, not UTF-8",
-}
+_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
@@ -50,7 +39,8 @@ class Problem:
 NOT_UTF8 = Problem(
     "not UTF-8",
     "not UTF-8",
-    "Convert the file, such as with iconv -t utf-8, or use --on-bad-document skip.",
+    "Convert the file, such as with iconv -t utf-8; let the name of a compressed file end in .gz, "
+    ".zst, .bz2 or .xz; or use --on-bad-document skip.",
 )
 TOO_LONG = Problem("too long", f"longer than {MAX_DOCUMENT_BYTES // 10**6} MB")
 NOT_OBJECT = Problem(
@@ -158,11 +148,8 @@ def check_column(column: str, columns: list[str], place: str) -> None:
         raise bad_input(place, what, "Rename or remove the others.")
 
 
-def foreign_content(data: bytes) -> Problem | None:
-    """Returns the problem of data that begins as another encoding, type of file or LFS pointer."""
-    fix = (
-        "Fetch the file with git lfs pull, convert it to UTF-8 with iconv, decompress it, or let "
-        "its name end as in docs/formats.md."
-    )
-    found = (what for start, what in _BEGINNINGS.items() if data.startswith(start))
-    return next((Problem("not UTF-8", what, fix) for what in found), None)
+def lfs_pointer(data: bytes) -> Problem | None:
+    """Returns the problem of a Git LFS pointer, which clones have in place of large files."""
+    what = "a pointer of Git LFS, not the file itself"
+    problem = Problem("Git LFS pointer", what, "Fetch the file, as with git lfs pull.")
+    return problem if data.startswith(_LFS) else None

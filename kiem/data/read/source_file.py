@@ -132,28 +132,24 @@ def next_line(file: BinaryIO) -> tuple[bytes, int]:
 
 
 @contextmanager
-def reading_errors(
-    name: str, compression: str | None = None, number: Callable[[], int] | None = None
-) -> Iterator[None]:
+def reading_errors(name: str, compression: str | None = None) -> Iterator[None]:
     """Turns errors of reading into a UserError that names the file.
 
     Args:
         name: the file's name in messages.
         compression: of the file, which may be damaged.
-        number: returns the line to name then.
     """
     try:
         yield
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         is_refusal = isinstance(error, OSError) and error.errno is not None
         if compression is not None and not is_refusal:
-            place = name if number is None else f"{name}:{number()}"
-            raise damaged_file(place, compression, error) from error
+            raise damaged_file(name, compression, error) from error
         if not isinstance(error, OSError):
             raise
         what = f"cannot be read ({error.strerror or error})"
         fix = "Check that the file is there and that you may read it."
-        raise bad_input(name, what, fix) from error
+        raise bad_input(str(error.filename or name), what, fix) from error
 
 
 def damaged_file(where: str, kind: str, error: Exception) -> UserError:

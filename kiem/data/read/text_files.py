@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
-from kiem.data.read.rows import BOM, NOT_UTF8, TOO_LONG, Problem, Row, foreign_content
+from kiem.data.read.rows import BOM, NOT_UTF8, TOO_LONG, Problem, Row, lfs_pointer
 from kiem.data.read.source_file import MAX_DOCUMENT_BYTES, Section, next_line, seek_line
 
 # Values of `--document-separator` that are not the text of a line.
@@ -42,7 +42,7 @@ def _read_whole(section: Section) -> Row:
     if len(data) > MAX_DOCUMENT_BYTES:
         fix = "Cut it into documents with --document-separator, or into several files."
         return 1, Problem(TOO_LONG.reason, TOO_LONG.what, fix)
-    if (problem := foreign_content(data)) is not None:
+    if (problem := lfs_pointer(data)) is not None:
         return 1, problem
     return _text_row(1, data.removeprefix(BOM))
 
