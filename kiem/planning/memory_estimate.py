@@ -182,17 +182,14 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         out = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage())
+            storage = leaf.untyped_storage() if isinstance(leaf, Tensor) else None
+            if storage is None or storage._cdata in self._known:  # a view, or written in place
+                continue
+            self._known.add(storage._cdata)
+            self.live_bytes += storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
         return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._known:  # a view, or written in place
-            return
-        self._known.add(storage._cdata)
-        self.live_bytes += storage.nbytes()
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
 
     def _remove(self, key: int, num_bytes: int) -> None:
         self._known.discard(key)

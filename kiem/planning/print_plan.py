@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import get_args
 
 import torch
 from rich.console import Console
@@ -204,12 +205,11 @@ def _fitting_table(plan: TrainingPlan) -> Table:
     for title in ("--activation-checkpointing", "--shard", "batch size x accumulation"):
         table.add_column(title)
     table.add_column("memory", justify="right")
-    recomputes: tuple[Recompute, ...] = ("none", "selective", "full")
-    shards: tuple[Shard, ...] = ("none",)
-    if setting.world_size > 1:  # Muon needs whole matrices
-        muon = setting.optimizer == "muon"
-        shards = ("none", "optimizer") if muon else ("none", "optimizer", "parameters")
-    for recompute, shard in product(recomputes, shards):
+    for recompute, shard in product(get_args(Recompute), get_args(Shard)):
+        if shard != "none" and setting.world_size == 1:
+            continue
+        if shard == "parameters" and setting.optimizer == "muon":  # which needs whole matrices
+            continue
         way = replace(setting, recompute=recompute, shard=shard)
         size = largest_batch(way, plan.usable, setting.batch_size)
         memory = estimate_memory(replace(way, batch_size=size or 1))
