@@ -112,6 +112,7 @@ class Tokenizer:
                 raise
             raise _bad_tokenizer(self.origin, f"not a tokenizer.json ({error})") from error
         implementation.encode_special_tokens = True
+        implementation.post_processor = None  # one without a place for the text leaves it out
         implementation.no_padding()
         implementation.no_truncation()
         return implementation
