@@ -166,7 +166,7 @@ def test_everything_that_cleaning_leaves_out_is_counted_and_gone(
     assert sorted(chunked_texts(folder)) == sorted(expected)
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     assert not {"\x00", "\r"} & set(vocabulary)
-    assert capsys.readouterr().err.count("1 evaluation text has fewer than 8 words") == 1
+    assert capsys.readouterr().err.count("of fewer than 8 words, not looked for: 1") == 1
 
 
 def test_the_first_of_equal_documents_is_kept(tmp_path: Path, sample_texts: list[str]) -> None:

@@ -212,7 +212,7 @@ def test_standard_input(
     assert [*manifest["source"]["sha256"]] == ["-"]
     if kind == "text":
         assert "made of the same text" in run_script(*command, stdin=text).stdout
-        assert "--source was other text (-)" in run_script(*command, stdin=text + "x").stderr
+        assert "--source was other text" in run_script(*command, stdin=text + "x").stderr
 
 
 PROMPTS = {
@@ -303,16 +303,14 @@ def test_evaluation_files_are_read_alike(tmp_path: Path) -> None:
 # What is given, and what the error says beside how little there is.
 TOO_LITTLE: dict[str, tuple[bytes, dict[str, Any], str]] = {
     "all rejected": (
-        b'{"a": 1}\n' * 9, {"on_bad_document": "skip"}, "; 9 were rejected (9 no such column)"
+        b'{"a": 1}\n' * 9, {"on_bad_document": "skip"}, "; left out: 9 no such column"
     ),
     "beyond the limit": (
-        lines("een twee drie"), {"dataset_size": "2"},
-        "; the limit of 2 words (--dataset-size) leaves out all from a document of 3 words on",
+        lines("een twee drie"), {"dataset_size": "2"}, "; left out: 1 beyond --dataset-size"
     ),
     "both": (
         b"x\n" + lines("een twee drie"), {"dataset_size": "2", "on_bad_document": "skip"},
-        "; 1 was rejected (1 not JSON); the limit of 2 words (--dataset-size) leaves out all from "
-        "a document of 3 words on",
+        "; left out: 1 beyond --dataset-size, 1 not JSON",
     ),
     "nothing": (lines("een twee drie"), {}, ""),
 }  # fmt: skip

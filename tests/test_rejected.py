@@ -17,10 +17,8 @@ from kiem.config import PreprocessOptions
 from kiem.core.errors import ExitCode, UserError
 from kiem.data.prepare import second_reading, units
 from kiem.data.prepare.preprocess import preprocess
-from kiem.data.prepare.second_reading import _Places
 from kiem.data.prepare.verify import verify_directory
-from kiem.data.read.readers import list_parts, place
-from kiem.data.read.sources import resolve_source
+from kiem.data.read.sources import Source
 from kiem.tokenizer.tokenizer import Tokenizer
 
 QUIET = Console(quiet=True)
@@ -218,28 +216,30 @@ def test_option_without_effect(corpus: Corpus, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_lines_are_counted_once(
-    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suffix: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The places are those of messages, and all of them together cost one look at each byte."""
+    """The places are right, and all of them together cost one look at each byte."""
+    texts = [f"Dit is zin {n} van het bestand." if n % 9 else None for n in range(900)]
     for file in ("a", "b"):
         path = tmp_path / f"{file}.{suffix}"
         if suffix == "jsonl":
-            path.write_bytes(b"".join(b"x" * (n % 40) + b"\n" for n in range(2000)))
+            path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
         else:
-            pq.write_table(pa.table({"text": ["x"] * 200}), path, row_group_size=7)
-    source = resolve_source((str(tmp_path),), None)
-    parts = list_parts(source, 100)[::3]
-    expected = [place(source, p, n) for p in parts for n in (1, 5)]
-    counted: list[tuple[str, int, int]] = []
+            pq.write_table(pa.table({"text": texts}), path, row_group_size=7)
+    counted: list[tuple[int, int, int]] = []
     count_rows = second_reading.count_rows
 
-    def count(path: Path, name: str, start: int, stop: int) -> int:
-        counted.append((name, start, stop))
-        return count_rows(path, name, start, stop)
+    def count(source: Source, file: int, start: int, stop: int) -> int:
+        counted.append((file, start, stop))
+        return count_rows(source, file, start, stop)
 
     monkeypatch.setattr(second_reading, "count_rows", count)
-    places = _Places(source)
-    assert [places.of(part, n) for part in parts for n in (1, 5)] == expected
-    for name in (file.name for file in source.files):
-        ranges = [(start, stop) for other, start, stop in counted if other == name and start < stop]
+    given = {"clean": "none", "near_duplicates": False, "decontaminate": ()}
+    folder = preprocess(options(corpus, tmp_path, source=(str(tmp_path),), **given), QUIET)
+    files = [tmp_path / f"{file}.{suffix}" for file in ("a", "b")]
+    places = [f"{file}:{number}" for file in files for number in range(1, 901, 9)]
+    assert [line["place"] for line in rejected_lines(folder)] == places
+    for number in range(2):
+        ranges = [(start, stop) for file, start, stop in counted if file == number and start < stop]
+        assert ranges
         assert all(a[1] <= b[0] for a, b in pairwise(ranges))

@@ -15,11 +15,7 @@ from rich.console import Console
 from kiem.config import PreprocessOptions
 from kiem.core.console import warn
 from kiem.core.errors import not_installed
-from kiem.data.clean.contamination import (
-    MIN_EVALUATION_WORDS,
-    EvaluationNgrams,
-    read_evaluation,
-)
+from kiem.data.clean.contamination import MIN_EVALUATION_WORDS, EvaluationNgrams, read_evaluation
 from kiem.data.clean.filters import reject_reasons
 from kiem.data.clean.ngrams import WordHashes
 from kiem.data.read.rows import Document
@@ -65,9 +61,8 @@ class Cleaning:
         texts = [self.normalize(document.text) for document in documents]
         reasons = [document.problem.reason if document.problem else None for document in documents]
         if self.filters == "dutch":
-            kept = [n for n, reason in enumerate(reasons) if reason is None]
-            for number, reason in zip(kept, reject_reasons([texts[n] for n in kept]), strict=True):
-                reasons[number] = reason
+            found = reject_reasons(texts)
+            reasons = [reason or other for reason, other in zip(reasons, found, strict=True)]
         if self.evaluation is not None:
             for number, text in enumerate(texts):
                 if reasons[number] is None and self.evaluation.overlaps(text, hashes):
@@ -86,10 +81,9 @@ def make_cleaning(options: PreprocessOptions, console: Console) -> Cleaning:
     evaluation = None
     if options.decontaminate:
         evaluation = read_evaluation(options.decontaminate, options.text_column, console)
-        if num_ignored := evaluation.num_ignored:
-            texts = "1 evaluation text has" if num_ignored == 1 else f"{num_ignored} texts have"
-            what = f"{texts} fewer than {MIN_EVALUATION_WORDS} words, not looked for"
-            warn(console, f"--decontaminate: {what}")
+        if evaluation.num_ignored:
+            what = f"evaluation texts of fewer than {MIN_EVALUATION_WORDS} words, not looked for"
+            warn(console, f"--decontaminate: {what}: {evaluation.num_ignored}")
     return Cleaning(options.clean, options.near_duplicates, evaluation)
 
 

@@ -51,89 +51,80 @@ def decide(
     Documents are taken as long as they have no more words together than `word_limit`. Raises a
     UserError if a unit file is missing, damaged or of other work.
     """
-    rows = _read_rows(units, job, word_limit)
-    code, units = rows.code, units[: len(rows.per_unit)]
+    columns, reasons, limit = _read_units(units, job, word_limit)
+    code, position, num_bytes, in_file = (np.concatenate(parts) for parts in columns.values())
+    units = units[: len(columns["code"])]
     # Reject what came before. Equal texts have equal positions; that two different ones have, too,
     # is to be expected once in some 6 billion documents, since positions are hashes of 64 bits.
     if job.cleaning.filters != "none":
-        _reject_repeated(code, rows.position, _DUPLICATE)
+        _reject_repeated(code, position, _DUPLICATE)
     if job.cleaning.near_duplicates:
         for name in band_names():
             bands = [read_column(read_unit(job.path(unit))[0], name) for unit in units]
             _reject_repeated(code, np.concatenate(bands), _NEAR_DUPLICATE)
     # Split what is kept.
     is_kept = code == TRAIN
-    split = decide_split(rows.position[is_kept], rows.num_bytes[is_kept], test_share, chunk_size)
-    limit = np.uint64(split.limit)
-    code[is_kept & (rows.position < limit)] = TEST
+    split = decide_split(position[is_kept], num_bytes[is_kept], test_share, chunk_size)
+    code[is_kept & (position < np.uint64(split.limit))] = TEST
     if split.cut_bytes is not None:
-        code[is_kept & (rows.position == limit)] = CUT
+        code[is_kept & (position == np.uint64(split.limit))] = CUT
     # Count, per reason and per file.
-    names = [file.name for file in job.source.files]
-    last = max(part.file for unit in units for part in unit.parts)
-    is_beyond = code == BEYOND
-    reached: dict[str, Any] = {}
-    if is_beyond.any():
-        reached["reached_in"] = names[rows.file[np.argmax(is_beyond)]]
-        reached.update(words_taken=rows.num_words, words_next=rows.words_next)
-        reached["files_not_read"] = len(names) - last - 1
-    rejected = np.bincount(code[code >= REJECTED] - REJECTED, minlength=len(rows.reasons)).tolist()
+    names = [file.name for file in job.source.files[: units[-1].parts[-1].file + 1]]
+    is_rejected = code >= REJECTED
+    rejected = np.bincount(code[is_rejected] - REJECTED, minlength=len(reasons)).tolist()
     per_file, rejected_per_file = (
-        dict(zip(names, np.bincount(files, minlength=last + 1).tolist(), strict=False))
-        for files in (rows.file, rows.file[code >= REJECTED])
+        dict(zip(names, np.bincount(files, minlength=len(names)).tolist(), strict=True))
+        for files in (in_file, in_file[is_rejected])
     )
     counts = {
         "documents_read": len(code),
         "documents_per_file": per_file,
-        "documents_beyond_limit": int(is_beyond.sum()),
-        "word_limit": {"words": word_limit, **reached} if word_limit else None,
-        "rejected": {n: m for n, m in sorted(zip(rows.reasons, rejected, strict=True)) if m},
+        "documents_beyond_limit": int(np.count_nonzero(code == BEYOND)),
+        "word_limit": limit,
+        "rejected": {n: m for n, m in sorted(zip(reasons, rejected, strict=True)) if m},
         "rejected_per_file": {n: m for n, m in rejected_per_file.items() if m},
     }
-    num_cut = int((code == CUT).sum())
-    return DocumentDecisions(units, rows.per_unit, rows.reasons, split, num_cut, counts)
+    per_unit = np.split(code, np.cumsum([len(part) for part in columns["code"]])[:-1])
+    num_cut = int(np.count_nonzero(code == CUT))
+    return DocumentDecisions(units, per_unit, reasons, split, num_cut, counts)
 
 
-class _Rows(NamedTuple):
-    """What the unit files say of every row; `per_unit` are views of `code`."""
+def _read_units(
+    units: Sequence[Unit], job: UnitJob, word_limit: int | None
+) -> tuple[dict[str, list[np.ndarray]], list[str], dict[str, Any] | None]:
+    """Reads the units up to the one in which the word limit is reached.
 
-    per_unit: list[np.ndarray]
-    code: np.ndarray
-    position: np.ndarray
-    num_bytes: np.ndarray
-    file: np.ndarray
-    reasons: list[str]
-    num_words: int
-    words_next: int
-
-
-def _read_rows(units: Sequence[Unit], job: UnitJob, word_limit: int | None) -> _Rows:
-    """Reads the units up to the one in which the word limit is reached."""
-    reasons = ["duplicate", "near duplicate"]
+    Returns:
+        For each of them the decisions that are known without the others and some columns; the
+        reasons; and the manifest's entry about the limit.
+    """
     columns: dict[str, list[np.ndarray]] = {"code": [], "position": [], "bytes": [], "file": []}
-    num_words = words_next = 0
+    reasons = ["duplicate", "near duplicate"]
+    limit: dict[str, Any] = {"words": word_limit} if word_limit else {}
+    num_words = 0
     for unit in units:
         batches, summary = open_unit(unit, job)
         reasons += [reason for reason in summary.reasons if reason not in reasons]
         codes = [REJECTED + reasons.index(reason) for reason in summary.reasons]
         # Reason -1, of the rows that are kept, is the last one here.
         code = np.array([*codes, TRAIN], np.int16)[read_column(batches, "reason")]
-        words = read_column(batches, "words")
-        if word_limit is not None:
-            is_beyond = num_words + np.cumsum(words) > word_limit
-            code[is_beyond] = BEYOND
-            words_next = int(words[is_beyond][0]) if is_beyond.any() else 0
-            words = words[~is_beyond]
-        num_words += int(words.sum())
         columns["code"].append(code)
         for name in ("position", "bytes", "file"):
             columns[name].append(read_column(batches, name))
-        if words_next:
+        if word_limit is not None and num_words + summary.words > word_limit:
+            ends = num_words + np.cumsum(read_column(batches, "words"))
+            first = int(np.searchsorted(ends, word_limit, side="right"))
+            code[first:] = BEYOND
+            num_words = int(ends[first - 1]) if first else num_words
+            limit |= {
+                "reached_in": job.source.files[columns["file"][-1][first]].name,
+                "words_taken": num_words,
+                "words_next": int(ends[first]) - num_words,
+                "files_not_read": len(job.source.files) - unit.parts[-1].file - 1,
+            }
             break
-    ends = np.cumsum([len(code) for code in columns["code"]])
-    code, position, num_bytes, file = map(np.concatenate, columns.values())
-    per_unit = np.split(code, ends[:-1])
-    return _Rows(per_unit, code, position, num_bytes, file, reasons, num_words, words_next)
+        num_words += summary.words
+    return columns, reasons, limit or None
 
 
 def _reject_repeated(code: np.ndarray, keys: np.ndarray, reason: int) -> None:

@@ -172,45 +172,36 @@ def make_packer(packing: Packing, chunk_size: int, pad_id: int) -> ConcatPacker:
 
 
 class _SplitPacker:
-    """Packs the documents of one split into shards, and counts them."""
+    """Packs the documents of one split into shards, and counts them by source."""
 
     def __init__(self, folder: Path, chunk_size: int, packing: Packing, pad_id: int, column: str):
         self._packer = make_packer(packing, chunk_size, pad_id)
         self._writer = SplitWriter(folder, chunk_size, column)
         self._chunk_size = chunk_size
-        self._totals = dict.fromkeys(("documents", "words", "bytes", "tokens"), 0)
-        self._per_source = {name: Counter[str]() for name in ("documents", "tokens", "bytes")}
+        self._counts = {n: Counter[str]() for n in ("documents", "words", "bytes", "tokens")}
 
-    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        self._packer.add(ids, lengths)
+    def add(self, ids: np.ndarray, counted: dict[str, np.ndarray], names: list[str]) -> None:
+        """Takes the ids of documents, what is counted of each, and the names of their sources."""
+        self._packer.add(ids, counted["tokens"])
         self._writer.write(self._packer.full_chunks())
-        self._totals["tokens"] += len(ids)
-
-    def count(self, batch: pa.RecordBatch, chosen: np.ndarray, names: list[str]) -> None:
-        """Counts the chosen rows, all but their tokens, and per source."""
-        columns = {name: to_numpy(batch.column(name))[chosen] for name in ("words", "bytes")}
-        columns["documents"] = np.ones(chosen.sum(), np.int64)
-        for name, values in columns.items():
-            self._totals[name] += int(values.sum())
-        columns["tokens"] = np.diff(to_numpy(batch.column("ids").offsets))[chosen]
-        labels = to_numpy(batch.column("source"))[chosen]
-        for name, counter in self._per_source.items():
-            sums = np.bincount(labels, columns[name])
-            for label in np.unique(labels).tolist():
-                counter[names[label]] += int(sums[label])
+        for name, counts in self._counts.items():
+            sums = np.bincount(counted["source"], counted[name], len(names))
+            counts.update(dict(zip(names, sums.astype(int).tolist(), strict=True)))
 
     def close(self) -> dict[str, Any]:
         """Writes what still waits and returns the manifest's entry of the split."""
         self._writer.write(self._packer.last_chunks())
         shards = self._writer.close()
+        totals = {name: counts.total() for name, counts in self._counts.items()}
         num_chunks = sum(shard["chunks"] for shard in shards)
-        num_padding = num_chunks * self._chunk_size - self._totals["tokens"]
+        num_padding = num_chunks * self._chunk_size - totals["tokens"]
         assert num_padding == self._packer.num_padding_tokens, "tokens were lost"
+        per_source = {name: +self._counts[name] for name in ("documents", "tokens", "bytes")}
         return {
-            **self._totals,
+            **totals,
             "chunks": num_chunks,
             "padding_tokens": num_padding,
-            **{f"{n}_per_source": dict(sorted(c.items())) for n, c in self._per_source.items()},
+            **{f"{n}_per_source": dict(sorted(c.items())) for n, c in per_source.items()},
             "shards": shards,
         }
 
@@ -252,24 +243,25 @@ def write_splits(
                 chosen = here == code
                 if not chosen.any():
                     continue
-                ids, lengths = _chosen_ids(batch, chosen)
+                ids, counted = _chosen(batch, chosen)
                 is_used[ids] = True
-                split.add(ids, lengths)
-                split.count(batch, chosen, names)
+                split.add(ids, counted, names)
                 if code == TEST:
-                    labels = to_numpy(batch.column("source"))[chosen].tolist()
-                    of_rows = [numbers.setdefault(names[n], len(numbers)) for n in labels]
-                    sources.add(np.repeat(np.array(of_rows, np.int32), lengths), lengths)
+                    labels = [names[n] for n in counted["source"].tolist()]
+                    of_rows = [numbers.setdefault(label, len(numbers)) for label in labels]
+                    of_ids = np.repeat(np.array(of_rows, np.int32), counted["tokens"])
+                    sources.add(of_ids, counted, names)
     train, test = splits[TRAIN].close(), splits[TEST].close()
     test["source_names"], test["source_shards"] = list(numbers), sources.close()["shards"]
     return {"train": train, "test": test}, int(tokenizer.num_rows - is_used.sum())
 
 
-def _chosen_ids(batch: pa.RecordBatch, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the ids of the chosen rows, one after the other, and the length of each."""
+def _chosen(batch: pa.RecordBatch, chosen: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Returns the ids of the chosen rows, one after the other, and what is counted of each."""
     column = batch.column("ids")
-    lengths = np.diff(to_numpy(column.offsets))
-    ids = to_numpy(column.values)
-    if chosen.all():
-        return ids, lengths
-    return ids[np.repeat(chosen, lengths)], lengths[chosen]
+    lengths, ids = np.diff(to_numpy(column.offsets)), to_numpy(column.values)
+    if not chosen.all():
+        ids = ids[np.repeat(chosen, lengths)]
+    counted = {name: to_numpy(batch.column(name))[chosen] for name in ("source", "words", "bytes")}
+    tokens = lengths[chosen]
+    return ids, {**counted, "tokens": tokens, "documents": np.ones_like(tokens)}

@@ -6,11 +6,9 @@ resolve the source -> plan units -> finish every unit in a worker process (read,
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,7 @@ from rich.progress import Progress
 
 import kiem
 from kiem.config import MIN_CHUNK_SIZE, PreprocessOptions
-from kiem.core.console import warn
-from kiem.core.errors import ExitCode, UserError, no_effect
+from kiem.core.errors import ExitCode, UserError, bad_option, no_effect
 from kiem.core.files import new_folder, read_sealed, require_free_space, sealed_file
 from kiem.core.values import check_name
 from kiem.data.chunks import finish_directory
@@ -32,9 +29,10 @@ from kiem.data.prepare.second_reading import TrainingTexts, cut_documents, write
 from kiem.data.prepare.summary import describe_left_out, print_summary
 from kiem.data.prepare.units import Unit, UnitJob, digest, open_unit, plan_units
 from kiem.data.prepare.verify import verify_directory
-from kiem.data.prepare.work_directory import earlier_identity, work_directory
-from kiem.data.prepare.workers import run_units, run_units_on_ray
+from kiem.data.prepare.work_directory import earlier_revision, work_directory
+from kiem.data.prepare.workers import run_units
 from kiem.data.read.readers import check_effects
+from kiem.data.read.source_file import STANDARD_INPUT
 from kiem.data.read.sources import (
     DEFAULT_HUB_SIZE,
     Source,
@@ -42,7 +40,7 @@ from kiem.data.read.sources import (
     resolve_source,
     word_limit,
 )
-from kiem.tokenizer.encoding import Encoder, fast_path, load_encoders
+from kiem.tokenizer.encoding import Encoder, fast_path
 from kiem.tokenizer.tokenizer import (
     Tokenizer,
     load_tokenizer,
@@ -55,6 +53,11 @@ from kiem.tokenizer.train import train_tokenizer, vocabulary_size_to_train
 # text. Rejected documents that are kept take less.
 _OUTPUT_BYTES_PER_TEXT_BYTE = 3
 _VOCABULARY_FILE = "vocabulary.sealed"
+# The options that make the result, besides those of cleaning and the tokenizer.
+_RECORDED_OPTIONS = (
+    *("dataset_size", "chunk_size", "test_split", "seed", "text_column", "document_separator"),
+    *("packing", "on_bad_document", "keep_rejected"),
+)
 
 
 def preprocess(options: PreprocessOptions, console: Console) -> Path:
@@ -73,7 +76,6 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     """
     started = time.perf_counter()
     if options.verify is not None:
-        _check_verify_alone(options)
         verify_directory(options.verify)
         console.print(f"{options.verify}: every hash and count is right")
         return options.verify
@@ -108,12 +110,6 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     return folder
 
 
-def _check_verify_alone(options: PreprocessOptions) -> None:
-    for field in dataclasses.fields(options):
-        if field.name != "verify" and getattr(options, field.name) != field.default:
-            raise no_effect(f"--{field.name.replace('_', '-')}", "together with --verify")
-
-
 def _check_options(options: PreprocessOptions) -> None:
     """Raises a UserError if an option has no effect or no meaning."""
     if options.source == ("hub",):
@@ -123,14 +119,12 @@ def _check_options(options: PreprocessOptions) -> None:
     is_cleaned = options.clean != "none" or options.near_duplicates or options.decontaminate
     if options.ray_address is not None and options.executor != "ray":
         raise no_effect("--ray-address", "without --executor ray")
+    if options.executor == "ray" and STANDARD_INPUT in options.source:
+        what = "other machines cannot read this one's standard input"
+        raise bad_option("--source -", what, "Give a file, or leave --executor ray out.")
     if options.keep_rejected and not is_cleaned and options.on_bad_document == "stop":
-        raise UserError(
-            "has no effect: nothing is rejected",
-            where="--keep-rejected",
-            fix="Leave it out, or give --clean, --near-duplicates, --decontaminate or "
-            "--on-bad-document skip as well.",
-            exit_code=ExitCode.NO_EFFECT,
-        )
+        ways = "--clean, --near-duplicates, --decontaminate or --on-bad-document skip"
+        raise no_effect("--keep-rejected", f"without {ways}: nothing is rejected")
     if options.text_column != "text" and options.source == ("sample",):
         raise no_effect("--text-column", "with --source sample")
     vocabulary_size_to_train(options.tokenizer)
@@ -145,25 +139,18 @@ def _resolve(options: PreprocessOptions, console: Console) -> tuple[Source, Toke
         console=console,
         document_separator=options.document_separator,
     )
-
-    def load() -> Tokenizer | None:
-        is_trained = vocabulary_size_to_train(options.tokenizer) is not None
-        return None if is_trained else load_tokenizer(options.tokenizer)
-
-    if options.source != ("hub",):
-        source = resolve()
-        check_effects(source, options.text_column)
-        return source, load()
     # The tokenizer before the Hub's gigabytes of text, which are useless without it.
-    tokenizer = load()
-    # Resuming needs the same text, although the dataset may have changed since.
-    size = options.dataset_size or DEFAULT_HUB_SIZE
-    earlier: dict[str, Any] = {}
-    if not options.overwrite:
-        earlier = earlier_identity(options.output_dir / directory_name(options, size))
-    pinned = earlier.get("source", {})
-    revision = pinned.get("revision") if pinned.get("config") == size else None
-    return resolve(revision=revision), tokenizer
+    source = None if options.source == ("hub",) else resolve()
+    if source is not None:
+        check_effects(source, options.text_column)
+    is_trained = vocabulary_size_to_train(options.tokenizer) is not None
+    tokenizer = None if is_trained else load_tokenizer(options.tokenizer)
+    if source is None:
+        # Resuming needs the same text, although the dataset may have changed since.
+        size = options.dataset_size or DEFAULT_HUB_SIZE
+        folder = options.output_dir / directory_name(options, size)
+        source = resolve(revision=None if options.overwrite else earlier_revision(folder, size))
+    return source, tokenizer
 
 
 def directory_name(options: PreprocessOptions, source_name: str) -> str:
@@ -181,15 +168,7 @@ def _identity(
     """Returns what a chunk directory is made of, as the manifest records it."""
     return {
         "options": {
-            "dataset_size": options.dataset_size,
-            "chunk_size": options.chunk_size,
-            "test_split": options.test_split,
-            "seed": options.seed,
-            "text_column": options.text_column,
-            "document_separator": options.document_separator,
-            "packing": options.packing,
-            "on_bad_document": options.on_bad_document,
-            "keep_rejected": options.keep_rejected,
+            **{name: getattr(options, name) for name in _RECORDED_OPTIONS},
             **cleaning.identity,
             "tokenizer": tokenizer.sha256 if tokenizer else options.tokenizer,
         },
@@ -233,32 +212,17 @@ def _finish_units(
     needed_bytes = _OUTPUT_BYTES_PER_TEXT_BYTE * num_bytes
     needed_bytes += len(tokenizer.json_bytes) if tokenizer else 0
     require_free_space(job.folder, needed_bytes - finished_bytes, "the chunk directory")
-    with ExitStack() as stack:
-        # Start the workers.
-        if tokenizer is not None:
-            fast = fast_path(tokenizer, options.encoder)
-            if options.encoder == "auto" and isinstance(fast, str):
-                warn(console, f"encoding slowly with the tokenizers library: {fast}")
-        if options.executor == "ray":
-            places = (options.num_proc, options.ray_address)
-            running = run_units_on_ray(units, job, tokenizer, options.encoder, *places)
-        else:
-            num_workers = min(options.num_proc or os.cpu_count() or 1, len(units))
-            encoders: list[Encoder] | list[None] = [None] * num_workers
-            if tokenizer is not None:
-                encoders = stack.enter_context(load_encoders(tokenizer, fast, num_workers))
-            running = run_units(units, job, encoders)
-        stack.enter_context(closing(running))
-        progress = stack.enter_context(Progress(console=console, transient=True))
-        bar = progress.add_task("starting", total=num_bytes)
-        # Follow them until the units before the first unfinished one reach the word limit.
-        limit = _word_limit(options)
-        words: dict[int, int] = {}  # of finished units after an unfinished one
-        num_words = num_units = num_documents = 0
+    # Follow the workers until the units before the first unfinished one reach the word limit.
+    limit = _word_limit(options)
+    words: dict[int, int] = {}  # of finished units after an unfinished one
+    num_words = num_units = 0
+    with (
+        closing(run_units(units, job, tokenizer, options, console)) as running,
+        Progress(console=console, transient=True) as progress,
+    ):
+        bar = progress.add_task("encoding" if tokenizer else "reading", total=num_bytes)
         for unit, summary in running:
-            num_documents += summary.documents
-            what = f"{num_documents:,} documents"
-            progress.update(bar, advance=unit.num_bytes, description=what)
+            progress.update(bar, advance=unit.num_bytes)
             words[unit.number] = summary.words
             while num_units in words:
                 num_words += words.pop(num_units)
@@ -304,7 +268,16 @@ def _write_chunks(
     num_kept = sum(split["documents"] for split in splits.values()) - decisions.num_cut
     num_left_out = sum(counts["rejected"].values()) + counts["documents_beyond_limit"]
     assert num_kept + num_left_out == counts["documents_read"], "documents were lost"
-    _check_enough(splits, num_kept, options.chunk_size, describe_left_out(counts))
+    train, test = (splits[name]["tokens"] for name in ("train", "test"))
+    if train < options.chunk_size:
+        smaller = f", or --chunk-size {train} or less" if train >= MIN_CHUNK_SIZE else ""
+        raise UserError(
+            f"{train} tokens for training, besides {test} for testing, are less than one chunk of "
+            f"{options.chunk_size}{describe_left_out(counts)}",
+            where="--source",
+            fix=f"Use more text{smaller}.",
+            exit_code=ExitCode.DATASET_TOO_SMALL,
+        )
     # Put the other files beside the chunks.
     write_tokenizer(tokenizer, result)
     if options.keep_rejected:
@@ -321,19 +294,3 @@ def _write_chunks(
         **counts,
         "splits": splits,
     }
-
-
-def _check_enough(
-    splits: dict[str, dict[str, Any]], num_kept: int, chunk_size: int, left_out: str
-) -> None:
-    train, test = (splits[split]["tokens"] for split in ("train", "test"))
-    if train < chunk_size:
-        documents = "1 document has" if num_kept == 1 else f"{num_kept} documents have"
-        smaller = f", or --chunk-size {train} or less" if train >= MIN_CHUNK_SIZE else ""
-        raise UserError(
-            f"{documents} {train + test} tokens; without {test} for testing that is {train}, less "
-            f"than one chunk of {chunk_size}{left_out}",
-            where="--source",
-            fix=f"Use more text{smaller}.",
-            exit_code=ExitCode.DATASET_TOO_SMALL,
-        )

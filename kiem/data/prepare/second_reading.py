@@ -23,7 +23,7 @@ from kiem.data.prepare.split import CUT, TEST, TRAIN, find_border
 from kiem.data.prepare.units import UnitJob
 from kiem.data.read.readers import FilePart, count_rows, place
 from kiem.data.read.rows import Document
-from kiem.data.read.sources import Source, count_words
+from kiem.data.read.sources import count_words
 from kiem.tokenizer.encoding import Encoder
 
 
@@ -108,13 +108,19 @@ def cut_documents(
 def write_rejected(job: UnitJob, decisions: DocumentDecisions, folder: Path) -> dict[str, Any]:
     """Writes the rejected documents as they were read; returns the manifest's entry about them."""
     path = folder / REJECTED_FILE
-    places = _Places(job.source)
-    num_lines = 0
     wanted = range(REJECTED, REJECTED + len(decisions.reasons))
+    num_lines = 0
+    # Rows come in order, so each file is read once to count the rows before them.
+    file_number = start = num_before = 0
     with new_file(path) as file:
         for code, part, document in read_again(job, decisions, wanted):
+            if part.file != file_number:
+                file_number, start, num_before = part.file, 0, 0
+            num_before += count_rows(job.source, part.file, start, part.start)
+            start = part.start
+            name = job.source.files[part.file].name
             line = {
-                "place": places.of(part, document.number),
+                "place": f"{name}:{num_before + document.number}",
                 "source": document.source,
                 "reason": decisions.reasons[code - REJECTED],
                 "text": document.text or None,
@@ -123,19 +129,3 @@ def write_rejected(job: UnitJob, decisions: DocumentDecisions, folder: Path) -> 
             num_lines += 1
     assert num_lines == sum(decisions.counts["rejected"].values()), "rejected documents were lost"
     return {"lines": num_lines, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
-class _Places:
-    """Places of rows that come in order; reads each file once to count its lines."""
-
-    def __init__(self, source: Source):
-        self._source = source
-        self._file = self._start = self._num_before = 0
-
-    def of(self, part: FilePart, number: int) -> str:
-        """Returns `file:line` of a row of a part."""
-        if part.file != self._file:
-            self._file, self._start, self._num_before = part.file, 0, 0
-        self._num_before += count_rows(self._source, part.file, self._start, part.start)
-        self._start = part.start
-        return f"{self._source.files[part.file].name}:{self._num_before + number}"

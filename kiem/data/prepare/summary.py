@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from kiem.core.files import format_bytes
 from kiem.data.chunks import REJECTED_FILE
@@ -15,24 +15,19 @@ from kiem.data.chunks import REJECTED_FILE
 
 def print_summary(manifest: dict[str, Any], seconds: float, folder: Path, console: Console) -> None:
     """Prints what is in a chunk directory and how fast it was made."""
-    table = Table("", "train", "test", title=str(folder), title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    numbers = [Column(name, justify="right") for name in ("train", "test")]
+    table = Table("", *numbers, title=str(folder), title_justify="left")
     splits = [manifest["splits"][name] for name in ("train", "test")]
     for name in ("documents", "words", "tokens", "chunks", "padding_tokens"):
         table.add_row(name.replace("_", " "), *(f"{split[name]:,}" for split in splits))
     table.add_row("text", *(format_bytes(split["bytes"]) for split in splits))
-    table.add_row(
-        "bytes per token", *(f"{split['bytes'] / max(1, split['tokens']):.2f}" for split in splits)
-    )
+    ratios = (split["bytes"] / max(1, split["tokens"]) for split in splits)
+    table.add_row("bytes per token", *(f"{ratio:.2f}" for ratio in ratios))
     console.print(table)
     for line in _account(manifest):
-        console.print(line, markup=False)
-    if rejected := manifest["rejected"]:
-        total, num_read = sum(rejected.values()), manifest["documents_read"]
-        console.print(f"rejected {total:,} of {num_read:,} documents: {_reasons(rejected)}")
-        if "rejected_file" in manifest:
-            console.print(f"they are in {folder / REJECTED_FILE}")
+        console.print(line)
+    if "rejected_file" in manifest:
+        console.print(f"rejected documents are in {folder / REJECTED_FILE}")
     tokens = sum(split["tokens"] for split in splits)
     num_rows = manifest["tokenizer"]["num_rows"]
     num_unused = manifest["tokenizer"]["num_unused_rows"]
@@ -44,15 +39,10 @@ def print_summary(manifest: dict[str, Any], seconds: float, folder: Path, consol
 
 def describe_left_out(counts: dict[str, Any]) -> str:
     """Returns the end of a message about too little text: what was left out, "" if nothing."""
-    what, rejected, limit = "", counts["rejected"], counts["word_limit"] or {}
-    if total := sum(rejected.values()):
-        what += f"; {total:,} {'was' if total == 1 else 'were'} rejected ({_reasons(rejected)})"
-    if "words_next" in limit:
-        what += (
-            f"; the limit of {limit['words']:,} words (--dataset-size) leaves out all from a "
-            f"document of {limit['words_next']:,} words on"
-        )
-    return what
+    left_out = dict(counts["rejected"])
+    if num_beyond := counts["documents_beyond_limit"]:
+        left_out["beyond --dataset-size"] = num_beyond
+    return f"; left out: {_reasons(left_out)}" if left_out else ""
 
 
 def _reasons(rejected: dict[str, int]) -> str:
@@ -62,30 +52,29 @@ def _reasons(rejected: dict[str, int]) -> str:
 def _account(manifest: dict[str, Any]) -> Iterator[str]:
     """Yields lines that account for every document."""
     train, test = (manifest["splits"][name]["documents"] for name in ("train", "test"))
-    rejected = sum(manifest["rejected"].values())
+    rejected, num_rejected = manifest["rejected"], sum(manifest["rejected"].values())
     num_read, per_file = manifest["documents_read"], manifest["documents_per_file"]
     num_beyond, limit = manifest["documents_beyond_limit"], manifest["word_limit"]
     files = "1 file" if len(per_file) == 1 else f"{len(per_file):,} files"
     cut = manifest.get("cut_for_test")
     again = f", {cut['documents']:,} of them cut in two" if cut else ""
+    beyond = f" + {num_beyond:,} beyond the word limit" if num_beyond else ""
     yield (
         f"documents: {num_read:,} read from {files}{again} = {train:,} for training + {test:,} for "
-        f"testing + {rejected:,} rejected"
-        + (f" + {num_beyond:,} beyond the word limit" if num_beyond else "")
+        f"testing + {num_rejected:,} rejected{beyond}"
     )
     if cut:
-        kind = {"paragraph": "a paragraph", "line": "a line", "sentence": "a sentence"}
         yield (
-            f"the documents are few and large, so the test split is the end of {cut['at']}: "
-            f"{format_bytes(cut['test_bytes'])} after {kind.get(cut['border'], cut['border'])}"
+            "the documents are few and large, so the test split is the end of "
+            f"{cut['at']}: {format_bytes(cut['test_bytes'])} after a {cut['border']}"
         )
     if num_beyond:
-        num_files = limit["files_not_read"]
-        after = f"; {num_files:,} more files were not read" if num_files else ""
         yield (
             f"the limit of {limit['words']:,} words was reached in {limit['reached_in']}, after "
-            f"{limit['words_taken']:,} words: no document from there on was taken{after}"
+            f"{limit['words_taken']:,} words: no document from there on was taken; "
+            f"{limit['files_not_read']:,} more files were not read"
         )
     if empty := [name for name, number in per_file.items() if number == 0]:
-        more = f" and {len(empty) - 3:,} more" if len(empty) > 3 else ""
-        yield f"without any document: {', '.join(empty[:3])}{more}"
+        yield f"files without any document: {len(empty):,}, such as {empty[0]}"
+    if rejected:
+        yield f"rejected {num_rejected:,} of {num_read:,} documents: {_reasons(rejected)}"

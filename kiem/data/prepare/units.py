@@ -3,14 +3,15 @@
 The plan of units depends on the source alone, never on the number of workers. A finished unit is a
 file with a row for every row of the source:
 
-    ids             large_list<int32>   <bos> text <eos>; empty for a rejected row
+    ids             large_list<int32>   <bos> text <eos>
     position        uint64              in the split
-    words, bytes    int64               of a document that is kept
+    words, bytes    int64               of the text
     file            int32               number of the file in the source
     source, reason  int32               numbers of names in the summary; reason -1: kept
     band_0 ...      uint64              keys of near duplicates, with --near-duplicates
 
-Its last record batch is empty and carries the summary. The file ends with its SHA-256.
+A rejected row counts as an empty text. The last record batch is empty and carries the summary. The
+file ends with its SHA-256.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import compress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,14 +37,13 @@ from kiem.data.prepare.packing import frame
 from kiem.data.prepare.split import split_position
 from kiem.data.read.readers import FilePart, list_parts, place, read_parts
 from kiem.data.read.rows import Document
-from kiem.data.read.source_file import reading_errors
 from kiem.data.read.sources import Source, count_words
 from kiem.tokenizer.encoding import Encoded, Encoder
 from kiem.tokenizer.tokenizer import Tokenizer
 
 UNIT_BYTES = 4_000_000
 # Increased whenever an older version would have made other unit files.
-UNIT_VERSION = 4
+UNIT_VERSION = 5
 SCHEMA = pa.schema(
     [
         ("ids", pa.large_list(pa.int32())),
@@ -83,14 +82,12 @@ class UnitSummary(msgspec.Struct):
         key: which unit of which job it is.
         sources: names with the numbers of the `source` column, in order.
         reasons: names with the numbers of the `reason` column, in order.
-        documents: rows that are kept.
-        words: white-space words of those.
+        words: white-space words of the rows that are kept.
     """
 
     key: str
     sources: dict[str, int] = {}
     reasons: dict[str, int] = {}
-    documents: int = 0
     words: int = 0
 
 
@@ -179,20 +176,13 @@ def finish_unit(unit: Unit, job: UnitJob, encoder: Encoder | None) -> UnitSummar
 def open_unit(unit: Unit, job: UnitJob) -> tuple[list[pa.RecordBatch], UnitSummary]:
     """As `read_unit`; raises a UserError if the file is missing, damaged or of another run."""
     path = job.path(unit)
-    with reading_errors(str(path)):
-        if not path.is_file():
-            fault = "is missing"
-        elif not check_seal(path):
-            fault = "is damaged (its sha256 differs)"
-        else:
-            fault = "belongs to another run"
-            try:
-                batches, summary = read_unit(path)
-                if summary.key == job.key(unit):
-                    return batches, summary
-            except (pa.ArrowException, msgspec.MsgspecError, KeyError, TypeError):
-                fault = "is not a unit file"
-    raise damaged(str(path), fault, "Run the same command again: it makes this part again.")
+    with contextlib.suppress(OSError, pa.ArrowException, msgspec.MsgspecError, KeyError, TypeError):
+        if check_seal(path):
+            batches, summary = read_unit(path)
+            if summary.key == job.key(unit):
+                return batches, summary
+    what = "is missing, damaged or of another run"
+    raise damaged(str(path), what, "Run the same command again: it makes this part again.")
 
 
 def read_unit(path: Path) -> tuple[list[pa.RecordBatch], UnitSummary]:
@@ -227,42 +217,29 @@ def _build_batch(
     """Cleans and encodes rows, and adds them to the summary."""
     # Clean: a reason says why a row is rejected.
     cleaned = job.cleaning.clean([document for _, document in rows], hashes)
-    is_kept = np.array([reason is None for _, reason in cleaned])
-    texts = [text for text, reason in cleaned if reason is None]
+    texts = ["" if reason else text for text, reason in cleaned]
     # Count.
     sources, reasons = summary.sources, summary.reasons
     source = [sources.setdefault(document.source, len(sources)) for _, document in rows]
-    reason = [-1 if r is None else reasons.setdefault(r, len(reasons)) for _, r in cleaned]
-    position = np.array([split_position(text, job.seed) for text in texts], np.uint64)
+    reason = [reasons.setdefault(r, len(reasons)) if r else -1 for _, r in cleaned]
     words = np.array([count_words(text) for text in texts], np.int64)
-    num_bytes = np.array([len(text.encode()) for text in texts], np.int64)
-    bands = np.empty((len(texts), 0), np.uint64)
-    if job.cleaning.near_duplicates:
-        bands = band_keys(texts, hashes)
-    # Encode.
-    framed = Encoded(np.empty(0, np.int32), np.zeros(len(texts), np.int64))
-    if encoder is not None:
-        kept = list(compress(rows, is_kept))
-        encoded = encoder.encode(texts, lambda n: place(job.source, kept[n][0], kept[n][1].number))
-        framed = frame(encoded, job.bos_id, job.eos_id)
-    summary.documents += len(texts)
     summary.words += int(words.sum())
-    # Assemble the batch; rejected rows have zeros.
-    offsets = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum(_spread(framed.lengths, is_kept), out=offsets[1:])
+    # Encode.
+    encoded = Encoded(np.empty(0, np.int32), np.zeros(len(rows), np.int64))
+    if encoder is not None:
+        ids = encoder.encode(texts, lambda n: place(job.source, rows[n][0], rows[n][1].number))
+        encoded = frame(ids, job.bos_id, job.eos_id)
+    # Assemble the batch.
+    offsets = np.concatenate([[0], np.cumsum(encoded.lengths)])
     columns = [
-        pa.LargeListArray.from_arrays(from_numpy(offsets), from_numpy(framed.ids)),
-        *(from_numpy(_spread(values, is_kept)) for values in (position, words, num_bytes)),
+        pa.LargeListArray.from_arrays(from_numpy(offsets), from_numpy(encoded.ids)),
+        from_numpy(np.array([split_position(text, job.seed) for text in texts], np.uint64)),
+        from_numpy(words),
+        from_numpy(np.array([len(text.encode()) for text in texts], np.int64)),
         from_numpy(np.array([part.file for part, _ in rows], np.int32)),
         from_numpy(np.array(source, np.int32)),
         from_numpy(np.array(reason, np.int32)),
-        *(from_numpy(band) for band in _spread(bands, is_kept).T),
     ]
+    if job.cleaning.near_duplicates:
+        columns += map(from_numpy, band_keys(texts, hashes).T)
     return pa.record_batch(columns, schema=job.schema())
-
-
-def _spread(values: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
-    """Returns values [kept, ...] with zeros at the rejected rows, [rows, ...]."""
-    spread = np.zeros((len(is_kept), *values.shape[1:]), values.dtype)
-    spread[is_kept] = values
-    return spread

@@ -39,7 +39,10 @@ def verify_directory(path: Path) -> dict[str, Any]:
     _verify_rejected(path, manifest)
     for split in manifest["splits"]:
         _verify_split(path, manifest, split)
-    _verify_sums(path, manifest)
+    try:
+        _verify_sums(path, manifest)
+    except KeyError as error:  # earlier versions counted less
+        raise _wrong(path, f"has no {error}") from error
     _verify_sources(path, manifest)
     return manifest
 
@@ -79,40 +82,32 @@ def _verify_split(path: Path, manifest: dict[str, Any], split: str) -> None:
 
 
 def _verify_sums(path: Path, manifest: dict[str, Any]) -> None:
-    """Checks the sums of a manifest: of what was read, nothing may be missing.
-
-    The first chunk directories have fewer counts, which are left out here.
-    """
-    splits, num_rejected = manifest["splits"], sum(manifest["rejected"].values())
-    num_read, num_beyond = manifest["documents_read"], manifest.get("documents_beyond_limit", 0)
+    """Checks the sums of a manifest: of what was read, nothing may be missing."""
+    splits, limit = manifest["splits"], manifest["word_limit"] or {}
+    num_read, num_beyond = manifest["documents_read"], manifest["documents_beyond_limit"]
+    num_rejected = sum(manifest["rejected"].values())
     # A document that is cut was read once, and is in each split.
     num_kept = sum(counts["documents"] for counts in splits.values())
     num_kept -= manifest.get("cut_for_test", {}).get("documents", 0)
-    sums: dict[str, tuple[Any, Any]] = {
-        "documents read; kept, rejected or beyond the word limit": (
-            num_read,
-            num_kept + num_rejected + num_beyond,
-        )
-    }
+    per_file, rejected_per_file = manifest["documents_per_file"], manifest["rejected_per_file"]
+    planned = list(manifest["source"].get("files") or manifest["source"]["sha256"])
+    planned = planned[: len(planned) - limit.get("files_not_read", 0)]
+    sums: list[tuple[str, Any, Any]] = [
+        ("documents; what became of them", num_read, num_kept + num_rejected + num_beyond),
+        ("documents; in all files", num_read, sum(per_file.values())),
+        ("rejected; in all files", num_rejected, sum(rejected_per_file.values())),
+        ("files planned; read", planned, list(per_file)),
+        ("word limit reached; documents beyond", "reached_in" in limit, num_beyond > 0),
+    ]
+    if "reached_in" in limit:
+        next_fits = limit["words_taken"] + limit["words_next"] <= limit["words"]
+        is_beyond = limit["words_taken"] > limit["words"]
+        sums.append(("words beyond the limit", False, next_fits or is_beyond))
     for split, counts in splits.items():
         for name in ("documents", "tokens", "bytes"):
-            if (per_source := counts.get(f"{name}_per_source")) is not None:
-                what = f"{name} in the {split} split; in all its sources"
-                sums[what] = (counts[name], sum(per_source.values()))
-    if "documents_per_file" in manifest:
-        per_file, limit = manifest["documents_per_file"], manifest["word_limit"] or {}
-        rejected_per_file = manifest["rejected_per_file"]
-        sums["documents read; in all files"] = (num_read, sum(per_file.values()))
-        sums["rejected; in all files"] = (num_rejected, sum(rejected_per_file.values()))
-        planned = list(manifest["source"].get("files") or manifest["source"]["sha256"])
-        planned = planned[: len(planned) - limit.get("files_not_read", 0)]
-        sums["files planned; read"] = (planned, list(per_file))
-        sums["word limit reached; documents beyond"] = ("reached_in" in limit, num_beyond > 0)
-        if "reached_in" in limit:
-            num_left = limit["words"] - limit["words_taken"]
-            is_right = 0 <= num_left < limit["words_next"]
-            sums["next document beyond the word limit"] = (True, is_right)
-    for what, (said, found) in sums.items():
+            total = sum(counts[f"{name}_per_source"].values())
+            sums.append((f"{name} in the {split} split; in all its sources", counts[name], total))
+    for what, said, found in sums:
         if said != found:
             values = f"{reprlib.repr(said)}; {reprlib.repr(found)}"
             raise _wrong(path, f"has counts that do not add up: {what} ({values})")
@@ -140,7 +135,5 @@ def _verify_rejected(path: Path, manifest: dict[str, Any]) -> None:
     verify_file(file, entry["sha256"], entry["bytes"], fix=MAKE_AGAIN)
     with file.open("rb") as lines:
         num_lines = sum(1 for _ in lines)
-    for number in (entry["lines"], sum(manifest["rejected"].values())):
-        if number != num_lines:
-            what = f"says that {number} documents were rejected; {file} has {num_lines}"
-            raise _wrong(path, what)
+    if not num_lines == entry["lines"] == sum(manifest["rejected"].values()):
+        raise _wrong(path, f"does not have as many rejected documents as {file}: {num_lines}")

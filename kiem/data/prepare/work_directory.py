@@ -36,7 +36,7 @@ def work_directory(
     Yields None if the chunk directory exists, which is then verified. Raises a UserError if another
     process works there, or an earlier run had another identity.
     """
-    work = _work_directory(folder)
+    work = hidden(folder, "unfinished")
     _refuse_foreign(folder)
 
     def is_made() -> bool:
@@ -69,13 +69,15 @@ def work_directory(
         discard(work)
 
 
-def earlier_identity(folder: Path) -> dict[str, Any]:
-    """Returns the identity of a chunk directory or of the unfinished work on it, {} if neither."""
-    return read_manifest(folder) if folder.exists() else _read_plan(_work_directory(folder))
+def earlier_revision(folder: Path, config: str) -> str | None:
+    """Returns the Hub dataset's commit that a chunk directory, or unfinished work on it, is of.
 
-
-def _work_directory(folder: Path) -> Path:
-    return hidden(folder, "unfinished")
+    None if there is neither, or it is of another config.
+    """
+    work = hidden(folder, "unfinished")
+    identity = read_manifest(folder) if folder.exists() else _read_plan(work)
+    source = identity.get("source", {})
+    return source.get("revision") if source.get("config") == config else None
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -98,24 +100,13 @@ def _refuse_other(folder: Path, recorded: dict[str, Any], identity: dict[str, An
         if recorded["options"].get(name) != value
     ]
     if recorded["source"] != identity["source"]:
-        changed = _changed_files(recorded["source"], identity["source"])
-        different.append(f"--source was other text{changed}")
+        different.append("--source was other text")
     if different:
         raise already_exists(
             str(folder),
             f"this was made differently: {'; '.join(different)}",
             "Choose another --name, or replace it with --overwrite.",
         )
-
-
-def _changed_files(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Returns which files differ, as " (a, b and 3 more)"; "" if there is none in common."""
-    earlier, later = before.get("sha256", {}), now.get("sha256", {})
-    names = sorted(n for n in {*earlier, *later} if earlier.get(n) != later.get(n))
-    if not names or not set(earlier).intersection(later):
-        return ""
-    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return f" ({', '.join(names[:3])}{more})"
 
 
 def _read_plan(work: Path) -> dict[str, Any]:

@@ -6,25 +6,26 @@ takes which unit.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
 import socket
-from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from kiem.core.errors import ExitCode, UserError, bad_option, not_installed
+from rich.console import Console
+
+from kiem.config import PreprocessOptions
+from kiem.core.console import warn
+from kiem.core.errors import ExitCode, UserError, not_installed
 from kiem.core.files import write_bytes
 from kiem.data.prepare.units import Unit, UnitJob, UnitSummary, finish_unit
-from kiem.data.read.source_file import STANDARD_INPUT
-from kiem.tokenizer.encoding import Encoder, ended_from_outside, fast_path
+from kiem.tokenizer.encoding import Encoder, ended_from_outside, fast_path, load_encoders
 from kiem.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
 
-_PARENT_CHECK_SECONDS = 1.0
 _CONNECT_SECONDS = 10.0
 
 # Units with their summaries, in the order in which they are finished.
@@ -32,48 +33,74 @@ FinishedUnits = Generator[tuple[Unit, UnitSummary], None, None]
 
 
 def run_units(
+    units: Sequence[Unit],
+    job: UnitJob,
+    tokenizer: Tokenizer | None,
+    options: PreprocessOptions,
+    console: Console,
+) -> FinishedUnits:
+    """Finishes units in the workers that the options ask for.
+
+    Raises a UserError as `finish_unit` does, or if a worker is killed. Finished units are kept.
+
+    Args:
+        units: what to do.
+        job: how each is processed.
+        tokenizer: what makes the ids; None: there are none.
+        options: which workers, and which encoder.
+        console: shows why encoding is slow, if it is.
+    """
+    fast = fast_path(tokenizer, options.encoder) if tokenizer else None
+    if options.encoder == "auto" and isinstance(fast, str):
+        warn(console, f"encoding slowly with the tokenizers library: {fast}")
+    if options.executor == "ray":
+        yield from _run_on_ray(units, job, tokenizer, options)
+        return
+    num_workers = min(options.num_proc or os.cpu_count() or 1, len(units))
+    if tokenizer is None or fast is None:
+        yield from _run_locally(units, job, [None] * num_workers)
+        return
+    with load_encoders(tokenizer, fast, num_workers) as encoders:
+        yield from _run_locally(units, job, encoders)
+
+
+def _run_locally(
     units: Sequence[Unit], job: UnitJob, encoders: Sequence[Encoder | None]
 ) -> FinishedUnits:
     """Finishes units in forked processes, which share the memory of the loaded tokenizers.
 
-    There is one process per encoder; a single encoder is used in this process. Raises a UserError
-    as `finish_unit` does, or if a worker is killed. Finished units are kept.
+    There is one process per encoder; a single encoder is used in this process.
     """
     if len(encoders) == 1:
         for unit in units:
             yield unit, finish_unit(unit, job, encoders[0])
         return
-    waiting = deque(units)
-    workers: dict[Connection, multiprocessing.process.BaseProcess] = {}
-    busy: dict[Connection, Unit] = {}
-
-    def start_next(connection: Connection) -> None:
-        if waiting:
-            busy[connection] = waiting.popleft()
-            with contextlib.suppress(OSError):  # a dead worker: recv() reports it
-                connection.send(busy[connection])
-
+    context = multiprocessing.get_context("fork")
+    workers: dict[
+        Connection, multiprocessing.process.BaseProcess
+    ] = {}  # by our end of their connection
+    waiting = iter(units)
+    num_left = len(units)
     try:
-        context = multiprocessing.get_context("fork")
-        for encoder in encoders[: len(units)]:
+        for encoder in encoders:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, job, encoder))
-            process.start()
+            workers[ours] = context.Process(target=_work, args=(theirs, ours, job, encoder))
+            workers[ours].start()
             theirs.close()
-            workers[ours] = process
-            start_next(ours)
-        while busy:
-            for connection in wait(list(busy)):
+        while num_left:
+            for connection in wait(list(workers)):
                 assert isinstance(connection, Connection)
-                unit = busy.pop(connection)
                 try:
                     answer = connection.recv()
+                    for following in islice(waiting, 1):
+                        connection.send(following)
                 except (EOFError, OSError) as error:
                     workers[connection].join()
                     exit_code = workers[connection].exitcode
                     raise ended_from_outside(f"a worker process (exit code {exit_code})") from error
-                start_next(connection)
-                yield unit, _raise_error(answer)
+                if answer is not None:
+                    num_left -= 1
+                    yield _result(answer)
     finally:
         for connection, worker in workers.items():
             connection.close()
@@ -81,62 +108,49 @@ def run_units(
             worker.join()
 
 
-def _work(connection: Connection, job: UnitJob, encoder: Encoder | None) -> None:
+def _work(
+    connection: Connection, other_end: Connection, job: UnitJob, encoder: Encoder | None
+) -> None:
+    """Finishes the units that come through a connection; asks for the first one with None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = os.getppid()
-    # The end of the connection is not enough: later workers hold its other end as well, so it stays
-    # open when the parent is killed.
+    # When the parent is killed, the last worker sees that its connection has ended; the others do
+    # when those after them have ended, which hold the other end of their connections as well.
+    other_end.close()
+    answer = None
     while True:
-        while not connection.poll(_PARENT_CHECK_SECONDS):
-            if os.getppid() != parent:
-                return
         try:
+            connection.send(answer)
             unit = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
-        connection.send(_finish(unit, job, encoder))
+        answer = _finish(unit, job, encoder)
 
 
-def _finish(unit: Unit, job: UnitJob, encoder: Encoder | None) -> UnitSummary | UserError:
+def _finish(
+    unit: Unit, job: UnitJob, encoder: Encoder | None
+) -> tuple[Unit, UnitSummary] | UserError:
     """Finishes a unit in a worker; returns a UserError, which Ray would wrap if it was raised."""
     try:
-        return finish_unit(unit, job, encoder)
+        return unit, finish_unit(unit, job, encoder)
     except UserError as error:
         return error
 
 
-def _raise_error(answer: UnitSummary | UserError) -> UnitSummary:
+def _result(answer: tuple[Unit, UnitSummary] | UserError) -> tuple[Unit, UnitSummary]:
     if isinstance(answer, UserError):
         raise answer
     return answer
 
 
-def run_units_on_ray(
-    units: Sequence[Unit],
-    job: UnitJob,
-    tokenizer: Tokenizer | None,
-    encoder: str,
-    num_proc: int | None,
-    address: str | None,
+def _run_on_ray(
+    units: Sequence[Unit], job: UnitJob, tokenizer: Tokenizer | None, options: PreprocessOptions
 ) -> FinishedUnits:
     """Finishes units on a Ray cluster; every node must see the same files under the same paths.
 
     Ray restarts a killed worker, which makes its unit again.
-
-    Args:
-        units: what to do.
-        job: how each is processed.
-        tokenizer: loaded by every worker, from a copy beside the units; None: no ids are made.
-        encoder: the `--encoder` option.
-        num_proc: number of workers; by default one for each processor of the cluster.
-        address: of a running cluster; by default one is started on this machine.
     """
-    if any(file.name == STANDARD_INPUT for file in job.source.files):
-        what = "other machines cannot read this one's standard input"
-        fix = "Give a file on a disk that all of them share, or leave --executor ray out."
-        raise bad_option("--source -", what, fix)
-    ray = _start_ray(num_proc, address)
+    ray = _start_ray(options.num_proc, options.ray_address)
     from ray.util import ActorPool
 
     try:
@@ -149,11 +163,11 @@ def run_units_on_ray(
         files = [file._replace(path=file.path.absolute()) for file in job.source.files]
         source = replace(job.source, files=files)
         job = replace(job, folder=job.folder.absolute(), source=source)
-        num_workers = min(num_proc or int(ray.cluster_resources().get("CPU", 1)), len(units))
+        num_workers = options.num_proc or int(ray.cluster_resources().get("CPU", 1))
         start = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=1)(_RayWorker).remote
-        pool: Any = ActorPool([start(job, origin, encoder) for _ in range(num_workers)])
-        for unit, answer in pool.map_unordered(lambda w, unit: w.finish.remote(unit), units):
-            yield unit, _raise_error(answer)
+        workers = [start(job, origin, options.encoder) for _ in range(min(num_workers, len(units)))]
+        finish: Any = ActorPool(workers).map_unordered
+        yield from map(_result, finish(lambda worker, unit: worker.finish.remote(unit), units))
     finally:
         ray.shutdown()
 
@@ -168,8 +182,8 @@ class _RayWorker:
             tokenizer = parse_tokenizer((job.folder / TOKENIZER_FILE).read_bytes(), origin)
             self._encoder = Encoder(tokenizer, fast_path(tokenizer, encoder))
 
-    def finish(self, unit: Unit) -> tuple[Unit, UnitSummary | UserError]:
-        return unit, _finish(unit, self._job, self._encoder)
+    def finish(self, unit: Unit) -> tuple[Unit, UnitSummary] | UserError:
+        return _finish(unit, self._job, self._encoder)
 
 
 def _start_ray(num_proc: int | None, address: str | None) -> Any:
@@ -179,16 +193,13 @@ def _start_ray(num_proc: int | None, address: str | None) -> Any:
     except ImportError as error:
         raise not_installed("ray", "--executor ray") from error
     try:
-        if address is None:
-            cluster: dict[str, Any] = {"num_cpus": num_proc, "include_dashboard": False}
-        else:
-            cluster = {}
-            # Ray itself tries for minutes to reach an address where nothing listens.
-            host, _, port = address.removeprefix("ray://").rpartition(":")
-            if host and port.isdecimal():
-                socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+        # Ray itself tries for minutes to reach an address where nothing listens.
+        host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+        if host and port.isdecimal():
+            socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+        own: dict[str, Any] = {"num_cpus": num_proc, "include_dashboard": False}
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-        ray.init(address=address or "local", **quiet, **cluster)
+        ray.init(address or "local", **quiet, **({} if address else own))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"no Ray cluster answers ({str(error).splitlines()[0]})",
