@@ -15,7 +15,7 @@ import numpy as np
 from kiem.data.clean.near_duplicates import band_names
 from kiem.data.clean.ngrams import duplicated
 from kiem.data.prepare.split import CUT, TEST, TRAIN, Split, decide_split
-from kiem.data.prepare.units import Unit, UnitJob, open_unit, read_column, read_unit
+from kiem.data.prepare.units import Job, Unit, open_unit, read_column, read_unit
 
 # Further decisions. REJECTED and what is above it are the reasons by number.
 BEYOND, REJECTED = 3, 4
@@ -43,17 +43,15 @@ class DocumentDecisions(NamedTuple):
     counts: dict[str, Any]
 
 
-def decide(
-    units: Sequence[Unit], job: UnitJob, test_share: float, chunk_size: int, word_limit: int | None
-) -> DocumentDecisions:
+def decide(job: Job) -> DocumentDecisions:
     """Decides about every row of finished units.
 
-    Documents are taken as long as they have no more words together than `word_limit`. Raises a
+    Documents are taken as long as they have no more words together than the word limit. Raises a
     UserError if a unit file is missing, damaged or of other work.
     """
-    columns, reasons, limit = _read_units(units, job, word_limit)
+    columns, reasons, limit = _read_units(job)
     code, position, num_bytes, in_file = (np.concatenate(parts) for parts in columns.values())
-    units = units[: len(columns["code"])]
+    units = job.units[: len(columns["code"])]
     # Reject what came before. Equal texts have equal positions; that two different ones have, too,
     # is to be expected once in some 6 billion documents, since positions are hashes of 64 bits.
     if job.cleaning.filters != "none":
@@ -64,7 +62,8 @@ def decide(
             _reject_repeated(code, np.concatenate(bands), _NEAR_DUPLICATE)
     # Split what is kept.
     is_kept = code == TRAIN
-    split = decide_split(position[is_kept], num_bytes[is_kept], test_share, chunk_size)
+    how = (job.options.test_split, job.options.chunk_size)
+    split = decide_split(position[is_kept], num_bytes[is_kept], *how)
     code[is_kept & (position < np.uint64(split.limit))] = TEST
     if split.cut_bytes is not None:
         code[is_kept & (position == np.uint64(split.limit))] = CUT
@@ -90,7 +89,7 @@ def decide(
 
 
 def _read_units(
-    units: Sequence[Unit], job: UnitJob, word_limit: int | None
+    job: Job,
 ) -> tuple[dict[str, list[np.ndarray]], list[str], dict[str, Any] | None]:
     """Reads the units up to the one in which the word limit is reached.
 
@@ -100,9 +99,10 @@ def _read_units(
     """
     columns: dict[str, list[np.ndarray]] = {"code": [], "position": [], "bytes": [], "file": []}
     reasons = ["duplicate", "near duplicate"]
+    word_limit = job.word_limit
     limit: dict[str, Any] = {"words": word_limit} if word_limit else {}
     num_words = 0
-    for unit in units:
+    for unit in job.units:
         batches, summary = open_unit(unit, job)
         reasons += [reason for reason in summary.reasons if reason not in reasons]
         codes = [REJECTED + reasons.index(reason) for reason in summary.reasons]

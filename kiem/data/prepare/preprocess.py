@@ -7,8 +7,9 @@ resolve the source -> plan units -> finish every unit in a worker process (read,
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from kiem.data.prepare.decisions import DocumentDecisions, decide
 from kiem.data.prepare.packing import UnitDocuments, write_splits
 from kiem.data.prepare.second_reading import TrainingTexts, cut_documents, write_rejected
 from kiem.data.prepare.summary import describe_left_out, print_summary
-from kiem.data.prepare.units import Unit, UnitJob, digest, open_unit, plan_units
+from kiem.data.prepare.units import Job, digest, open_unit, plan_units
 from kiem.data.prepare.verify import verify_directory
 from kiem.data.prepare.work_directory import earlier_revision, work_directory
 from kiem.data.prepare.workers import run_units
@@ -40,13 +41,7 @@ from kiem.data.read.sources import (
     resolve_source,
     word_limit,
 )
-from kiem.tokenizer.encoding import Encoder, fast_path
-from kiem.tokenizer.tokenizer import (
-    Tokenizer,
-    load_tokenizer,
-    parse_tokenizer,
-    write_tokenizer,
-)
+from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer, parse_tokenizer, write_tokenizer
 from kiem.tokenizer.train import train_tokenizer, vocabulary_size_to_train
 
 # Unit files and chunks exist at the same time. A token takes four bytes and has at least three of
@@ -90,20 +85,18 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
             return folder
         # Plan, and train a vocabulary if one is wanted.
         units = plan_units(source)
-        how = (options.text_column, options.on_bad_document, options.seed, cleaning)
-        job = UnitJob(work, digest(identity), source, *how)
+        job = Job(options, source, units, cleaning, work, digest(identity), tokenizer)
         if tokenizer is None:
-            tokenizer = _trained_tokenizer(units, job, options, console)
+            job = replace(job, tokenizer=_trained_tokenizer(job, console))
         # Read, clean and encode in the workers.
-        job = job.with_tokenizer(tokenizer)
-        _finish_units(units, job, tokenizer, options, console)
+        _finish_units(job, console)
         # Decide about every document, pack, and write the chunk directory.
-        decisions = _decide(units, job, options)
+        decisions = decide(job)
         with new_folder(folder, overwrite=options.overwrite, temporary=work / "result") as result:
             manifest = {
                 **identity,
                 "not_read": dict(sorted(source.not_read.items())),
-                **_write_chunks(job, decisions, tokenizer, options, result),
+                **_write_chunks(job, decisions, result),
             }
             finish_directory(result, manifest)
     print_summary(manifest, time.perf_counter() - started, folder, console)
@@ -176,20 +169,18 @@ def _identity(
     }
 
 
-def _trained_tokenizer(
-    units: Sequence[Unit], job: UnitJob, options: PreprocessOptions, console: Console
-) -> Tokenizer:
+def _trained_tokenizer(job: Job, console: Console) -> Tokenizer:
     """Trains a vocabulary on the training documents, or takes the one of an interrupted run.
 
     To know which documents these are, all units are first finished without ids.
     """
-    vocabulary_size = vocabulary_size_to_train(options.tokenizer)
+    vocabulary_size = vocabulary_size_to_train(job.options.tokenizer)
     assert vocabulary_size is not None
     file = job.folder / _VOCABULARY_FILE
     if (json_bytes := read_sealed(file)) is not None:
-        return parse_tokenizer(json_bytes, options.tokenizer)
-    _finish_units(units, job, None, options, console)
-    decisions = _decide(units, job, options)
+        return parse_tokenizer(json_bytes, job.options.tokenizer)
+    _finish_units(job, console)
+    decisions = decide(job)
     with console.status(f"Training a vocabulary of {vocabulary_size} entries"):
         texts, missing = TrainingTexts(job, decisions), describe_left_out(decisions.counts)
         tokenizer = train_tokenizer(texts, vocabulary_size, missing)
@@ -198,29 +189,23 @@ def _trained_tokenizer(
     return tokenizer
 
 
-def _finish_units(
-    units: Sequence[Unit],
-    job: UnitJob,
-    tokenizer: Tokenizer | None,
-    options: PreprocessOptions,
-    console: Console,
-) -> None:
+def _finish_units(job: Job, console: Console) -> None:
     """Finishes the units, or as many of them as the word limit needs."""
     # Check the disk.
-    num_bytes = sum(unit.num_bytes for unit in units)
-    finished_bytes = sum(path.stat().st_size for path in map(job.path, units) if path.exists())
+    num_bytes = sum(unit.num_bytes for unit in job.units)
+    finished_bytes = sum(path.stat().st_size for path in map(job.path, job.units) if path.exists())
     needed_bytes = _OUTPUT_BYTES_PER_TEXT_BYTE * num_bytes
-    needed_bytes += len(tokenizer.json_bytes) if tokenizer else 0
+    needed_bytes += len(job.tokenizer.json_bytes) if job.tokenizer else 0
     require_free_space(job.folder, needed_bytes - finished_bytes, "the chunk directory")
     # Follow the workers until the units before the first unfinished one reach the word limit.
-    limit = _word_limit(options)
+    limit = job.word_limit
     words: dict[int, int] = {}  # of finished units after an unfinished one
     num_words = num_units = 0
     with (
-        closing(run_units(units, job, tokenizer, options, console)) as running,
+        closing(run_units(job, console)) as running,
         Progress(console=console, transient=True) as progress,
     ):
-        bar = progress.add_task("encoding" if tokenizer else "reading", total=num_bytes)
+        bar = progress.add_task("encoding" if job.tokenizer else "reading", total=num_bytes)
         for unit, summary in running:
             progress.update(bar, advance=unit.num_bytes)
             words[unit.number] = summary.words
@@ -231,29 +216,15 @@ def _finish_units(
                 break
 
 
-def _word_limit(options: PreprocessOptions) -> int | None:
-    # On the Hub the size selects a config instead.
-    return None if options.source == ("hub",) else word_limit(options.dataset_size)
-
-
-def _decide(units: Sequence[Unit], job: UnitJob, options: PreprocessOptions) -> DocumentDecisions:
-    return decide(units, job, options.test_split, options.chunk_size, _word_limit(options))
-
-
-def _write_chunks(
-    job: UnitJob,
-    decisions: DocumentDecisions,
-    tokenizer: Tokenizer,
-    options: PreprocessOptions,
-    result: Path,
-) -> dict[str, Any]:
+def _write_chunks(job: Job, decisions: DocumentDecisions, result: Path) -> dict[str, Any]:
     """Writes the chunk directory but for its manifest; returns the manifest's entries about it."""
+    options, tokenizer = job.options, job.tokenizer
+    assert tokenizer is not None
     # Cut documents where they are few and large.
     counts: dict[str, Any] = decisions.counts.copy()
     cut: list[UnitDocuments] = []
     if decisions.num_cut:
-        encoder = Encoder(tokenizer, fast_path(tokenizer, options.encoder))
-        documents, counts["cut_for_test"] = cut_documents(job, decisions, encoder)
+        documents, counts["cut_for_test"] = cut_documents(job, decisions)
         cut.append(documents)
 
     # Pack, and account for every document.

@@ -20,15 +20,15 @@ from kiem.data.chunks import REJECTED_FILE
 from kiem.data.prepare.decisions import REJECTED, DocumentDecisions
 from kiem.data.prepare.packing import UnitDocuments, frame
 from kiem.data.prepare.split import CUT, TEST, TRAIN, find_border
-from kiem.data.prepare.units import UnitJob
+from kiem.data.prepare.units import Job
 from kiem.data.read.readers import FilePart, count_rows, place
 from kiem.data.read.rows import Document
 from kiem.data.read.sources import count_words
-from kiem.tokenizer.encoding import Encoder
+from kiem.tokenizer.encoding import Encoder, fast_path
 
 
 def read_again(
-    job: UnitJob, decisions: DocumentDecisions, wanted: Sequence[int]
+    job: Job, decisions: DocumentDecisions, wanted: Sequence[int]
 ) -> Iterator[tuple[int, FilePart, Document]]:
     """Reads the rows with one of the `wanted` decisions again; yields the decision with each."""
     for unit, codes in zip(decisions.units, decisions.per_unit, strict=True):
@@ -44,7 +44,7 @@ def read_again(
 class TrainingTexts:
     """The texts of the training documents, read each time that they are iterated over."""
 
-    def __init__(self, job: UnitJob, decisions: DocumentDecisions):
+    def __init__(self, job: Job, decisions: DocumentDecisions):
         self._job = job
         self._decisions = decisions
 
@@ -58,15 +58,14 @@ class TrainingTexts:
                 yield text[: border.place]
 
 
-def cut_documents(
-    job: UnitJob, decisions: DocumentDecisions, encoder: Encoder
-) -> tuple[UnitDocuments, dict[str, Any]]:
+def cut_documents(job: Job, decisions: DocumentDecisions) -> tuple[UnitDocuments, dict[str, Any]]:
     """Cuts the document that is to be cut, and documents equal to it.
 
     Returns:
         Two rows for each copy, for training and for testing, each with its own <bos> and <eos>; and
         the manifest's entry about them.
     """
+    assert job.tokenizer is not None
     assert decisions.split.cut_bytes is not None
     labels: list[str] = []
     for _, part, document in read_again(job, decisions, (CUT,)):
@@ -83,7 +82,9 @@ def cut_documents(
             exit_code=ExitCode.DATASET_TOO_SMALL,
         )
     texts = [text[: border.place], text[border.place :]]
-    encoded = frame(encoder.encode(texts, lambda _: where), job.bos_id, job.eos_id)
+    encoder = Encoder(job.tokenizer, fast_path(job.tokenizer, job.options.encoder))
+    encoded = encoder.encode(texts, lambda _: where)
+    encoded = frame(encoded, job.tokenizer.bos_id, job.tokenizer.eos_id)
     ids = np.split(encoded.ids, encoded.lengths[:1])
     num_bytes = [len(text.encode()) for text in texts]
     num_words = [count_words(text) for text in texts]
@@ -105,7 +106,7 @@ def cut_documents(
     return ([pa.record_batch(columns)], names, codes), entry
 
 
-def write_rejected(job: UnitJob, decisions: DocumentDecisions, folder: Path) -> dict[str, Any]:
+def write_rejected(job: Job, decisions: DocumentDecisions, folder: Path) -> dict[str, Any]:
     """Writes the rejected documents as they were read; returns the manifest's entry about them."""
     path = folder / REJECTED_FILE
     wanted = range(REJECTED, REJECTED + len(decisions.reasons))

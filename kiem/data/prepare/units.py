@@ -18,15 +18,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 
+from kiem.config import PreprocessOptions
 from kiem.core.errors import UserError, damaged
 from kiem.core.files import check_seal, sealed_file
 from kiem.data.arrow import from_numpy, to_numpy
@@ -37,7 +38,7 @@ from kiem.data.prepare.packing import frame
 from kiem.data.prepare.split import split_position
 from kiem.data.read.readers import FilePart, list_parts, place, read_parts
 from kiem.data.read.rows import Document
-from kiem.data.read.sources import Source, count_words
+from kiem.data.read.sources import Source, count_words, word_limit
 from kiem.tokenizer.encoding import Encoded, Encoder
 from kiem.tokenizer.tokenizer import Tokenizer
 
@@ -92,31 +93,32 @@ class UnitSummary(msgspec.Struct):
 
 
 @dataclass(frozen=True)
-class UnitJob:
-    """How every unit is processed.
+class Job:
+    """The text in units, and how each is processed.
 
     Attributes:
+        options: all options of preprocess.py.
+        source: the text.
+        units: the plan of it.
+        cleaning: what is normalized and rejected.
         folder: where unit files go.
-        identity: digest of all that their content depends on.
-        seed: of the split.
-        bos_id: put before every document.
-        eos_id: put after every document.
+        identity: digest of all that their content depends on, besides the tokenizer.
+        tokenizer: what makes the ids; None: there are none.
     """
 
+    options: PreprocessOptions
+    source: Source
+    units: Sequence[Unit]
+    cleaning: Cleaning
     folder: Path
     identity: str
-    source: Source
-    text_column: str
-    on_bad_document: Literal["stop", "skip"]
-    seed: int
-    cleaning: Cleaning
-    bos_id: int = 0
-    eos_id: int = 0
+    tokenizer: Tokenizer | None
 
-    def with_tokenizer(self, tokenizer: Tokenizer) -> UnitJob:
-        """Returns the job with the ids of a tokenizer."""
-        identity = digest(self.identity, tokenizer.sha256)
-        return replace(self, identity=identity, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    @property
+    def word_limit(self) -> int | None:
+        """The most words of all documents; on the Hub the dataset size selects a config instead."""
+        is_hub = self.options.source == ("hub",)
+        return None if is_hub else word_limit(self.options.dataset_size)
 
     def path(self, unit: Unit) -> Path:
         """Returns the file of a finished unit."""
@@ -124,11 +126,12 @@ class UnitJob:
 
     def key(self, unit: Unit) -> str:
         """Returns the key that identifies the file of a unit."""
-        return digest(self.identity, unit)
+        return digest(self.identity, self.tokenizer.sha256 if self.tokenizer else None, unit)
 
     def read(self, unit: Unit) -> Iterator[tuple[FilePart, Document]]:
         """Yields the rows of a unit from the source."""
-        return read_parts(self.source, unit.parts, self.text_column, self.on_bad_document)
+        how = (self.options.text_column, self.options.on_bad_document)
+        return read_parts(self.source, unit.parts, *how)
 
     def schema(self) -> pa.Schema:
         """Returns the columns of unit files."""
@@ -155,7 +158,7 @@ def plan_units(source: Source) -> list[Unit]:
     return [*units, Unit(len(units), tuple(parts), num_bytes)]
 
 
-def finish_unit(unit: Unit, job: UnitJob, encoder: Encoder | None) -> UnitSummary:
+def finish_unit(unit: Unit, job: Job, encoder: Encoder | None) -> UnitSummary:
     """Makes the file of a unit, unless it exists and is intact.
 
     Without an encoder there are no ids in it. Raises a UserError at bad input, an encoding that is
@@ -173,7 +176,7 @@ def finish_unit(unit: Unit, job: UnitJob, encoder: Encoder | None) -> UnitSummar
     return summary
 
 
-def open_unit(unit: Unit, job: UnitJob) -> tuple[list[pa.RecordBatch], UnitSummary]:
+def open_unit(unit: Unit, job: Job) -> tuple[list[pa.RecordBatch], UnitSummary]:
     """As `read_unit`; raises a UserError if the file is missing, damaged or of another run."""
     path = job.path(unit)
     with contextlib.suppress(OSError, pa.ArrowException, msgspec.MsgspecError, KeyError, TypeError):
@@ -212,7 +215,7 @@ def _batches(rows: Iterator[tuple[FilePart, Document]]) -> Iterator[Rows]:
 
 
 def _build_batch(
-    rows: Rows, job: UnitJob, encoder: Encoder | None, hashes: WordHashes, summary: UnitSummary
+    rows: Rows, job: Job, encoder: Encoder | None, hashes: WordHashes, summary: UnitSummary
 ) -> pa.RecordBatch:
     """Cleans and encodes rows, and adds them to the summary."""
     # Clean: a reason says why a row is rejected.
@@ -226,14 +229,14 @@ def _build_batch(
     summary.words += int(words.sum())
     # Encode.
     encoded = Encoded(np.empty(0, np.int32), np.zeros(len(rows), np.int64))
-    if encoder is not None:
+    if encoder is not None and job.tokenizer is not None:
         ids = encoder.encode(texts, lambda n: place(job.source, rows[n][0], rows[n][1].number))
-        encoded = frame(ids, job.bos_id, job.eos_id)
+        encoded = frame(ids, job.tokenizer.bos_id, job.tokenizer.eos_id)
     # Assemble the batch.
     offsets = np.concatenate([[0], np.cumsum(encoded.lengths)])
     columns = [
         pa.LargeListArray.from_arrays(from_numpy(offsets), from_numpy(encoded.ids)),
-        from_numpy(np.array([split_position(text, job.seed) for text in texts], np.uint64)),
+        from_numpy(np.array([split_position(text, job.options.seed) for text in texts], np.uint64)),
         from_numpy(words),
         from_numpy(np.array([len(text.encode()) for text in texts], np.int64)),
         from_numpy(np.array([part.file for part, _ in rows], np.int32)),

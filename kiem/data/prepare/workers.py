@@ -18,13 +18,12 @@ from typing import Any
 
 from rich.console import Console
 
-from kiem.config import PreprocessOptions
 from kiem.core.console import warn
 from kiem.core.errors import ExitCode, UserError, not_installed
 from kiem.core.files import write_bytes
-from kiem.data.prepare.units import Unit, UnitJob, UnitSummary, finish_unit
+from kiem.data.prepare.units import Job, Unit, UnitSummary, finish_unit
 from kiem.tokenizer.encoding import Encoder, ended_from_outside, fast_path, load_encoders
-from kiem.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
+from kiem.tokenizer.tokenizer import TOKENIZER_FILE, parse_tokenizer
 
 _CONNECT_SECONDS = 10.0
 
@@ -32,55 +31,42 @@ _CONNECT_SECONDS = 10.0
 FinishedUnits = Generator[tuple[Unit, UnitSummary], None, None]
 
 
-def run_units(
-    units: Sequence[Unit],
-    job: UnitJob,
-    tokenizer: Tokenizer | None,
-    options: PreprocessOptions,
-    console: Console,
-) -> FinishedUnits:
+def run_units(job: Job, console: Console) -> FinishedUnits:
     """Finishes units in the workers that the options ask for.
 
-    Raises a UserError as `finish_unit` does, or if a worker is killed. Finished units are kept.
-
-    Args:
-        units: what to do.
-        job: how each is processed.
-        tokenizer: what makes the ids; None: there are none.
-        options: which workers, and which encoder.
-        console: shows why encoding is slow, if it is.
+    Raises a UserError as `finish_unit` does, or if a worker is killed. Finished units are kept. The
+    console shows why encoding is slow, if it is.
     """
-    fast = fast_path(tokenizer, options.encoder) if tokenizer else None
-    if options.encoder == "auto" and isinstance(fast, str):
+    options, tokenizer = job.options, job.tokenizer
+    fast = fast_path(tokenizer, options.encoder) if tokenizer else ""
+    if tokenizer and isinstance(fast, str) and options.encoder == "auto":
         warn(console, f"encoding slowly with the tokenizers library: {fast}")
     if options.executor == "ray":
-        yield from _run_on_ray(units, job, tokenizer, options)
+        yield from _run_on_ray(job)
         return
-    num_workers = min(options.num_proc or os.cpu_count() or 1, len(units))
-    if tokenizer is None or fast is None:
-        yield from _run_locally(units, job, [None] * num_workers)
+    num_workers = min(options.num_proc or os.cpu_count() or 1, len(job.units))
+    if tokenizer is None:
+        yield from _run_locally(job, [None] * num_workers)
         return
     with load_encoders(tokenizer, fast, num_workers) as encoders:
-        yield from _run_locally(units, job, encoders)
+        yield from _run_locally(job, encoders)
 
 
-def _run_locally(
-    units: Sequence[Unit], job: UnitJob, encoders: Sequence[Encoder | None]
-) -> FinishedUnits:
+def _run_locally(job: Job, encoders: Sequence[Encoder | None]) -> FinishedUnits:
     """Finishes units in forked processes, which share the memory of the loaded tokenizers.
 
     There is one process per encoder; a single encoder is used in this process.
     """
     if len(encoders) == 1:
-        for unit in units:
+        for unit in job.units:
             yield unit, finish_unit(unit, job, encoders[0])
         return
     context = multiprocessing.get_context("fork")
     workers: dict[
         Connection, multiprocessing.process.BaseProcess
     ] = {}  # by our end of their connection
-    waiting = iter(units)
-    num_left = len(units)
+    waiting = iter(job.units)
+    num_left = len(job.units)
     try:
         for encoder in encoders:
             ours, theirs = context.Pipe()
@@ -108,9 +94,7 @@ def _run_locally(
             worker.join()
 
 
-def _work(
-    connection: Connection, other_end: Connection, job: UnitJob, encoder: Encoder | None
-) -> None:
+def _work(connection: Connection, other_end: Connection, job: Job, encoder: Encoder | None) -> None:
     """Finishes the units that come through a connection; asks for the first one with None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -127,9 +111,7 @@ def _work(
         answer = _finish(unit, job, encoder)
 
 
-def _finish(
-    unit: Unit, job: UnitJob, encoder: Encoder | None
-) -> tuple[Unit, UnitSummary] | UserError:
+def _finish(unit: Unit, job: Job, encoder: Encoder | None) -> tuple[Unit, UnitSummary] | UserError:
     """Finishes a unit in a worker; returns a UserError, which Ray would wrap if it was raised."""
     try:
         return unit, finish_unit(unit, job, encoder)
@@ -143,31 +125,29 @@ def _result(answer: tuple[Unit, UnitSummary] | UserError) -> tuple[Unit, UnitSum
     return answer
 
 
-def _run_on_ray(
-    units: Sequence[Unit], job: UnitJob, tokenizer: Tokenizer | None, options: PreprocessOptions
-) -> FinishedUnits:
+def _run_on_ray(job: Job) -> FinishedUnits:
     """Finishes units on a Ray cluster; every node must see the same files under the same paths.
 
     Ray restarts a killed worker, which makes its unit again.
     """
-    ray = _start_ray(options.num_proc, options.ray_address)
+    ray = _start_ray(job.options.num_proc, job.options.ray_address)
     from ray.util import ActorPool
 
     try:
-        origin = None
-        if tokenizer is not None:
-            # A file, not an argument, which a restarted worker would not find.
-            write_bytes(job.folder / TOKENIZER_FILE, tokenizer.json_bytes)
-            origin = tokenizer.origin
         # Ray's workers have other working folders.
         files = [file._replace(path=file.path.absolute()) for file in job.source.files]
-        source = replace(job.source, files=files)
-        job = replace(job, folder=job.folder.absolute(), source=source)
-        num_workers = options.num_proc or int(ray.cluster_resources().get("CPU", 1))
+        source, folder = replace(job.source, files=files), job.folder.absolute()
+        given = replace(job, source=source, folder=folder, units=(), tokenizer=None)
+        origin = None
+        if job.tokenizer is not None:
+            # A file, not an argument, which a restarted worker would not find.
+            write_bytes(folder / TOKENIZER_FILE, job.tokenizer.json_bytes)
+            origin = job.tokenizer.origin
+        num_workers = job.options.num_proc or int(ray.cluster_resources().get("CPU", 1))
         start = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=1)(_RayWorker).remote
-        workers = [start(job, origin, options.encoder) for _ in range(min(num_workers, len(units)))]
+        workers = [start(given, origin) for _ in range(min(num_workers, len(job.units)))]
         finish: Any = ActorPool(workers).map_unordered
-        yield from map(_result, finish(lambda worker, unit: worker.finish.remote(unit), units))
+        yield from map(_result, finish(lambda worker, unit: worker.finish.remote(unit), job.units))
     finally:
         ray.shutdown()
 
@@ -175,12 +155,13 @@ def _run_on_ray(
 class _RayWorker:
     """One of Ray's worker processes, with the loaded tokenizer."""
 
-    def __init__(self, job: UnitJob, origin: str | None, encoder: str):
+    def __init__(self, job: Job, origin: str | None):
         self._job = job
         self._encoder: Encoder | None = None
         if origin is not None:
             tokenizer = parse_tokenizer((job.folder / TOKENIZER_FILE).read_bytes(), origin)
-            self._encoder = Encoder(tokenizer, fast_path(tokenizer, encoder))
+            self._job = replace(job, tokenizer=tokenizer)
+            self._encoder = Encoder(tokenizer, fast_path(tokenizer, job.options.encoder))
 
     def finish(self, unit: Unit) -> tuple[Unit, UnitSummary] | UserError:
         return _finish(unit, self._job, self._encoder)
