@@ -31,8 +31,6 @@ def band_keys(texts: Sequence[str], hashes: WordHashes) -> np.ndarray:
     """
     from rensa import RMinHash
 
-    if not texts:
-        return np.empty((0, NUM_BANDS), np.uint64)
     shingles = [_shingles(text, hashes) for text in texts]
     offsets = np.cumsum([0, *map(len, shingles)]).astype(np.uint64)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(

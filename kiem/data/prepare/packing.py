@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from kiem.config import PreprocessOptions
 from kiem.data.arrow import to_numpy
 from kiem.data.chunks import NO_SOURCE, TEST_SOURCES, SplitWriter
 from kiem.data.prepare.split import TEST, TRAIN
@@ -174,10 +175,10 @@ def make_packer(packing: Packing, chunk_size: int, pad_id: int) -> ConcatPacker:
 class _SplitPacker:
     """Packs the documents of one split into shards, and counts them by source."""
 
-    def __init__(self, folder: Path, chunk_size: int, packing: Packing, pad_id: int, column: str):
-        self._packer = make_packer(packing, chunk_size, pad_id)
-        self._writer = SplitWriter(folder, chunk_size, column)
-        self._chunk_size = chunk_size
+    def __init__(self, folder: Path, options: PreprocessOptions, pad_id: int, column: str):
+        self._chunk_size = options.chunk_size
+        self._packer = make_packer(options.packing, options.chunk_size, pad_id)
+        self._writer = SplitWriter(folder, options.chunk_size, column)
         self._counts = {n: Counter[str]() for n in ("documents", "words", "bytes", "tokens")}
 
     def add(self, ids: np.ndarray, counted: dict[str, np.ndarray], names: list[str]) -> None:
@@ -209,8 +210,7 @@ class _SplitPacker:
 def write_splits(
     documents: Iterable[UnitDocuments],
     tokenizer: Tokenizer,
-    chunk_size: int,
-    packing: Packing,
+    options: PreprocessOptions,
     folder: Path,
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """Packs the documents into chunks and writes both splits.
@@ -218,20 +218,18 @@ def write_splits(
     Args:
         documents: of all units; those that are TRAIN or TEST are written.
         tokenizer: the one that made the ids.
-        chunk_size: tokens in a chunk.
-        packing: how documents become chunks.
+        options: with the size of chunks and the way of packing.
         folder: the unfinished chunk directory.
 
     Returns:
         The manifest's entry of each split, and how many rows of the vocabulary no token has.
     """
-    how = (chunk_size, packing)
     splits = {
-        code: _SplitPacker(folder / name, *how, tokenizer.pad_id, "input_ids")
+        code: _SplitPacker(folder / name, options, tokenizer.pad_id, "input_ids")
         for name, code in (("train", TRAIN), ("test", TEST))
     }
     # Packed as the test tokens are: for each token, the number of its document's source.
-    sources = _SplitPacker(folder / TEST_SOURCES, *how, NO_SOURCE, "source")
+    sources = _SplitPacker(folder / TEST_SOURCES, options, NO_SOURCE, "source")
     numbers: dict[str, int] = {}
     is_used = np.zeros(tokenizer.num_rows, dtype=bool)
     for batches, names, codes in documents:

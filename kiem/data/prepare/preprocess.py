@@ -234,8 +234,7 @@ def _write_chunks(job: Job, decisions: DocumentDecisions, result: Path) -> dict[
             yield batches, list(summary.sources), codes
         yield from cut
 
-    chunks = (options.chunk_size, options.packing)
-    splits, num_unused_rows = write_splits(all_documents(), tokenizer, *chunks, result)
+    splits, num_unused_rows = write_splits(all_documents(), tokenizer, options, result)
     num_kept = sum(split["documents"] for split in splits.values()) - decisions.num_cut
     num_left_out = sum(counts["rejected"].values()) + counts["documents_beyond_limit"]
     assert num_kept + num_left_out == counts["documents_read"], "documents were lost"

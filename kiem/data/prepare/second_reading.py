@@ -7,6 +7,7 @@ and rejected documents. They come in the order of the plan, so any workers give 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,17 @@ def read_again(
                 yield int(codes[number]), part, document
 
 
+@dataclass(frozen=True)
 class TrainingTexts:
     """The texts of the training documents, read each time that they are iterated over."""
 
-    def __init__(self, job: Job, decisions: DocumentDecisions):
-        self._job = job
-        self._decisions = decisions
+    job: Job
+    decisions: DocumentDecisions
 
     def __iter__(self) -> Iterator[str]:
-        cut_bytes = self._decisions.split.cut_bytes
-        for code, _, document in read_again(self._job, self._decisions, (TRAIN, CUT)):
-            text = self._job.cleaning.normalize(document.text)
+        cut_bytes = self.decisions.split.cut_bytes
+        for code, _, document in read_again(self.job, self.decisions, (TRAIN, CUT)):
+            text = self.job.cleaning.normalize(document.text)
             if code == TRAIN:
                 yield text
             elif cut_bytes and (border := find_border(text, cut_bytes)) is not None:
