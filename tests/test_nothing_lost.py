@@ -282,7 +282,7 @@ def test_few_documents_are_cut_for_the_test_split(
     ("text", "message"),
     [
         ("x", "3 tokens for training, besides 0 for testing, are less than one chunk of 32"),
-        ("Een zin. Nog een zin.", "tokens for training, .* are less than one chunk of 32"),
+        ("Een zin. Nog een zin.", r"tokens for training, .* are less than one chunk of 32"),
     ],
 )
 def test_too_little_text_is_said_in_numbers(
@@ -364,7 +364,7 @@ def test_what_is_beyond_the_word_limit_is_counted(
     write_files(tmp_path / "in", LIMITED)
     options = replace(options, dataset_size=words, chunk_size=16, test_split=0.5)
     if num_taken < 3:
-        with pytest.raises(UserError, match="less than one chunk of 16; left out: .* beyond"):
+        with pytest.raises(UserError, match="less than one chunk of 16; left out"):
             preprocess(options, QUIET)
         return
     shown = told(options)
