@@ -170,7 +170,7 @@ def test_word_cap_counts_whole_documents(tmp_path: Path) -> None:
         ({"tokenizer": "nergens/tokenizer.json"}, ExitCode.NOT_FOUND),
         ({"tokenizer": "pyproject.toml"}, ExitCode.TOKENIZER_MISMATCH),
         ({"name": "../weg"}, ExitCode.BAD_OPTION),
-        ({"text_column": "tekst"}, ExitCode.NO_EFFECT),
+        ({"text_column": "tekst"}, ExitCode.BAD_INPUT),
         ({"ray_address": "127.0.0.1:6379"}, ExitCode.NO_EFFECT),
         ({"output_dir": Path("/proc/nee")}, None),
     ],

@@ -118,8 +118,6 @@ def _check_options(options: PreprocessOptions) -> None:
     if options.keep_rejected and not is_cleaned and options.on_bad_document == "stop":
         ways = "--clean, --near-duplicates, --decontaminate or --on-bad-document skip"
         raise no_effect("--keep-rejected", f"without {ways}: nothing is rejected")
-    if options.text_column != "text" and options.source == ("sample",):
-        raise no_effect("--text-column", "with --source sample")
     vocabulary_size_to_train(options.tokenizer)
 
 

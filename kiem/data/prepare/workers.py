@@ -62,17 +62,17 @@ def _run_locally(job: Job, encoders: Sequence[Encoder | None]) -> FinishedUnits:
             yield unit, finish_unit(unit, job, encoders[0])
         return
     context = multiprocessing.get_context("fork")
-    workers: dict[
-        Connection, multiprocessing.process.BaseProcess
-    ] = {}  # by our end of their connection
+    # By our end of their connections.
+    workers: dict[Connection, multiprocessing.process.BaseProcess] = {}
     waiting = iter(job.units)
     num_left = len(job.units)
     try:
         for encoder in encoders:
             ours, theirs = context.Pipe()
-            workers[ours] = context.Process(target=_work, args=(theirs, ours, job, encoder))
-            workers[ours].start()
+            process = context.Process(target=_work, args=(theirs, ours, job, encoder))
+            process.start()
             theirs.close()
+            workers[ours] = process
         while num_left:
             for connection in wait(list(workers)):
                 assert isinstance(connection, Connection)
