@@ -23,9 +23,19 @@ GEMMA3_1B_PARAMETERS = 999_885_952
 GEMMA3_270M_PARAMETERS = 268_098_176
 
 
+_Tokens = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
+_Heads = Annotated[int, msgspec.Meta(ge=1, le=1 << 10)]
+# What the rotary angles and the attention's scale are computed from, in fp32.
+_Base = (
+    Annotated[int, msgspec.Meta(ge=1, le=10**12)] | Annotated[float, msgspec.Meta(ge=1, le=1e12)]
+)
+
+
 @dataclass(frozen=True)
 class Gemma3Config:
     """The shape of a Gemma 3 text model; names as in config.json, defaults are gemma3-1b's.
+
+    The ranges are those that config.json may have, far beyond any Gemma.
 
     Attributes:
         vocab_size: rows of the embedding, which is also the output layer.
@@ -44,20 +54,20 @@ class Gemma3Config:
         rms_norm_eps: added to the mean square in norms.
     """
 
-    vocab_size: int = GEMMA_VOCABULARY
-    hidden_size: int = 1152
-    intermediate_size: int = 6912
-    num_hidden_layers: int = 26
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 1
-    head_dim: int = 256
-    sliding_window: int = 512
-    sliding_window_pattern: int = 6
-    query_pre_attn_scalar: int = 256
-    rope_theta: float = 1_000_000.0
-    rope_local_base_freq: float = 10_000.0
-    max_position_embeddings: int = 32_768
-    rms_norm_eps: float = 1e-6
+    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)] = GEMMA_VOCABULARY
+    hidden_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 17)] = 1152
+    intermediate_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 6912
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 26
+    num_attention_heads: _Heads = 4
+    num_key_value_heads: _Heads = 1
+    head_dim: Annotated[int, msgspec.Meta(ge=2, le=1 << 12, multiple_of=2)] = 256
+    sliding_window: _Tokens = 512
+    sliding_window_pattern: _Tokens = 6
+    query_pre_attn_scalar: _Base = 256
+    rope_theta: _Base = 1_000_000.0
+    rope_local_base_freq: _Base = 10_000.0
+    max_position_embeddings: _Tokens = 32_768
+    rms_norm_eps: Annotated[float, msgspec.Meta(ge=1e-12, le=1)] = 1e-6
 
     def is_sliding(self, layer: int) -> bool:
         """Says whether layer number `layer`, counted from 0, has a sliding window."""
@@ -127,14 +137,6 @@ _FIXED = {
     "tie_word_embeddings": True,
 }
 _FIXED_LATER = {"use_bidirectional_attention": False}  # only in newer files
-_SPELLED_IN_TWO_WAYS = {"sliding_window_pattern", "rope_theta", "rope_local_base_freq"}
-
-_Tokens = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
-_Heads = Annotated[int, msgspec.Meta(ge=1, le=1 << 10)]
-# What the rotary angles and the attention's scale are computed from, in fp32.
-_Base = (
-    Annotated[int, msgspec.Meta(ge=1, le=10**12)] | Annotated[float, msgspec.Meta(ge=1, le=1e12)]
-)
 
 
 class _Rope(msgspec.Struct):
@@ -147,30 +149,19 @@ class _Rope(msgspec.Struct):
 
 
 class _RopeParameters(msgspec.Struct, forbid_unknown_fields=True):
-    full_attention: _Rope | None = None
-    sliding_attention: _Rope | None = None
+    full_attention: _Rope = msgspec.field(default_factory=_Rope)
+    sliding_attention: _Rope = msgspec.field(default_factory=_Rope)
 
 
-class _ConfigJson(msgspec.Struct):
-    """Every key that is read, with its type and range; the ranges are far beyond any Gemma."""
+class _Spellings(msgspec.Struct):
+    """What versions of transformers write in different ways, or leave out."""
 
-    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-    hidden_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 17)]
-    intermediate_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
-    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=1000)]
-    num_attention_heads: _Heads
-    num_key_value_heads: _Heads
-    head_dim: Annotated[int, msgspec.Meta(ge=2, le=1 << 12, multiple_of=2)]
-    sliding_window: _Tokens
-    query_pre_attn_scalar: _Base
-    max_position_embeddings: _Tokens
-    rms_norm_eps: Annotated[float, msgspec.Meta(ge=1e-12, le=1)]
     sliding_window_pattern: _Tokens | None = None
     layer_types: list[Literal["sliding_attention", "full_attention"]] | None = None
-    rope_theta: _Base | None = None
-    rope_local_base_freq: _Base | None = None
+    rope_theta: _Base = Gemma3Config.rope_theta
+    rope_local_base_freq: _Base = Gemma3Config.rope_local_base_freq
     rope_scaling: _Rope | None = None
-    rope_parameters: _RopeParameters | None = None
+    rope_parameters: _RopeParameters = msgspec.field(default_factory=_RopeParameters)
 
 
 def describe(config: Gemma3Config, dtype: str) -> dict[str, Any]:
@@ -210,30 +201,28 @@ def read_config(folder: Path) -> Gemma3Config:
         if found != value and not (found is None and value is False):
             raise not_a_model(path, f"{name} = {shown(found)} is not supported")
     # The shape: types and ranges, then how values relate to each other.
-    raw = convert(description, _ConfigJson, where=str(path), **NOT_A_MODEL)
-    if raw.num_attention_heads % raw.num_key_value_heads != 0:
-        heads = f"num_attention_heads = {raw.num_attention_heads}"
-        what = f"{heads} is no multiple of num_key_value_heads = {raw.num_key_value_heads}"
+    raw = convert(description, _Spellings, where=str(path), **NOT_A_MODEL)
+    pattern, layer_types = raw.sliding_window_pattern, raw.layer_types
+    if pattern is None and layer_types is not None:
+        pattern = [*layer_types, "full_attention"].index("full_attention") + 1
+    rope = raw.rope_parameters
+    description |= {
+        "sliding_window_pattern": pattern or Gemma3Config.sliding_window_pattern,
+        "rope_theta": rope.full_attention.rope_theta or raw.rope_theta,
+        "rope_local_base_freq": rope.sliding_attention.rope_theta or raw.rope_local_base_freq,
+    }
+    for field in fields(Gemma3Config):
+        if field.name not in description:
+            raise not_a_model(path, f"it lacks {field.name}")
+    config = convert(description, Gemma3Config, where=str(path), **NOT_A_MODEL)
+    if config.num_attention_heads % config.num_key_value_heads != 0:
+        heads = f"num_attention_heads = {config.num_attention_heads}"
+        what = f"{heads} is no multiple of num_key_value_heads = {config.num_key_value_heads}"
         raise not_a_model(path, what)
-    # What has two spellings.
-    names = {field.name for field in fields(Gemma3Config)} - _SPELLED_IN_TWO_WAYS
-    rope = raw.rope_parameters or _RopeParameters()
-    full, sliding = rope.full_attention or _Rope(), rope.sliding_attention or _Rope()
-    config = Gemma3Config(
-        **{name: getattr(raw, name) for name in names},
-        sliding_window_pattern=raw.sliding_window_pattern or _pattern(raw.layer_types),
-        rope_theta=full.rope_theta or raw.rope_theta or Gemma3Config.rope_theta,
-        rope_local_base_freq=sliding.rope_theta
-        or raw.rope_local_base_freq
-        or Gemma3Config.rope_local_base_freq,
-    )
-    if raw.layer_types not in (None, config.layer_types):
-        num_types, num_layers = len(raw.layer_types or ()), config.num_hidden_layers
-        what = f"layer_types has {num_types} entries, but num_hidden_layers = {num_layers}"
-        if num_types == num_layers:
-            pattern = f"sliding_window_pattern = {config.sliding_window_pattern}"
-            what = f"layer_types does not follow {pattern}"
-        raise not_a_model(path, what)
+    if layer_types not in (None, config.layer_types):
+        num_layers = f"num_hidden_layers = {config.num_hidden_layers}"
+        what = f"sliding_window_pattern = {config.sliding_window_pattern} and {num_layers}"
+        raise not_a_model(path, f"layer_types does not follow {what}")
     return config
 
 
@@ -251,12 +240,3 @@ def check_folder(folder: Path) -> None:
 def not_a_model(where: Path, what: str) -> UserError:
     """Returns the error for a folder that does not hold a Gemma 3 text model."""
     return UserError(what, where=str(where), **NOT_A_MODEL)
-
-
-def _pattern(layer_types: list[Any] | None) -> int:
-    """Returns sliding_window_pattern where only layer_types says it, or nothing does."""
-    if layer_types is None:
-        return Gemma3Config.sliding_window_pattern
-    if "full_attention" not in layer_types:
-        return len(layer_types) + 1
-    return layer_types.index("full_attention") + 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -21,12 +19,10 @@ from torch import Tensor
 from kiem.core.disk import fsync
 from kiem.core.errors import ExitCode, UserError, damaged
 from kiem.core.files import new_file, write_json
-from kiem.core.json_input import read_json, shown
 from kiem.core.manifest import MANIFEST_FILE, verify_manifest
 from kiem.hub import download_model, looks_like_hub_id
 from kiem.model.config import (
     CONFIG_FILE,
-    NOT_A_MODEL,
     Gemma3Config,
     check_folder,
     describe,
@@ -37,7 +33,7 @@ from kiem.model.gemma3 import Gemma3
 from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
+_PARTS = "model-*.safetensors"  # of a model that several files share
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -53,13 +49,6 @@ _SAFETENSORS_DTYPES = {
 _SYNC_BYTES = 8 << 20
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _OUTPUT_LAYER = "lm_head.weight"
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
-
-
-class _Index(msgspec.Struct):
-    """model.safetensors.index.json."""
-
-    weight_map: dict[str, Any]
 
 
 def write_model(model: Gemma3, folder: Path, special_ids: dict[str, int]) -> dict[str, str]:
@@ -157,22 +146,17 @@ def read_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = 
     if (folder / MANIFEST_FILE).exists():
         verify_manifest(folder, fix="Copy or download it again, or train it again.")
     config = read_config(folder)
-    paths, weights = _read_weights(folder)
-    num_layers = len({match[1] for name in weights if (match := _LAYER.match(name))})
-    if num_layers != config.num_hidden_layers:
-        what = f"num_hidden_layers = {config.num_hidden_layers}, but there are weights of "
-        raise not_a_model(folder / CONFIG_FILE, f"{what}{num_layers} layers")
+    weights = _read_weights(folder)
     with torch.device("meta"):
         model = Gemma3(config)
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, shape in expected.items():
-        if name not in weights:
-            raise not_a_model(folder, f"{name} is missing; it should be {shape}")
-        if (found := list(weights[name].shape)) != shape:
-            what = f"{name} is {found}; by {CONFIG_FILE} it should be {shape}"
-            raise not_a_model(paths[name], what)
+    expected = model.state_dict()
+    for name, tensor in expected.items():
+        found = list(weights[name].shape) if name in weights else "missing"
+        if found != list(tensor.shape):
+            what = f"{name} is {found}; by {CONFIG_FILE} it should be {list(tensor.shape)}"
+            raise not_a_model(folder, what)
     if extra := sorted(weights.keys() - expected.keys()):
-        raise not_a_model(paths[extra[0]], f"unknown weights: {', '.join(extra[:5])}")
+        raise not_a_model(folder, f"{extra[0]} is there; by {CONFIG_FILE} it should not be")
     dtypes = {tensor.dtype for tensor in weights.values()}
     if dtype is None and (len(dtypes) > 1 or torch.float64 in dtypes):
         dtype = torch.float32  # a model computes in one precision
@@ -199,48 +183,33 @@ def read_model_tokenizer(folder: Path, config: Gemma3Config) -> Tokenizer:
     return tokenizer
 
 
-def _read_weights(folder: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
-    """Returns the files of all weights, and the weights; tied ones of the output layer left out.
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """Returns all weights by name; those of the output layer, which are tied, are left out.
 
     Raises:
         UserError: a file is missing or damaged, or holds what cannot be a weight; names it.
     """
-    paths: dict[str, Path] = {}
+    whole = folder / WEIGHTS_FILE
+    files = [whole] if whole.is_file() else sorted(folder.glob(_PARTS))
+    if not files:
+        raise not_a_model(folder, f"there is no {WEIGHTS_FILE}")
     weights: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
+    for path in files:
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 - it is not a dict
                 if name == _OUTPUT_LAYER:
                     continue
-                if name in paths:
-                    raise not_a_model(path, f"{name} is in {paths[name].name} as well")
                 dtype = file.get_slice(name).get_dtype()
                 if dtype not in _FLOATS:
                     raise not_a_model(path, f"{name} is {dtype}, not one of {', '.join(_FLOATS)}")
-                paths[name], weights[name] = path, file.get_tensor(name)
-    return paths, weights
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
-    index = folder / _INDEX_FILE
-    if not index.is_file():
-        raise not_a_model(folder, f"there is no {WEIGHTS_FILE}")
-    places = read_json(index, _Index, **NOT_A_MODEL).weight_map
-    for name, file in places.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
-            what = f"weight_map[{shown(name)}] = {shown(file)}: expected a file of this folder"
-            raise not_a_model(index, what)
-    return [folder / file for file in sorted(set(places.values()))]
+                weights[name] = file.get_tensor(name)
+    return weights
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Opens a safetensors file; the error for a missing or damaged one names it."""
+    """Opens a safetensors file; the error for a damaged one names it."""
     try:
-        if not path.is_file():
-            raise FileNotFoundError("no such file")
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
