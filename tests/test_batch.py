@@ -18,8 +18,7 @@ from rich.console import Console
 
 from kiem.config import InferenceOptions
 from kiem.core.errors import ExitCode, UserError
-from kiem.inference.generate import generate
-from kiem.inference.prompts import read_prompts
+from kiem.inference.generate import generate, read_prompts
 
 NUM_PROMPTS = 12
 STARTS = ("De stad", "Het water", "Een huis", "In de winter")
@@ -154,7 +153,6 @@ def test_two_processes_write_the_same(
     output = tmp_path / "out.jsonl"
     done = run_script("-m", *launcher, *command, "--output-file", output)
     assert done.returncode == 0, done.stderr
-    assert f"{2 * NUM_PROMPTS} continuations in" in done.stdout
     assert read(output) == expected
     assert list(tmp_path.iterdir()) == [output]
 

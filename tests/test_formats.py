@@ -28,7 +28,7 @@ from kiem.data.read.readers import check_effects, list_parts, place, read_parts
 from kiem.data.read.sources import Source, resolve_source
 from kiem.evaluation.command import evaluation_documents
 from kiem.evaluation.minimal_pairs import read_suite
-from kiem.inference.prompts import read_prompts
+from kiem.inference.generate import read_prompts
 from kiem.tokenizer.tokenizer import Tokenizer
 
 

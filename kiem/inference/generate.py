@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -13,16 +14,35 @@ from rich.console import Console
 from kiem.compute.memory import is_out_of_memory
 from kiem.config import InferenceOptions
 from kiem.core.console import show, warn
-from kiem.core.errors import ExitCode, UserError, bad_option, no_effect, not_installed
+from kiem.core.errors import (
+    ExitCode,
+    UserError,
+    bad_input,
+    bad_option,
+    no_effect,
+    not_installed,
+)
 from kiem.core.files import check_new_file
+from kiem.data.read.formats import READABLE
+from kiem.data.read.readers import read_documents
+from kiem.data.read.sources import local_source
+from kiem.data.read.text_files import EVERY_LINE
 from kiem.inference.benchmark import run_benchmark
 from kiem.inference.engine import Engine, Request
 from kiem.inference.generate_file import generate_file
 from kiem.inference.loading import LoadedModel, load_for_inference
-from kiem.inference.prompts import read_prompts
 from kiem.inference.repl import run_repl
 from kiem.inference.sampling import SamplingParams
 from kiem.parallel.launch import read_place
+
+_DEFAULT_PROMPTS = (
+    "Nederland is een land waar",
+    "De geschiedenis van Amsterdam begint",
+    "Vandaag heeft de regering besloten dat",
+    "Het belangrijkste verschil tussen een fiets en een auto is",
+    "Er was eens een klein meisje dat",
+)
+_PROMPTS_FIX = f'Give one prompt a line (.txt), or a column or key "prompt" ({READABLE}).'
 
 
 def generate(options: InferenceOptions, console: Console) -> None:
@@ -70,6 +90,30 @@ def generate(options: InferenceOptions, console: Console) -> None:
             generate_file(loaded, prompts, params, options, place, console)
         else:
             _generate_to_screen(loaded, prompts, params, options, console)
+
+
+def read_prompts(
+    prompt: str | None, path: Path | None, console: Console | None = None
+) -> list[str]:
+    """Returns the one prompt, those of a file, or the default ones.
+
+    Raises:
+        UserError: the file is missing, empty or malformed; names the line.
+    """
+    if prompt is not None:
+        return [prompt]
+    if path is None:
+        return list(_DEFAULT_PROMPTS)
+    try:
+        source = local_source([str(path)], "--prompts-file", console, EVERY_LINE)
+        prompts = [row.text for row in read_documents(source, "prompt", _PROMPTS_FIX) if row.text]
+    except UserError as error:
+        if error.exit_code == ExitCode.BAD_INPUT:
+            error.fix = _PROMPTS_FIX  # the readers' own advice is about documents
+        raise
+    if not prompts:
+        raise bad_input(str(path), "the file has no prompts", _PROMPTS_FIX)
+    return prompts
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Batch generation into a file, over all processes, that resumes after an interruption.
 
 Each process appends finished continuations to a journal of its own beside the output file, in any
-order. When all are there, the first process writes the output file in the order of the prompts and
-removes the journals. Every continuation has its own random numbers, so neither the number of
+order. The one that ends last writes the output file in the order of the prompts and removes the
+journals. Every continuation has its own random numbers, so neither the number of
 processes nor an interruption changes the result.
 """
 
@@ -17,11 +17,11 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from kiem.config import InferenceOptions
 from kiem.core.disk import hidden
-from kiem.core.errors import damaged, not_found
+from kiem.core.errors import damaged
 from kiem.core.files import append_json_lines, remove_file, write_text
 from kiem.core.json_input import parse_json
 from kiem.core.yaml_options import to_dict
@@ -32,8 +32,6 @@ from kiem.parallel.launch import Place
 
 # Options that do not change the continuations.
 _FREE_OPTIONS = ("model_path", "prompts_file", "output_file", "max_requests", "max_context")
-_POLL_SECONDS = 0.5
-_START_SECONDS = 1800  # all processes have a journal by then
 
 
 def generate_file(
@@ -44,10 +42,10 @@ def generate_file(
     place: Place,
     console: Console,
 ) -> None:
-    """Writes continuations of this process's share of prompts, the first process all of them.
+    """Writes continuations of this process's share of prompts, the last process all of them.
 
     Raises:
-        UserError: a file cannot be written, or the processes share no folder.
+        UserError: a file cannot be written, or a journal is damaged.
     """
     assert options.output_file is not None
     output, num_sequences = options.output_file, options.num_return_sequences
@@ -55,7 +53,6 @@ def generate_file(
     # Another command (other options, prompts or weights) has journals of its own.
     prefix = hidden(output, f"unfinished-{_fingerprint(loaded, prompts, options)}-")
     own = prefix.with_name(f"{prefix.name}{place.rank}")
-    append_json_lines(own, [])  # shows the others that this process is there
     finished = _read_journals(prefix)
     share = range(place.rank, num_all, place.world_size)
     todo = [number for number in share if number not in finished]
@@ -64,14 +61,7 @@ def generate_file(
         console.print(f"{num_there} of {len(share)} continuations are there already.")
 
     # Write this process's share, with a progress bar below the finished continuations.
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}", markup=False),
-        TimeRemainingColumn(),
-    )
-    is_hidden = not console.is_terminal
-    bar = Progress(*columns, console=console, transient=True, disable=is_hidden)
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
     started, num_tokens, rate = time.perf_counter(), 0, ""
     with bar:
         task = bar.add_task("", total=len(share), completed=num_there)
@@ -85,11 +75,16 @@ def generate_file(
             console.print(f"{name} {result['prompt']}{result['text']}")
     if rate:
         console.print(f"{num_tokens} tokens, {rate}", style="dim")
-    if place.rank > 0:
-        return
 
     # Put all shares together.
-    finished = _wait_for_all(prefix, num_all, place.world_size)
+    try:
+        finished = _read_journals(prefix)
+    except FileNotFoundError:  # another process has ended at the same time, and did it
+        return
+    if len(finished) < num_all:
+        what = f"{len(finished)} of {num_all} continuations are there"
+        console.print(f"{what}; the process that ends last writes {output}.")
+        return
     lines = [json.dumps(finished[n], ensure_ascii=False) + "\n" for n in range(num_all)]
     write_text(output, "".join(lines))
     for journal in _journals(prefix):
@@ -108,20 +103,19 @@ def _continue(
     if not todo:
         return
     tokenizer, num_sequences = loaded.tokenizer, options.num_return_sequences
-    longest = max(map(len, tokenizer.encode_batch([prompts[n // num_sequences] for n in todo])))
+    encoded = tokenizer.encode_batch([prompts[number // num_sequences] for number in todo])
     max_requests = min(options.max_requests, len(todo))
-    max_tokens = 1 + longest + params.max_new_tokens
+    max_tokens = 1 + max(map(len, encoded)) + params.max_new_tokens
     engine = Engine(loaded.model, tokenizer, max_requests=max_requests, max_tokens=max_tokens)
     results: dict[int, dict[str, Any]] = {}
     started: dict[int, float] = {}
 
     def requests() -> Iterator[Request]:
-        for index, number in enumerate(todo):
+        for index, (number, ids) in enumerate(zip(todo, encoded, strict=True)):
             prompt_number, sequence = divmod(number, num_sequences)
-            prompt = prompts[prompt_number]
-            results[index] = {"prompt": prompt, "text": "", "tokens": 0}
+            results[index] = {"prompt": prompts[prompt_number], "text": "", "tokens": 0}
             started[index] = time.perf_counter()
-            prompt_ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+            prompt_ids = [tokenizer.bos_id, *ids]
             yield Request(prompt_ids, params, options.seed, prompt_number, sequence)
 
     for index, output in engine.stream(requests()):
@@ -142,27 +136,6 @@ def _fingerprint(loaded: LoadedModel, prompts: Sequence[str], options: Inference
         if parameter.dim() == 1:  # the norms: a few kB that differ in any two trained models
             digest.update(f"{name} {parameter.tolist()}".encode())
     return digest.hexdigest()[:16]
-
-
-def _wait_for_all(prefix: Path, num_all: int, world_size: int) -> dict[int, dict[str, Any]]:
-    """Returns all continuations when every process has written its share.
-
-    Raises:
-        UserError: long after this process began, another has no journal here.
-    """
-    deadline = time.monotonic() + _START_SECONDS
-    while True:
-        # Lines are counted first: to parse all journals at every look would take long.
-        num_lines = sum(journal.read_bytes().count(b"\n") for journal in _journals(prefix))
-        if num_lines >= num_all and len(finished := _read_journals(prefix)) >= num_all:
-            return finished
-        if len(_journals(prefix)) < world_size and time.monotonic() > deadline:
-            raise not_found(
-                str(prefix.parent),
-                "the other processes write nothing here",
-                "Choose an --output-file in a folder that all processes share.",
-            )
-        time.sleep(_POLL_SECONDS)
 
 
 def _read_journals(prefix: Path) -> dict[int, dict[str, Any]]:
