@@ -45,23 +45,23 @@ class Weight(NamedTuple):
     num_columns: int
     format: Format
 
-    def struct(self) -> _Weight:
-        """Returns it for C++."""
-        return _Weight(self.data.data_ptr(), _address(self.scales), self.num_rows)
-
 
 def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
     return [(name, kind) for name in names.split()]
 
 
-# The structs of the same names in cpp/linear.h and cpp/layer.h.
-class _Weight(ctypes.Structure):
+# The structs of the same names in cpp/linear.h and cpp/layer.h. They keep nothing alive.
+class WeightStruct(ctypes.Structure):
+    """A `Weight`."""
+
     _fields_ = (*_fields(ctypes.c_void_p, "data scales"), ("num_rows", ctypes.c_long))
 
 
-class _Linear(ctypes.Structure):
+class Linear(ctypes.Structure):
+    """The product of few rows with one to three matrices side by side, and the norms around it."""
+
     _fields_ = (
-        ("weights", _Weight * 3),
+        ("weights", WeightStruct * 3),
         *_fields(ctypes.c_void_p, "norm_before norm_after"),
         *_fields(ctypes.c_long, "num_weights k format is_gated is_bf16 y_is_fp32"),
         ("eps", ctypes.c_float),
@@ -69,31 +69,28 @@ class _Linear(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """A decoder layer; it does not keep alive what it points to.
-
-    Attributes:
-        qkv, o_proj, gate_up, down: `Linear.struct` of the products with the norms around them.
-        q_norm, k_norm: addresses of the weights of the norms of queries and keys.
-        num_heads, num_kv_heads, head_dim: of the attention.
-        scale: of its scores.
-    """
+    """A decoder layer: its products, the weights of two norms, and the shape of its attention."""
 
     _fields_ = (
-        *_fields(_Linear, "qkv o_proj gate_up down"),
+        *_fields(Linear, "qkv o_proj gate_up down"),
         *_fields(ctypes.c_void_p, "q_norm k_norm"),
         *_fields(ctypes.c_long, "num_heads num_kv_heads head_dim"),
         ("scale", ctypes.c_float),
     )
 
 
-class _LayerCache(ctypes.Structure):
+class LayerCache(ctypes.Structure):
+    """Keys and values of a layer, all slots."""
+
     _fields_ = (
         *_fields(ctypes.c_void_p, "keys values"),
         *_fields(ctypes.c_long, "num_entries is_sliding"),
     )
 
 
-class _TextModel(ctypes.Structure):
+class TextModel(ctypes.Structure):
+    """All layers, and the weights of the last norm."""
+
     _fields_ = (
         *_fields(ctypes.c_void_p, "layers norm"),
         ("num_layers", ctypes.c_long),
@@ -101,11 +98,20 @@ class _TextModel(ctypes.Structure):
     )
 
 
-class Linear:
-    """The product of few rows with one to three matrices side by side, and the norms around it.
+def describe_linear(
+    weights: Sequence[Weight],
+    dtype: torch.dtype,
+    *,
+    is_gated: bool = False,
+    norm_before: Tensor | None = None,
+    norm_after: Tensor | None = None,
+    eps: float = 0.0,
+    in_fp32: bool = False,
+) -> Linear:
+    """Returns the struct of a product.
 
     Args:
-        weights: of the same format and width.
+        weights: of the same format and width; they and the norms must live as long as the struct.
         dtype: of x and the norms, and of the result unless that is asked for in fp32.
         is_gated: the result is the GELU of the first matrix's times the second's.
         norm_before: weights of a norm of x, [K].
@@ -113,92 +119,25 @@ class Linear:
         eps: of the norms.
         in_fp32: whether the result is fp32.
     """
-
-    def __init__(
-        self,
-        weights: Sequence[Weight],
-        dtype: torch.dtype,
-        *,
-        is_gated: bool = False,
-        norm_before: Tensor | None = None,
-        norm_after: Tensor | None = None,
-        eps: float = 0.0,
-        in_fp32: bool = False,
-    ):
-        self._kernels = kernels()
-        self._kept = weights, norm_before, norm_after  # the struct has only their addresses
-        self._dtype = torch.float32 if in_fp32 else dtype
-        self._num_rows = sum(w.num_rows for w in (weights[:1] if is_gated else weights))
-        first = weights[0]
-        assert all(w[3:] == first[3:] and w.data.is_contiguous() for w in weights)
-        self.struct = _Linear(
-            weights=tuple(weight.struct() for weight in weights),
-            norm_before=_address(norm_before),
-            norm_after=_address(norm_after),
-            num_weights=len(weights),
-            k=first.num_columns,
-            format=_FORMATS[first.format],
-            is_gated=is_gated,
-            is_bf16=dtype == torch.bfloat16,
-            y_is_fp32=self._dtype == torch.float32,
-            eps=eps,
-        )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Returns the result [..., N] of x [..., K]; contiguous."""
-        x = x.contiguous()
-        y = x.new_empty((*x.shape[:-1], self._num_rows), dtype=self._dtype)
-        pointers = ctypes.byref(self.struct), x.data_ptr(), y.data_ptr()
-        self._kernels.kiem_linear(*pointers, x.numel() // x.shape[-1])
-        return y
+    first = weights[0]
+    assert all(w[3:] == first[3:] and w.data.is_contiguous() for w in weights)
+    return Linear(
+        weights=tuple(weight_struct(weight) for weight in weights),
+        norm_before=_address(norm_before),
+        norm_after=_address(norm_after),
+        num_weights=len(weights),
+        k=first.num_columns,
+        format=_FORMATS[first.format],
+        is_gated=is_gated,
+        is_bf16=dtype == torch.bfloat16,
+        y_is_fp32=in_fp32 or dtype == torch.float32,
+        eps=eps,
+    )
 
 
-class Layers:
-    """All layers and the last norm, for one new token in each of B sequences, in one call.
-
-    Args:
-        layers: from the first to the last.
-        norm: weights of the last norm, [D].
-        eps: of that norm.
-        kept: the tensors that the layers point to.
-    """
-
-    def __init__(self, layers: Sequence[Layer], norm: Tensor, eps: float, kept: Sequence[Tensor]):
-        self._kernels = kernels()
-        self._kept = norm, kept
-        self._layers = (Layer * len(layers))(*layers)
-        address = ctypes.addressof(self._layers)
-        self._struct = _TextModel(address, norm.data_ptr(), len(layers), eps)
-
-    def __call__(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        caches: Sequence[tuple[Tensor, Tensor, bool]],
-        positions: Tensor,
-        first_slot: int,
-    ) -> None:
-        """Replaces x [B, 1, D] by the normed output of the last layer; writes into the cache.
-
-        Args:
-            x: the tokens' input, contiguous.
-            rotary: cosines and sines at their positions, fp32 [2, B, C / 2], contiguous, of full
-                layers and of sliding ones.
-            caches: for each layer, keys and values of all slots [N, K, S, C], and whether it is a
-                sliding layer.
-            positions: int64, B values, contiguous.
-            first_slot: the slot of the first sequence; the others follow it.
-        """
-        structs = (_LayerCache * len(caches))(
-            *(
-                _LayerCache(keys.data_ptr(), values.data_ptr(), keys.shape[2], is_sliding)
-                for keys, values, is_sliding in caches
-            )
-        )
-        pointers = (tensor.data_ptr() for tensor in (x, *rotary, positions))
-        self._kernels.kiem_layers(
-            ctypes.byref(self._struct), structs, *pointers, len(x), first_slot
-        )
+def weight_struct(weight: Weight) -> WeightStruct:
+    """Returns the struct of a matrix, which must live as long."""
+    return WeightStruct(weight.data.data_ptr(), _address(weight.scales), weight.num_rows)
 
 
 @functools.cache

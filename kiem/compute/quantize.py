@@ -23,7 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kiem.compute.kernels import BITS, Format, Linear, Weight, kernels
+from kiem.compute.kernels import (
+    BITS,
+    Format,
+    Weight,
+    describe_linear,
+    kernels,
+    weight_struct,
+)
 
 # With more tokens of a sequence, arithmetic is the limit and not memory, and torch's products (AMX,
 # where there is) are better at it. The number of sequences does not count: with the kernel none of
@@ -39,7 +46,8 @@ class KernelLinear(nn.Module):
     """Products with a matrix [N, K] in one of the formats.
 
     Args:
-        weight: the matrix, in fp32 or bf16; its width a multiple of `width_step`.
+        weight: the matrix, in fp32 or bf16; its width a multiple of 32, of 128
+            for int8 and int4.
         format: to keep it in; fp32 and bf16 keep `weight` itself.
         dtype: of the activations.
         pages: where quantized weights go.
@@ -62,14 +70,18 @@ class KernelLinear(nn.Module):
         self.register_buffer("data", data)
         self.register_buffer("scales", scales)
         self.packed = Weight(data, scales, weight.shape[0], weight.shape[1], format)
-        self._linear = Linear([self.packed], dtype, in_fp32=in_fp32)
+        self._struct = describe_linear([self.packed], dtype, in_fp32=in_fp32)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x @ weight.T, [B, T, N] or [B, N], of x [B, T, K] or [B, K]."""
-        if x.ndim == 2 or x.shape[1] <= MAX_TOKENS:
-            return self._linear(x)
-        y = F.linear(x, self.rows(None))
-        return y.float() if self.in_fp32 else y
+        dtype = torch.float32 if self.in_fp32 else self.dtype
+        if x.ndim == 3 and x.shape[1] > MAX_TOKENS:
+            return F.linear(x, self.rows(None)).to(dtype)
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], self.packed.num_rows), dtype=dtype)
+        pointers = ctypes.byref(self._struct), x.data_ptr(), y.data_ptr()
+        kernels().kiem_linear(*pointers, x.numel() // x.shape[-1])
+        return y
 
     def rows(self, ids: Tensor | None) -> Tensor:
         """Returns rows int64 [n], or all, in the precision of the activations."""
@@ -78,7 +90,7 @@ class KernelLinear(nn.Module):
             return data if ids is None else data[ids]
         out = torch.empty(num_rows if ids is None else len(ids), num_columns, dtype=self.dtype)
         kernels().kiem_dequantize(
-            ctypes.byref(self.packed.struct()),
+            ctypes.byref(weight_struct(self.packed)),
             None if ids is None else ids.data_ptr(),
             out.data_ptr(),
             *out.shape,
@@ -102,11 +114,6 @@ class KernelEmbedding(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns fp32 logits [B, N] of hidden states [B, K]."""
         return self._linear(hidden)
-
-
-def width_step(format: Format) -> int:
-    """Returns what a matrix's width must be a multiple of: the kernels take so much at once."""
-    return 128 if format in BITS else 32
 
 
 def quantize(weight: Tensor, format: Format, pages: LargePages) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,25 @@ layers in one call.
 
 from __future__ import annotations
 
+import ctypes
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from kiem.compute.kernels import Format, Layer, Layers, Linear, Weight, load_kernels
-from kiem.compute.quantize import KernelEmbedding, KernelLinear, LargePages, width_step
+from kiem.compute.kernels import (
+    BITS,
+    Format,
+    Layer,
+    LayerCache,
+    TextModel,
+    Weight,
+    describe_linear,
+    kernels,
+    load_kernels,
+)
+from kiem.compute.quantize import KernelEmbedding, KernelLinear, LargePages
 from kiem.model.cache import CachePass
 from kiem.model.gemma3 import DecoderLayer, Gemma3, rotary_frequencies
 
@@ -31,12 +42,12 @@ def use_kernels(model: Gemma3, quantize: Literal["none", "int8", "int4"]) -> str
     Returns:
         Why it cannot be done, if so: the model is then unchanged.
     """
-    kernels = load_kernels()
-    if isinstance(kernels, str):
-        return kernels
+    found = load_kernels()
+    if isinstance(found, str):
+        return found
     stored: Format = "bf16" if model.dtype == torch.bfloat16 else "fp32"
     format: Format = stored if quantize == "none" else quantize
-    step = width_step(format)
+    step = 128 if format in BITS else 32  # the kernels take so many columns at once
     if any(p.shape[1] % step for p in model.parameters() if p.ndim == 2):
         return f"its widths are not all multiples of {step}"
     if model.dtype not in (torch.float32, torch.bfloat16):
@@ -69,23 +80,38 @@ class Decoder:
         ]
         self._frequencies = torch.stack(frequencies)[:, None]  # 2 1 C/2
         layers = [_layer(layer, model) for layer in model.model.layers]
-        tensors = [*model.parameters(), *model.buffers()]
-        self._layers = Layers(layers, norm.weight, norm.eps, tensors)
+        self._layers = (Layer * len(layers))(*layers)
+        address = ctypes.addressof(self._layers)
+        self._model = TextModel(address, norm.weight.data_ptr(), len(layers), norm.eps)
+        self._kept = [*model.parameters(), *model.buffers()]  # structs have only their addresses
 
     def __call__(self, ids: Tensor, where: CachePass) -> Tensor:
         """Returns the normed output of the last layer [B, 1, D] of tokens int64 [B, 1]."""
         x = self._embedding(ids) * self._scale  # B 1 D
         angles = where.positions.float() * self._frequencies  # 2 B C/2
-        rotary = angles.cos(), angles.sin()
-        caches = [(layer.keys, layer.values, layer.is_sliding) for layer in where.cache.layers]
-        self._layers(x, rotary, caches, where.positions, where.first_slot)
+        caches = (LayerCache * len(self._layers))(
+            *(
+                LayerCache(
+                    layer.keys.data_ptr(),
+                    layer.values.data_ptr(),
+                    layer.keys.shape[2],
+                    layer.is_sliding,
+                )
+                for layer in where.cache.layers
+            )
+        )
+        tensors = x, angles.cos(), angles.sin(), where.positions
+        pointers = (tensor.data_ptr() for tensor in tensors)
+        kernels().kiem_layers(
+            ctypes.byref(self._model), caches, *pointers, len(x), where.first_slot
+        )
         return x
 
 
 def _layer(layer: nn.Module, model: Gemma3) -> Layer:
     assert isinstance(layer, DecoderLayer)
     config, attention, mlp = model.config, layer.self_attn, layer.mlp
-    linear = partial(Linear, dtype=model.dtype, eps=config.rms_norm_eps)
+    linear = partial(describe_linear, dtype=model.dtype, eps=config.rms_norm_eps)
     qkv = linear(
         _weights(attention.q_proj, attention.k_proj, attention.v_proj),
         norm_before=layer.input_layernorm.weight,
@@ -98,7 +124,7 @@ def _layer(layer: nn.Module, model: Gemma3) -> Layer:
     )
     down = linear(_weights(mlp.down_proj), norm_after=layer.post_feedforward_layernorm.weight)
     return Layer(
-        *(product.struct for product in (qkv, o_proj, gate_up, down)),
+        *(qkv, o_proj, gate_up, down),
         attention.q_norm.weight.data_ptr(),
         attention.k_norm.weight.data_ptr(),
         config.num_attention_heads,

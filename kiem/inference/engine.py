@@ -178,19 +178,18 @@ class Engine:
             Exception: the error that has ended a request.
         """
         assert not self._running and not self._waiting
-        indices: dict[int, int] = {}
-        indexed = enumerate(requests)
+        first, waiting = self._next_number, iter(requests)
         try:
             while True:
-                for index, request in islice(indexed, self._max_requests - len(self._running)):
-                    indices[self.add(request)] = index
+                for request in islice(waiting, self._max_requests - len(self._running)):
+                    self.add(request)
                 outputs = self.step()
                 if not outputs:
                     return
                 for output in outputs:
                     if output.error is not None:
                         raise output.error
-                    yield indices[output.request_id], output
+                    yield output.request_id - first, output
         finally:
             self._waiting.clear()
             self._running.clear()

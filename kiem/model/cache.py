@@ -103,11 +103,7 @@ class LayerCache:
             tokens in a sliding layer these come after the ones in the cache: the first of them
             still sees what the last of them replaces in the ring.
         """
-        first, second = (
-            self._extend(all_slots, new, where)
-            for all_slots, new in ((self.keys, keys), (self.values, values))
-        )
-        return first, second
+        return self._extend(self.keys, keys, where), self._extend(self.values, values, where)
 
     def _extend(self, all_slots: Tensor, new: Tensor, where: CachePass) -> Tensor:
         num_rows, _, num_new, _ = new.shape

@@ -39,11 +39,8 @@ _KEPT = [
 ]
 
 
-class Rotary(NamedTuple):
-    """Cosines and sines of the rotary angles, each [B or 1, 1, T, C]."""
-
-    cos: Tensor
-    sin: Tensor
+# Cosines and sines of the rotary angles, each [B or 1, 1, T, C].
+Rotary = tuple[Tensor, Tensor]
 
 
 class Context(NamedTuple):
@@ -325,14 +322,15 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Rotary:
     frequencies = rotary_frequencies(head_dim, theta, positions.device)  # C/2
     angles = positions.float()[:, None, :, None] * frequencies  # B 1 T C/2
     angles = torch.cat([angles, angles], dim=-1)  # B 1 T C
-    return Rotary(angles.cos(), angles.sin())
+    return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
     """Turns queries or keys [B, heads, T, C] by the rotary angles of their positions."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return x * rotary.cos.to(x.dtype) + turned * rotary.sin.to(x.dtype)
+    cos, sin = rotary
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
 
 
 def initialize(model: nn.Module, seed: int) -> None:

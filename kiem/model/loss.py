@@ -11,15 +11,21 @@ their gradients exist in low precision as a whole. Shapes:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-from kiem.compute.blocks import VOCABULARY_SLICE, rows_in_cache, rows_per_block
+from torch import Tensor, nn
 
 IGNORE = -100
+# Entries of the vocabulary whose weights are cast at a time.
+_VOCABULARY_SLICE = 8192
+# Fewer rows make the matrix products slow (80 GFLOP/s at 64 rows, 290 at 512, on two CPU cores),
+# and each block adds to the weight's gradient once more; more take memory.
+_MAX_ROWS, _MIN_ROWS = 1024, 256
+_MAX_BLOCK_BYTES = 1 << 30
+_ELEMENTS_IN_CACHE = 1 << 20
 
 
 def next_token_targets(input_ids: Tensor, bos_id: int, pad_id: int) -> Tensor:
@@ -45,11 +51,11 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
     """
     nats = torch.empty(len(hidden), device=hidden.device)
     with torch.no_grad():
-        num_rows = rows_per_block(len(weight), 4)
+        num_rows = _rows_per_block(len(weight), 4)
         for start in range(0, len(hidden), num_rows):
             block = slice(start, start + num_rows)
             logits = F.linear(hidden[block], weight)  # R V
-            for rows in rows_in_cache(logits):
+            for rows in _rows_in_cache(logits):
                 nats[block][rows] = F.cross_entropy(
                     logits[rows].float(),
                     targets[block][rows],
@@ -115,9 +121,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         if needs_gradient:
             dx = torch.zeros_like(hidden)
             dw = torch.zeros_like(weight) if weight_gradient is None else weight_gradient
-        slices = [slice(at, at + VOCABULARY_SLICE) for at in range(0, len(w), VOCABULARY_SLICE)]
+        slices = [slice(at, at + _VOCABULARY_SLICE) for at in range(0, len(w), _VOCABULARY_SLICE)]
         # One buffer for all blocks, not up to a gigabyte of fresh pages for each.
-        num_rows = rows_per_block(len(w), x.element_size())
+        num_rows = _rows_per_block(len(w), x.element_size())
         buffer = x.new_empty(min(len(x), num_rows), len(w))
         with torch.autocast(device, enabled=False):
             for start in range(0, len(x), num_rows):
@@ -169,7 +175,7 @@ def _differentiate(
         The loss and the nats of these rows, [2], in `sum_dtype`.
     """
     totals = torch.zeros(2, dtype=sum_dtype, device=logits.device)
-    for rows in rows_in_cache(logits):
+    for rows in _rows_in_cache(logits):
         counted = targets[rows] != IGNORE  # R
         index = targets[rows].clamp(min=0)[:, None]  # R 1
         values = logits[rows].to(sum_dtype)  # R V; not a copy if that is their precision
@@ -186,3 +192,21 @@ def _differentiate(
         values.scatter_add_(1, index, -weight[:, None])
         logits[rows] = values
     return totals
+
+
+def _rows_per_block(vocab_size: int, element_bytes: int) -> int:
+    """Returns for how many tokens there are logits at a time, whose elements have so many bytes."""
+    return min(_MAX_ROWS, max(_MIN_ROWS, _MAX_BLOCK_BYTES // (vocab_size * element_bytes)))
+
+
+def _rows_in_cache(matrix: Tensor) -> Iterator[slice]:
+    """Yields the rows that elementwise operations go over together.
+
+    On a CPU these are so few that they stay in its cache meanwhile; elsewhere, and for fake tensors
+    without data (planning/memory_estimate.py), all rows.
+    """
+    num_rows = max(1, len(matrix))
+    if matrix.device.type == "cpu" and type(matrix) in (Tensor, nn.Parameter):
+        num_rows = max(1, _ELEMENTS_IN_CACHE // matrix.shape[1])
+    for start in range(0, len(matrix), num_rows):
+        yield slice(start, start + num_rows)
