@@ -27,6 +27,7 @@ from kiem.model.io import write_weights
 from kiem.optim.batch import Order
 from kiem.optim.optimizer import make_optimizers
 from kiem.parallel.distributed import Distributed
+from kiem.parallel.parallel_model import owners
 from kiem.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -117,12 +118,13 @@ def test_everything_comes_back(kind: str, tmp_path: Path) -> None:
 
 
 def _save_sharded(rank: int, folder: str) -> None:
-    """One of two processes, each of which holds the moments of every second parameter."""
+    """One of two processes, each of which holds the moments of its own parameters."""
     meeting = f"file://{folder}-meeting"
     torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=2)
     model, optimizers = made(num_updates=2)
-    for index, parameter in enumerate(model.parameters()):
-        if index % 2 != rank:
+    dealt = owners(model, 2)
+    for name, parameter in model.named_parameters():
+        if dealt[name] != rank:
             del optimizers[0].state[parameter]
     state = {"step": 2, "run": {"test_loss": None}}
     save_checkpoint(Path(folder), model, optimizers, IDS, state, distributed(rank, 2))

@@ -193,6 +193,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory, trained_run: Path) -> 
     return folder
 
 
+JOINED = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "29500"}
 DIFFERENCES = {
     "an option": (["--learning-rate", "1e-4"], ExitCode.BAD_OPTION, "--learning-rate: is 0.0001"),
     "an option more": (["--max-minutes", "3"], ExitCode.BAD_OPTION, "--max-minutes: is 3.0 here"),
@@ -205,7 +206,7 @@ DIFFERENCES = {
     ),
     "no shared disk": (["--output-dir", "FOLDER"], ExitCode.NOT_FOUND, "not the folder that proc"),
     "other weights": (["--init-from", "MODEL"], ExitCode.BAD_OPTION, "sum over the weights"),
-    "another prompt": (["--sample-prompt", "x"], ExitCode.BAD_OPTION, "--sample-prompt: is ['x']"),
+    "another prompt": (["--sample-prompt", "x"], ExitCode.BAD_OPTION, "--sample-prompt: is ('x',)"),
 }
 
 
@@ -250,15 +251,18 @@ def test_what_differs_between_machines_is_said(
     [
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE: is 'x', not a number"),
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE: is '-1'"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: is 0"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: is '0', not a number from 1"),
         ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE: is '999"),
-        ({"RANK": "1"}, "RANK: is 1, but WORLD_SIZE has 1 process"),
-        ({"LOCAL_RANK": "3"}, "LOCAL_RANK: is 3"),
+        ({"RANK": "1"}, "RANK: is '1', not a number from 0 to 0"),
+        ({"LOCAL_RANK": "3"}, "LOCAL_RANK: is '3'"),
         ({"LOCAL_RANK": "٣"}, "LOCAL_RANK: is '٣'"),
         ({"WORLD_SIZE": "2"}, "RANK: is not set, but WORLD_SIZE is 2"),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK: is 2, but WORLD_SIZE has 2 processes"),
         ({"WORLD_SIZE": "2", "RANK": "1"}, "MASTER_ADDR: is not set"),
-        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "99999"}, "no port"),
+        ({**JOINED, "RANK": "2"}, "RANK: is '2', not a number from 0 to 1"),
+        (
+            {**JOINED, "MASTER_PORT": "99999"},
+            "MASTER_PORT: is '99999', not a number from 0 to 65535",
+        ),
         ({"WORLD_SIZE": "", "RANK": "", "LOCAL_RANK": "0"}, None),
     ],
 )

@@ -8,8 +8,6 @@ difference is a message and not a hang.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import time
 import uuid
 from collections.abc import Mapping
@@ -19,9 +17,10 @@ import torch
 
 import kiem
 from kiem.config import TrainingOptions
-from kiem.core.errors import UserError, bad_option, not_found
-from kiem.core.files import make_folder, remove_folder, write_bytes
-from kiem.core.yaml_options import to_dict
+from kiem.core.errors import bad_option, not_found
+from kiem.core.files import make_folder, write_bytes
+from kiem.core.leftovers import discard
+from kiem.core.values import option_flag
 from kiem.model.gemma3 import Gemma3
 from kiem.parallel.distributed import Distributed
 
@@ -31,39 +30,25 @@ _PATHS = ("dataset_path", "output_dir", "init_from")
 _MAX_SECONDS_UNTIL_SEEN = 5.0
 
 
-def check_same(found: Mapping[str, object], fix: str, distributed: Distributed) -> None:
-    """Checks that every process found what the main one did: JSON values by name.
+def check_same(found: Mapping[str, object], distributed: Distributed) -> None:
+    """Checks that every process found what the main one did, by name.
 
     Raises:
         UserError: a process found something else; names it and what that is.
     """
-    if distributed.world_size == 1:
-        return
     of_main = distributed.broadcast_from_main(found)
     with distributed.raise_on_all_ranks():
-        for name in sorted({*of_main, *found}):
-            own, main = found.get(name), of_main.get(name)
-            if json.loads(json.dumps(own)) != main:
-                raise bad_option(name, f"is {own!r} here, but {main!r} in process 0", fix)
+        for name, main in of_main.items():
+            if found[name] != main:
+                what = f"is {found[name]!r} here, but {main!r} in process 0"
+                fix = "Give the same command on all machines, with the same files."
+                raise bad_option(name, what, fix)
 
 
-def check_same_command(options: TrainingOptions, distributed: Distributed) -> None:
-    """Checks that every process has the same options and version of kiem.
-
-    Raises:
-        UserError: one has not.
-    """
-    options_by_flag = {
-        f"--{name.replace('_', '-')}": value
-        for name, value in to_dict(options).items()
-        if name not in _PATHS
-    }
-    found = {**options_by_flag, "version of kiem": kiem.__version__}
-    check_same(found, "Give the same command on all machines.", distributed)
-
-
-def check_same_weights(model: Gemma3, distributed: Distributed) -> None:
-    """Checks that every process begins with the same weights.
+def check_same_start(
+    options: TrainingOptions, data_sha256: str, model: Gemma3, distributed: Distributed
+) -> None:
+    """Checks that all processes begin alike: options, version of kiem, chunk directory, weights.
 
     Raises:
         UserError: one does not.
@@ -75,8 +60,13 @@ def check_same_weights(model: Gemma3, distributed: Distributed) -> None:
         int(p.detach().contiguous().view(torch.int32).sum(dtype=torch.int64))
         for p in model.parameters()
     ]
-    fix = "Give all machines the same model with --init-from."
-    check_same({"sum over the weights": sum(sums)}, fix, distributed)
+    found = {
+        "version of kiem": kiem.__version__,
+        **{option_flag(name): v for name, v in vars(options).items() if name not in _PATHS},
+        "sha256 of the chunk directory's manifest": data_sha256,
+        "sum over the weights": sum(sums),
+    }
+    check_same(found, distributed)
 
 
 def check_writable(folder: Path, distributed: Distributed) -> None:
@@ -105,5 +95,4 @@ def check_writable(folder: Path, distributed: Distributed) -> None:
             write_bytes(meeting / str(distributed.rank), b"")
     finally:
         if distributed.is_main:
-            with contextlib.suppress(UserError):  # the next start removes it
-                remove_folder(meeting)
+            discard(meeting)

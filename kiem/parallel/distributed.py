@@ -7,14 +7,13 @@ environment (RANK, WORLD_SIZE, LOCAL_RANK); under plain `python` there is one pr
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,13 +30,8 @@ Precision = Literal["fp32", "bf16"]
 
 _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _POLL_SECONDS = 0.02
-# Plugins of `accelerate config` that kiem does not use: variable, name, and the option to use.
-_ACCELERATE_PLUGINS = (
-    ("ACCELERATE_USE_FSDP", "FSDP", "--shard parameters"),
-    ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed", "--shard optimizer"),
-    ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM", "--shard optimizer"),
-    ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism config", "--shard optimizer"),
-)
+# Plugins of `accelerate config` that kiem does not use, as in its variables ACCELERATE_USE_...
+_ACCELERATE_PLUGINS = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 
 @dataclass(frozen=True)
@@ -92,28 +86,20 @@ class Distributed:
             dist.all_reduce(tensor)
         return tensor
 
-    def all_reduce_min(self, tensor: Tensor) -> Tensor:
-        """Takes the lowest values over all processes, in place, and returns them."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MIN)
-        return tensor
-
     def any(self, value: bool) -> bool:
         """Returns whether `value` is true in any process."""
-        return bool(self.all_reduce_sum(self._number(int(value))))
-
-    def broadcast_from_main(self, value: T) -> T:
-        """Returns the main process's value in every process; JSON must be able to hold it."""
-        if self.world_size == 1:
-            return value
-        return cast(T, json.loads(self._broadcast_text(json.dumps(value), 0)))
+        return bool(self.all_reduce_sum(torch.tensor(int(value), device=self.device)))
 
     def all_gather(self, value: T) -> list[T]:
-        """Returns the values of all processes, by rank, in every process; as JSON, as above."""
-        if self.world_size == 1:
-            return [value]
-        text = json.dumps(value)
-        return [json.loads(self._broadcast_text(text, rank)) for rank in range(self.world_size)]
+        """Returns the values of all processes, by rank, in every process; they are pickled."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_from_main(self, value: T) -> T:
+        """Returns the main process's value in every process."""
+        return self.all_gather(value)[0]
 
     def barrier(self) -> None:
         """Waits until every process has called this."""
@@ -138,26 +124,9 @@ class Distributed:
             yield
         except Exception as error:  # noqa: BLE001 - raised below, when the others know of it
             failure = error
-        none_failed = self.world_size
-        rank = int(self.all_reduce_min(self._number(none_failed if failure is None else self.rank)))
-        if rank == none_failed:
-            return
-        text = self._broadcast_text(json.dumps(vars(_with_place(failure, self.rank))), rank)
-        values = json.loads(text)
-        raise failure or UserError(**{**values, "exit_code": ExitCode(values["exit_code"])})
-
-    def _broadcast_text(self, text: str, source: int) -> str:
-        """Returns the ASCII text of process `source` in every process."""
-        length = self._number(len(text))
-        dist.broadcast(length, src=source)
-        content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
-        if self.rank == source:
-            content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
-        dist.broadcast(content, src=source)
-        return bytes(content.tolist()).decode()
-
-    def _number(self, value: int) -> Tensor:
-        return torch.tensor(value, dtype=torch.int64, device=self.device)
+        if self.any(failure is not None):
+            told = self.all_gather(None if failure is None else _with_place(failure, self.rank))
+            raise failure or next(error for error in told if error is not None)
 
 
 @contextlib.contextmanager
@@ -173,8 +142,7 @@ def init_distributed(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Dis
             plugin that kiem does not use, the launcher's variables are wrong, or another process
             is lost.
     """
-    place = read_place()
-    rank, local_rank, world_size = place.rank, place.local_rank, place.world_size
+    rank, local_rank, world_size = read_place()
     use_gpu = torch.cuda.is_available() and not _is_true("ACCELERATE_USE_CPU")
     device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
@@ -183,21 +151,13 @@ def init_distributed(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Dis
     try:
         with lost_processes(rank):
             if world_size > 1:
-                store, rank, _ = next(rendezvous("env://"))
-                store = _store_of_this_start(store, rank, world_size)
-                _check_same_kind(store, device.type, rank, world_size)
-                dist.init_process_group(
-                    "nccl" if use_gpu else "gloo", store=store, rank=rank, world_size=world_size
-                )
+                store = _meet(device.type, rank, world_size)
+                backend = "nccl" if use_gpu else "gloo"
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
             with distributed.raise_on_all_ranks():
-                chosen = _choose_precision(precision, use_gpu)
+                chosen = _choose_precision(precision, device)
             # The main process decides for all, and its speed counts for every device.
-            if chosen == "auto":
-                chosen = "bf16" if prefers_bf16(device) else "fp32"
-            chosen = cast(Precision, distributed.broadcast_from_main(chosen))
-            with distributed.raise_on_all_ranks():
-                if chosen == "bf16" and not _has_bf16(use_gpu):
-                    raise bad_option("--precision", "this GPU has no bf16", "Use --precision fp32.")
+            chosen = distributed.broadcast_from_main(chosen)
             flops = distributed.broadcast_from_main(measure_matrix_flops(device, _DTYPES[chosen]))
             yield replace(distributed, precision=chosen, matrix_flops=flops * world_size)
     finally:
@@ -205,28 +165,7 @@ def init_distributed(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Dis
             dist.destroy_process_group()
 
 
-def _check_same_kind(store: Store, kind: str, rank: int, world_size: int) -> None:
-    """Checks that all processes compute on the same kind of device: others cannot be joined.
-
-    Raises:
-        UserError: they do not, as when one machine's driver does not work; in all processes.
-    """
-    store.set(f"kind/{rank}", kind)
-    kinds = [store.get(f"kind/{other}").decode() for other in range(world_size)]
-    store.set(f"kind-known/{rank}", "")
-    if rank == 0:  # the store may end with this process
-        store.wait([f"kind-known/{other}" for other in range(world_size)])
-    for other, found in enumerate(kinds):
-        if found != kinds[0]:
-            raise bad_option(
-                f"process {other}",
-                f"computes on a {found}, process 0 on a {kinds[0]}",
-                "Check that torch.cuda.is_available() is the same on all machines, or set "
-                "ACCELERATE_USE_CPU=true on all.",
-            )
-
-
-def _with_place(failure: Exception | None, rank: int) -> UserError:
+def _with_place(failure: Exception, rank: int) -> UserError:
     """Returns what the other processes raise for a failure: it names the process."""
     place = f"process {rank} on {socket.gethostname()}"
     if isinstance(failure, UserError):
@@ -240,52 +179,63 @@ def _with_place(failure: Exception | None, rank: int) -> UserError:
     )
 
 
-def _store_of_this_start(store: Store, rank: int, world_size: int) -> Store:
-    """Returns a part of the launcher's store without the entries of an earlier start.
+def _meet(kind: str, rank: int, world_size: int) -> Store:
+    """Waits for the other processes; returns a part of the launcher's store for this start alone.
 
     A launcher that restarts processes gives them the store of those that died, with their
     addresses. A process that reads one before its new owner has written it connects to a closed
     port or waits for ever. torch's own count of restarts does not help: after a failure on one
     node, only that node counts. So the main process invents a name, and gives it to those that
     have shown that they are alive by a name of their own.
+
+    Raises:
+        UserError: another kind of device than the main process's, as when one machine's driver
+            does not work: such processes cannot be joined.
     """
+    store, _, _ = next(rendezvous("env://"))
+    name = f"{kind}-{uuid.uuid4().hex}"
     if rank > 0:
-        caller = uuid.uuid4().hex
-        store.set(f"kiem/caller/{rank}", caller)
-        start = store.get(f"kiem/start/{caller}").decode()
-        store.set(f"kiem/heard/{start}/{rank}", "")
+        store.set(f"kiem/caller/{rank}", name)
+        start = store.get(f"kiem/start/{name}").decode()
+        store.set(f"kiem/heard/{start}/{rank}", kind)
+        _check_kind(rank, kind, start.partition("-")[0])
         return PrefixStore(f"kiem/{start}", store)
-    start = uuid.uuid4().hex
     for other in range(1, world_size):
         # The first caller may be a dead process; its successor will replace the name.
-        while not store.check([f"kiem/heard/{start}/{other}"]):
+        while not store.check([f"kiem/heard/{name}/{other}"]):
             caller = store.get(f"kiem/caller/{other}").decode()
-            store.set(f"kiem/start/{caller}", start)
+            store.set(f"kiem/start/{caller}", name)
             time.sleep(_POLL_SECONDS)
-    return PrefixStore(f"kiem/{start}", store)
+        _check_kind(other, store.get(f"kiem/heard/{name}/{other}").decode(), kind)
+    return PrefixStore(f"kiem/{name}", store)
 
 
-def _choose_precision(precision: str, use_gpu: bool) -> str:
-    """Returns the precision of the options or the launcher; "auto" if a CPU is to be measured."""
+def _check_kind(rank: int, kind: str, of_main: str) -> None:
+    if kind != of_main:
+        raise bad_option(
+            f"process {rank}",
+            f"computes on a {kind}, process 0 on a {of_main}",
+            "Check that torch.cuda.is_available() is the same on all machines, or set "
+            "ACCELERATE_USE_CPU=true on all.",
+        )
+
+
+def _choose_precision(precision: str, device: torch.device) -> Precision:
+    """Returns the precision of the options or the launcher, else the faster one."""
     where = "accelerate config"
-    for variable, plugin, option in _ACCELERATE_PLUGINS:
-        if _is_true(variable):
-            fix = f"Take it out of the accelerate file, and use {option}."
+    for plugin in _ACCELERATE_PLUGINS:
+        if _is_true(f"ACCELERATE_USE_{plugin}"):
+            fix = "Take it out of the accelerate file, and use --shard."
             raise bad_option(where, f"{plugin} is not used by kiem, which shards by itself", fix)
-    if precision != "auto":
-        return precision
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
-    if launcher in ("fp16", "fp8"):
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"  # "no" is also its default
+    if precision == "auto" and launcher not in ("no", "bf16"):
         raise bad_option(where, f"mixed precision {launcher} is not supported", "Use bf16 or no.")
-    if launcher == "bf16":  # "no" is also the launcher's own default
-        return "bf16"
-    if use_gpu:
-        return "bf16" if _has_bf16(use_gpu) else "fp32"
-    return "auto"
-
-
-def _has_bf16(use_gpu: bool) -> bool:
-    return not use_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    wants_bf16 = precision == "bf16" or (precision == "auto" and launcher == "bf16")
+    if wants_bf16 and device.type == "cuda" and not prefers_bf16(device):
+        raise bad_option("--precision", "this GPU has no bf16", "Use --precision fp32.")
+    if precision == "auto" and not wants_bf16:
+        wants_bf16 = prefers_bf16(device)
+    return "bf16" if wants_bf16 else "fp32"
 
 
 def _is_true(variable: str) -> bool:

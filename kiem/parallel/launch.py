@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple, NoReturn
@@ -27,20 +28,13 @@ def read_place() -> Place:
     Raises:
         UserError: the variables are wrong, as those that another program left behind.
     """
-    world_size = _number("WORLD_SIZE", 1)
-    if world_size == 0:
-        raise _wrong("WORLD_SIZE", "is 0")
-    rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
-    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
-        if value >= world_size:
-            processes = "process" if world_size == 1 else "processes"
-            raise _wrong(name, f"is {value}, but WORLD_SIZE has {world_size} {processes}")
+    world_size = _number("WORLD_SIZE", 1, least=1)
     if world_size > 1:
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
                 raise _wrong(name, f"is not set, but WORLD_SIZE is {world_size}")
-        if _number("MASTER_PORT", 0) > _HIGHEST_PORT:
-            raise _wrong("MASTER_PORT", "is no port")
+        _number("MASTER_PORT", 0, most=_HIGHEST_PORT)
+    rank, local_rank = (_number(name, 0, most=world_size - 1) for name in ("RANK", "LOCAL_RANK"))
     return Place(rank, local_rank, world_size)
 
 
@@ -86,18 +80,17 @@ def lost_processes(rank: int) -> Iterator[None]:
         fix = "Look at its message, and start again: finished work is kept."
         if isinstance(error, DistNetworkError) and "listen" in reason:
             what = f"the processes cannot meet at MASTER_PORT ({reason})"
-            fix = "Give the launcher another port: --master-port of torchrun, --main_process_port "
-            fix += "of accelerate launch."
-        raise UserError(
-            what, where=f"process {rank}", fix=fix, exit_code=ExitCode.PROCESS_LOST
-        ) from error
+            fix = "Give the launcher another port: --master-port, or --main_process_port."
+        where = f"process {rank}"
+        raise UserError(what, where=where, fix=fix, exit_code=ExitCode.PROCESS_LOST) from error
 
 
-def _number(name: str, default: int) -> int:
+def _number(name: str, default: int, least: int = 0, most: int = 2**31 - 1) -> int:
     text = os.environ.get(name) or str(default)
-    if not (text.isascii() and text.isdecimal()) or len(text) > len(str(2**31)):
-        raise _wrong(name, f"is {text!r}, not a number")
-    return int(text)
+    number = int(text) if re.fullmatch(r"[0-9]{1,10}", text) else -1
+    if not least <= number <= most:
+        raise _wrong(name, f"is {text!r}, not a number from {least} to {most}")
+    return number
 
 
 def _wrong(name: str, what: str) -> UserError:

@@ -2,7 +2,7 @@
 
 checkpoints/step-<n>/
     config.json, model.safetensors           the model, loadable as such
-    optimizer-00001-of-00002.safetensors     by process: the moments it holds, by parameter name
+    optimizer-00001-of-00002.safetensors     by process: its part of the moments
     random-00001-of-00002.safetensors        by process: the states of torch's random generators
     state.json                               TrainState, and what the run is
     manifest.json                            size and sha256 of every file, written last
@@ -38,7 +38,6 @@ from kiem.parallel.parallel_model import (
     copy_full_tensor,
     full_model,
     full_tensor,
-    is_sharded,
     owners,
 )
 
@@ -60,7 +59,7 @@ def save_checkpoint(
 
     Args:
         folder: the run's checkpoints folder.
-        model, optimizers: what to save; each process saves the moments that it holds.
+        model, optimizers: what to save; each process saves its part of the moments.
         special_ids: the tokenizer's "pad", "eos" and "bos".
         state: the content of state.json; its `step` gives the checkpoint its name.
         distributed: all processes.
@@ -224,25 +223,15 @@ def _own_moments(
 ) -> dict[str, Tensor]:
     """Returns the moments that this process saves, unsharded.
 
-    Those that several processes hold are saved by the first; sharded ones are dealt out.
+    Each saves those of its own parameters, as `owners` deals them out, whoever holds them.
     """
     states = {p: values for optimizer in optimizers for p, values in optimizer.state.items()}
-    named = list(model.named_parameters())
     dealt = owners(model, distributed.world_size)
-    ranks = [
-        dealt[name]
-        if is_sharded(p)
-        else distributed.rank
-        if p in states
-        else distributed.world_size
-        for name, p in named
-    ]
-    first = distributed.all_reduce_min(torch.tensor(ranks, device=distributed.device)).tolist()
     found = {}
-    for (name, parameter), rank in zip(named, first, strict=True):
+    for name, parameter in model.named_parameters():
         for key, value in states.get(parameter, {}).items():
             whole = full_tensor(value, torch.device("cpu"))
-            if rank == distributed.rank:
+            if dealt[name] == distributed.rank:
                 found[f"{name}/{key}"] = whole
     return found
 

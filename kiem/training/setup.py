@@ -35,12 +35,7 @@ from kiem.data.prepare.verify import verify_shards
 from kiem.model.config import name_of
 from kiem.model.gemma3 import Gemma3
 from kiem.optim.optimizer import make_optimizers
-from kiem.parallel.agreement import (
-    check_same,
-    check_same_command,
-    check_same_weights,
-    check_writable,
-)
+from kiem.parallel.agreement import check_same_start, check_writable
 from kiem.parallel.distributed import Distributed
 from kiem.parallel.parallel_model import ParallelModel, shard_parameters
 from kiem.planning.memory_estimate import setting_of, usable_bytes
@@ -52,7 +47,6 @@ from kiem.planning.recipe import (
     check_options,
     resolve_recipe,
 )
-from kiem.tokenizer.tokenizer import Tokenizer
 from kiem.training.checkpoint import CHECKPOINTS, list_checkpoints, read_state, set_aside_after
 from kiem.training.checks import check_sample_prompts
 from kiem.training.log import RunLog
@@ -73,9 +67,8 @@ def setup(
     """
     with ExitStack() as stack:
         # Options, data and weights: the same in all processes.
-        check_same_command(options, distributed)
         data = _open_data(options, distributed, console)
-        model = _open_model(options, data.tokenizer, distributed)
+        model = _open_model(options, data, distributed)
         recipe = _resolve_recipe(options, model, data.train, distributed)
 
         # The run directory: locked, writable, and with a checkpoint or without.
@@ -115,7 +108,7 @@ def setup(
 def _open_data(
     options: TrainingOptions, distributed: Distributed, console: Console
 ) -> TrainingData:
-    """Checks the options, and opens the chunk directory, which must be the same everywhere."""
+    """Checks the options, and opens the chunk directory."""
     with distributed.raise_on_all_ranks():
         check_options(options, distributed.world_size)
         is_bf16 = distributed.is_main and distributed.precision == "bf16"
@@ -125,9 +118,6 @@ def _open_data(
         manifest = read_manifest(folder)
         tokenizer = read_tokenizer(folder, manifest)
         sha256 = manifest.get("sha256") or sha256_file(folder / MANIFEST_FILE)
-    found = {"sha256 of the chunk directory's manifest": sha256}
-    check_same(found, "Give all machines the same chunk directory.", distributed)
-    with distributed.raise_on_all_ranks():
         if distributed.is_local_main:
             verify_shards(folder, manifest)
         train, test = (open_split(folder, manifest, split) for split in ("train", "test"))
@@ -135,12 +125,12 @@ def _open_data(
     return TrainingData(manifest, sha256, tokenizer, train, test, test_sources)
 
 
-def _open_model(options: TrainingOptions, tokenizer: Tokenizer, distributed: Distributed) -> Gemma3:
-    """Returns the first weights, which must be the same in all processes."""
+def _open_model(options: TrainingOptions, data: TrainingData, distributed: Distributed) -> Gemma3:
+    """Returns the first weights; all processes must have the same ones, and the same data."""
     with distributed.raise_on_all_ranks():
-        model = build_model(options, tokenizer, distributed.world_size)
-        check_sample_prompts(options, tokenizer, model.config)
-    check_same_weights(model, distributed)
+        model = build_model(options, data.tokenizer, distributed.world_size)
+        check_sample_prompts(options, data.tokenizer, model.config)
+    check_same_start(options, data.sha256, model, distributed)
     if options.shard != "parameters":  # which puts only its shards on the device
         model.to(distributed.device)
     return model
