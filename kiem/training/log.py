@@ -8,13 +8,14 @@ failure is one warning, after which the run does without the accessory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from threading import current_thread, main_thread
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -60,36 +61,32 @@ class RunLog:
         self._trackers: dict[str, BackgroundTracker] = {}
         self._failed: set[str] = set()
 
-    def open(
-        self, options: TrainingOptions, metadata: Mapping[str, Any], step: int, *, is_last: bool
-    ) -> None:
-        """Writes config.yaml and run.json, shortens an older log, and starts the trackers.
+    def open(self, options: TrainingOptions, metadata: Mapping[str, Any], *, is_last: bool) -> None:
+        """Writes config.yaml and run.json, ends an older log at `step`, and starts the trackers.
 
         Args:
             options: all options of training.py.
             metadata: the content of run.json.
-            step: the update that the run continues after.
             is_last: whether all updates are done, so that only the last evaluation is repeated.
 
         Raises:
             UserError: the disk refuses, or a tracker does not start. When a launcher restarts the
                 run, that is a warning: no user is there to correct it.
         """
-        self.step = step
         write_text(self._directory / CONFIG_FILE, to_yaml(options))
         write_json(self._directory / METADATA_FILE, metadata)
-        lines = self._keep_until(step, is_last)
+        self._shorten(is_last)
         config = {**to_dict(options), **metadata}
         is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         for name in tracker_names(options):
-            start = partial(open_tracker, name, options, self._directory, config, step)
+            start = partial(open_tracker, name, options, self._directory, config, self.step)
             tracker = (
                 self.attempt(name, start)
                 if is_restarted
                 else try_before(f"--trackers {name}", start)
             )
             if tracker is not None:
-                self._trackers[name] = BackgroundTracker(tracker, lines)
+                self._trackers[name] = BackgroundTracker(tracker)
 
     def write(self, figures: Mapping[str, Any]) -> None:
         """Writes a line of metrics.jsonl, and sends the figures to the trackers.
@@ -110,8 +107,7 @@ class RunLog:
             self._waiting, self._refusal = [], None
         except UserError as error:
             if self._refusal is None and not self._stops_run:
-                message = f"{error.where}: {error.what}; its lines wait in memory"
-                error_of(partial(warn, self.console, message))
+                self._say(f"{error.where}: {error.what}; its lines wait in memory")
             self._refusal = error
         for name, tracker in self._trackers.items():
             self.attempt(name, partial(tracker.send, self.step, finite))
@@ -119,7 +115,7 @@ class RunLog:
     def warn(self, message: str) -> None:
         """Writes a warning to metrics.jsonl and the screen."""
         self.write({"warning": message})
-        error_of(partial(warn, self.console, message))  # the screen may be what failed
+        self._say(message)
 
     def warn_of(self, name: str, look: Callable[[], Iterable[str]]) -> None:
         """Warns of what `look` finds; `name` as in `attempt`."""
@@ -142,7 +138,7 @@ class RunLog:
         self._waiting = [line for line in self._waiting if line["step"] <= step]
         if self._distributed.is_main:
             # Readers know repeated steps, so this only makes the log shorter.
-            self.attempt("shortening the log", partial(self._keep_until, step))
+            self.attempt("shortening the log", self._shorten)
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         """Gives the trackers the run's results, None if it was stopped, and ends them."""
@@ -157,12 +153,13 @@ class RunLog:
         """
         if name in self._failed:
             return None
-        found: list[T] = []
-        error = error_of(lambda: found.append(action()))
-        if error is None:
-            return found[0]
-        self._leave_out(name, in_words(error))
-        return None
+        try:
+            return action()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - of Rust, asyncio, or SystemExit of a library
+            self._leave_out(name, _in_words(error))
+            return None
 
     def attempt_on_all_ranks(self, name: str, action: Callable[[], T]) -> T | None:
         """As `attempt`, for work that is divided: all processes succeed, or none."""
@@ -177,10 +174,15 @@ class RunLog:
         self._failed.add(name)
         self.warn(f"{name} failed ({reason}); the run goes on without it")
 
-    def _keep_until(self, step: int, is_last: bool = False) -> list[dict[str, Any]]:
-        """Removes the lines after a checkpoint's step, which will be repeated; returns the rest."""
+    def _say(self, message: str) -> None:
+        with contextlib.suppress(Exception):  # the screen may be what failed
+            warn(self.console, message)
+
+    def _shorten(self, is_last: bool = False) -> None:
+        """Removes the lines after a checkpoint's step, which will be repeated."""
         if not self._path.exists():
-            return []
+            return
+        step = self.step
         kept = [
             line
             for line in read_metrics(self._path, dict[str, Any])[0]
@@ -190,22 +192,6 @@ class RunLog:
         ]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
         write_bytes(self._path, text.encode(errors="replace"))
-        return kept
-
-
-def error_of(action: Callable[[], object]) -> BaseException | None:
-    """Does something and returns what went wrong; None if nothing did.
-
-    Ctrl-C is not caught. All else is: a library that ends the program (`SystemExit`), a panic of a
-    library in Rust and a cancelled asyncio task (`BaseException`s) would end a run.
-    """
-    try:
-        action()
-    except BaseException as error:  # accessories include code of others
-        if isinstance(error, KeyboardInterrupt) and current_thread() is main_thread():
-            raise
-        return error
-    return None
 
 
 def try_before(where: str, action: Callable[[], T]) -> T:
@@ -214,23 +200,18 @@ def try_before(where: str, action: Callable[[], T]) -> T:
     Raises:
         UserError: it fails; names the option `where`.
     """
-    found: list[T] = []
-    error = error_of(lambda: found.append(action()))
-    if isinstance(error, UserError):
-        raise error
-    if error is not None:
+    try:
+        return action()
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
         fix = "Correct that, or leave the option out: the weights do not depend on it."
-        raise bad_option(where, f"does not work here ({in_words(error)})", fix) from error
-    return found[0]
+        raise bad_option(where, f"does not work here ({_in_words(error)})", fix) from error
 
 
-def in_words(error: BaseException) -> str:
+def _in_words(error: BaseException) -> str:
     """Returns an error on one line that is not long and can be written as UTF-8."""
-    if isinstance(error, UserError):
-        words = f"{error.where}: {error.what}" if error.where else error.what
-    else:
-        texts: list[str] = []
-        error_of(lambda: texts.append(str(error)))  # which is code of others
-        lines = "".join(texts).strip().splitlines()
-        words = ": ".join([type(error).__name__, *lines[:1]])
-    return words.encode(errors="replace").decode()[:_MAX_CHARACTERS]
+    is_ours = isinstance(error, UserError)
+    # Python's own words also cover errors whose str() fails.
+    text = str(error) if is_ours else traceback.format_exception_only(error)[0]
+    return text.splitlines()[0].encode(errors="replace").decode()[:_MAX_CHARACTERS]

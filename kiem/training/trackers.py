@@ -6,86 +6,70 @@ a thread of its own, so that a slow or hanging service delays no update.
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 from kiem.config import TrainingOptions
-from kiem.core.errors import ExitCode, UserError, not_installed
+from kiem.core.errors import not_installed
+from kiem.core.files import to_json
 
-DEFAULT_PROJECT = "kiem"
 # The most time that a service that does not answer may cost at the end of a run.
 FINISH_SECONDS = 60.0
 _MAX_WAITING = 1000
-_SAMPLE_COLUMNS = ["step", "prompt", "text"]
-Sample = tuple[int, str, str]
-
-
-class Tracker(Protocol):
-    """What training asks of a tracker."""
-
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Takes the figures of an update or an evaluation."""
-
-    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Takes the (step, prompt, text) of all samples so far; those of `step` are new."""
-
-    def finish(self, summary: Mapping[str, Any] | None) -> None:
-        """Takes the results of the run, None if it was stopped, and sends what is left."""
+Samples = Sequence[Mapping[str, str]]  # `prompt` and `text`
 
 
 def open_tracker(
     name: str, options: TrainingOptions, run_directory: Path, config: Mapping[str, Any], step: int
-) -> Tracker:
+) -> WandbTracker | TensorBoardTracker:
     """Starts one of the trackers that the options name, or continues its run after `step`.
 
-    The run has the name of the run directory; some trackers keep their files there.
+    The run has the name of the run directory; some trackers keep their files there. All have
+    `log(step, figures, samples)` for the figures and samples of text of an update, and
+    `finish(summary)` for the run's results, None if it was stopped; it sends what is left.
 
     Raises:
         UserError: the tracker is not installed or refuses.
         Exception: it fails in another way.
     """
-    project = options.wandb_project or DEFAULT_PROJECT
-    if name == "wandb":
-        return WandbTracker(project, run_directory, config)
-    if name == "trackio":
-        return TrackioTracker(project, run_directory, config)
-    return TensorBoardTracker(run_directory, config, step)
+    project = options.wandb_project or "kiem"
+    try:
+        if name == "wandb":
+            return WandbTracker(project, run_directory, config)
+        if name == "trackio":
+            return TrackioTracker(project, run_directory, config)
+        return TensorBoardTracker(run_directory, config, step)
+    except ImportError as error:
+        raise not_installed(name, f"--trackers {name}") from error
 
 
 class WandbTracker:
     """Weights & Biases; with WANDB_MODE=offline it only writes into the run directory."""
 
     def __init__(self, project: str, run_directory: Path, config: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError as error:
-            raise not_installed("wandb", "--use-wandb") from error
+        import wandb
+
         self._table: Any = wandb.Table
-        name, errors = run_directory.name, wandb.errors
-        given: dict[str, Any] = {"id": name, "name": name, "dir": run_directory}
-        try:
-            self._run: Any = wandb.init(
-                project=project, config=dict(config), resume="allow", **given
-            )
-        except (errors.CommError, errors.UsageError, errors.AuthenticationError) as error:
-            raise UserError(
-                f"Weights & Biases refuses: {error}",
-                where="--use-wandb",
-                fix="Log in with 'wandb login', or set WANDB_MODE=offline.",
-                exit_code=ExitCode.NETWORK,
-            ) from error
+        name = run_directory.name
+        self._run: Any = wandb.init(
+            project=project,
+            id=name,
+            name=name,
+            dir=run_directory,
+            config=dict(config),
+            resume="allow",
+        )
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=step)
-
-    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        rows = [list(sample) for sample in samples]
-        self._run.log({"samples": self._table(columns=_SAMPLE_COLUMNS, data=rows)}, step=step)
+    def log(self, step: int, figures: Mapping[str, float], samples: Samples) -> None:
+        row: dict[str, Any] = dict(figures)
+        if samples:
+            rows = [[sample["prompt"], sample["text"]] for sample in samples]
+            row["samples"] = self._table(columns=["prompt", "text"], data=rows)
+        self._run.log(row, step=step)
 
     def finish(self, summary: Mapping[str, Any] | None) -> None:
         if summary is not None:
@@ -97,18 +81,22 @@ class TrackioTracker(WandbTracker):
     """trackio, whose interface is that of Weights & Biases; its data stays on this machine."""
 
     def __init__(self, project: str, run_directory: Path, config: Mapping[str, Any]):
-        try:
-            import trackio
-        except ImportError as error:
-            raise not_installed("trackio", "--trackers trackio") from error
+        import trackio
+
         self._table = trackio.Table
-        given: dict[str, Any] = {"auto_log_gpu": False, "auto_log_cpu": False, "embed": False}
-        name = run_directory.name
-        self._run = trackio.init(project, name, config=dict(config), resume="allow", **given)
+        self._run = trackio.init(
+            project,
+            run_directory.name,
+            config=dict(config),
+            resume="allow",
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+            embed=False,
+        )
 
     def finish(self, summary: Mapping[str, Any] | None) -> None:
         if summary is not None:
-            self.log(summary["steps"], {f"summary/{name}": v for name, v in summary.items()})
+            self.log(summary["steps"], {f"summary/{name}": v for name, v in summary.items()}, ())
         self._run.finish()
 
 
@@ -116,26 +104,21 @@ class TensorBoardTracker:
     """TensorBoard event files in the run directory's folder tensorboard/."""
 
     def __init__(self, run_directory: Path, config: Mapping[str, Any], step: int):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise not_installed("tensorboard", "--trackers tensorboard") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         purge_step = step + 1 if step else None  # drops what came after the checkpoint
         self._writer: Any = SummaryWriter(str(run_directory / "tensorboard"), purge_step=purge_step)
-        self._write_text("config", _pretty(config), step)
+        self._write_text("config", to_json(config), step)
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
+    def log(self, step: int, figures: Mapping[str, float], samples: Samples) -> None:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
-
-    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        for sample_step, prompt, text in samples:
-            if sample_step == step:
-                self._write_text(f"samples/{prompt}", prompt + text, step)
+        for sample in samples:
+            self._write_text(f"samples/{sample['prompt']}", sample["prompt"] + sample["text"], step)
 
     def finish(self, summary: Mapping[str, Any] | None) -> None:
         if summary is not None:
-            self._write_text("summary", _pretty(summary), summary["steps"])
+            self._write_text("summary", to_json(summary), summary["steps"])
         self._writer.close()
 
     def _write_text(self, name: str, text: str, step: int) -> None:
@@ -144,25 +127,14 @@ class TensorBoardTracker:
         self._writer.add_text(name, block, step)
 
 
-def _pretty(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
-
-
 class BackgroundTracker:
     """A tracker in a thread of its own; whatever the tracker raises is raised by the next call.
 
-    Args:
-        tracker: the tracker; from here on only this uses it.
-        lines: of metrics.jsonl so far, with samples for the tracker to show again.
+    From here on only this uses the tracker.
     """
 
-    def __init__(self, tracker: Tracker, lines: Iterable[Mapping[str, Any]]):
+    def __init__(self, tracker: WandbTracker | TensorBoardTracker):
         self._tracker = tracker
-        self._samples = [
-            (line["step"], sample["prompt"], sample["text"])
-            for line in lines
-            for sample in line.get("samples", ())
-        ]
         self._waiting: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._error: BaseException | None = None
         # A daemon, so that the program can end while the tracker hangs.
@@ -174,11 +146,9 @@ class BackgroundTracker:
         numbers = {name: value for name, value in figures.items() if isinstance(value, int | float)}
         for name, entry in figures.get("per_source", {}).items():
             numbers[f"test_bpb/{name}"] = entry["bpb"]
-        if numbers:
-            self._put(partial(self._tracker.log, step, numbers))
-        if "samples" in figures:
-            self._samples += [(step, s["prompt"], s["text"]) for s in figures["samples"]]
-            self._put(partial(self._tracker.log_samples, step, list(self._samples)))
+        samples = figures.get("samples", ())
+        if numbers or samples:
+            self._put(partial(self._tracker.log, step, numbers, samples))
 
     def finish(self, summary: Mapping[str, Any] | None) -> None:
         """Gives the tracker the run's results, None if it was stopped, and waits until it is done.
