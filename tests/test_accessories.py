@@ -26,8 +26,8 @@ from kiem.parallel import distributed as devices
 from kiem.report.page import write_report
 from kiem.tokenizer.tokenizer import Tokenizer
 from kiem.training import trackers
-from kiem.training.checks import check_sample_prompts
 from kiem.training.loop import train
+from kiem.training.validation import check_sample_prompts
 
 NUM_STEPS = 4
 
@@ -65,8 +65,6 @@ TRACKER = """
 import json, pathlib, time
 log = pathlib.Path({log!r})
 calls = []
-class errors:
-    CommError = UsageError = AuthenticationError = KeyError
 def note(name):
     calls.append(name)
     log.write_text(json.dumps(calls))
@@ -261,7 +259,6 @@ def install(
     [
         ("wandb", "import", "raise ImportError", "needs wandb, which is not installed"),
         ("wandb", "import", "raise SystemExit('nee')", "SystemExit: nee"),
-        ("wandb", "init", "raise errors.CommError('nee')", "Weights & Biases refuses: 'nee'"),
         ("wandb", "init", "raise MemoryError", "does not work here .MemoryError"),
         ("trackio", "import", "1/0", "ZeroDivisionError: division by zero"),
         ("trackio", "init", "raise RuntimeError('nee')", "RuntimeError: nee"),
@@ -329,7 +326,7 @@ def test_a_tracker_that_fails_later_is_a_warning(
         calls = json.loads(logs[name].read_text())
         if fails_at is None:
             assert calls[-1] == "finish"
-            assert calls.count("log") > 2 * NUM_STEPS
+            assert calls.count("log") == 2 * NUM_STEPS
         else:
             assert (calls[-1], calls.count(calls[-1])) == fails_at, "it was called again"
 

@@ -67,7 +67,7 @@ def test_a_disk_that_fills_up(lives: Lives, disk: Disk, tmp_path: Path) -> None:
     assert lives.run(disk.path, *adamw, patch=fill) == [0], lives.log.read_text()
     said = lives.log.read_text()
     assert f"{run}/checkpoints/.step-6.partial/" in said
-    assert "checkpoint of step 6, some 18." in said
+    assert "checkpoint of step 6, up to 18." in said
     assert "the disk is full; training goes on" in said
     (checkpoint,) = list_checkpoints(run / "checkpoints")
     verify_checkpoint(checkpoint)

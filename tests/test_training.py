@@ -23,7 +23,7 @@ from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode
 from kiem.inference.loading import load_for_inference
 from kiem.model.config import preset
-from kiem.optim.batch import Order
+from kiem.optim.batch import chunk_numbers
 from kiem.optim.optimizer import learning_rate_share
 from kiem.parallel.distributed import Distributed
 from kiem.planning.memory_estimate import setting_of
@@ -304,14 +304,13 @@ def test_damaged_checkpoint_is_named(
 
 
 def test_order_shuffles_every_epoch_and_needs_no_history() -> None:
-    order = Order(10, seed=3)
-    steps = [order.chunks(step, 4) for step in range(10)]
+    steps = [chunk_numbers(step, 4, 10, seed=3) for step in range(10)]
     places = np.concatenate(steps)
     for epoch in range(4):
         assert sorted(places[epoch * 10 : epoch * 10 + 10]) == list(range(10))
     assert places[:10].tolist() != places[10:20].tolist()
-    assert Order(10, seed=3).chunks(7, 4).tolist() == steps[7].tolist()
-    assert Order(10, seed=4).chunks(0, 10).tolist() != places[:10].tolist()
+    assert chunk_numbers(7, 4, 10, seed=3).tolist() == steps[7].tolist()
+    assert chunk_numbers(0, 10, 10, seed=4).tolist() != places[:10].tolist()
 
 
 def test_schedules() -> None:

@@ -5,6 +5,7 @@ The chunks are a function of (seed, step), so there is nothing to save for a res
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,33 +60,29 @@ class Collator:
         return Batch(ids, targets, self.bos_id if self.document_mask else None)
 
 
-class Order:
-    """The order in which training reads chunks: a new shuffle every epoch.
+def chunk_numbers(step: int, chunks_per_step: int, num_chunks: int, seed: int) -> np.ndarray:
+    """Returns which chunks an update reads: all in a new shuffle every epoch.
 
     Args:
+        step: the update, from 0.
+        chunks_per_step: chunks in an update.
         num_chunks: chunks in the split.
         seed: the run's seed.
+
+    Returns:
+        int64 [chunks_per_step].
     """
+    first = step * chunks_per_step
+    epochs, offsets = np.divmod(np.arange(first, first + chunks_per_step), num_chunks)
+    shuffles = {epoch: _shuffle(num_chunks, seed, int(epoch)) for epoch in np.unique(epochs)}
+    pairs = zip(epochs, offsets, strict=True)
+    return np.array([shuffles[epoch][offset] for epoch, offset in pairs])
 
-    def __init__(self, num_chunks: int, seed: int):
-        self._num_chunks = num_chunks
-        self._seed = seed
-        self._shuffles: dict[int, np.ndarray] = {}
 
-    def chunks(self, step: int, chunks_per_step: int) -> np.ndarray:
-        """Returns the chunk numbers that update `step` (from 0) reads, int64 [chunks_per_step]."""
-        first = step * chunks_per_step
-        places = np.arange(first, first + chunks_per_step)
-        epochs, offsets = np.divmod(places, self._num_chunks)
-        self._shuffles = {int(epoch): self._shuffle(int(epoch)) for epoch in np.unique(epochs)}
-        pairs = zip(epochs, offsets, strict=True)
-        return np.array([self._shuffles[int(epoch)][offset] for epoch, offset in pairs])
-
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        if epoch in self._shuffles:
-            return self._shuffles[epoch]
-        generator = np.random.Generator(np.random.PCG64(derive_seed(self._seed, "order", epoch)))
-        return generator.permutation(self._num_chunks)
+@functools.lru_cache(maxsize=2)  # of the epoch now and the next one
+def _shuffle(num_chunks: int, seed: int, epoch: int) -> np.ndarray:
+    generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "order", epoch)))
+    return generator.permutation(num_chunks)
 
 
 def micro_batches(

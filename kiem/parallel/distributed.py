@@ -220,22 +220,27 @@ def _check_kind(rank: int, kind: str, of_main: str) -> None:
         )
 
 
-def _choose_precision(precision: str, device: torch.device) -> Precision:
+def _choose_precision(
+    precision: Literal["auto", "fp32", "bf16"], device: torch.device
+) -> Precision:
     """Returns the precision of the options or the launcher, else the faster one."""
     where = "accelerate config"
     for plugin in _ACCELERATE_PLUGINS:
         if _is_true(f"ACCELERATE_USE_{plugin}"):
             fix = "Take it out of the accelerate file, and use --shard."
             raise bad_option(where, f"{plugin} is not used by kiem, which shards by itself", fix)
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"  # "no" is also its default
-    if precision == "auto" and launcher not in ("no", "bf16"):
-        raise bad_option(where, f"mixed precision {launcher} is not supported", "Use bf16 or no.")
-    wants_bf16 = precision == "bf16" or (precision == "auto" and launcher == "bf16")
-    if wants_bf16 and device.type == "cuda" and not prefers_bf16(device):
+    if precision == "auto":
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+        if launcher not in ("no", "bf16"):
+            what = f"mixed precision {launcher} is not supported"
+            raise bad_option(where, what, "Use bf16 or no.")
+        if launcher == "bf16":  # "no" is also the launcher's own default
+            precision = "bf16"
+    if precision == "auto":
+        return "bf16" if prefers_bf16(device) else "fp32"
+    if precision == "bf16" and device.type == "cuda" and not prefers_bf16(device):
         raise bad_option("--precision", "this GPU has no bf16", "Use --precision fp32.")
-    if precision == "auto" and not wants_bf16:
-        wants_bf16 = prefers_bf16(device)
-    return "bf16" if wants_bf16 else "fp32"
+    return precision
 
 
 def _is_true(variable: str) -> bool:

@@ -41,9 +41,6 @@ class ParallelModel:
     def __init__(self, module: Gemma3, distributed: Distributed, shard: Shard):
         self.module = module
         self._device = distributed.device
-        self._owners: dict[str, int] = {}
-        self._wrapped: Any = module
-        self.local_params = {name for name, _ in module.named_parameters()}
         # malloc would lose memory around gradients that come and go; GPUs' allocators do not.
         self._keeps_gradients = distributed.world_size == 1 and distributed.device.type == "cpu"
         if self._keeps_gradients:
@@ -52,13 +49,12 @@ class ParallelModel:
         # With sharded gradients every pass sends them to their owners: unsent ones would be whole
         # in every process, as large as the weights.
         self._has_ddp = distributed.world_size > 1 and shard != "parameters"
-        if not self._has_ddp:
-            return
-        self._wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
-        if shard == "optimizer":
-            self._owners = owners(module, distributed.world_size)
-            own = (name for name, rank in self._owners.items() if rank == distributed.rank)
-            self.local_params = set(own)
+        self._wrapped: Any = module
+        if self._has_ddp:
+            self._wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        self._owners = owners(module, distributed.world_size) if shard == "optimizer" else {}
+        rank, names = distributed.rank, [name for name, _ in module.named_parameters()]
+        self.local_params = {name for name in names if self._owners.get(name, rank) == rank}
 
     def __call__(self, *inputs: Any) -> Any:
         """Does a forward pass, whose backward pass adds up gradients over all processes."""

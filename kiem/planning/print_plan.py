@@ -19,7 +19,7 @@ from kiem.data.chunks import Chunks, open_split, read_manifest, read_tokenizer
 from kiem.model.config import name_of, preset, read_config
 from kiem.model.gemma3 import Recompute
 from kiem.model.io import find_model
-from kiem.optim.batch import Collator, Order
+from kiem.optim.batch import Collator, chunk_numbers
 from kiem.optim.optimizer import make_optimizers
 from kiem.optim.step import Verdict, train_step
 from kiem.parallel.distributed import Distributed
@@ -138,7 +138,7 @@ def _measure(
     collate = Collator(
         tokenizer.bos_id, tokenizer.pad_id, options.document_mask, distributed.device
     )
-    batch = collate(chunks.read(Order(chunks.num_chunks, 0).chunks(0, recipe.batch_size)))
+    batch = collate(chunks.read(chunk_numbers(0, recipe.batch_size, chunks.num_chunks, seed=0)))
 
     def step(num_passes: int) -> float:
         started = time.perf_counter()

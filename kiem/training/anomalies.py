@@ -1,19 +1,15 @@
-"""Numbers that go wrong: losses that are not finite or far above the ones before."""
+"""Numbers that go wrong: losses that are not finite or far above the ones before, or odd data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import write_json
-from kiem.model.gemma3 import Gemma3
 from kiem.optim.step import Verdict
 from kiem.parallel.parallel_model import full_tensor
 from kiem.training.checkpoint import CHECKPOINTS
@@ -26,6 +22,11 @@ SPIKE_WINDOW = 128
 _MIN_DEVIATION = 0.01
 # Between two checkpoints; more are not the fault of single chunks.
 _MAX_BAD_STEPS = 10
+# An untrained model has the loss of a blind guess, plus a little for its noise.
+_MAX_ABOVE_GUESS = 1.0
+_MAX_BELOW_GUESS = 0.3
+_MAX_PADDING = 0.1
+_MIN_USED = 0.5
 
 
 class Anomalies:
@@ -73,7 +74,21 @@ class Anomalies:
         run, step = self._run, state.step + 1
         what = f"loss {loss} and gradient norm {grad_norm} are not both finite"
         path = run.spec.directory / f"not-finite-step-{step}.json"
-        evidence = self._evidence(step, numbers, loss, grad_norm)
+        evidence = {
+            "step": step,
+            "loss": str(loss),
+            "grad_norm": str(grad_norm),
+            "parameters_with_bad_gradients": [
+                name
+                for name, parameter in run.model.module.named_parameters()
+                if parameter.grad is not None
+                and not bool(full_tensor(parameter.grad).isfinite().all())
+            ],
+            "chunks": [
+                {"chunk": int(number), "tokens": tokens.tolist()}
+                for number, tokens in zip(numbers, run.spec.data.train.read(numbers), strict=True)
+            ],
+        }
         if run.spec.distributed.is_main:
             run.log.attempt(str(path), partial(write_json, path, evidence))
         self._bad_steps.add(state.step)
@@ -97,45 +112,6 @@ class Anomalies:
         )
         return Verdict("roll back", reason, checkpoint=checkpoint)
 
-    def _evidence(
-        self, step: int, numbers: np.ndarray, loss: float, grad_norm: float
-    ) -> dict[str, Any]:
-        """Returns what is needed to examine an update: its chunks, and the loss of each."""
-        run, distributed = self._run, self._run.spec.distributed
-        chunks = run.spec.data.train.read(numbers)
-        name = "looking at its chunks one by one"
-        measure = partial(_nats_of_own_chunks, run, run.model.full_model(), chunks)
-        nats = run.log.attempt_on_all_ranks(name, measure)
-        if nats is None:
-            nats = torch.full((len(numbers),), math.nan, device=distributed.device)
-        bad = [
-            name
-            for name, parameter in run.model.module.named_parameters()
-            if parameter.grad is not None and not bool(full_tensor(parameter.grad).isfinite().all())
-        ]
-        all_nats = distributed.all_reduce_sum(nats).tolist()
-        return {
-            "step": step,
-            "loss": str(loss),
-            "grad_norm": str(grad_norm),
-            "parameters_with_bad_gradients": bad,
-            "chunks": [
-                {"chunk": int(number), "nats": str(value), "tokens": tokens.tolist()}
-                for number, value, tokens in zip(numbers, all_nats, chunks, strict=True)
-            ],
-        }
-
-
-def _nats_of_own_chunks(run: Run, model: Gemma3, chunks: np.ndarray) -> Tensor:
-    """Returns the loss of each chunk that this process looks at, and 0 of others; [chunks]."""
-    distributed = run.spec.distributed
-    nats = torch.zeros(len(chunks), dtype=torch.float64, device=distributed.device)
-    for index in range(distributed.rank, len(chunks), distributed.world_size):
-        batch = run.spec.collate(chunks[index : index + 1])
-        with torch.no_grad(), distributed.autocast():
-            nats[index] = model(batch.ids, batch.targets, batch.bos_id)[1].double()
-    return nats
-
 
 def spike_limit(recent_losses: Sequence[float], sigmas: float) -> float:
     """Returns the loss above which an update is skipped.
@@ -151,3 +127,39 @@ def spike_limit(recent_losses: Sequence[float], sigmas: float) -> float:
         return math.inf
     mean = float(np.mean(recent_losses))
     return mean + sigmas * max(float(np.std(recent_losses)), _MIN_DEVIATION * mean)
+
+
+def warnings_before(run: Run) -> Iterator[str]:
+    """Yields what in the data or the length of a run makes its result worse than it could be."""
+    train, recipe = run.spec.data.manifest["splits"]["train"], run.spec.recipe
+    num_chunks = run.spec.data.train.num_chunks
+    if num_chunks < recipe.chunks_per_step:
+        yield (
+            f"one update reads {recipe.chunks_per_step} chunks, but there are only {num_chunks}: "
+            "each is read several times in every update"
+        )
+    num_parameters = run.spec.config.num_parameters()
+    if train["tokens"] < num_parameters:
+        yield (
+            f"{train['tokens']:,} tokens of text for {num_parameters:,} parameters; about 20 for "
+            "each are usual (arXiv:2203.15556): a smaller model may do better"
+        )
+    if recipe.max_steps is not None:
+        used = recipe.max_steps * recipe.chunks_per_step / num_chunks
+        if used < _MIN_USED:
+            yield f"the run ends after {used:.0%} of the chunks: the others are never learnt from"
+    padding = train["padding_tokens"] / (num_chunks * run.spec.data.train.chunk_size)
+    if padding > _MAX_PADDING:
+        yield f"{padding:.0%} of the chunks is padding: time in which nothing is learnt"
+
+
+def warnings_after_update(run: Run, state: TrainState, loss: float) -> Iterator[str]:
+    """Yields what is wrong with the training loss of the update that was just done."""
+    vocab_size = run.spec.config.vocab_size
+    guess = math.log(vocab_size)
+    is_new = state.step == 1 and run.spec.options.init_from is None
+    if is_new and not guess - _MAX_BELOW_GUESS < loss < guess + _MAX_ABOVE_GUESS:
+        yield (
+            f"the first loss is {loss:.2f}, but an untrained model with a vocabulary of "
+            f"{vocab_size:,} has about {guess:.2f}: its first weights or its data are wrong"
+        )

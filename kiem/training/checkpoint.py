@@ -103,13 +103,6 @@ def save_checkpoint(
     return path
 
 
-def checkpoint_bytes(model: Gemma3, optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    """Returns about how large the checkpoint of one process is."""
-    states = [values for optimizer in optimizers for values in optimizer.state.values()]
-    tensors = [*model.parameters(), *(value for values in states for value in values.values())]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def load_checkpoint(
     path: Path, model: Gemma3, optimizers: Sequence[torch.optim.Optimizer], distributed: Distributed
 ) -> None:
@@ -121,12 +114,7 @@ def load_checkpoint(
     with torch.no_grad():
         for name, value in load_file(path / WEIGHTS_FILE).items():
             copy_full_tensor(parameters[name], value)
-    states: dict[Tensor, dict[str, Tensor]] = {}
-    for optimizer in optimizers:
-        states.update(optimizer.state)
-        for moments in optimizer.state.values():
-            for value in moments.values():
-                value.zero_()
+    states = {p: values for optimizer in optimizers for p, values in optimizer.state.items()}
     for file in sorted(path.glob("optimizer-*.safetensors")):
         with safe_open(file, framework="pt") as saved:
             for full_name in saved.keys():  # noqa: SIM118 - it is not a dict

@@ -15,7 +15,7 @@ from kiem.compute.memory import is_out_of_memory, peak_memory_bytes
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import format_bytes
-from kiem.optim.batch import Order, micro_batches
+from kiem.optim.batch import chunk_numbers, micro_batches
 from kiem.optim.optimizer import learning_rate_share
 from kiem.optim.step import StepResult, train_step
 from kiem.parallel.distributed import init_distributed
@@ -23,21 +23,19 @@ from kiem.planning.print_plan import print_plan
 from kiem.planning.probe import out_of_memory
 from kiem.planning.recipe import SECONDS_BETWEEN_SAVES
 from kiem.planning.time_estimate import flops_per_token
-from kiem.training.anomalies import Anomalies
+from kiem.training.anomalies import Anomalies, warnings_after_update, warnings_before
 from kiem.training.checkpoint import (
     CHECKPOINTS,
-    checkpoint_bytes,
     prune_checkpoints,
     save_checkpoint,
 )
-from kiem.training.checks import warnings_after_update, warnings_before
 from kiem.training.outputs import (
     Display,
-    Report,
     point_latest_link,
     show_results,
     show_start,
     write_final_model,
+    write_run_report,
 )
 from kiem.training.resume import restore
 from kiem.training.run import Run, RunSpec, TrainState
@@ -46,6 +44,7 @@ from kiem.training.signals import HangWatch, StopSignals
 from kiem.training.validation import evaluate, measure_minimal_pairs, sample_texts
 
 _EVALUATIONS_PER_RUN = 5
+_REPORTS_PER_RUN = 20  # a report of a long run takes seconds
 _CHECKS = "the sanity checks"
 _DISPLAY = "the display"
 
@@ -71,14 +70,13 @@ def train(options: TrainingOptions, console: Console) -> None:
 def _train(run: Run, state: TrainState) -> None:
     """Trains, evaluates, and writes the final model and the report."""
     log, is_main = run.log, run.spec.distributed.is_main
-    report = Report(run.spec.directory)
     summary: dict[str, Any] | None = None
     figures: dict[str, Any] = {}
     log.attempt("the display of the start", partial(show_start, run, state))
     if run.resumed_from is None:
         log.warn_of(_CHECKS, lambda: warnings_before(run))
     try:
-        state = train_updates(run, state, report)
+        state = train_updates(run, state)
         model = run.model.full_model()
         figures = evaluate(run, model, max_chunks=None)
         figures |= measure_minimal_pairs(run, state, model)
@@ -100,19 +98,19 @@ def _train(run: Run, state: TrainState) -> None:
         if is_main:
             if summary is not None:
                 log.attempt("the link to the newest run", partial(point_latest_link, run.spec))
-            log.attempt("the report at the end", report.write)
+            log.attempt("the report at the end", partial(write_run_report, run.spec))
             log.close(summary)
     if is_main:
         log.attempt("the display of the results", partial(show_results, run, state, figures))
 
 
-def train_updates(run: Run, state: TrainState, report: Report) -> TrainState:
+def train_updates(run: Run, state: TrainState) -> TrainState:
     """Does the updates that are left, and returns the state after the last one."""
     spec, options, recipe = run.spec, run.spec.options, run.spec.recipe
     distributed, log, display = run.spec.distributed, run.log, Display(run)
-    order = Order(run.spec.data.train.num_chunks, options.seed)
     with ExitStack() as stack:
-        watch = stack.enter_context(HangWatch(is_enabled=distributed.world_size > 1))
+        watch = HangWatch(is_enabled=distributed.world_size > 1)
+        stack.callback(watch.end)
         signals = StopSignals(is_main=distributed.is_main, is_enabled=options.save_steps != 0)
         stack.enter_context(signals)
         anomalies = Anomalies(run, watch)
@@ -123,10 +121,11 @@ def train_updates(run: Run, state: TrainState, report: Report) -> TrainState:
             started, before = time.perf_counter(), replace(state)
 
             # Batch: this process's part of the chunks that the update reads.
-            numbers = order.chunks(state.step, recipe.chunks_per_step)
-            batches = micro_batches(
-                run.spec.data.train, numbers, recipe.batch_size, run.spec.collate, distributed
+            chunks = spec.data.train
+            numbers = chunk_numbers(
+                state.step, recipe.chunks_per_step, chunks.num_chunks, options.seed
             )
+            batches = micro_batches(chunks, numbers, recipe.batch_size, spec.collate, distributed)
 
             # Step: forward, backward, clip, update.
             learning_rate = _learning_rate(spec, state)
@@ -152,11 +151,13 @@ def train_updates(run: Run, state: TrainState, report: Report) -> TrainState:
             state.seconds += seconds
             log.step = state.step
 
-            # Log, evaluate.
+            # Log, evaluate, report.
             _log_step(run, state, display, result, learning_rate, seconds)
             if _evaluation_is_due(spec, state, before):
                 watch.end()
-                state.test_loss = _evaluate(run, state, display, report)
+                state.test_loss = _evaluate(run, state, display)
+            if distributed.is_main and _passes_part(spec, state, before, _REPORTS_PER_RUN):
+                log.attempt("the report", partial(write_run_report, spec))
 
             # Save, and stop after a signal.
             is_stopping = signals.is_asked(distributed)
@@ -202,24 +203,25 @@ def _log_step(
 
 def _evaluation_is_due(spec: RunSpec, state: TrainState, before: TrainState) -> bool:
     """Returns whether to evaluate after this update; never after the last one."""
-    progress, every = state.progress(spec.recipe), spec.options.eval_steps
-    if progress >= 1:
-        return False
-    if every is not None:
-        return every > 0 and state.step % every == 0
-    times = _EVALUATIONS_PER_RUN
-    return math.floor(progress * times) > math.floor(before.progress(spec.recipe) * times)
+    every = spec.options.eval_steps
+    if every is None:
+        return _passes_part(spec, state, before, _EVALUATIONS_PER_RUN)
+    return every > 0 and state.step % every == 0 and state.progress(spec.recipe) < 1
 
 
-def _evaluate(run: Run, state: TrainState, display: Display, report: Report) -> float | None:
+def _passes_part(spec: RunSpec, state: TrainState, before: TrainState, num_parts: int) -> bool:
+    """Returns whether this update ends one of the equal parts of a run, but not the last one."""
+    now, then = (math.floor(s.progress(spec.recipe) * num_parts) for s in (state, before))
+    return then < now < num_parts
+
+
+def _evaluate(run: Run, state: TrainState, display: Display) -> float | None:
     """Evaluates on some of the test split; returns the test loss, None if that failed."""
     model = run.model.full_model()
     figures = evaluate(run, model, max_chunks=run.spec.options.eval_chunks)
     figures |= sample_texts(run, model, "the sample of text")
     run.log.write(figures)
     run.log.attempt(_DISPLAY, partial(display.show_evaluation, state, figures))
-    if run.spec.distributed.is_main:
-        run.log.attempt("the report", partial(report.write, only_if_cheap=True))
     return figures.get("test_loss")
 
 
@@ -229,9 +231,8 @@ def _save_is_due(spec: RunSpec, state: TrainState, before: TrainState) -> bool:
     is_last, every = state.progress(spec.recipe) >= 1, spec.options.save_steps
     if every is not None:
         return every > 0 and (is_last or state.step % every == 0)
-    interval = SECONDS_BETWEEN_SAVES
-    is_late = state.seconds // interval > before.seconds // interval
-    return is_late or (is_last and state.seconds > interval)
+    now, then = (s.seconds // SECONDS_BETWEEN_SAVES for s in (state, before))
+    return now > then or (is_last and now > 0)
 
 
 def save(run: Run, state: TrainState, *, is_last: bool) -> None:
@@ -262,8 +263,8 @@ def save(run: Run, state: TrainState, *, is_last: bool) -> None:
                 prune_checkpoints(folder, spec.options.save_total_limit)
     except UserError as error:
         if state.saved_step != state.step:
-            size = format_bytes(checkpoint_bytes(model, run.optimizers))
-            error.what = f"checkpoint of step {state.step}, some {size}: {error.what}"
+            size = format_bytes(12 * spec.config.num_parameters())
+            error.what = f"checkpoint of step {state.step}, up to {size}: {error.what}"
         has_none = state.saved_step is None
         if spec.options.on_save_failure == "stop" or (has_none and not is_last):
             raise

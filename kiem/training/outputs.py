@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,8 +23,6 @@ from kiem.tokenizer.tokenizer import write_tokenizer
 from kiem.training.run import Run, RunSpec, TrainState
 
 _SECONDS_BETWEEN_LINES = 10.0
-# The report may take this share of the time, so that a long log costs little.
-_REPORT_SHARE_OF_TIME = 0.02
 
 
 class Display:
@@ -75,14 +72,9 @@ class Display:
 
 
 def show_start(run: Run, state: TrainState) -> None:
-    """Prints what is trained, on what, and for how long."""
+    """Prints what is trained on what, and for how long."""
     spec, recipe, console = run.spec, run.spec.recipe, run.log.console
     data, distributed, chunk_size = spec.data, spec.distributed, spec.data.train.chunk_size
-    budget = []
-    if recipe.max_steps is not None:
-        budget.append(f"{recipe.max_steps:,} steps")
-    if recipe.max_seconds is not None:
-        budget.append(f"{recipe.max_seconds / 60:g} minutes")
     console.print(
         f"{spec.model_name}: {spec.config.num_parameters():,} parameters, vocabulary of "
         f"{spec.config.vocab_size:,}; {distributed.world_size} x {distributed.device.type} in "
@@ -92,8 +84,11 @@ def show_start(run: Run, state: TrainState) -> None:
         f"{spec.options.dataset_path}: {data.train.num_chunks:,} chunks of {chunk_size:,} tokens "
         f"for training, {data.test.num_chunks:,} for testing"
     )
+    budget = f"{recipe.max_steps:,} updates" if recipe.max_steps is not None else "updates"
+    if recipe.max_seconds is not None:
+        budget = f"{recipe.max_seconds / 60:g} minutes of {budget}"
     console.print(
-        f"{' or '.join(budget)} of {recipe.chunks_per_step * chunk_size:,} tokens "
+        f"{budget} of {recipe.chunks_per_step * chunk_size:,} tokens "
         f"({recipe.batch_size} chunks x {recipe.accumulation} passes x {distributed.world_size} "
         f"devices), learning rate {recipe.learning_rate:g}"
     )
@@ -118,15 +113,17 @@ def show_results(run: Run, state: TrainState, figures: Mapping[str, Any]) -> Non
     if "minimal_pairs" in figures:
         pairs = figures["minimal_pairs"]
         rows["minimal pairs"] = f"{pairs['correct']} of {pairs['pairs']} correct"
-    table = Table(title=str(run.spec.directory), title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)
+    _print_table(rows, str(run.spec.directory), console)
     _show_first_sample(figures, console)
     console.print(f"\nThe run on one page: {run.spec.directory / REPORT_FILE}")
     console.print(f"Try it: python inference.py --model-path {run.spec.final_model} --interactive")
+
+
+def _print_table(rows: Mapping[str, str], title: str, console: Console) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
 
 
 def _show_first_sample(figures: Mapping[str, Any], console: Console) -> None:
@@ -134,21 +131,9 @@ def _show_first_sample(figures: Mapping[str, Any], console: Console) -> None:
         console.print(f"  {sample['prompt']}{sample['text']}", style="dim")
 
 
-class Report:
-    """The report.html of a run directory."""
-
-    def __init__(self, directory: Path):
-        self._directory = directory
-        self._next = time.monotonic()
-
-    def write(self, only_if_cheap: bool = False) -> None:
-        """Writes the report; `only_if_cheap` not if it would take over a fiftieth of the time."""
-        started = time.monotonic()
-        if only_if_cheap and started < self._next:
-            return
-        write_report([self._directory], self._directory / REPORT_FILE)
-        now = time.monotonic()
-        self._next = now + (now - started) / _REPORT_SHARE_OF_TIME
+def write_run_report(spec: RunSpec) -> None:
+    """Writes the report.html of the run directory."""
+    write_report([spec.directory], spec.directory / REPORT_FILE)
 
 
 def write_final_model(

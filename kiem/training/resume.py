@@ -14,7 +14,6 @@ from kiem.core.errors import ExitCode, already_exists
 from kiem.core.files import sha256_file
 from kiem.core.json_input import convert
 from kiem.core.manifest import MANIFEST_FILE
-from kiem.model.config import read_config
 from kiem.parallel.agreement import check_same
 from kiem.parallel.distributed import Distributed
 from kiem.training.checkpoint import (
@@ -53,7 +52,7 @@ def choose_checkpoint(
     with distributed.raise_on_all_ranks():
         file = chosen / MANIFEST_FILE
         sha256 = sha256_file(file) if file.is_file() else "not found"
-    check_same({f"sha256 of {file}": sha256}, distributed)
+    check_same({f"sha256 of {chosen.name}/{MANIFEST_FILE}": sha256}, distributed)
     return chosen
 
 
@@ -89,8 +88,7 @@ def check_same_run(
     Raises:
         UserError: the fingerprint differs: it belongs to another run.
     """
-    # Checkpoints of older versions have the model's shape only in the model's own config.json.
-    different = _differences({**vars(read_config(path)), **state["fingerprint"]}, fingerprint)
+    different = _differences(state["fingerprint"], fingerprint)
     if different:
         raise already_exists(
             str(path),
@@ -111,12 +109,12 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 def newest_on_all_ranks(folder: Path, distributed: Distributed, console: Console) -> Path | None:
     """Returns `newest_valid` as the main process finds it, in all processes."""
-    name = None
+    found = None
     with distributed.raise_on_all_ranks():
-        if distributed.is_main and (found := newest_valid(folder, console)):
-            name = found.name
-    name = distributed.broadcast_from_main(name)
-    return folder / name if name is not None else None
+        if distributed.is_main:
+            found = newest_valid(folder, console)
+    name = distributed.broadcast_from_main(found and found.name)
+    return folder / name if name else None
 
 
 def restore(run: Run, checkpoint: Path) -> TrainState:

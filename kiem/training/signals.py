@@ -71,48 +71,42 @@ class StopSignals:
 class HangWatch:
     """Ends this process when an update does not end, as when another process hangs.
 
-    The launcher then ends the others, and restarts all if it may (torchrun --max-restarts). Use it
-    as a context manager around the updates; enabled if there are other processes to wait for.
+    The launcher then ends the others, and restarts all if it may (torchrun --max-restarts). Enabled
+    if there are other processes to wait for.
     """
 
     def __init__(self, *, is_enabled: bool):
         self._is_enabled = is_enabled
+        self._timer: threading.Timer | None = None
         self._began: float | None = None
         self._longest = 0.0
         self._num_steps = 0
-        self._thread: threading.Thread | None = None
-
-    def __enter__(self) -> HangWatch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
 
     def begin(self) -> None:
         """Begins an update, which must end within a limit."""
         self._began = time.monotonic()
-        if self._is_enabled and self._thread is None and self._num_steps >= _STEPS_BEFORE_WATCH:
-            self._thread = threading.Thread(target=self._look, daemon=True)
-            self._thread.start()
+        if self._is_enabled and self._num_steps >= _STEPS_BEFORE_WATCH:
+            limit = max(HANG_SECONDS, _HANG_FACTOR * self._longest)
+            self._timer = threading.Timer(limit, _leave_hung, [limit])
+            self._timer.daemon = True
+            self._timer.start()
 
     def end(self) -> None:
         """Ends an update; what follows may take any time."""
+        if self._timer is not None:
+            self._timer.cancel()
         if self._began is not None:
             self._longest = max(self._longest, time.monotonic() - self._began)
             self._began = None
             self._num_steps += 1
 
-    def _look(self) -> None:
-        while True:
-            time.sleep(1)
-            began = self._began
-            limit = max(HANG_SECONDS, _HANG_FACTOR * self._longest)
-            if began is not None and time.monotonic() - began > limit:
-                _print(
-                    f"\nerror: an update has not ended for {limit:.0f} seconds\n"
-                    "  Another process may hang; start again.\n"
-                )
-                os._exit(ExitCode.HUNG)
+
+def _leave_hung(limit: float) -> None:
+    _print(
+        f"\nerror: an update has not ended for {limit:.0f} seconds\n"
+        "  Another process may hang; start again.\n"
+    )
+    os._exit(ExitCode.HUNG)
 
 
 def _print(message: str) -> None:

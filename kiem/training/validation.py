@@ -15,19 +15,25 @@ import torch
 from torch import Tensor
 
 from kiem.compute.memory import give_back_free_memory
+from kiem.config import TrainingOptions
+from kiem.core.errors import bad_option
 from kiem.evaluation.language_model import own_language_model
 from kiem.evaluation.minimal_pairs import BUILT_IN, Pair, prefers_good, read_suite, summarize
 from kiem.inference.engine import complete
 from kiem.inference.sampling import SamplingParams
+from kiem.model.config import Gemma3Config
 from kiem.model.gemma3 import Gemma3
 from kiem.model.loss import IGNORE, token_cross_entropy
-from kiem.training.checks import SAMPLE_TOKENS
+from kiem.tokenizer.tokenizer import Tokenizer
+from kiem.training.log import try_before
 from kiem.training.run import Run, TrainState
 
+# Tokens that the model adds to a `--sample-prompt`.
+_SAMPLE_TOKENS = 40
 _MAX_SOURCES = 20
 _PER_SOURCE = ("tokens_per_source", "documents_per_source", "bytes_per_source")
-# With so many tokens trained for each of theirs, the minimal pairs take at most some 3 % of a run.
-_TRAINED_PER_PAIR_TOKEN = 10
+# In shorter runs the minimal pairs, some 10 000 tokens, would take more than 3 % of the time.
+_MIN_TOKENS_FOR_PAIRS = 100_000
 _PAIRS = "measuring the minimal pairs"
 
 
@@ -126,38 +132,44 @@ def measure_minimal_pairs(run: Run, state: TrainState, model: Gemma3) -> dict[st
     choice, distributed, log = run.spec.options.minimal_pairs, run.spec.distributed, run.log
     if choice == "never":
         return {}
-    suite = log.attempt_on_all_ranks(_PAIRS, partial(_read_suite, run))
-    if suite is None:
-        return {}
-    pairs, num_tokens = suite
-    if choice == "auto" and state.tokens < _TRAINED_PER_PAIR_TOKEN * num_tokens:
-        message = f"The minimal pairs ({num_tokens:,} tokens) are left out of a run of "
-        message += f"{state.tokens:,} tokens; --minimal-pairs always measures them."
+    if choice == "auto" and state.tokens < _MIN_TOKENS_FOR_PAIRS:
+        message = f"The minimal pairs are left out of a run of {state.tokens:,} tokens; "
+        message += "--minimal-pairs always measures them."
         log.attempt(_PAIRS, partial(log.console.print, message))
         return {}
-    own = slice(distributed.rank, None, distributed.world_size)
+    rank, world_size = distributed.rank, distributed.world_size
 
-    def measure() -> np.ndarray:
-        language_model = own_language_model(
-            model, run.spec.data.tokenizer, run.spec.data.train.chunk_size
-        )
+    def measure() -> tuple[list[Pair], np.ndarray]:
+        pairs, data = read_suite((BUILT_IN,)), run.spec.data
+        language_model = own_language_model(model, data.tokenizer, data.train.chunk_size)
         with distributed.autocast():
-            return prefers_good(language_model, pairs[own])
+            return pairs, prefers_good(language_model, pairs[rank::world_size])
 
     found = log.attempt_on_all_ranks(_PAIRS, measure)
     if found is None:
         return {}
-    is_correct = torch.zeros(len(pairs), device=distributed.device)
-    is_correct[own] = torch.from_numpy(found).to(is_correct)
-    is_correct = distributed.all_reduce_sum(is_correct)
-    return {"minimal_pairs": summarize(pairs, is_correct.bool().cpu().numpy())}
+    pairs, own = found
+    is_correct = np.empty(len(pairs), dtype=bool)
+    for number, part in enumerate(distributed.all_gather(own)):
+        is_correct[number::world_size] = part
+    return {"minimal_pairs": summarize(pairs, is_correct)}
 
 
-def _read_suite(run: Run) -> tuple[list[Pair], int]:
-    """Returns the built-in pairs and how many tokens they are."""
-    pairs = read_suite((BUILT_IN,))
-    sentences = [sentence for pair in pairs for sentence in (pair.good, pair.bad)]
-    return pairs, sum(map(len, run.spec.data.tokenizer.encode_batch(sentences)))
+def check_sample_prompts(
+    options: TrainingOptions, tokenizer: Tokenizer, config: Gemma3Config
+) -> None:
+    """Checks that the model can continue every `--sample-prompt`.
+
+    Raises:
+        UserError: a prompt is not text or is too long.
+    """
+    most = config.max_position_embeddings - _SAMPLE_TOKENS - 1  # <bos> stands before it
+    for number, prompt in enumerate(options.sample_prompt, start=1):
+        where = f"--sample-prompt, text {number}"
+        ids = try_before(where, partial(tokenizer.encode, prompt))
+        if len(ids) > most:
+            what = f"{len(ids):,} tokens; the model reads at most {most:,} before its own"
+            raise bad_option(where, what, "Give a shorter text.")
 
 
 def sample_texts(run: Run, model: Gemma3, name: str) -> dict[str, Any]:
@@ -169,7 +181,7 @@ def sample_texts(run: Run, model: Gemma3, name: str) -> dict[str, Any]:
     options, tokenizer = run.spec.options, run.spec.data.tokenizer
     if not run.spec.distributed.is_main:
         return {"samples": []}
-    params = SamplingParams(max_new_tokens=SAMPLE_TOKENS)
+    params = SamplingParams(max_new_tokens=_SAMPLE_TOKENS)
 
     def write(prompt: str) -> dict[str, str]:
         text = complete(model, tokenizer, prompt, params, options.seed)
