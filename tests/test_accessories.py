@@ -326,7 +326,7 @@ def test_a_tracker_that_fails_later_is_a_warning(
         calls = json.loads(logs[name].read_text())
         if fails_at is None:
             assert calls[-1] == "finish"
-            assert calls.count("log") == 2 * NUM_STEPS
+            assert calls.count("log") >= 2 * NUM_STEPS
         else:
             assert (calls[-1], calls.count(calls[-1])) == fails_at, "it was called again"
 

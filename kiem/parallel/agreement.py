@@ -17,9 +17,9 @@ import torch
 
 import kiem
 from kiem.config import TrainingOptions
+from kiem.core.disk import discard
 from kiem.core.errors import bad_option, not_found
 from kiem.core.files import make_folder, write_bytes
-from kiem.core.leftovers import discard
 from kiem.model.gemma3 import Gemma3
 from kiem.parallel.distributed import Distributed
 
