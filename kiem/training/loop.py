@@ -9,13 +9,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from kiem.compute.memory import is_out_of_memory, peak_memory_bytes
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import format_bytes
-from kiem.optim.batch import chunk_numbers, micro_batches
+from kiem.optim.batch import Batch, chunk_numbers, micro_batches
 from kiem.optim.optimizer import learning_rate_share
 from kiem.optim.step import StepResult, train_step
 from kiem.parallel.distributed import init_distributed
@@ -121,11 +122,7 @@ def train_updates(run: Run, state: TrainState) -> TrainState:
             started, before = time.perf_counter(), replace(state)
 
             # Batch: this process's part of the chunks that the update reads.
-            chunks = spec.data.train
-            numbers = chunk_numbers(
-                state.step, recipe.chunks_per_step, chunks.num_chunks, options.seed
-            )
-            batches = micro_batches(chunks, numbers, recipe.batch_size, spec.collate, distributed)
+            numbers, batches = _read_batches(run, state.step)
 
             # Step: forward, backward, clip, update.
             learning_rate = _learning_rate(spec, state)
@@ -167,6 +164,15 @@ def train_updates(run: Run, state: TrainState) -> TrainState:
             if is_stopping:
                 raise _stopped(run, state, signals.name)
     return state
+
+
+def _read_batches(run: Run, step: int) -> tuple[np.ndarray, list[Batch]]:
+    """Returns the chunks that an update reads, by number, and this process's batches of them."""
+    spec, chunks = run.spec, run.spec.data.train
+    per_step, seed = spec.recipe.chunks_per_step, spec.options.seed
+    numbers = chunk_numbers(step, per_step, chunks.num_chunks, seed)
+    batch_size = spec.recipe.batch_size
+    return numbers, micro_batches(chunks, numbers, batch_size, spec.collate, spec.distributed)
 
 
 def _learning_rate(spec: RunSpec, state: TrainState) -> float:
