@@ -206,7 +206,7 @@ DIFFERENCES = {
     ),
     "no shared disk": (["--output-dir", "FOLDER"], ExitCode.NOT_FOUND, "not the folder that proc"),
     "other weights": (["--init-from", "MODEL"], ExitCode.BAD_OPTION, "sum over the weights"),
-    "another prompt": (["--sample-prompt", "x"], ExitCode.BAD_OPTION, "--sample-prompt: is ('x',)"),
+    "another prompt": (["--sample-prompt", "x"], ExitCode.BAD_OPTION, "--sample-prompt: is ['x']"),
 }
 
 

@@ -8,6 +8,7 @@ difference is a message and not a hang.
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ def check_same(found: Mapping[str, object], distributed: Distributed) -> None:
     Raises:
         UserError: a process found something else; names it and what that is.
     """
+    found = json.loads(json.dumps(found))  # as what comes from the main process
     of_main = distributed.broadcast_from_main(found)
     with distributed.raise_on_all_ranks():
         for name, main in of_main.items():

@@ -7,13 +7,14 @@ environment (RANK, WORLD_SIZE, LOCAL_RANK); under plain `python` there is one pr
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -88,18 +89,20 @@ class Distributed:
 
     def any(self, value: bool) -> bool:
         """Returns whether `value` is true in any process."""
-        return bool(self.all_reduce_sum(torch.tensor(int(value), device=self.device)))
-
-    def all_gather(self, value: T) -> list[T]:
-        """Returns the values of all processes, by rank, in every process; they are pickled."""
-        values = [value] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(values, value)
-        return values
+        return bool(self.all_reduce_sum(self._number(int(value))))
 
     def broadcast_from_main(self, value: T) -> T:
-        """Returns the main process's value in every process."""
-        return self.all_gather(value)[0]
+        """Returns the main process's value in every process; JSON must be able to hold it."""
+        if self.world_size == 1:
+            return value
+        return cast(T, json.loads(self._broadcast_text(json.dumps(value), 0)))
+
+    def all_gather(self, value: T) -> list[T]:
+        """Returns the values of all processes, by rank, in every process; as JSON, as above."""
+        if self.world_size == 1:
+            return [value]
+        text = json.dumps(value)
+        return [json.loads(self._broadcast_text(text, rank)) for rank in range(self.world_size)]
 
     def barrier(self) -> None:
         """Waits until every process has called this."""
@@ -125,8 +128,22 @@ class Distributed:
         except Exception as error:  # noqa: BLE001 - raised below, when the others know of it
             failure = error
         if self.any(failure is not None):
-            told = self.all_gather(None if failure is None else _with_place(failure, self.rank))
-            raise failure or next(error for error in told if error is not None)
+            told = self.all_gather(vars(_with_place(failure, self.rank)) if failure else None)
+            values = next(values for values in told if values is not None)
+            raise failure or UserError(**{**values, "exit_code": ExitCode(values["exit_code"])})
+
+    def _broadcast_text(self, text: str, source: int) -> str:
+        """Returns the ASCII text of process `source` in every process."""
+        length = self._number(len(text))
+        dist.broadcast(length, src=source)
+        content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        if self.rank == source:
+            content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        dist.broadcast(content, src=source)
+        return bytes(content.tolist()).decode()
+
+    def _number(self, value: int) -> Tensor:
+        return torch.tensor(value, dtype=torch.int64, device=self.device)
 
 
 @contextlib.contextmanager

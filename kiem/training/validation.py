@@ -150,7 +150,7 @@ def measure_minimal_pairs(run: Run, state: TrainState, model: Gemma3) -> dict[st
         return {}
     pairs, own = found
     is_correct = np.empty(len(pairs), dtype=bool)
-    for number, part in enumerate(distributed.all_gather(own)):
+    for number, part in enumerate(distributed.all_gather(own.tolist())):
         is_correct[number::world_size] = part
     return {"minimal_pairs": summarize(pairs, is_correct)}
 
