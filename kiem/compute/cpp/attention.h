@@ -21,6 +21,8 @@ static void norm_and_rotate(const T *x, const T *weight, const float *cos, const
 
 // Entries of the cache that a thread attends to at a time.
 static const long SPLIT = 64;
+// Columns that are added up at a time: as there are registers for four heads.
+static const long WIDTH = PARTS == 1 ? 64 : 16;
 
 // What HEADS queries [HEADS, c] make of `num` entries: e^(score - highest), the highest, and their sum.
 template <int HEADS, class T>
@@ -42,23 +44,23 @@ static void score(const float *q, const T *keys, const T *values, float (*weight
         for (long s = 0; s < num; s += 16) {
             for (long i = num; i < s + 16; i++) weights[h][i] = -INFINITY;  // e^ is some 1e-38, beside a 1
             store(weights[h] + s, exp(load16(weights[h] + s) - highest[h]));
-            sums += load16(weights[h] + s);
+            sums = sums + load16(weights[h] + s);
         }
         total[h] = sum(sums);
     }
 }
 
-// Sums of `num` values, WIDTH columns of c, weighted by each of HEADS rows of weights.
-template <int HEADS, int WIDTH, class T>
+// Sums of `num` values, NUM_COLUMNS of c, weighted by each of HEADS rows of weights.
+template <int HEADS, int NUM_COLUMNS, class T>
 static void weighted_sum(const float (*weights)[SPLIT], const T *values, float *out, long num, long c) {
-    Float16 partial[HEADS][WIDTH / 16] = {};
+    Float16 partial[HEADS][NUM_COLUMNS / 16] = {};
     for (long s = 0; s < num; s++)
-        for (int i = 0; i < WIDTH / 16; i++) {
+        for (int i = 0; i < NUM_COLUMNS / 16; i++) {
             Float16 value = load16(values + s * c + 16 * i);
             for (int h = 0; h < HEADS; h++) partial[h][i] = fma(value, broadcast(weights[h][s]), partial[h][i]);
         }
     for (int h = 0; h < HEADS; h++)
-        for (int i = 0; i < WIDTH / 16; i++) store(out + h * c + 16 * i, partial[h][i]);
+        for (int i = 0; i < NUM_COLUMNS / 16; i++) store(out + h * c + 16 * i, partial[h][i]);
 }
 
 // HEADS queries at a time share what is read of their common keys and values. Splits of the entries are
@@ -86,7 +88,7 @@ static void attend_heads(const float *rotated, const T *keys, const T *values, c
                          totals + item * HEADS, num, c, scale);
             float *to = partial + item * HEADS * c;
             long i = 0;
-            for (; i + 64 <= c; i += 64) weighted_sum<HEADS, 64>(weights, values + from + i, to + i, num, c);
+            for (; i + WIDTH <= c; i += WIDTH) weighted_sum<HEADS, WIDTH>(weights, values + from + i, to + i, num, c);
             for (; i < c; i += 16) weighted_sum<HEADS, 16>(weights, values + from + i, to + i, num, c);
         }
 #pragma omp for schedule(static)

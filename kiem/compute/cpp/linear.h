@@ -17,6 +17,8 @@
 #include "vectors.h"
 
 static const long GROUP = 32;  // values of x with one scale
+// Rows of x at a time: as many as there are registers for their sums.
+static const long MAX_BATCH = PARTS == 1 ? 8 : 4;
 
 // A matrix [num_rows, k]; kernels.py has its twin.
 struct Weight {
@@ -36,7 +38,7 @@ struct Rows {
 
 // fp32 or bf16, row after row.
 template <class T> struct Plain {
-    static const int ROWS = 4, OFFSET = 0;
+    static constexpr int ROWS = 4, OFFSET = 0;
     const T *weights;
     long num_rows, k;
 
@@ -67,7 +69,7 @@ template <class T> struct Plain {
     }
 
     template <int BATCH> void dot(long n, const Rows &x, long from, float (*out)[16], const char *next) const {
-        const int together = BATCH > 4 ? 2 : ROWS;  // as many as there are registers for
+        const int together = std::min(ROWS, (PARTS == 1 ? 16 : 4) / BATCH);  // as there are registers
         long end = std::min(n + ROWS, num_rows), row = n, ahead = next - address(n);
         for (; row + together <= end; row += together)
             dot_rows<together, BATCH>(row, x, from, lanes(out, row - n), ahead);
@@ -85,7 +87,7 @@ template <class T> struct Plain {
 // A word of 8 bits holds four values of a row; one of 4 bits eight, the first four in the lower half of
 // each byte. Scales: [num_rows / 16, k / SCALED, 16 rows]. The last rows are filled up to 16.
 template <int BITS> struct Packed {
-    static const int ROWS = 16, OFFSET = BITS == 8 ? 128 : 8;
+    static constexpr int ROWS = 16, OFFSET = BITS == 8 ? 128 : 8;
     static const long SCALED = BITS == 8 ? 128 : 64;  // weights with one scale
     static const long WORDS = GROUP * BITS / 32;      // vectors of a group
     const UInt16 *weights;
@@ -104,26 +106,27 @@ template <int BITS> struct Packed {
         for (long at = 0; at < k; at += SCALED, scale += ROWS) {
             Float16 parts[BATCH] = {};
             for (long group = at / GROUP; group < (at + SCALED) / GROUP; group++, w += WORDS) {
-                Int16 whole[BATCH];
-                for (int b = 0; b < BATCH; b++)
-                    whole[b] = x.starts[(from + b) * (k / GROUP) + group] - (Int16){};
+                Products<BITS> products[BATCH];
                 const int8_t *numbers = x.numbers + from * k + group * GROUP;
 #pragma GCC unroll 8
                 for (int i = 0; i < WORDS; i++) {
                     prefetch((const char *)(w + i) + ahead);
-                    UInt16 words = load<UInt16>(w + i);
+                    UInt16 words = w[i];
 #pragma GCC unroll 8
                     for (int b = 0; b < BATCH; b++) {
                         if (BITS == 8) {
-                            whole[b] = dot4(whole[b], words, numbers + b * k + 4 * i);
+                            products[b].add(words, numbers + b * k + 4 * i);
                         } else {
-                            whole[b] = dot4(whole[b], words & 0x0f0f0f0fu, numbers + b * k + 8 * i);
-                            whole[b] = dot4(whole[b], (words >> 4) & 0x0f0f0f0fu, numbers + b * k + 8 * i + 4);
+                            products[b].add(words & 0x0f0f0f0fu, numbers + b * k + 8 * i);
+                            products[b].add((words >> 4) & 0x0f0f0f0fu, numbers + b * k + 8 * i + 4);
                         }
                     }
                 }
-                for (int b = 0; b < BATCH; b++)
-                    parts[b] = fma(to_float(whole[b]), broadcast(x.scales[(from + b) * (k / GROUP) + group]), parts[b]);
+                for (int b = 0; b < BATCH; b++) {
+                    long of_x = (from + b) * (k / GROUP) + group;
+                    Float16 whole = to_float(products[b].total() + x.starts[of_x]);
+                    parts[b] = fma(whole, broadcast(x.scales[of_x]), parts[b]);
+                }
             }
             for (int b = 0; b < BATCH; b++) sums[b] = fma(parts[b], load16(scale), sums[b]);
         }
@@ -160,10 +163,12 @@ static void dot_batch(const Format &format, long n, const Rows &x, long from, lo
         case 2: format.template dot<2>(n, x, from, out, next); break;
         case 3: format.template dot<3>(n, x, from, out, next); break;
         case 4: format.template dot<4>(n, x, from, out, next); break;
+#if NATIVE_BYTES == 64
         case 5: format.template dot<5>(n, x, from, out, next); break;
         case 6: format.template dot<6>(n, x, from, out, next); break;
         case 7: format.template dot<7>(n, x, from, out, next); break;
         case 8: format.template dot<8>(n, x, from, out, next); break;
+#endif
     }
 }
 
@@ -187,13 +192,13 @@ static void multiply(const Weight *weights, long num_weights, bool is_gated, con
         long num_rows = std::min<long>(Format::ROWS, weights[m].num_rows - n);
         Format format(weights[m], x.k), second(weights[is_gated ? 1 : m], x.k);
         const char *next = Format(weights[next_m], x.k).address((next_item - first_items[next_m]) * Format::ROWS);
-        for (long from = 0; from < batch; from += 8) {
-            long some = std::min(8L, batch - from);
-            alignas(64) float out[8][16], up[8][16];
+        for (long from = 0; from < batch; from += MAX_BATCH) {
+            long some = std::min(MAX_BATCH, batch - from);
+            alignas(64) float out[MAX_BATCH][16], up[MAX_BATCH][16];
             dot_batch(format, n, x, from, some, out, is_gated ? second.address(n) : next);
             if (is_gated) {
                 dot_batch(second, n, x, from, some, up, next);
-                for (long b = 0; b < some; b++) store(out[b], gelu(load<Float16>(out[b])) * load<Float16>(up[b]));
+                for (long b = 0; b < some; b++) store(out[b], gelu(load(out[b])) * load(up[b]));
             }
             for (long b = 0; b < some; b++)
                 memcpy(y + (from + b) * width + first_rows[m] + n, out[b], num_rows * sizeof(float));

@@ -5,7 +5,7 @@
 #include "linear.h"
 
 static const int NUM_STEPS = 7;
-static const Float16 INT4_STEPS = {-8.0f, -7.5f, -7.0f, -6.5f, 6.5f, 7.0f, 7.5f, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+static const float INT4_STEPS[16] = {-8.0f, -7.5f, -7.0f, -6.5f, 6.5f, 7.0f, 7.5f, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 static const float SMALLEST_NORMAL = 1.17549435e-38f;
 
 static inline float inverse_of(float scale) { return std::fabs(scale) < SMALLEST_NORMAL ? 0.0f : 1.0f / scale; }
@@ -28,7 +28,7 @@ static float quantize_group4(const float *weights, Float16 *numbers) {
     float extreme = weights[0];
     for (int i = 1; i < 64; i++) extreme = std::fabs(weights[i]) > std::fabs(extreme) ? weights[i] : extreme;
     alignas(64) float scales[16], inverses[16];
-    store(scales, to_bf16_and_back(extreme / INT4_STEPS));
+    store(scales, to_bf16_and_back(broadcast(extreme) / load(INT4_STEPS)));
     for (int i = 0; i < NUM_STEPS; i++) inverses[i] = inverse_of(scales[i]);
     float errors[NUM_STEPS];
     for (int i = 0; i < NUM_STEPS; i++) {
