@@ -19,6 +19,8 @@
 static const long GROUP = 32;  // values of x with one scale
 // Rows of x at a time: as many as there are registers for their sums.
 static const long MAX_BATCH = PARTS == 1 ? 8 : 4;
+// Rows of x that all rows of a matrix are multiplied with before the next ones: they stay in a cache.
+static const long TILE = 32;
 
 // A matrix [num_rows, k]; kernels.py has its twin.
 struct Weight {
@@ -30,10 +32,10 @@ struct Weight {
 // Rows of x as the formats want them.
 struct Rows {
     long k;
-    const float *values;    // [batch, k]
-    const int8_t *numbers;  // [batch, k]
-    const float *scales;    // [batch, k / GROUP]
-    const int32_t *starts;  // [batch, k / GROUP]: -offset times the sum of a group's numbers
+    float *values;    // [batch, k]
+    void *numbers;    // [batch, k], of the type and in the order that `Products` takes
+    float *scales;    // [batch, k / GROUP]
+    int32_t *starts;  // [batch, k / GROUP]: -offset times the sum of a group's numbers
 };
 
 // fp32 or bf16, row after row.
@@ -88,6 +90,7 @@ template <class T> struct Plain {
 // each byte. Scales: [num_rows / 16, k / SCALED, 16 rows]. The last rows are filled up to 16.
 template <int BITS> struct Packed {
     static constexpr int ROWS = 16, OFFSET = BITS == 8 ? 128 : 8;
+    typedef typename Products<BITS>::Number Number;
     static const long SCALED = BITS == 8 ? 128 : 64;  // weights with one scale
     static const long WORDS = GROUP * BITS / 32;      // vectors of a group
     const UInt16 *weights;
@@ -107,7 +110,7 @@ template <int BITS> struct Packed {
             Float16 parts[BATCH] = {};
             for (long group = at / GROUP; group < (at + SCALED) / GROUP; group++, w += WORDS) {
                 Products<BITS> products[BATCH];
-                const int8_t *numbers = x.numbers + from * k + group * GROUP;
+                const Number *numbers = (const Number *)x.numbers + from * k + group * GROUP;
 #pragma GCC unroll 8
                 for (int i = 0; i < WORDS; i++) {
                     prefetch((const char *)(w + i) + ahead);
@@ -187,13 +190,13 @@ static void multiply(const Weight *weights, long num_weights, bool is_gated, con
         while (item >= first_items[m + 1]) m++;
         return m;
     };
-    parallel_for(first_items[num_parts], [&](long item, long next_item) {
+    auto run = [&](long item, long next_item, long from, long end) {
         long m = part_of(item), next_m = part_of(next_item), n = (item - first_items[m]) * Format::ROWS;
         long num_rows = std::min<long>(Format::ROWS, weights[m].num_rows - n);
         Format format(weights[m], x.k), second(weights[is_gated ? 1 : m], x.k);
         const char *next = Format(weights[next_m], x.k).address((next_item - first_items[next_m]) * Format::ROWS);
-        for (long from = 0; from < batch; from += MAX_BATCH) {
-            long some = std::min(MAX_BATCH, batch - from);
+        for (; from < end; from += MAX_BATCH) {
+            long some = std::min(MAX_BATCH, end - from);
             alignas(64) float out[MAX_BATCH][16], up[MAX_BATCH][16];
             dot_batch(format, n, x, from, some, out, is_gated ? second.address(n) : next);
             if (is_gated) {
@@ -203,24 +206,29 @@ static void multiply(const Weight *weights, long num_weights, bool is_gated, con
             for (long b = 0; b < some; b++)
                 memcpy(y + (from + b) * width + first_rows[m] + n, out[b], num_rows * sizeof(float));
         }
-    });
+    };
+    for (long from = 0; from < batch; from += TILE)
+        parallel_for(first_items[num_parts],
+                     [&](long item, long next_item) { run(item, next_item, from, std::min(from + TILE, batch)); });
 }
 
-// Rounds a row of x to int8, with a scale for every 32 values: the largest magnitude becomes 127.
-static void round_row(const float *x, long k, int offset, int8_t *numbers, float *scales, int32_t *starts) {
-    for (long at = 0; at < k; at += GROUP) {
-        Float16 first = load16(x + at), second = load16(x + at + 16);
+// Rounds row b of x to int8, with a scale for every 32 values: the largest magnitude becomes 127.
+template <int BITS> static void round_row(const Rows &x, long b) {
+    typedef Products<BITS> P;
+    typename P::Number *numbers = (typename P::Number *)x.numbers;
+    for (long at = b * x.k; at < (b + 1) * x.k; at += GROUP) {
+        Float16 first = load16(x.values + at), second = load16(x.values + at + 16);
         float most = max_of(max(abs(first), abs(second)));
         float inverse = most > 0 ? 127 / most : 0;
-        Int16 whole[2] = {to_int(round(first * inverse)), to_int(round(second * inverse))};
-        const int32_t *values = (const int32_t *)whole;
-        int32_t total = 0;
+        int32_t whole[GROUP], total = 0;
+        store(whole, to_int(round(first * inverse)));
+        store(whole + 16, to_int(round(second * inverse)));
         for (int i = 0; i < GROUP; i++) {
-            numbers[at + i] = int8_t(values[i]);
-            total += values[i];
+            numbers[at + i] = whole[i / 4 * 4 + P::ORDER[i % 4]];
+            total += whole[i];
         }
-        scales[at / GROUP] = most / 127;
-        starts[at / GROUP] = -offset * total;
+        x.scales[at / GROUP] = most / 127;
+        x.starts[at / GROUP] = -Packed<BITS>::OFFSET * total;
     }
 }
 
@@ -246,25 +254,26 @@ static void linear(const Linear &layer, const T *x, const T *residual, void *y, 
     long k = layer.k, groups = k / GROUP, width = 0;
     for (long m = 0; m < (layer.is_gated ? 1 : layer.num_weights); m++) width += layer.weights[m].num_rows;
     static thread_local std::vector<float> values, scales, sums;
-    static thread_local std::vector<int8_t> numbers;
+    static thread_local std::vector<int16_t> numbers;
     static thread_local std::vector<int32_t> starts;
     values.resize(batch * k);
-    for (long b = 0; b < batch; b++) {
-        if (layer.norm_before) norm(x + b * k, (const T *)layer.norm_before, &values[b * k], k, layer.eps);
-        else for (long i = 0; i < k; i += 16) store(&values[b * k + i], load16(x + b * k + i));
-    }
     if (layer.format >= 2) {
         numbers.resize(batch * k);
         scales.resize(batch * groups);
         starts.resize(batch * groups);
-        int offset = layer.format == 2 ? Packed<8>::OFFSET : Packed<4>::OFFSET;
-        for (long b = 0; b < batch; b++)
-            round_row(&values[b * k], k, offset, &numbers[b * k], &scales[b * groups], &starts[b * groups]);
+    }
+    Rows rows = {k, values.data(), numbers.data(), scales.data(), starts.data()};
+#pragma omp parallel for if (batch >= TILE)
+    for (long b = 0; b < batch; b++) {
+        float *row = rows.values + b * k;
+        if (layer.norm_before) norm(x + b * k, (const T *)layer.norm_before, row, k, layer.eps);
+        else for (long i = 0; i < k; i += 16) store(row + i, load16(x + b * k + i));
+        if (layer.format == 2) round_row<8>(rows, b);
+        if (layer.format == 3) round_row<4>(rows, b);
     }
     bool is_final = layer.y_is_fp32 && !layer.norm_after && !residual;
     if (!is_final) sums.resize(batch * width + 16);
     float *out = is_final ? (float *)y : sums.data();
-    Rows rows = {k, values.data(), numbers.data(), scales.data(), starts.data()};
 #define MULTIPLY(...) \
     multiply<__VA_ARGS__>(layer.weights, layer.num_weights, layer.is_gated, rows, batch, out, width)
     switch (layer.format) {

@@ -224,46 +224,62 @@ static inline Float16 gelu(Float16 g) {
     return g / (exp(u * -2.0f) + 1.0f);
 }
 
-// In each lane, sums of products of unsigned bytes with signed ones: those of GROUP weights, of BITS
-// bits, with as many values of x.
+static inline int32_t four_bytes(const void *from) {
+    int32_t four;
+    memcpy(&four, from, sizeof four);
+    return four;
+}
+
+// In each lane, sums of products of unsigned bytes with signed ones: those of weights of BITS bits with
+// as many values of x, at most 32 of them.
 template <int BITS> struct Products {
+    typedef int8_t Number;                           // of x
+    static constexpr int ORDER[4] = {0, 1, 2, 3};  // in which four of them lie
+
     Int16 sums = {};
 
-    // Adds four products to each lane: bytes of `w` with those of `x`.
-    void add(UInt16 w, const int8_t *x) {
+    // Adds four products to each lane: bytes of `w` with numbers of x.
+    void add(UInt16 w, const Number *x) {
 #if KIEM_DOT4 == 2
         __m512i &sum = (__m512i &)sums.parts[0];
-        sum = _mm512_dpbusd_epi32(sum, (__m512i)w.parts[0], _mm512_set1_epi32(four_of(x)));
-#elif KIEM_DOT4 == 1
-        // Pairs of 16 bits: the even bytes, then the odd ones.
-        __m256i four = _mm256_set1_epi32(four_of(x)), odd = _mm256_srai_epi16(four, 8);
-        __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8);
-        EACH_PART {
-            __m256i bytes = (__m256i)w.parts[p], &sum = (__m256i &)sums.parts[p];
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(255)), even));
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_srli_epi16(bytes, 8), odd));
-        }
+        sum = _mm512_dpbusd_epi32(sum, (__m512i)w.parts[0], _mm512_set1_epi32(four_bytes(x)));
 #else
         for (int i = 0; i < 4; i++) sums = sums + bits_as<int32_t>((w >> (8 * i)) & 255) * broadcast<int32_t>(x[i]);
 #endif
     }
 
     Int16 total() const { return sums; }
-
-    static int32_t four_of(const int8_t *x) {
-        int32_t four;
-        memcpy(&four, x, sizeof four);
-        return four;
-    }
 };
 
 #if KIEM_DOT4 == 1
-// 16 bits hold sums of 16 products with 4 bits: at most 16 * 15 * 127.
+// Pairs of 16 bits: of the even bytes, and of the odd ones.
+template <> struct Products<8> {
+    typedef int16_t Number;
+    static constexpr int ORDER[4] = {0, 2, 1, 3};
+
+    Int16 sums = {};
+
+    void add(UInt16 w, const Number *x) {
+        __m256i even = _mm256_set1_epi32(four_bytes(x)), odd = _mm256_set1_epi32(four_bytes(x + 2));
+        EACH_PART {
+            __m256i bytes = (__m256i)w.parts[p], &sum = (__m256i &)sums.parts[p];
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(255)), even));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_srli_epi16(bytes, 8), odd));
+        }
+    }
+
+    Int16 total() const { return sums; }
+};
+
+// 16 bits hold the sum of 16 products with 4 bits, which is at most 16 * 15 * 127.
 template <> struct Products<4> {
+    typedef int8_t Number;
+    static constexpr int ORDER[4] = {0, 1, 2, 3};
+
     __m256i pairs[PARTS] = {};
 
-    void add(UInt16 w, const int8_t *x) {
-        __m256i four = _mm256_set1_epi32(Products<8>::four_of(x));
+    void add(UInt16 w, const Number *x) {
+        __m256i four = _mm256_set1_epi32(four_bytes(x));
         EACH_PART pairs[p] = _mm256_add_epi16(pairs[p], _mm256_maddubs_epi16((__m256i)w.parts[p], four));
     }
 
