@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -203,14 +204,27 @@ def test_foreign_model_equals_a_plain_reference(gpt2: Path, sample_texts: list[s
         open_language_model(str(gpt2), "auto", 65)
 
 
+def test_text_that_the_tokenizer_cannot_express_is_told(gpt2: Path, tmp_path: Path) -> None:
+    """Such text costs no bits, so a model whose tokenizer lacks it would seem better."""
+    folder, data = tmp_path / "model", tmp_path / "text.txt"
+    shutil.copytree(gpt2, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["unk_token"] = "Q"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    data.write_text("Q is geen klinker, Q.", encoding="utf-8")
+    console = Console(record=True)
+    evaluate(EvaluationOptions(str(folder), data=(str(data),)), console)
+    assert "2 tokens stand for text that the tokenizer cannot express" in console.export_text()
+
+
 def test_interval_is_that_of_resampled_documents() -> None:
     """Of equal documents it has no width; of 400 drawn ones, that of the normal approximation."""
-    even = Measured(np.full(9, 2.0), np.full(9, 5), np.full(9, 3), ["x"] * 9)
+    even = Measured(np.full(9, 2.0), np.full(9, 5), np.full(9, 3), ["x"] * 9, 0)
     figure = bits_per_byte(even, None, 1)
     assert figure["bpb"] == pytest.approx(2 / 5 / math.log(2))
     assert figure["bpb_low"] == pytest.approx(figure["bpb_high"])
     nats = np.random.default_rng(0).normal(100, 20, 400)
-    drawn = Measured(nats, np.full(400, 50), np.full(400, 30), ["x"] * 400)
+    drawn = Measured(nats, np.full(400, 50), np.full(400, 30), ["x"] * 400, 0)
     figure = bits_per_byte(drawn, "x", 1)
     error = 1.96 * nats.std() / 20 / 50 / math.log(2)
     assert figure["bpb_high"] - figure["bpb"] == pytest.approx(error, rel=0.15)

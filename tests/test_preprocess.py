@@ -293,3 +293,10 @@ def test_chunk_directory_with_another_tokenizer_is_refused(tmp_path: Path) -> No
     with pytest.raises(UserError, match="not the tokenizer that made the chunks") as caught:
         read_tokenizer(folder, read_manifest(folder))
     assert caught.value.exit_code == ExitCode.TOKENIZER_MISMATCH
+
+
+def test_what_else_is_asked_of_a_check_is_not_passed_over(tmp_path: Path) -> None:
+    folder = preprocess(options(tmp_path), QUIET)
+    for more in ({"overwrite": True}, {"num_proc": 2}, {"source": ("sample",)}):
+        with pytest.raises(UserError, match="has no effect together with --verify"):
+            preprocess(PreprocessOptions(verify=folder, **more), QUIET)

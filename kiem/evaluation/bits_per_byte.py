@@ -27,17 +27,18 @@ _DOCUMENTS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Measured:
-    """Measurements of each document."""
+    """Measurements of each document; num_unknown is over all."""
 
     nats: np.ndarray  # fp64 [documents]
     num_bytes: np.ndarray  # int64 [documents]
     num_tokens: np.ndarray  # int64 [documents], without <bos>
     sources: list[str]
+    num_unknown: int  # tokens that stand for text the tokenizer cannot express
 
 
 def measure(model: LanguageModel, documents: Iterator[Document]) -> Measured:
     """Scores every token of the documents once."""
-    nats, sources = [np.zeros(0)], []
+    nats, sources, num_unknown = [np.zeros(0)], [], 0
     num_bytes: list[int] = []
     num_tokens: list[int] = []
     while block := list(islice(documents, _DOCUMENTS_AT_ONCE)):
@@ -45,8 +46,11 @@ def measure(model: LanguageModel, documents: Iterator[Document]) -> Measured:
         nats.append(text_nats(model, encoded))
         num_bytes += [len(document.text.encode()) for document in block]
         num_tokens += map(len, encoded)
+        if model.unknown_id is not None:
+            num_unknown += sum(ids.count(model.unknown_id) for ids in encoded)
         sources += [document.source for document in block]
-    return Measured(np.concatenate(nats), np.array(num_bytes), np.array(num_tokens), sources)
+    sizes = np.array(num_bytes), np.array(num_tokens)
+    return Measured(np.concatenate(nats), *sizes, sources, num_unknown)
 
 
 def bits_per_byte(measured: Measured, source: str | None, seed: int) -> dict[str, float]:

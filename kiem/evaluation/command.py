@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kiem.config import EvaluationOptions
+from kiem.core.console import warn
 from kiem.core.errors import ExitCode, bad_input, bad_option, no_effect
 from kiem.core.files import check_new_file, format_bytes, write_json
 from kiem.core.json_input import JsonError, parse_json, read_json
@@ -70,7 +71,7 @@ def evaluate(options: EvaluationOptions, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     if options.data:
         with console.status("bits per byte"):
-            results |= _measure_text(model, documents, options)
+            results |= _measure_text(model, documents, options, console)
     if pairs:
         with console.status("minimal pairs"):
             results["suite"] = list(names)
@@ -169,11 +170,20 @@ def open_language_model(
 
 
 def _measure_text(
-    model: LanguageModel, documents: Iterator[Document], options: EvaluationOptions
+    model: LanguageModel,
+    documents: Iterator[Document],
+    options: EvaluationOptions,
+    console: Console,
 ) -> dict[str, Any]:
     measured = measure(model, documents)
     if not measured.sources:
         raise bad_input(f"--data {options.data[0]}", "there is no document", "Give files of text.")
+    if measured.num_unknown:
+        warn(
+            console,
+            f"{measured.num_unknown:,} tokens stand for text that the tokenizer cannot express; "
+            "the model need not predict that text, so its bits per byte are too low",
+        )
     names = sorted(set(measured.sources))
     return {
         **bits_per_byte(measured, None, options.seed),

@@ -68,6 +68,7 @@ def open_foreign_model(
         encode=encode,
         nats=nats,
         bos_id=bos_id,
+        unknown_id=tokenizer.unk_token_id if tokenizer.unk_token_id != bos_id else None,
         context=longest,
         tokens_per_batch=_LOGIT_BYTES_PER_BATCH // (4 * config.vocab_size),
         device=device,

@@ -29,6 +29,7 @@ class LanguageModel:
         nats: (ids int64 [B, T], scored bool [B, T]) to -log p of the scored tokens given those
             before them in their row, fp32 [N] in row order; column 0 is never scored.
         bos_id: the token that every text begins with.
+        unknown_id: the token for text that the tokenizer cannot express, if it has one.
         context: most tokens in a row.
         tokens_per_batch: how many tokens to hand to `nats` at once.
         device: where ids must be.
@@ -37,6 +38,7 @@ class LanguageModel:
     encode: Callable[[Sequence[str]], list[list[int]]]
     nats: Callable[[Tensor, Tensor], Tensor]
     bos_id: int
+    unknown_id: int | None
     context: int
     tokens_per_batch: int
     device: torch.device
@@ -61,6 +63,7 @@ def own_language_model(model: Gemma3, tokenizer: Tokenizer, context: int) -> Lan
         encode=tokenizer.encode_batch,
         nats=nats,
         bos_id=tokenizer.bos_id,
+        unknown_id=tokenizer.token_id("<unk>"),
         context=context,
         tokens_per_batch=_TOKENS_PER_BATCH,
         device=model.model.embed_tokens.weight.device,

@@ -71,6 +71,9 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     """
     started = time.perf_counter()
     if options.verify is not None:
+        for name, value in vars(PreprocessOptions(verify=options.verify)).items():
+            if getattr(options, name) != value:
+                raise no_effect(f"--{name.replace('_', '-')}", "together with --verify")
         verify_directory(options.verify)
         console.print(f"{options.verify}: every hash and count is right")
         return options.verify
