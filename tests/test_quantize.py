@@ -15,6 +15,7 @@ from kiem.compute import kernels
 from kiem.compute.kernels import Format, load_kernels
 from kiem.compute.native import compile_library, load_library, open_library
 from kiem.compute.quantize import KernelLinear, LargePages, quantize
+from kiem.compute.speed import prefers_bf16
 from kiem.inference.decoder import use_kernels
 from kiem.model.cache import CachePass, KeyValueCache
 from kiem.model.config import Gemma3Config
@@ -219,9 +220,11 @@ def test_a_prepared_model_is_the_model_with_rounded_weights(quantize: str) -> No
                 parameter.copy_(dequantized(parameter, format))
         assert use_kernels(model, quantize) is None
         ids = torch.randint(0, 131, (2, 30), generator=torch.Generator().manual_seed(0))
-        expected = plain.hidden_states(ids)
-        torch.testing.assert_close(model.hidden_states(ids), expected, rtol=0, atol=1e-4)
-        # Few tokens: what is multiplied is rounded too, and one last bit can move a number by one.
+        if quantize == "none" or prefers_bf16(ids.device):
+            expected = plain.hidden_states(ids)
+            torch.testing.assert_close(model.hidden_states(ids), expected, rtol=0, atol=1e-4)
+        # Few tokens, and many on a processor without fast bf16: what is multiplied is rounded too,
+        # and one last bit can move a number by one.
         for module in plain.modules():
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_pre_hook(
@@ -229,6 +232,9 @@ def test_a_prepared_model_is_the_model_with_rounded_weights(quantize: str) -> No
                 )
         expected = plain.hidden_states(ids)
         tolerance = 1e-4 if quantize == "none" else 2e-2
+        if not prefers_bf16(ids.device):
+            found = model.hidden_states(ids)
+            torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
         last = expected[:, -1]
         torch.testing.assert_close(
             model.logits(last), plain.logits(as_multiplied(last, format).float()), rtol=0, atol=1e-5

@@ -31,10 +31,10 @@ from kiem.compute.kernels import (
     kernels,
     weight_struct,
 )
+from kiem.compute.speed import prefers_bf16
 
-# With more tokens of a sequence, arithmetic is the limit and not memory, and torch's products (AMX,
-# where there is) are better at it. The number of sequences does not count: with the kernel none of
-# them depends on how many others there are.
+# With more tokens of a sequence, arithmetic is the limit and not memory. The number of sequences
+# does not count: with the kernel none of them depends on how many others there are.
 MAX_TOKENS = 16
 _BLOCK_ROWS = 16
 _GROUPS: dict[Format, int] = {"int8": 128, "int4": 64}
@@ -76,7 +76,10 @@ class KernelLinear(nn.Module):
         """Returns x @ weight.T, [B, T, N] or [B, N], of x [B, T, K] or [B, K]."""
         dtype = torch.float32 if self.in_fp32 else self.dtype
         if x.ndim == 3 and x.shape[1] > MAX_TOKENS:
-            return F.linear(x, self.rows(None)).to(dtype)
+            if prefers_bf16(x.device):  # torch's products have the instructions for that
+                return F.linear(x, self.rows(None)).to(dtype)
+            if self.packed.format not in BITS:
+                return F.linear(x.float(), self.packed.data.float()).to(dtype)
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.packed.num_rows), dtype=dtype)
         pointers = ctypes.byref(self._struct), x.data_ptr(), y.data_ptr()

@@ -224,7 +224,8 @@ template <int BITS> static void round_row(const Rows &x, long b) {
         store(whole, to_int(round(first * inverse)));
         store(whole + 16, to_int(round(second * inverse)));
         for (int i = 0; i < GROUP; i++) {
-            numbers[at + i] = whole[i / 4 * 4 + P::ORDER[i % 4]];
+            bool is_inner = i % 4 == 1 || i % 4 == 2;
+            numbers[at + i] = whole[P::EVEN_FIRST && is_inner ? i ^ 3 : i];
             total += whole[i];
         }
         x.scales[at / GROUP] = most / 127;

@@ -233,8 +233,8 @@ static inline int32_t four_bytes(const void *from) {
 // In each lane, sums of products of unsigned bytes with signed ones: those of weights of BITS bits with
 // as many values of x, at most 32 of them.
 template <int BITS> struct Products {
-    typedef int8_t Number;                           // of x
-    static constexpr int ORDER[4] = {0, 1, 2, 3};  // in which four of them lie
+    typedef int8_t Number;                     // of x
+    static constexpr bool EVEN_FIRST = false;  // of four, the second and third change places
 
     Int16 sums = {};
 
@@ -255,7 +255,7 @@ template <int BITS> struct Products {
 // Pairs of 16 bits: of the even bytes, and of the odd ones.
 template <> struct Products<8> {
     typedef int16_t Number;
-    static constexpr int ORDER[4] = {0, 2, 1, 3};
+    static constexpr bool EVEN_FIRST = true;
 
     Int16 sums = {};
 
@@ -274,7 +274,7 @@ template <> struct Products<8> {
 // 16 bits hold the sum of 16 products with 4 bits, which is at most 16 * 15 * 127.
 template <> struct Products<4> {
     typedef int8_t Number;
-    static constexpr int ORDER[4] = {0, 1, 2, 3};
+    static constexpr bool EVEN_FIRST = false;
 
     __m256i pairs[PARTS] = {};
 
