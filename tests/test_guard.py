@@ -184,7 +184,8 @@ def test_sanity_checks_of_data_and_length(run: Run) -> None:
 
 
 def said_after(run: Run, step: int, loss: float) -> str:
-    return "\n".join(warnings_after_update(run, TrainState(step=step), loss))
+    state = TrainState(step=step, recent_losses=[loss] * SPIKE_WINDOW)
+    return "\n".join(warnings_after_update(run, state, loss))
 
 
 def test_sanity_checks_of_the_loss(run: Run) -> None:
@@ -193,3 +194,11 @@ def test_sanity_checks_of_the_loss(run: Run) -> None:
     assert "the first loss is 9.00" in said_after(run, 1, 9.0)
     assert "the first loss is 5.00" in said_after(run, 1, 5.0)
     assert said_after(run, 2, 9.0) == ""
+    # A thousand tokens, all equally frequent: ln(1000) is all that frequencies can tell.
+    run = with_chunks(
+        run, np.random.default_rng(1).permutation(np.arange(10, 1010)).reshape(20, 50)
+    )
+    assert said_after(run, 300, 6.5) == ""
+    stuck = said_after(run, 300, 6.9)
+    assert "knowing only how often each token occurs gives 6.91" in stuck
+    assert said_after(run, 301, 6.9) == ""

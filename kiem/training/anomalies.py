@@ -25,6 +25,11 @@ _MAX_BAD_STEPS = 10
 # An untrained model has the loss of a blind guess, plus a little for its noise.
 _MAX_ABOVE_GUESS = 1.0
 _MAX_BELOW_GUESS = 0.3
+# When a model should know more than how often each token occurs.
+_STUCK_AFTER_STEPS = 300
+_STUCK_AFTER_SHARE = 0.2
+_STUCK_SHARE = 0.98
+_SAMPLE_CHUNKS = 256
 _MAX_PADDING = 0.1
 _MIN_USED = 0.5
 
@@ -163,3 +168,24 @@ def warnings_after_update(run: Run, state: TrainState, loss: float) -> Iterator[
             f"the first loss is {loss:.2f}, but an untrained model with a vocabulary of "
             f"{vocab_size:,} has about {guess:.2f}: its first weights or its data are wrong"
         )
+    max_steps = run.spec.recipe.max_steps or 0
+    if state.step == max(_STUCK_AFTER_STEPS, math.ceil(max_steps * _STUCK_AFTER_SHARE)):
+        mean = float(np.mean(state.recent_losses[-SPIKE_WINDOW:]))
+        entropy = _unigram_entropy(run)
+        if mean > _STUCK_SHARE * entropy:
+            yield (
+                f"after {state.step:,} updates the loss is {mean:.2f}; knowing only how often each "
+                f"token occurs gives {entropy:.2f}: the model learns nothing from the tokens "
+                "before. The learning rate may be far too high or too low"
+            )
+
+
+def _unigram_entropy(run: Run) -> float:
+    """Returns the loss in nats of predicting each token by its frequency in a sample of chunks."""
+    train, special_ids = run.spec.data.train, run.spec.data.tokenizer.special_ids
+    number = min(_SAMPLE_CHUNKS, train.num_chunks)
+    places = np.linspace(0, train.num_chunks - 1, number).astype(np.int64)
+    counts = np.bincount(train.read(places).reshape(-1), minlength=run.spec.config.vocab_size)
+    counts[[special_ids["bos"], special_ids["pad"]]] = 0  # neither is predicted
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
