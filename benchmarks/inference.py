@@ -13,7 +13,6 @@ memory's bandwidth is the bytes of all weights times tokens/s, over what a plain
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kiem.cli import parse
+from kiem.core.processors import num_processors
 from kiem.inference.benchmark import copy_bytes_per_second
 from kiem.model.io import WEIGHTS_FILE
 
@@ -130,7 +130,7 @@ def time_llama(llama_bench: Path, file: Path, of_prefill: bool) -> float | str:
     """
     sizes = (PROMPT_TOKENS, 0) if of_prefill else (0, NEW_TOKENS)
     lengths = ["-p", str(sizes[0]), "-n", str(sizes[1])]
-    command = [str(llama_bench), "-m", str(file), "-t", str(os.cpu_count()), *lengths]
+    command = [str(llama_bench), "-m", str(file), "-t", str(num_processors()), *lengths]
     done = subprocess.run(
         [*command, "-r", "3", "-o", "json"], capture_output=True, text=True, check=False
     )

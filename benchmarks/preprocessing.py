@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -31,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kiem.cli import parse
+from kiem.core.processors import num_processors
 
 PEER_REQUIREMENTS = ("datasets==5.2.0", "transformers==5.23.0")
 _SAMPLE_SECONDS = 0.25
@@ -102,7 +102,7 @@ def main(options: Options, console: Console) -> None:
 
 
 def side_by_side(options: Options, console: Console) -> Table:
-    num_proc = os.cpu_count() or 1
+    num_proc = num_processors()
     peer_python = environment("peer-datasets", PEER_REQUIREMENTS, console)
     results: dict[str, list[Result]] = {"kiem": [], "datasets.map": []}
     for run in range(options.runs + 1):
@@ -147,7 +147,7 @@ def growth(options: Options, folder: Path) -> Table:
         found[name] = (seconds.seconds, num_tokens)
         table.add_row(name, f"{seconds.seconds:.2f}", f"{num_tokens:,}", megabytes(memory))
     (once, tokens_once), (often, tokens_often), *_ = found.values()
-    rate = (tokens_often - tokens_once) / (often - once) / (os.cpu_count() or 1)
+    rate = (tokens_often - tokens_once) / (often - once) / (num_processors())
     table.caption = f"beyond the first time: {rate:,.0f} tokens/s per core"
     return table
 

@@ -54,7 +54,8 @@ class PreprocessOptions:
     name: Name | None = None
     """Name of the chunk directory. Default: chunked_ and the dataset size or the source's name."""
     num_proc: Annotated[int, Meta(ge=1, le=4096)] | None = None
-    """Worker processes. Default: one per processor. The result does not depend on it."""
+    """Worker processes. Default: one per processor that the program may use. The result does not
+    depend on it."""
     seed: Seed = 42
     """Seed of the split."""
     source: Annotated[tuple[Name, ...], Meta(min_length=1)] = ("hub",)

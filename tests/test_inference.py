@@ -15,6 +15,7 @@ from transformers import Gemma3ForCausalLM
 from kiem.config import InferenceOptions
 from kiem.core.console import printable
 from kiem.core.errors import ExitCode, UserError
+from kiem.inference.benchmark import run_benchmark
 from kiem.inference.engine import Engine, Request
 from kiem.inference.generate import generate
 from kiem.inference.loading import LoadedModel, load_for_inference
@@ -147,6 +148,17 @@ def test_benchmark_writes_what_the_design_names(trained_run: Path, tmp_path: Pat
         itl = figures[batch]["itl_ms"]
         assert 0 < itl["p50"] <= itl["p95"] <= itl["p99"]
     assert {"memory_bytes", "load_seconds", "bandwidth_share"} < figures.keys()
+    assert "less was measured" not in done.stdout
+
+
+def test_benchmark_of_a_slow_machine_measures_less_and_says_so(trained_run: Path) -> None:
+    console = Console(record=True, width=200)
+    loaded = load_for_inference(str(trained_run / "final_model"), "auto", "none")
+    figures = run_benchmark(loaded, None, "model", console, seconds=0)
+    for batch in (figures["batch_1"], figures["batch_8"]):
+        assert (batch["prompt_tokens"], batch["repetitions"]) == (64, 1)
+        assert batch["decode_tokens_per_second"] > 0
+    assert "less was measured than 3 repetitions with 512 prompt tokens" in console.export_text()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ takes which unit.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import socket
 from collections.abc import Generator, Sequence
@@ -21,6 +20,7 @@ from rich.console import Console
 from kiem.core.console import warn
 from kiem.core.errors import ExitCode, UserError, not_installed
 from kiem.core.files import write_bytes
+from kiem.core.processors import num_processors
 from kiem.data.prepare.units import Job, Unit, UnitSummary, finish_unit
 from kiem.tokenizer.encoding import Encoder, ended_from_outside, fast_path, load_encoders
 from kiem.tokenizer.tokenizer import TOKENIZER_FILE, parse_tokenizer
@@ -44,7 +44,7 @@ def run_units(job: Job, console: Console) -> FinishedUnits:
     if options.executor == "ray":
         yield from _run_on_ray(job)
         return
-    num_workers = min(options.num_proc or os.cpu_count() or 1, len(job.units))
+    num_workers = min(options.num_proc or num_processors(), len(job.units))
     if tokenizer is None:
         yield from _run_locally(job, [None] * num_workers)
         return
