@@ -13,9 +13,12 @@ import torch
 _CPU_SHAPES = ((4096, 256, 1024), (1024, 640, 2048), (1024, 1152, 6912), (512, 1152, 16_384))
 _GPU_SHAPES = ((8192, 1152, 6912), (8192, 2048, 8192), (8192, 8192, 8192))
 _PEAK_SECONDS = 0.4
-# To compare precisions: large enough to tell, and half a second where bf16 is emulated.
+# To compare precisions: a small product tells where bf16 is emulated, which takes half a second for
+# one that is large enough to compare the others.
+_SMALL_SHAPE = (64, 512, 512)
 _COMPARED_SHAPE = (256, 1024, 1024)
 _COMPARED_SECONDS = 0.02
+_COMPARED_DTYPES = torch.float32, torch.bfloat16
 # CPUs without instructions for bf16 multiply it at a half to a fiftieth of the speed of fp32, those
 # with them at two to eight times. Less than this is not worth the smaller precision.
 _WORTHWHILE_SPEEDUP = 1.5
@@ -44,7 +47,10 @@ def prefers_bf16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    best = {torch.float32: 0.0, torch.bfloat16: 0.0}
+    small = [_matrix_flops(_SMALL_SHAPE, device, dtype, 0.0) for dtype in _COMPARED_DTYPES]
+    if small[1] < small[0] / 2:
+        return False
+    best = dict.fromkeys(_COMPARED_DTYPES, 0.0)
     for _ in range(5):  # by turns, so that what else the machine does slows both
         for dtype, flops in best.items():
             new = _matrix_flops(_COMPARED_SHAPE, device, dtype, _COMPARED_SECONDS)
@@ -55,7 +61,7 @@ def prefers_bf16(device: torch.device) -> bool:
 def _matrix_flops(
     shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, seconds: float
 ) -> float:
-    """Returns the FLOP/s of a product: the fastest of at least three runs, after a warm-up."""
+    """Returns the FLOP/s of a product: the fastest run after a warm-up, within some seconds."""
     rows, inner, columns = shape
     a = torch.randn(rows, inner, device=device).to(dtype)
     b = torch.randn(columns, inner, device=device).to(dtype)
@@ -70,7 +76,7 @@ def _matrix_flops(
 
     end = time.perf_counter() + seconds
     run()
-    times = [run() for _ in range(3)]
+    times = [run()]
     while time.perf_counter() < end:
         times.append(run())
     return 2 * math.prod(shape) / min(times)

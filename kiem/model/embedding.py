@@ -23,6 +23,11 @@ class TiedEmbedding(nn.Embedding):
 
     adds_to_gradient = False
 
+    def reset_parameters(self) -> None:
+        """Draws weights as torch does, but none on the meta device, for which it takes seconds."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def tie(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns what training needs of the input and the output layer.
 
