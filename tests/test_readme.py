@@ -13,6 +13,7 @@ from conftest import ROOT, run_bash
 from hub_server import HubServer
 
 from kiem.config import HUB_DATASET, HUB_TOKENIZER
+from kiem.core.processors import num_processors
 from kiem.tokenizer.train import train_tokenizer
 
 SCRIPTS = tuple(path.stem for path in ROOT.glob("*.py"))
@@ -42,6 +43,7 @@ def test_the_three_commands(checkout: Path, tmp_path: Path, sample_texts: list[s
     token = {"tokens": ["hf_test"], "accepted": ["hf_test"]}
     with HubServer(repositories, gated=[HUB_TOKENIZER], **token) as hub:
         env = hub.environment(tmp_path / "cache", token="hf_test")
+        env["OMP_NUM_THREADS"] = str(num_processors())  # minutes of products, unlike other tests
         prompt = "Nederland is\n/quit\n"
         done = run_bash(commands("The three commands"), checkout, env, stdin=prompt)
     assert done.returncode == 0, done.stdout + done.stderr
