@@ -91,9 +91,11 @@ def exchange(first: Path, second: Path) -> bool:
     """Swaps two names in one step; returns False after a warning where that is not possible."""
     names = os.fsencode(first), os.fsencode(second)
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
-        return True
-    number = ctypes.get_errno()
+    number = errno.ENOSYS
+    if hasattr(libc, "renameat2"):  # not on macOS, nor with an old glibc
+        if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+            return True
+        number = ctypes.get_errno()
     error = OSError(number, os.strerror(number), str(first), None, str(second))
     if number not in _NO_EXCHANGE:
         raise error
