@@ -114,9 +114,21 @@ def option_rows(options_class: type[Any]) -> Iterator[tuple[list[str], str, str,
         yield option_flags(field.name, kind), values, shown, meanings.get(field.name, "")
 
 
+def option_flag(name: str) -> str:
+    """Returns an option's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def given_options(options: Any) -> list[str]:
+    """Returns the names of the options that have another value than their default."""
+    return [
+        field.name for field in fields(options) if getattr(options, field.name) != field.default
+    ]
+
+
 def option_flags(name: str, kind: OptionType) -> list[str]:
     """Returns the ways in which an option is written on the command line."""
-    flag = "--" + name.replace("_", "-")
+    flag = option_flag(name)
     return [flag, f"--no-{flag[2:]}"] if kind.base is bool else [flag]
 
 

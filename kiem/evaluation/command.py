@@ -19,6 +19,7 @@ from kiem.core.errors import ExitCode, bad_input, bad_option, no_effect
 from kiem.core.files import check_new_file, format_bytes, write_json
 from kiem.core.json_input import JsonError, parse_json, read_json
 from kiem.core.manifest import MANIFEST_FILE
+from kiem.core.values import given_options, option_flag
 from kiem.data.chunks import (
     ChunkOptions,
     Chunks,
@@ -85,9 +86,10 @@ def evaluate(options: EvaluationOptions, console: Console) -> dict[str, Any]:
 
 def _refuse(options: EvaluationOptions, names: Sequence[str], why: str) -> None:
     """Raises a UserError if one of these options is given."""
+    given = given_options(options)
     for name in names:
-        if getattr(options, name) != getattr(EvaluationOptions(""), name):
-            raise no_effect("--" + name.replace("_", "-"), why)
+        if name in given:
+            raise no_effect(option_flag(name), why)
 
 
 def evaluation_documents(options: EvaluationOptions, console: Console) -> Iterator[Document]:

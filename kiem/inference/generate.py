@@ -23,6 +23,7 @@ from kiem.core.errors import (
     not_installed,
 )
 from kiem.core.files import check_new_file
+from kiem.core.values import given_options, option_flag
 from kiem.data.read.formats import READABLE
 from kiem.data.read.readers import read_documents
 from kiem.data.read.sources import local_source
@@ -179,12 +180,9 @@ def _check_options(options: InferenceOptions) -> None:
     if not all(options.stop):
         what, fix = "an empty text ends nothing", "Give texts of at least one character."
         raise bad_option("--stop", what, fix)
-    default = InferenceOptions(model_path="")
-    given = {
-        f.name for f in fields(options) if getattr(options, f.name) != getattr(default, f.name)
-    }
+    given = given_options(options)
     modes = ("prompt", "prompts_file", "interactive", "serve", "benchmark")
-    chosen = [_flag(name) for name in modes if name in given]
+    chosen = [option_flag(name) for name in modes if name in given]
     if len(chosen) > 1:
         raise no_effect(chosen[1], f"together with {chosen[0]}")
     mode = "".join(chosen)
@@ -204,8 +202,4 @@ def _check_options(options: InferenceOptions) -> None:
         ("max_waiting", options.serve, "without --serve"),
     ):
         if name in given and not has_effect:
-            raise no_effect(_flag(name), why)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+            raise no_effect(option_flag(name), why)

@@ -21,6 +21,7 @@ from kiem.config import TrainingOptions
 from kiem.core.disk import discard
 from kiem.core.errors import bad_option, not_found
 from kiem.core.files import make_folder, write_bytes
+from kiem.core.values import option_flag
 from kiem.model.gemma3 import Gemma3
 from kiem.parallel.distributed import Distributed
 
@@ -63,11 +64,7 @@ def check_same_start(
     ]
     found = {
         "version of kiem": kiem.__version__,
-        **{
-            f"--{name.replace('_', '-')}": value
-            for name, value in vars(options).items()
-            if name not in _PATHS
-        },
+        **{option_flag(name): value for name, value in vars(options).items() if name not in _PATHS},
         "sha256 of the chunk directory's manifest": data_sha256,
         "sum over the weights": sum(sums),
     }

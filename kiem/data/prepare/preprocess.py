@@ -21,7 +21,7 @@ import kiem
 from kiem.config import MIN_CHUNK_SIZE, PreprocessOptions
 from kiem.core.errors import ExitCode, UserError, bad_option, no_effect
 from kiem.core.files import new_folder, read_sealed, require_free_space, sealed_file
-from kiem.core.values import check_name
+from kiem.core.values import check_name, given_options, option_flag
 from kiem.data.chunks import finish_directory
 from kiem.data.clean.cleaner import Cleaning, make_cleaning
 from kiem.data.prepare.decisions import DocumentDecisions, decide
@@ -71,9 +71,9 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     """
     started = time.perf_counter()
     if options.verify is not None:
-        for name, value in vars(PreprocessOptions(verify=options.verify)).items():
-            if getattr(options, name) != value:
-                raise no_effect(f"--{name.replace('_', '-')}", "together with --verify")
+        for name in given_options(options):
+            if name != "verify":
+                raise no_effect(option_flag(name), "together with --verify")
         verify_directory(options.verify)
         console.print(f"{options.verify}: every hash and count is right")
         return options.verify

@@ -18,6 +18,7 @@ from kiem.core.files import empty_folder, write_json
 from kiem.core.json_input import read_json
 from kiem.core.locking import locked_folder
 from kiem.core.manifest import MANIFEST_FILE
+from kiem.core.values import option_flag
 from kiem.data.chunks import DATASET_DICT_FILE, read_manifest
 from kiem.data.prepare.units import UNIT_VERSION
 from kiem.data.prepare.verify import verify_directory
@@ -95,7 +96,7 @@ def _refuse_foreign(folder: Path) -> None:
 def _refuse_other(folder: Path, recorded: dict[str, Any], identity: dict[str, Any]) -> None:
     """Raises a UserError if `folder` is made of other text or with other options."""
     different = [
-        f"--{name.replace('_', '-')} was {recorded['options'].get(name)!r}"
+        f"{option_flag(name)} was {recorded['options'].get(name)!r}"
         for name, value in identity["options"].items()
         if recorded["options"].get(name) != value
     ]
