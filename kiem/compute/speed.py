@@ -47,7 +47,9 @@ def prefers_bf16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    small = [_matrix_flops(_SMALL_SHAPE, device, dtype, 0.0) for dtype in _COMPARED_DTYPES]
+    small = [
+        _matrix_flops(_SMALL_SHAPE, device, dtype, _COMPARED_SECONDS) for dtype in _COMPARED_DTYPES
+    ]
     if small[1] < small[0] / 2:
         return False
     best = dict.fromkeys(_COMPARED_DTYPES, 0.0)
