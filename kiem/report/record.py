@@ -125,13 +125,16 @@ def read_record(directory: Path) -> Record:
             if updates:
                 line.tokens, line.seconds = updates[-1].tokens, updates[-1].seconds
             evaluations.append(line)
+    config = directory / CONFIG_FILE
+    options = _read(config, dict[str, Any])
+    checked = convert(options, _Options, where=str(config), fix=_FIX, exit_code=ExitCode.DAMAGED)
     summary = _read(directory / "final_model" / SUMMARY_FILE, Results)
     evaluation = _read(directory / EVALUATION_FILE, Results)
     return Record(
         name=directory.resolve().name,
-        options=_read(directory / CONFIG_FILE, dict[str, Any]),
+        options=options,
         metadata=_read(directory / METADATA_FILE, dict[str, Any]),
-        price=_read(directory / CONFIG_FILE, _Options).price,
+        price=checked.price,
         results=Results(
             evaluation.per_source or summary.per_source,
             evaluation.minimal_pairs or summary.minimal_pairs,

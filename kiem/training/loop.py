@@ -153,8 +153,9 @@ def train_updates(run: Run, state: TrainState) -> TrainState:
             if _evaluation_is_due(spec, state, before):
                 watch.end()
                 state.test_loss = _evaluate(run, state, display)
-            if distributed.is_main and _passes_part(spec, state, before, _REPORTS_PER_RUN):
-                log.attempt("the report", partial(write_run_report, spec))
+            if _passes_part(spec, state, before, _REPORTS_PER_RUN):
+                watch.end()  # the others wait for the main process
+                _report(run)
 
             # Save, and stop after a signal.
             is_stopping = signals.is_asked(distributed)
@@ -229,6 +230,12 @@ def _evaluate(run: Run, state: TrainState, display: Display) -> float | None:
     run.log.write(figures)
     run.log.attempt(_DISPLAY, partial(display.show_evaluation, state, figures))
     return figures.get("test_loss")
+
+
+def _report(run: Run) -> None:
+    """Writes the report."""
+    if run.spec.distributed.is_main:
+        run.log.attempt("the report", partial(write_run_report, run.spec))
 
 
 def _save_is_due(spec: RunSpec, state: TrainState, before: TrainState) -> bool:

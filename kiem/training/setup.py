@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
@@ -38,7 +40,13 @@ from kiem.parallel.distributed import Distributed
 from kiem.parallel.parallel_model import ParallelModel, shard_parameters
 from kiem.planning.memory_estimate import setting_of, usable_bytes
 from kiem.planning.probe import Probe
-from kiem.planning.recipe import Recipe, build_model, check_options, resolve_recipe
+from kiem.planning.recipe import (
+    SECONDS_BETWEEN_SAVES,
+    Recipe,
+    build_model,
+    check_options,
+    resolve_recipe,
+)
 from kiem.training.checkpoint import CHECKPOINTS, list_checkpoints, read_state, set_aside_after
 from kiem.training.log import RunLog
 from kiem.training.resume import check_same_run, choose_checkpoint, restore
@@ -179,11 +187,25 @@ def check_space(
         UserError: it has not.
     """
     # The best one is kept as well, and the new one is committed before the oldest is removed.
-    num_kept = options.save_total_limit + 2 if options.save_steps != 0 else 0
+    num_kept = options.save_total_limit + 2
     num_there = len(list_checkpoints(directory / CHECKPOINTS))
-    num_new = max(0, min(num_kept, recipe.max_steps or num_kept) - num_there)
+    num_new = max(0, min(num_kept - num_there, _max_saves(options, recipe)))
     needed = 4 * num_parameters * (1 + 3 * num_new)  # a checkpoint has weights and two moments
-    require_free_space(directory, needed, f"the model and {num_new} checkpoints")
+    checkpoints = f"{num_new} checkpoint{'' if num_new == 1 else 's'}"
+    require_free_space(directory, needed, f"the model and {checkpoints}")
+
+
+def _max_saves(options: TrainingOptions, recipe: Recipe) -> int:
+    """Returns the most checkpoints that a run can commit, with one for a signal that ends it."""
+    if options.save_steps == 0:
+        return 0
+    limits = [sys.maxsize]
+    if recipe.max_steps is not None:
+        of_steps = math.ceil(recipe.max_steps / (options.save_steps or 1)) + 1
+        limits.append(min(recipe.max_steps, of_steps))
+    if recipe.max_seconds is not None and options.save_steps is None:
+        limits.append(int(recipe.max_seconds // SECONDS_BETWEEN_SAVES) + 2)
+    return min(limits)
 
 
 def _open_state(run: Run, console: Console) -> TrainState:
