@@ -24,10 +24,6 @@ from kiem.core.errors import (
 )
 from kiem.core.files import check_new_file
 from kiem.core.values import given_options, option_flag
-from kiem.data.read.formats import READABLE
-from kiem.data.read.readers import read_documents
-from kiem.data.read.sources import local_source
-from kiem.data.read.text_files import EVERY_LINE
 from kiem.inference.benchmark import run_benchmark
 from kiem.inference.engine import Engine, Request
 from kiem.inference.generate_file import generate_file
@@ -43,7 +39,6 @@ _DEFAULT_PROMPTS = (
     "Het belangrijkste verschil tussen een fiets en een auto is",
     "Er was eens een klein meisje dat",
 )
-_PROMPTS_FIX = f'Give one prompt a line (.txt), or a column or key "prompt" ({READABLE}).'
 
 
 def generate(options: InferenceOptions, console: Console) -> None:
@@ -105,15 +100,22 @@ def read_prompts(
         return [prompt]
     if path is None:
         return list(_DEFAULT_PROMPTS)
+    # Here, since most runs read no file, for which pyarrow would be imported.
+    from kiem.data.read.formats import READABLE
+    from kiem.data.read.readers import read_documents
+    from kiem.data.read.sources import local_source
+    from kiem.data.read.text_files import EVERY_LINE
+
+    fix = f'Give one prompt a line (.txt), or a column or key "prompt" ({READABLE}).'
     try:
         source = local_source([str(path)], "--prompts-file", console, EVERY_LINE)
-        prompts = [row.text for row in read_documents(source, "prompt", _PROMPTS_FIX) if row.text]
+        prompts = [row.text for row in read_documents(source, "prompt", fix) if row.text]
     except UserError as error:
         if error.exit_code == ExitCode.BAD_INPUT:
-            error.fix = _PROMPTS_FIX  # the readers' own advice is about documents
+            error.fix = fix  # the readers' own advice is about documents
         raise
     if not prompts:
-        raise bad_input(str(path), "the file has no prompts", _PROMPTS_FIX)
+        raise bad_input(str(path), "the file has no prompts", fix)
     return prompts
 
 
