@@ -144,11 +144,30 @@ def test_a_process_that_hangs_is_noticed(
     said = len(lives.log.read_text())
     stopped = psutil.Process(pids[1])
     wait_for(lambda: stopped.status() == psutil.STATUS_STOPPED)
-    wait_for(lambda: "has not ended for" in lives.log.read_text()[said:], 60)
+    wait_for(lambda: "has not ended for" in lives.log.read_text()[said:])
     assert lives.wait(pids[:1]) == [ExitCode.HUNG]
     os.kill(pids[1], signal.SIGKILL)
     assert lives.wait(pids[1:]) == [-signal.SIGKILL]
     assert lives.run(tmp_path, *long, processes=2) == [0, 0]
+
+
+SLOW_FIRST_UPDATE = """
+import time
+from kiem.training import signals
+signals.HANG_SECONDS = 1.0
+watch = signals.HangWatch(is_enabled=True)
+for seconds in (0.5, 0, 0, 60):
+    watch.begin()
+    time.sleep(seconds)
+    watch.end()
+"""
+
+
+def test_a_slow_first_update_gives_a_hang_no_more_time() -> None:
+    command = [sys.executable, "-c", SLOW_FIRST_UPDATE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == ExitCode.HUNG
+    assert "has not ended for 1 seconds" in done.stderr
 
 
 # torch's wrapper of a model, freed later than the group of processes, can wait for ever.

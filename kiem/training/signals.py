@@ -19,6 +19,8 @@ _SAME_REQUEST_SECONDS = 1.0
 HANG_SECONDS = 45.0
 _HANG_FACTOR = 10
 _STEPS_BEFORE_WATCH = 3
+# The first update of a process imports and compiles: it says nothing of those that follow.
+_STEPS_TO_WARM_UP = 1
 
 
 class StopSignals:
@@ -96,7 +98,8 @@ class HangWatch:
         if self._timer is not None:
             self._timer.cancel()
         if self._began is not None:
-            self._longest = max(self._longest, time.monotonic() - self._began)
+            if self._num_steps >= _STEPS_TO_WARM_UP:
+                self._longest = max(self._longest, time.monotonic() - self._began)
             self._began = None
             self._num_steps += 1
 
