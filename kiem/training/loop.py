@@ -1,4 +1,4 @@
-"""The training loop: batch, step, check, log, evaluate, save."""
+"""The training loop: batch, step, check, log, evaluate, save, report."""
 
 from __future__ import annotations
 
@@ -148,14 +148,11 @@ def train_updates(run: Run, state: TrainState) -> TrainState:
             state.seconds += seconds
             log.step = state.step
 
-            # Log, evaluate, report.
+            # Log, evaluate.
             _log_step(run, state, display, result, learning_rate, seconds)
             if _evaluation_is_due(spec, state, before):
                 watch.end()
                 state.test_loss = _evaluate(run, state, display)
-            if _passes_part(spec, state, before, _REPORTS_PER_RUN):
-                watch.end()  # the others wait for the main process
-                _report(run)
 
             # Save, and stop after a signal.
             is_stopping = signals.is_asked(distributed)
@@ -164,6 +161,8 @@ def train_updates(run: Run, state: TrainState) -> TrainState:
                 save(run, state, is_last=is_stopping or state.progress(recipe) >= 1)
             if is_stopping:
                 raise _stopped(run, state, signals.name)
+            if _passes_part(spec, state, before, _REPORTS_PER_RUN):
+                _report(run)
     return state
 
 
@@ -233,9 +232,10 @@ def _evaluate(run: Run, state: TrainState, display: Display) -> float | None:
 
 
 def _report(run: Run) -> None:
-    """Writes the report."""
+    """Writes the report, for which the other processes wait here: their next update is timed."""
     if run.spec.distributed.is_main:
         run.log.attempt("the report", partial(write_run_report, run.spec))
+    run.spec.distributed.barrier()
 
 
 def _save_is_due(spec: RunSpec, state: TrainState, before: TrainState) -> bool:
