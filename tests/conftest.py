@@ -49,6 +49,20 @@ sys.exit(run(PreprocessOptions, "preprocess.py", main))
 """
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides the GPUs from every test and every process it starts, but for `pytest -m gpu`."""
+    if not config.option.markexpr.startswith("gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA GPU; run it there with pytest -m gpu")
+
+
 class Disk:
     """A small disk in memory.
 
