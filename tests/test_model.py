@@ -12,13 +12,14 @@ import torch
 from conftest import SMALL, WINDOW
 from transformers import Gemma3ForCausalLM
 
-from kiem.compute.attention import attend
+from kiem.compute.attention import attend, causal_mask
 from kiem.core.errors import ExitCode, UserError
 from kiem.model.cache import CachePass, KeyValueCache
 from kiem.model.config import GEMMA3_1B_PARAMETERS, Gemma3Config, preset, read_config
-from kiem.model.gemma3 import Gemma3, Recompute, causal_mask, initialize
+from kiem.model.gemma3 import Gemma3, Recompute, initialize
 from kiem.model.io import read_model, write_model
 from kiem.model.loss import IGNORE, next_token_targets, summed_cross_entropy, token_cross_entropy
+from kiem.optim.batch import document_starts
 
 LENGTHS = [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3]
 BOS, PAD = 2, 0
@@ -138,8 +139,12 @@ def test_compiled_layers_give_the_same_gradients(recompute: Recompute) -> None:
 
 def gradients(model: Gemma3, ids: torch.Tensor) -> list[torch.Tensor]:
     model.zero_grad()
-    model(ids, next_token_targets(ids, BOS, PAD), BOS, 1e-4)[0].backward()
+    model(ids, next_token_targets(ids, BOS, PAD), starts_of(ids), 1e-4)[0].backward()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def starts_of(ids: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(document_starts(ids.numpy(), BOS))
 
 
 def test_documents_do_not_see_each_other(model: Gemma3) -> None:
@@ -147,10 +152,11 @@ def test_documents_do_not_see_each_other(model: Gemma3) -> None:
     ids[0, 0] = ids[0, 10] = BOS
     changed = ids.clone()
     changed[0, 3] = (ids[0, 3] + 1) % 90 + 3
-    plain, other = (model.hidden_states(x, bos_id=BOS)[0] for x in (ids, changed))
+    starts = starts_of(ids)
+    plain, other = (model.hidden_states(x, document_starts=starts)[0] for x in (ids, changed))
     assert not torch.equal(plain[3:10], other[3:10])
     assert torch.equal(plain[10:], other[10:])
-    alone = model.hidden_states(ids[:, 10:], bos_id=BOS)[0]
+    alone = model.hidden_states(ids[:, 10:])[0]
     torch.testing.assert_close(plain[10:], alone, rtol=0, atol=1e-5)
 
 
@@ -350,7 +356,7 @@ def test_loss_at_initialization_is_near_the_uniform_one() -> None:
     model = Gemma3(SMALL)
     initialize(model, seed=0)
     ids = random_ids(64, rows=8)
-    _, nats = model(ids, next_token_targets(ids, BOS, PAD), BOS)
+    _, nats = model(ids, next_token_targets(ids, BOS, PAD), starts_of(ids))
     assert nats.item() / (8 * 63) == pytest.approx(torch.tensor(97.0).log().item(), abs=0.3)
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from kiem.compute.attention import causal_mask
 from kiem.model.config import preset
-from kiem.model.gemma3 import Gemma3, causal_mask
+from kiem.model.gemma3 import Gemma3
 from kiem.planning.time_estimate import flops_per_token
 
 

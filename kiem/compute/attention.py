@@ -41,3 +41,32 @@ def attend(
             )
         )
     return torch.cat(parts, 2)
+
+
+def causal_mask(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
+    """Returns which keys each query may see: not later ones, and no further back than the window.
+
+    Args:
+        query_positions: int64 [..., T].
+        key_positions: int64 [..., S]; negative for empty entries of a cache.
+        window: how many tokens, its own included, a query may see; None for all.
+
+    Returns:
+        bool [..., T, S].
+    """
+    distance = query_positions[..., :, None] - key_positions[..., None, :]
+    seen = (distance >= 0) & (key_positions >= 0)[..., None, :]
+    return seen & (distance < window) if window is not None else seen
+
+
+def same_document(document_starts: Tensor, batch_size: int, num_tokens: int) -> Tensor:
+    """Returns which tokens of each row belong to one document, bool [B, T, T].
+
+    Args:
+        document_starts: int32, as `Gemma3.forward` takes them.
+        batch_size, num_tokens: B, T.
+    """
+    size, device = batch_size * num_tokens, document_starts.device
+    positions = torch.arange(size, dtype=document_starts.dtype, device=device)
+    document = torch.bucketize(positions, document_starts, right=True).view(batch_size, -1)  # B T
+    return document[:, :, None] == document[:, None, :]

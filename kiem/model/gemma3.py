@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from kiem.compute.attention import attend
+from kiem.compute.attention import attend, causal_mask, same_document
 from kiem.core.randomness import derive_seed
 from kiem.model.cache import CachePass, LayerCache
 from kiem.model.config import Gemma3Config
@@ -190,7 +190,7 @@ class Gemma3(nn.Module):
         self,
         input_ids: Tensor,
         targets: Tensor,
-        bos_id: int | None,
+        document_starts: Tensor | None,
         z_loss: float = 0.0,
         scale: Tensor | float = 1.0,
     ) -> tuple[Tensor, Tensor]:
@@ -199,7 +199,9 @@ class Gemma3(nn.Module):
         Args:
             input_ids: int64 [B, T].
             targets: int64 [B, T], the next token at each position, or IGNORE.
-            bos_id: tokens attend only to what follows the same `bos_id`; None: to all before them.
+            document_starts: int32 [any], where the sequences begin in the B * T tokens, of which
+                each attends only to those of its own: 0, the other starts in order, at least every
+                T tokens, and B * T to the end. None: each row is a sequence.
             z_loss: weight of the squared log-normalizer in the loss.
             scale: factor of the loss.
 
@@ -208,35 +210,39 @@ class Gemma3(nn.Module):
             with a gradient.
         """
         rows, weight, gradient = self.model.embed_tokens.tie(input_ids)  # B T D, V D
-        hidden = self._run_layers(rows, input_ids, bos_id, None).flatten(0, 1)  # N D
+        hidden = self._run_layers(rows, document_starts, None).flatten(0, 1)  # N D
         return summed_cross_entropy(hidden, weight, targets.flatten(), z_loss, scale, gradient)
 
     def hidden_states(
-        self, input_ids: Tensor, *, bos_id: int | None = None, cached: CachePass | None = None
+        self,
+        input_ids: Tensor,
+        *,
+        document_starts: Tensor | None = None,
+        cached: CachePass | None = None,
     ) -> Tensor:
         """Returns the normalized output of the last layer, [B, T, D].
 
         Args:
             input_ids: int64 [B, T]; with a cache, the tokens that follow those it holds.
-            bos_id: as in `forward`; not together with a cache.
+            document_starts: as in `forward`; not together with a cache.
             cached: the cache of the tokens before, and where in it these go.
         """
-        assert bos_id is None or cached is None
+        assert document_starts is None or cached is None
         if cached is not None and self.decoder is not None and input_ids.shape[1] == 1:
             return self.decoder(input_ids, cached)
-        return self._run_layers(self.model.embed_tokens(input_ids), input_ids, bos_id, cached)
+        return self._run_layers(self.model.embed_tokens(input_ids), document_starts, cached)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns fp32 logits [..., vocab_size] of hidden states [..., D]."""
         return self.model.embed_tokens.logits(hidden)
 
     def _run_layers(
-        self, rows: Tensor, input_ids: Tensor, bos_id: int | None, cached: CachePass | None
+        self, rows: Tensor, document_starts: Tensor | None, cached: CachePass | None
     ) -> Tensor:
         # Gemma rounds the scale to the embedding's precision.
         scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype, device=rows.device)
         x = rows * scale  # B T D
-        full, sliding = (self._context(input_ids, s, bos_id, cached) for s in (False, True))
+        full, sliding = (self._context(x, s, document_starts, cached) for s in (False, True))
         for number, layer in enumerate(self.model.layers):
             context = sliding if self.config.is_sliding(number) else full
             if cached is not None:
@@ -248,7 +254,11 @@ class Gemma3(nn.Module):
         return self.model.norm(x)
 
     def _context(
-        self, input_ids: Tensor, sliding: bool, bos_id: int | None, cached: CachePass | None
+        self,
+        x: Tensor,
+        sliding: bool,
+        document_starts: Tensor | None,
+        cached: CachePass | None,
     ) -> Context:
         config = self.config
         window = config.sliding_window if sliding else None
@@ -256,15 +266,14 @@ class Gemma3(nn.Module):
         if cached is not None:
             positions, keys = cached.positions, cached.key_positions(sliding)  # B T, B S
         else:
-            positions = keys = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            positions = keys = torch.arange(x.shape[1], device=x.device)[None]
         rotary = rotary_angles(positions, config.head_dim, theta)
-        is_plain = cached is None and (window is None or input_ids.shape[1] <= window)
-        if is_plain and bos_id is None:
+        is_plain = cached is None and (window is None or x.shape[1] <= window)
+        if is_plain and document_starts is None:
             return Context(rotary, None, window)
         mask = causal_mask(positions, keys, window)  # B T S
-        if bos_id is not None:
-            document = (input_ids == bos_id).cumsum(1)  # B T
-            mask = mask & (document[:, :, None] == document[:, None, :])
+        if document_starts is not None:
+            mask = mask & same_document(document_starts, *x.shape[:2])
         return Context(rotary, mask[:, None], window, cached)
 
 
@@ -284,22 +293,6 @@ def run_layer(layer: DecoderLayer, x: Tensor, context: Context, recompute: Recom
     if recompute == "full":
         return run()
     return run(context_fn=partial(create_selective_checkpoint_contexts, _KEPT))
-
-
-def causal_mask(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-    """Returns which keys each query may see: not later ones, and no further back than the window.
-
-    Args:
-        query_positions: int64 [..., T].
-        key_positions: int64 [..., S]; negative for empty entries of a cache.
-        window: how many tokens, its own included, a query may see; None for all.
-
-    Returns:
-        bool [..., T, S].
-    """
-    distance = query_positions[..., :, None] - key_positions[..., None, :]
-    seen = (distance >= 0) & (key_positions >= 0)[..., None, :]
-    return seen & (distance < window) if window is not None else seen
 
 
 def repeat_kv(x: Tensor, num_heads: int) -> Tensor:

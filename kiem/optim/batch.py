@@ -17,6 +17,10 @@ from kiem.data.chunks import Chunks
 from kiem.model.loss import IGNORE, next_token_targets
 from kiem.parallel.distributed import Distributed
 
+# Places for documents. GPUs look at each, used or not; a batch of shorter documents has more.
+_DOCUMENTS_PER_CHUNK = 8
+_MORE_DOCUMENTS = 4
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -25,12 +29,12 @@ class Batch:
     Attributes:
         ids: int64 [B, T].
         targets: int64 [B, T], the next token at each position, or IGNORE.
-        bos_id: the token that begins a document, if tokens attend only to their own; else None.
+        document_starts: int32, where documents begin if tokens attend only to their own; else None.
     """
 
     ids: Tensor
     targets: Tensor
-    bos_id: int | None
+    document_starts: Tensor | None
 
     @property
     def num_targets(self) -> Tensor:
@@ -57,7 +61,29 @@ class Collator:
         """Returns the batch of chunks [B, T]."""
         ids = torch.from_numpy(chunks).long().to(self.device)
         targets = next_token_targets(ids, self.bos_id, self.pad_id)
-        return Batch(ids, targets, self.bos_id if self.document_mask else None)
+        starts = document_starts(chunks, self.bos_id) if self.document_mask else None
+        on_device = torch.from_numpy(starts).to(self.device) if starts is not None else None
+        return Batch(ids, targets, on_device)
+
+
+def document_starts(chunks: np.ndarray, bos_id: int) -> np.ndarray:
+    """Returns where documents begin in the tokens of chunks [B, T] one after the other.
+
+    A chunk's first token begins one, whatever stands before it in another chunk.
+
+    Returns:
+        int32: the starts in order, then B * T up to a length that most batches have in common: for
+        another one torch.compile would compile the layers again.
+    """
+    is_start = chunks == bos_id
+    is_start[:, 0] = True
+    starts = np.flatnonzero(is_start)
+    capacity = len(chunks) * _DOCUMENTS_PER_CHUNK
+    while capacity < len(starts):
+        capacity *= _MORE_DOCUMENTS
+    padded = np.full(capacity + 1, chunks.size, dtype=np.int32)
+    padded[: len(starts)] = starts
+    return padded
 
 
 def chunk_numbers(step: int, chunks_per_step: int, num_chunks: int, seed: int) -> np.ndarray:

@@ -84,7 +84,7 @@ def train_step(
         with nullcontext() if is_last else model.no_sync():
             with distributed.autocast():
                 loss, batch_nats = model(
-                    batch.ids, batch.targets, batch.bos_id, options.z_loss, scale
+                    batch.ids, batch.targets, batch.document_starts, options.z_loss, scale
                 )
             loss.backward()
             del loss  # what is left of its graph would lie between memory for the next pass

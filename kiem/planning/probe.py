@@ -128,7 +128,9 @@ class Probe:
         batch = collate(np.ones((batch_size, self.chunk_size), np.int32))
         try:
             with self.distributed.autocast():
-                loss, _ = self.model(batch.ids, batch.targets, batch.bos_id, self.options.z_loss)
+                loss, _ = self.model(
+                    batch.ids, batch.targets, batch.document_starts, self.options.z_loss
+                )
             loss.backward()
         finally:
             self.model.zero_grad()

@@ -82,10 +82,10 @@ def _totals(run: Run, model: Gemma3, numbers: np.ndarray) -> Tensor:
         targets = batch.targets.flatten()
         counted = targets != IGNORE
         with torch.no_grad(), run.spec.distributed.autocast():
-            hidden = model.hidden_states(batch.ids, bos_id=batch.bos_id).flatten(0, 1)
+            hidden = model.hidden_states(batch.ids, document_starts=batch.document_starts)
             weight = model.model.embed_tokens.weight
             # All of them, then those that count: tensors of the same sizes fit where others were.
-            nats = token_cross_entropy(hidden, weight, targets).double()[counted]
+            nats = token_cross_entropy(hidden.flatten(0, 1), weight, targets).double()[counted]
         figures = torch.stack([nats, torch.ones_like(nats)], dim=1)
         totals[0] += figures.sum(0)
         if run.spec.data.test_sources is not None and sources:
