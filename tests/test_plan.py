@@ -14,6 +14,7 @@ from kiem.core.errors import ExitCode
 from kiem.model.config import preset
 from kiem.model.gemma3 import Gemma3
 from kiem.optim.optimizer import make_optimizers
+from kiem.parallel.parallel_model import Shard
 from kiem.planning.memory_estimate import Setting, dry_run, estimate_memory
 from kiem.planning.time_estimate import GPUS, calculate_step_seconds, flops_per_token
 
@@ -44,12 +45,12 @@ sys.exit(run(TrainingOptions, "training.py", main, sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("is_alone", [False, True])
-def test_dry_run_counts_what_autograd_keeps(is_alone: bool) -> None:
+@pytest.mark.parametrize("shard", ["none", "parameters"])
+def test_dry_run_counts_what_autograd_keeps(shard: Shard) -> None:
     """The bytes that live between forward and backward, against autograd's own saved tensors."""
     torch.manual_seed(0)
     model = Gemma3(MICRO)
-    model.model.embed_tokens.adds_to_gradient = is_alone
+    model.model.embed_tokens.adds_to_gradient = shard == "none"
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     ids = torch.randint(3, 1024, (2, 64))
@@ -64,7 +65,7 @@ def test_dry_run_counts_what_autograd_keeps(is_alone: bool) -> None:
         loss, _ = model(ids, ids, 0, 1e-5)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     expected = sum(size for pointer, size in saved.items() if pointer not in weights)
-    found = dry_run(replace(SETTING, world_size=1 if is_alone else 2))
+    found = dry_run(replace(SETTING, shard=shard))
     held = 2 * 4 * MICRO.num_parameters()
     assert found.kept_bytes - held == pytest.approx(expected, rel=0.03)
     assert found.peak_bytes > found.kept_bytes

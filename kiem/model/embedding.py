@@ -17,8 +17,8 @@ class TiedEmbedding(nn.Embedding):
 
     Attributes:
         adds_to_gradient: whether the output layer adds its gradient to `weight.grad` by itself.
-            Autograd would make a second tensor as large as the matrix; it has to where its hooks
-            send gradients to other processes.
+            Autograd would make a second tensor as large as the matrix; it has to where the gradient
+            that is kept is that of a shard.
     """
 
     adds_to_gradient = False

@@ -41,8 +41,9 @@ class ParallelModel:
     def __init__(self, module: Gemma3, distributed: Distributed, shard: Shard):
         self.module = module
         self._device = distributed.device
-        # malloc would lose memory around gradients that come and go; GPUs' allocators do not.
-        self._keeps_gradients = distributed.world_size == 1 and distributed.device.type == "cpu"
+        # Whole gradients are made once, before DDP, which then turns them into views of what it
+        # sends. Those made in passes that do not send would lie beside it, as large as the weights.
+        self._keeps_gradients = shard != "parameters"
         if self._keeps_gradients:
             for parameter in module.parameters():
                 parameter.grad = torch.zeros_like(parameter)
@@ -51,7 +52,10 @@ class ParallelModel:
         self._has_ddp = distributed.world_size > 1 and shard != "parameters"
         self._wrapped: Any = module
         if self._has_ddp:
-            self._wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
+            # The weights are the same already (kiem/parallel/agreement.py, and checkpoints).
+            self._wrapped = DistributedDataParallel(
+                module, gradient_as_bucket_view=True, init_sync=False
+            )
         self._owners = owners(module, distributed.world_size) if shard == "optimizer" else {}
         rank, names = distributed.rank, [name for name, _ in module.named_parameters()]
         self.local_params = {name for name in names if self._owners.get(name, rank) == rank}

@@ -116,12 +116,14 @@ def estimate_memory(setting: Setting) -> Memory:
     config = setting.config
     weights = held_weights = held_gradients = 4 * config.num_parameters()
     embedding = 4 * config.vocab_size * config.hidden_size
-    world_size = min(setting.world_size, 2)  # a pass is the same with more
-    one = dry_run(replace(setting, optimizer="adamw", world_size=world_size, shard="none"))
-    # With other devices, the forward pass of the loss leaves the embedding's gradient.
-    gradient_of_loss = embedding if world_size > 1 else 0
+    is_sharded = setting.shard == "parameters"
+    # A pass is the same for all other settings.
+    shard: Shard = "parameters" if is_sharded else "none"
+    one = dry_run(replace(setting, optimizer="adamw", world_size=1, shard=shard))
+    # The forward pass of the loss leaves autograd the embedding's gradient.
+    gradient_of_loss = embedding if is_sharded else 0
     activations = max(0, one.kept_bytes - 2 * weights - gradient_of_loss)
-    if setting.shard == "parameters":
+    if is_sharded:
         # The gradient of the whole embedding is part of `temporary`.
         layers = _GATHERED_LAYERS * (weights - embedding) // config.num_hidden_layers
         share = -(-weights // setting.world_size)
@@ -155,7 +157,7 @@ def dry_run(setting: Setting) -> PassMemory:
     with FakeTensorMode(), _Counter() as counter:
         model = Gemma3(setting.config)
         model.recompute = setting.recompute
-        model.model.embed_tokens.adds_to_gradient = setting.world_size == 1
+        model.model.embed_tokens.adds_to_gradient = setting.shard != "parameters"
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         ids = torch.zeros(setting.batch_size, setting.chunk_size, dtype=torch.int64)

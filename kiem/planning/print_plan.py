@@ -124,7 +124,7 @@ def _measure(
 ) -> TrainingPlan:
     """Returns the plan with what updates on this device alone take, with passes that fit."""
     # Prepare the model as the training would.
-    model = build_model(options, tokenizer, world_size=1).to(distributed.device)
+    model = build_model(options, tokenizer).to(distributed.device)
     keep_freed_memory()
     probe = Probe(model, options, plan.setting.chunk_size, distributed, console)
     recipe = probe.fit_recipe(plan.recipe)

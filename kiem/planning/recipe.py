@@ -143,7 +143,7 @@ def check_options(options: TrainingOptions, world_size: int) -> None:
         raise no_effect("--model", "with --init-from, which brings its own shape")
 
 
-def build_model(options: TrainingOptions, tokenizer: Tokenizer, world_size: int) -> Gemma3:
+def build_model(options: TrainingOptions, tokenizer: Tokenizer) -> Gemma3:
     """Returns a new model for the tokenizer's vocabulary, or that of --init-from.
 
     Raises:
@@ -166,5 +166,5 @@ def build_model(options: TrainingOptions, tokenizer: Tokenizer, world_size: int)
                 exit_code=ExitCode.TOKENIZER_MISMATCH,
             )
     model.recompute = what_to_recompute(options, model.config)
-    model.model.embed_tokens.adds_to_gradient = world_size == 1
+    model.model.embed_tokens.adds_to_gradient = options.shard != "parameters"
     return model

@@ -128,7 +128,7 @@ def _open_data(
 def _open_model(options: TrainingOptions, data: TrainingData, distributed: Distributed) -> Gemma3:
     """Returns the first weights; all processes must have the same ones, and the same data."""
     with distributed.raise_on_all_ranks():
-        model = build_model(options, data.tokenizer, distributed.world_size)
+        model = build_model(options, data.tokenizer)
         check_sample_prompts(options, data.tokenizer, model.config)
     check_same_start(options, data.sha256, model, distributed)
     if options.shard != "parameters":  # which puts only its shards on the device
