@@ -163,7 +163,8 @@ def dry_run(setting: Setting) -> PassMemory:
         ids = torch.zeros(setting.batch_size, setting.chunk_size, dtype=torch.int64)
         counter.peak_bytes = counter.live_bytes
         with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
-            loss, nats = model(ids, ids, 0 if setting.document_mask else None, 1e-5)
+            starts = torch.zeros(1, dtype=torch.int32) if setting.document_mask else None
+            loss, nats = model(ids, ids, starts, 1e-5)
             kept_bytes = counter.live_bytes
         loss.backward()
         del nats
