@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from transformers import (
 from kiem.core.errors import UserError
 from kiem.inference.sampling import (
     SamplingParams,
+    choice_numbers,
     choose_token,
+    choose_tokens,
     filtered,
     penalize_repetition,
 )
@@ -168,3 +171,62 @@ def test_what_is_no_number_is_never_a_token(temperature: float, top_k: int, bad:
     ids, generator = torch.tensor([3, 5]), torch.Generator()
     with pytest.raises(UserError, match="not a number"):
         choose_token(logits, ids, SamplingParams(temperature, top_k), generator)
+
+
+def assert_batched_chooses_the_same(
+    logits: torch.Tensor, ids: torch.Tensor, ways: Sequence[SamplingParams]
+) -> None:
+    """Of equal logits any may be chosen: the order of a sort decides. Arguments: [B, V], [B, T]."""
+    numbers = [choice_numbers(params, logits.shape[1]) for params in ways]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(ways))]
+    chances = [torch.rand((), generator=each, dtype=torch.float64) for each in generators]
+    chosen = choose_tokens(
+        *(logits, ids, torch.tensor(numbers, dtype=torch.float64), torch.stack(chances)),
+        samples=not all(params.is_greedy for params in ways),
+    )
+    for row, params in enumerate(ways):
+        generator = torch.Generator().manual_seed(row)
+        try:
+            expected = choose_token(logits[row], ids[row], params, generator)
+        except UserError:
+            assert chosen[row] == -1, params
+            continue
+        penalized = penalize_repetition(logits[row], ids[row], params.repetition_penalty)
+        scaled = (penalized - penalized.max()) / max(params.temperature, 1e-30)
+        assert scaled[chosen[row]] == scaled[expected], params
+
+
+@pytest.mark.parametrize("rounded_to", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [200, 5000])
+def test_many_rows_at_once_choose_what_each_chooses_alone(
+    num_rows: int, rounded_to: torch.dtype
+) -> None:
+    """With every filter, each row with another one; in bfloat16 many logits are equal."""
+    generator = torch.Generator().manual_seed(num_rows)
+    ways = itertools.product(
+        (0, 0.7, 1.5), (0, 1, 5, 199, 3000, 9999), (0.01, 0.9, 0.999, 1.0), (0, 0.1, 1), (0.8, 1, 2)
+    )
+    together = [SamplingParams(*way) for way in ways]
+    for start in range(0, len(together), 27):
+        part = together[start : start + 27]
+        logits = torch.randn(len(part), num_rows, generator=generator) * 3
+        ids = torch.randint(0, num_rows, (len(part), 40), generator=generator)
+        assert_batched_chooses_the_same(logits.to(rounded_to).float(), ids, part)
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-38, 30.0, 3e38])
+def test_many_rows_at_once_take_every_value_in_range(largest: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    # Not 3000: 0.9 of so many that are equally likely would be a whole number.
+    logits = (torch.rand(len(EXTREMES), 2999, generator=generator) * 2 - 1) * largest
+    ids = torch.stack([logits.argmax(1), logits.argmin(1), torch.ones(len(EXTREMES)).long()], 1)
+    assert_batched_chooses_the_same(logits, ids, EXTREMES)
+
+
+def test_many_rows_at_once_tell_which_are_no_numbers() -> None:
+    ways = [SamplingParams(t, k) for t in (0, 0.8) for k in (0, 5) for _ in range(4)]
+    logits = torch.zeros(len(ways), 2000)
+    for row, bad in enumerate((torch.nan, torch.inf, -torch.inf, 0) * 4):
+        logits[row, 700] = bad
+    logits[-2] = -torch.inf
+    assert_batched_chooses_the_same(logits, torch.tensor([[3, 5]] * len(ways)), ways)

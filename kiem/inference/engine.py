@@ -2,7 +2,7 @@
 
 A step first reads the prompts of waiting requests into free slots, then adds one token to every
 running request. Running requests occupy the first slots, so a step touches no others.
-Shapes: B running requests, T tokens, V vocabulary entries.
+Shapes: B running requests, N tokens, V vocabulary entries.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from kiem.core.randomness import derive_seed
 from kiem.inference.sampling import SamplingParams, choose_token
+from kiem.inference.slots import DeviceSlots, Slots
 from kiem.inference.text import TextStream
-from kiem.model.cache import CachePass, KeyValueCache
+from kiem.model.cache import CachePass
 from kiem.model.gemma3 import Gemma3
 from kiem.tokenizer.tokenizer import Tokenizer
 
@@ -27,8 +28,6 @@ from kiem.tokenizer.tokenizer import Tokenizer
 _PREFILL_TOKENS = 512
 # A vocabulary of logits for each: 128 rows of Gemma's take 134 MB.
 _SCORED_TOKENS = 128
-# Full layers look at a number of cache entries that is a multiple of this.
-_ENTRIES_STEP = 256
 
 FinishReason = Literal["eos", "length", "stop", "error"]
 
@@ -98,13 +97,12 @@ class RequestOutput:
 
 @dataclass(eq=False)
 class _Sequence:
-    """A request that waits or runs; the last of `ids`, prompt and new, is not in the cache yet."""
+    """A request that waits or runs."""
 
     number: int
     request: Request
-    generator: torch.Generator
-    ids: list[int]
     text: TextStream | None
+    num_new_tokens: int = 0
 
 
 class Engine:
@@ -119,19 +117,27 @@ class Engine:
         tokenizer: the model's; None: tokens only, which no <eos> ends.
         max_requests: most requests that run at a time; each takes memory for `max_tokens`.
         max_tokens: most tokens of a request, prompt included.
+        on_device: whether a step runs on the device as a whole, with CUDA graphs on a GPU, which
+            takes memory and a second each; None: on GPUs.
     """
 
     def __init__(
-        self, model: Gemma3, tokenizer: Tokenizer | None, *, max_requests: int, max_tokens: int
+        self,
+        model: Gemma3,
+        tokenizer: Tokenizer | None,
+        *,
+        max_requests: int,
+        max_tokens: int,
+        on_device: bool | None = None,
     ):
         self.max_tokens = max_tokens
         self._model = model
         self._tokenizer = tokenizer
         self._max_requests = max_requests
         self._device = model.model.norm.weight.device
-        self._cache = KeyValueCache(
-            model.config, max_requests, max_tokens, model.dtype, self._device
-        )
+        if on_device is None:
+            on_device = self._device.type == "cuda"
+        self._slots = (DeviceSlots if on_device else Slots)(model, max_requests, max_tokens)
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []  # by slot
         self._next_number = 0
@@ -154,10 +160,8 @@ class Engine:
         assert num_tokens <= self.max_tokens, f"{num_tokens} tokens in a slot of {self.max_tokens}"
         number = self._next_number
         self._next_number += 1
-        seed = derive_seed(request.seed, "sample", request.prompt_number, request.sequence)
-        generator = torch.Generator().manual_seed(seed)
         text = TextStream(self._tokenizer, request.params.stop) if self._tokenizer else None
-        self._waiting.append(_Sequence(number, request, generator, list(request.prompt_ids), text))
+        self._waiting.append(_Sequence(number, request, text))
         return number
 
     def cancel(self, number: int) -> None:
@@ -234,13 +238,15 @@ class Engine:
         slot = len(self._running)
         self._running.append(entry)
         request = entry.request
-        ids = torch.tensor([entry.ids], device=self._device)  # 1 T
+        seed = derive_seed(request.seed, "sample", request.prompt_number, request.sequence)
+        generator = torch.Generator().manual_seed(seed)
+        ids = self._slots.begin(slot, request.prompt_ids, request.params, generator)  # 1 N
         hidden = ids
         scores: list[Score] = []
         for start in range(0, ids.shape[1], _PREFILL_TOKENS):
             end = min(start + _PREFILL_TOKENS, ids.shape[1])
             positions = torch.arange(start, end, device=self._device)[None]
-            where = CachePass(self._cache, slot, positions, end)
+            where = CachePass(self._slots.cache, slot, positions, end)
             hidden = self._model.hidden_states(ids[:, start:end], cached=where)
             if request.scores_prompt:
                 following = ids[0, start + 1 : end + 1]  # one shorter at the prompt's end
@@ -252,48 +258,39 @@ class Engine:
         if request.params.max_new_tokens == 0:
             self._free(slot)
             return RequestOutput(entry.number, prompt_scores=prompt_scores, finish_reason="length")
-        output = self._add_token(slot, self._model.logits(hidden[:, -1]))
+        logits = self._model.logits(hidden[:, -1])
+        output = self._add_token(slot, self._slots.first_token(slot, logits), logits)
         return replace(output, prompt_scores=prompt_scores)
 
     def _decode(self) -> list[RequestOutput]:
         """Adds one token to every running request."""
         try:
-            logits = self._next_logits()  # B V
+            logits = self._slots.step(len(self._running))  # B V
         except Exception as error:  # noqa: BLE001 - the outputs have it
             return [self._fail(entry, error) for entry in list(self._running)]
         outputs = []
         # From the last slot on: what moves into a freed slot has had its token already.
         for slot, entry in reversed(list(enumerate(self._running))):
             try:
-                outputs.append(self._add_token(slot, logits[slot : slot + 1]))
+                token = self._slots.token(slot)
+                outputs.append(self._add_token(slot, token, logits[slot : slot + 1]))
             except Exception as error:  # noqa: BLE001 - the output has it
                 outputs.append(self._fail(entry, error))
         return outputs[::-1]
 
-    def _next_logits(self) -> Tensor:
-        """Returns the logits after the last token of every running request, [B, V]."""
-        last = torch.tensor([[entry.ids[-1]] for entry in self._running], device=self._device)
-        lengths = [len(entry.ids) for entry in self._running]
-        positions = torch.tensor(lengths, device=self._device)[:, None] - 1  # B 1
-        end = min(-(-max(lengths) // _ENTRIES_STEP) * _ENTRIES_STEP, self.max_tokens)
-        where = CachePass(self._cache, 0, positions, end)
-        return self._model.logits(self._model.hidden_states(last, cached=where)[:, 0])
-
-    def _add_token(self, slot: int, logits: Tensor) -> RequestOutput:
-        """Chooses a request's next token from its logits [1, V], and frees its slot at the end."""
+    def _add_token(self, slot: int, token: int, logits: Tensor) -> RequestOutput:
+        """Adds a token, chosen from logits [1, V], to a request, and frees its slot at the end."""
         entry = self._running[slot]
         request = entry.request
-        seen = torch.tensor(entry.ids, device=self._device)
-        token = choose_token(logits[0], seen, request.params, entry.generator)
         score = None
         if request.num_logprobs > 0:
             chosen = torch.tensor([token], device=self._device)
             (score,) = _scores(logits, chosen, request.num_logprobs)
-        entry.ids.append(token)
+        entry.num_new_tokens += 1
         reason: FinishReason | None = None
         if self._tokenizer is not None and token == self._tokenizer.eos_id:
             reason = "eos"
-        elif len(entry.ids) == len(request.prompt_ids) + request.params.max_new_tokens:
+        elif entry.num_new_tokens == request.params.max_new_tokens:
             reason = "length"
         text = ""
         if entry.text is not None:
@@ -315,7 +312,7 @@ class Engine:
         last = self._running.pop()
         if slot < len(self._running):
             with torch.inference_mode():
-                self._cache.copy_slot(len(self._running), slot)
+                self._slots.move(len(self._running), slot)
             self._running[slot] = last
 
 
@@ -325,7 +322,8 @@ def complete(
     """Returns one continuation of a prompt."""
     request = Request([tokenizer.bos_id, *tokenizer.encode(prompt)], params, seed)
     max_tokens = len(request.prompt_ids) + params.max_new_tokens
-    engine = Engine(model, tokenizer, max_requests=1, max_tokens=max_tokens)
+    # For a single text, perhaps within training, graphs are not worth their time and memory.
+    engine = Engine(model, tokenizer, max_requests=1, max_tokens=max_tokens, on_device=False)
     return "".join(output.text for _, output in engine.stream([request]))
 
 

@@ -1,7 +1,10 @@
 """Sampling of the next token from logits: a penalty, filters and one generator per sequence.
 
-Each sequence is sampled by itself, so none depends on its neighbours, and each has its own
-parameters. Shapes: V vocabulary entries, T tokens so far, N tokens that the filters leave.
+A sequence does not depend on its neighbours, and has its own parameters. `choose_token` takes one
+sequence and works as little as it can; `choose_tokens` takes many, in the same steps whatever their
+parameters, so that a device need not be waited for. Both choose the same, up to rounding. Shapes:
+
+    B sequences    V vocabulary entries    T tokens so far    N tokens that the filters leave
 """
 
 from __future__ import annotations
@@ -85,9 +88,11 @@ def penalize_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
     """
     if penalty == 1:
         return logits
-    seen = logits[ids]
-    penalized = torch.where(seen > 0, (seen / penalty).clamp(max=_FP32.max), seen * penalty)
-    return logits.scatter(0, ids, penalized)
+    return logits.scatter(0, ids, _penalize(logits[ids], penalty))
+
+
+def _penalize(seen: Tensor, penalty: float | Tensor) -> Tensor:
+    return torch.where(seen > 0, (seen / penalty).clamp(max=_FP32.max), seen * penalty)
 
 
 def filtered(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -139,10 +144,96 @@ def _num_kept(likeliest: Tensor, scaled: Tensor, params: SamplingParams) -> int:
     return len(likeliest)
 
 
+def choice_numbers(params: SamplingParams, vocab_size: int) -> list[float]:
+    """Returns what `choose_tokens` needs of a sequence's parameters, always as many numbers.
+
+    They are temperature, penalty, whether there is any filter, and of the filters: how many tokens
+    top-k leaves, the share that top-p leaves, and the smallest logit that min-p leaves.
+    """
+    is_filtered = params.top_k != 0 or params.top_p != 1 or params.min_p != 0
+    return [
+        0.0 if params.is_greedy else params.temperature,
+        params.repetition_penalty,
+        float(is_filtered),
+        float(min(params.top_k or vocab_size, vocab_size)),
+        max(params.top_p, _FP32.tiny) if params.top_p < 1 else math.inf,
+        math.log(params.min_p) if params.min_p > 0 else -math.inf,
+    ]
+
+
+NUM_CHOICE_NUMBERS = len(choice_numbers(SamplingParams(), 1))
+
+
+def choose_tokens(
+    logits: Tensor, ids: Tensor, numbers: Tensor, chances: Tensor, samples: bool
+) -> Tensor:
+    """Returns the next token of several sequences, as `choose_token` does of one.
+
+    Args:
+        logits: fp32 [B, V].
+        ids: int64 [B, T], the tokens so far; shorter sequences repeat one of theirs.
+        numbers: float64 [B, NUM_CHOICE_NUMBERS], the `choice_numbers` of each.
+        chances: float64 [B], the random number of each, from 0 to 1.
+        samples: whether any of them has a temperature.
+
+    Returns:
+        int64 [B]; -1 where a logit is not a number, or the largest is infinite.
+    """
+    temperature, penalty, *filters = numbers[:, :, None].unbind(1)  # B 1
+    penalty = penalty.float()
+    seen = logits.gather(1, ids)  # B T
+    seen = torch.where(penalty == 1, seen, _penalize(seen, penalty))
+    logits = logits.scatter(1, ids, seen)
+    likeliest = logits.argmax(1, keepdim=True)  # B 1
+    largest = logits.gather(1, likeliest)
+    tokens = likeliest
+    if samples:
+        divisor = torch.where(temperature == 0, 1.0, temperature).float()
+        sampled = _sample_rows((logits - largest) / divisor, filters, chances[:, None])
+        tokens = torch.where(temperature == 0, likeliest, sampled)
+    return torch.where(largest.isfinite(), tokens, -1)[:, 0]
+
+
+def _sample_rows(scaled: Tensor, filters: list[Tensor], chances: Tensor) -> Tensor:
+    """Returns a token for each row of logits whose largest is 0, [B, 1].
+
+    Args:
+        scaled: fp32 [B, V].
+        filters: the other `choice_numbers`, each float64 [B, 1].
+        chances: float64 [B, 1].
+    """
+    is_filtered, top_k, top_p, smallest = filters
+    ordered, tokens = scaled.sort(stable=True, dim=1, descending=True)  # B V
+    of_top_k = ordered >= ordered.gather(1, top_k.long() - 1)  # equal ones, too
+    # Without any filter tokens stay in the order of the vocabulary.
+    ordered = torch.where(is_filtered == 0, scaled, ordered)
+    tokens = torch.where(
+        is_filtered == 0, torch.arange(tokens.shape[1], device=tokens.device), tokens
+    )
+    weights = ordered.double().exp()
+    sums = weights.cumsum(1)  # B V
+
+    def sum_of(is_kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the place of the last token that is kept, and the sum up to it, each [B, 1]."""
+        last = (is_kept.sum(1, keepdim=True) - 1).clamp(min=0)
+        return last, sums.gather(1, last)
+
+    _, total = sum_of(of_top_k)
+    is_kept = of_top_k & (sums - weights < top_p * total) & (ordered >= smallest)
+    last, total = sum_of(is_kept)
+    places = torch.searchsorted(sums, chances * total, right=True).minimum(last)
+    return tokens.gather(1, places)
+
+
 def _check_finite(logit: Tensor) -> None:
     if not math.isfinite(logit):
-        raise UserError(
-            "the model's output is not a number",
-            fix="Its weights are damaged, or its training went wrong: look at its report.html.",
-            exit_code=ExitCode.NOT_FINITE,
-        )
+        raise not_a_number()
+
+
+def not_a_number() -> UserError:
+    """Returns the error of a sequence for which the model's output is not a number."""
+    return UserError(
+        "the model's output is not a number",
+        fix="Its weights are damaged, or its training went wrong: look at its report.html.",
+        exit_code=ExitCode.NOT_FINITE,
+    )

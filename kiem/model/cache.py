@@ -2,8 +2,8 @@
 
 It has slots, one for each sequence that is being written; the sequences may differ in length. Full
 layers keep every token. Sliding layers keep the last `sliding_window` ones in a ring: token number
-p is entry p modulo the window. Nothing is ever cleared: an entry counts only if a token of the
-present sequence must have written it. Shapes:
+p is entry p modulo the window. Nothing is cleared for a new sequence: an entry counts only if a
+token of the present one must have written it. Shapes:
 
     N slots    B of them in a pass    K key/value heads    T new tokens    S entries    C head_dim
 """
@@ -53,6 +53,12 @@ class KeyValueCache:
         for layer in self.layers:
             layer.keys[target] = layer.keys[source]
             layer.values[target] = layer.values[source]
+
+    def clear_slot(self, slot: int) -> None:
+        """Removes what is not a number from a slot: masks give it weight 0, and 0 * NaN is NaN."""
+        for layer in self.layers:
+            layer.keys[slot] = 0
+            layer.values[slot] = 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,145 @@
+"""A step on the device: the tokens of the plain path, whatever begins, ends and moves."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import SMALL, WINDOW
+
+from kiem.core.errors import UserError
+from kiem.inference.engine import Engine, Request, RequestOutput
+from kiem.inference.sampling import SamplingParams
+from kiem.inference.slots import DeviceSlots
+from kiem.model.gemma3 import Gemma3, initialize
+
+GREEDY = SamplingParams(temperature=0, repetition_penalty=1)
+WAYS = (
+    GREEDY,
+    SamplingParams(),
+    SamplingParams(temperature=0),
+    SamplingParams(1.2, top_p=1, repetition_penalty=1),
+    SamplingParams(0.7, 5, 0.8, 0.05, 1.3),
+)
+MAX_TOKENS = 64
+
+
+def small_model(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Gemma3:
+    model = Gemma3(SMALL)
+    initialize(model, seed=1)
+    with torch.no_grad():  # so that a token's logits depend on all before it
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model.to(device, dtype).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def model() -> Gemma3:
+    return small_model()
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(3, SMALL.vocab_size), k=length)
+
+
+def requests(num_logprobs: int = 0) -> Iterator[Request]:
+    lengths = (1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 33)
+    for number, (length, params) in enumerate(itertools.product(lengths, WAYS)):
+        params = replace(params, max_new_tokens=1 + 7 * number % 23)
+        yield Request(prompt(length, number), params, number, num_logprobs=num_logprobs)
+
+
+def run(engine: Engine, cancelled: tuple[int, ...] = ()) -> list[RequestOutput]:
+    found = []
+    while engine.num_running or engine.num_waiting:
+        found += engine.step()
+        if len(found) > 40:
+            for number in cancelled:
+                engine.cancel(number)
+    return found
+
+
+@pytest.mark.parametrize("max_requests", [1, 5, 8])
+def test_tokens_are_those_of_the_plain_path(model: Gemma3, max_requests: int) -> None:
+    """In slots that are left, moved and taken again; some requests are cancelled."""
+    found = []
+    for on_device in (False, True):
+        engine = Engine(
+            model, None, max_requests=max_requests, max_tokens=MAX_TOKENS, on_device=on_device
+        )
+        for request in requests(num_logprobs=2):
+            engine.add(request)
+        found.append(run(engine, cancelled=(3, 4, 9)))
+    plain, device = found
+    assert len(device) == len(plain)
+    for new, expected in zip(device, plain, strict=True):
+        assert new.score is not None and expected.score is not None
+        assert new.score.logprob == pytest.approx(expected.score.logprob, abs=1e-4)
+        assert replace(new, score=None) == replace(expected, score=None)
+
+
+def test_a_prompt_is_scored_and_the_cache_may_be_filled(model: Gemma3) -> None:
+    """A request that fills its slot, beside one that goes on after that."""
+    full = Request(
+        prompt(MAX_TOKENS - 2, 1), replace(GREEDY, max_new_tokens=2), 0, 0, 0, 3, scores_prompt=True
+    )
+    other = Request(prompt(3, 2), SamplingParams(max_new_tokens=30), 1)
+    engines = [
+        Engine(model, None, max_requests=2, max_tokens=MAX_TOKENS, on_device=on_device)
+        for on_device in (False, True)
+    ]
+    for engine in engines:
+        engine.add(other)
+        engine.add(full)
+    plain, device = map(run, engines)
+    assert [new.token for new in device] == [new.token for new in plain]
+    assert [len(new.prompt_scores) for new in device if new.prompt_scores] == [MAX_TOKENS - 3]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams()])
+def test_output_that_is_no_number_ends_its_request_alone(
+    model: Gemma3, params: SamplingParams, on_device: bool
+) -> None:
+    """In the prompt or after it, and not the request that gets its slot."""
+    spoilt = prompt(5, 3)[-1]
+    prompts = [prompt(4, 0), prompt(5, 3), prompt(6, 1)]
+
+    def spoil(_: torch.nn.Module, given: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+        return torch.where((given[0] == bad_token)[..., None], torch.nan, out)
+
+    def tokens(number: int) -> list[int | None]:
+        return [new.token for new in found if new.request_id == number]
+
+    def write() -> list[RequestOutput]:
+        engine = Engine(model, None, max_requests=3, max_tokens=MAX_TOKENS, on_device=on_device)
+        for number, ids in enumerate(prompts):
+            engine.add(Request(ids, replace(params, max_new_tokens=9), number))
+        return run(engine)
+
+    bad_token = -1
+    found = write()
+    expected = [tokens(number) for number in range(3)]
+    others = {*prompts[0], *prompts[2], *expected[0], *expected[2]}
+    after = next(place for place, token in enumerate(expected[1]) if token not in others)
+    assert spoilt not in others
+    for token, num_tokens in ((spoilt, 0), (expected[1][after], after + 1)):
+        bad_token = token
+        hook = model.model.embed_tokens.register_forward_hook(spoil)
+        found = write()
+        hook.remove()
+        assert tokens(1) == [*expected[1][:num_tokens], None]
+        (error,) = [new.error for new in found if new.error is not None]
+        assert isinstance(error, UserError) and "not a number" in str(error)
+        assert [tokens(0), tokens(2)] == [expected[0], expected[2]]
+
+
+@pytest.mark.parametrize("samples", [False, True])
+def test_a_step_reads_no_value_on_the_host(samples: bool) -> None:
+    """On a device without values, which is another one than the host's."""
+    with torch.device("meta"), torch.inference_mode():
+        DeviceSlots(Gemma3(SMALL), 4, MAX_TOKENS).advance(2, 32, samples)
