@@ -12,6 +12,7 @@ import torch
 from conftest import SMALL, WINDOW
 
 from kiem.core.errors import UserError
+from kiem.inference.cuda_graphs import CudaGraphs
 from kiem.inference.engine import Engine, Request, RequestOutput
 from kiem.inference.sampling import SamplingParams
 from kiem.inference.slots import DeviceSlots
@@ -143,3 +144,89 @@ def test_a_step_reads_no_value_on_the_host(samples: bool) -> None:
     """On a device without values, which is another one than the host's."""
     with torch.device("meta"), torch.inference_mode():
         DeviceSlots(Gemma3(SMALL), 4, MAX_TOKENS).advance(2, 32, samples)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+def test_graphs_write_what_the_plain_path_writes(dtype: torch.dtype, near: float) -> None:
+    """Greedily, and up to the first two tokens that are nearly equally likely."""
+    model = small_model("cuda", dtype)
+    found = []
+    for on_device in (False, True):
+        engine = Engine(model, None, max_requests=5, max_tokens=MAX_TOKENS, on_device=on_device)
+        for request in requests(num_logprobs=2):
+            greedy = replace(request.params, temperature=0, repetition_penalty=1)
+            engine.add(replace(request, params=greedy))
+        found.append(run(engine))
+    plain, device = ({each.request_id: [] for each in found[0]} for _ in range(2))
+    for texts, outputs in zip((plain, device), found, strict=True):
+        for output in outputs:
+            texts[output.request_id].append(output)
+    num_equal = 0
+    for number, expected in plain.items():
+        for new, reference in zip(device[number], expected, strict=True):
+            if new.token != reference.token:
+                assert reference.score is not None
+                (_, first), (_, second) = reference.score.alternatives
+                assert first - second < near
+                break
+            num_equal += 1
+    assert num_equal > len(found[0]) / 2
+
+
+@pytest.mark.gpu
+def test_graphs_write_the_same_text_again() -> None:
+    model = small_model("cuda", torch.bfloat16)
+    texts = []
+    for _ in range(2):
+        engine = Engine(model, None, max_requests=5, max_tokens=MAX_TOKENS)
+        for request in requests():
+            engine.add(request)
+        texts.append(run(engine))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_wait_within_a_step() -> None:
+    """Neither plainly nor in a graph; the first call of `run` makes the graph, which does."""
+    model = small_model("cuda")
+    with torch.inference_mode():
+        slots, graphs = DeviceSlots(model, 4, MAX_TOKENS), CudaGraphs(torch.device("cuda"))
+        for slot, params in enumerate(WAYS[:4]):
+            slots.begin(slot, [2], params, torch.Generator())
+        graphs.run(slots.advance, 4, MAX_TOKENS, True)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            slots.advance(4, MAX_TOKENS, True)
+            graphs.run(slots.advance, 4, MAX_TOKENS, True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_there_are_few_graphs() -> None:
+    """For batches of 1, 2, 4 and 6, 256, 512 and 600 entries, greedy or not."""
+    with torch.inference_mode():
+        slots = DeviceSlots(small_model("cuda"), 6, 600)
+        for temperature, length in itertools.product((0.0, 1.0), range(1, 600, 40)):
+            params = SamplingParams(temperature, max_new_tokens=1)
+            for slot in range(6):
+                slots.begin(slot, [2] * length, params, torch.Generator())
+                slots.step(slot + 1)
+        assert slots.num_graphs == 4 * 3 * 2
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_a_graph_runs_plainly() -> None:
+    values = torch.zeros(1, device="cuda")
+
+    def add_and_wait(number: int) -> None:
+        values.add_(number).item()
+
+    graphs, stream = CudaGraphs(values.device), torch.cuda.current_stream()
+    with pytest.warns(UserWarning, match="without CUDA graphs"):
+        graphs.run(add_and_wait, 1)
+    graphs.run(add_and_wait, 1)
+    assert graphs.num_graphs == 0
+    assert torch.cuda.current_stream() == stream
+    assert values.item() == 2

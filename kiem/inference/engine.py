@@ -119,6 +119,9 @@ class Engine:
         max_tokens: most tokens of a request, prompt included.
         on_device: whether a step runs on the device as a whole, with CUDA graphs on a GPU, which
             takes memory and a second each; None: on GPUs.
+
+    Attributes:
+        device: the model's.
     """
 
     def __init__(
@@ -134,9 +137,9 @@ class Engine:
         self._model = model
         self._tokenizer = tokenizer
         self._max_requests = max_requests
-        self._device = model.model.norm.weight.device
+        self.device = model.model.norm.weight.device
         if on_device is None:
-            on_device = self._device.type == "cuda"
+            on_device = self.device.type == "cuda"
         self._slots = (DeviceSlots if on_device else Slots)(model, max_requests, max_tokens)
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []  # by slot
@@ -229,7 +232,7 @@ class Engine:
         """
         assert self._tokenizer is not None
         with torch.inference_mode():
-            ids = torch.tensor([[self._tokenizer.bos_id]], device=self._device)
+            ids = torch.tensor([[self._tokenizer.bos_id]], device=self.device)
             logits = self._model.logits(self._model.hidden_states(ids)[:, -1])
             choose_token(logits[0], ids[0], SamplingParams(temperature=0), torch.Generator())
 
@@ -245,7 +248,7 @@ class Engine:
         scores: list[Score] = []
         for start in range(0, ids.shape[1], _PREFILL_TOKENS):
             end = min(start + _PREFILL_TOKENS, ids.shape[1])
-            positions = torch.arange(start, end, device=self._device)[None]
+            positions = torch.arange(start, end, device=self.device)[None]
             where = CachePass(self._slots.cache, slot, positions, end)
             hidden = self._model.hidden_states(ids[:, start:end], cached=where)
             if request.scores_prompt:
@@ -284,7 +287,7 @@ class Engine:
         request = entry.request
         score = None
         if request.num_logprobs > 0:
-            chosen = torch.tensor([token], device=self._device)
+            chosen = torch.tensor([token], device=self.device)
             (score,) = _scores(logits, chosen, request.num_logprobs)
         entry.num_new_tokens += 1
         reason: FinishReason | None = None

@@ -172,6 +172,11 @@ class DeviceSlots(Slots):
         self._tokens: list[int] = []  # of the present step
         self._graphs = CudaGraphs(device) if device.type == "cuda" else None
 
+    @property
+    def num_graphs(self) -> int:
+        """How many CUDA graphs there are."""
+        return self._graphs.num_graphs if self._graphs is not None else 0
+
     def begin(
         self, slot: int, ids: list[int], params: SamplingParams, generator: torch.Generator
     ) -> Tensor:

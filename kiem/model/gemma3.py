@@ -240,7 +240,7 @@ class Gemma3(nn.Module):
         self, rows: Tensor, document_starts: Tensor | None, cached: CachePass | None
     ) -> Tensor:
         # Gemma rounds the scale to the embedding's precision.
-        scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype, device=rows.device)
+        scale = torch.full((), self.config.hidden_size**0.5, dtype=self.dtype, device=rows.device)
         x = rows * scale  # B T D
         full, sliding = (self._context(x, s, document_starts, cached) for s in (False, True))
         for number, layer in enumerate(self.model.layers):
