@@ -20,6 +20,7 @@ from kiem.planning.time_estimate import GPUS, calculate_step_seconds, flops_per_
 
 MICRO = preset("gemma3-micro", 1024)
 SETTING = Setting(
+    device_type="cpu",
     config=MICRO,
     chunk_size=64,
     batch_size=2,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from kiem.compute.attention import attend, causal_mask, same_document
+from kiem.compute.cross_entropy import LogitsGradient, logits_gradient
 from kiem.core.randomness import derive_seed
 from kiem.model.cache import CachePass, LayerCache
 from kiem.model.config import Gemma3Config
@@ -166,6 +167,7 @@ class Gemma3(nn.Module):
         config: its shape.
         recompute: what the backward pass computes again instead of keeping it; see `run_layer`.
         run_layer: how training runs a layer: `run_layer`, or what torch.compile made of it.
+        logits_gradient: how training differentiates a block of logits on a GPU, likewise.
         decoder: a faster `hidden_states` for one token a sequence, if there is one.
     """
 
@@ -175,11 +177,13 @@ class Gemma3(nn.Module):
         self.recompute: Recompute = "none"
         self.model = TextModel(config)
         self.run_layer = run_layer
+        self.logits_gradient: LogitsGradient = logits_gradient
         self.decoder: Callable[[Tensor, CachePass], Tensor] | None = None
 
     def compile_layers(self) -> None:
-        """Lets torch.compile make kernels for the layers, on their first pass with gradients."""
+        """Lets torch.compile make kernels for layers and loss on the first pass with gradients."""
         self.run_layer = torch.compile(run_layer, dynamic=False)
+        self.logits_gradient = torch.compile(logits_gradient, dynamic=False, fullgraph=True)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -211,7 +215,9 @@ class Gemma3(nn.Module):
         """
         rows, weight, gradient = self.model.embed_tokens.tie(input_ids)  # B T D, V D
         hidden = self._run_layers(rows, document_starts, None).flatten(0, 1)  # N D
-        return summed_cross_entropy(hidden, weight, targets.flatten(), z_loss, scale, gradient)
+        return summed_cross_entropy(
+            hidden, weight, targets.flatten(), z_loss, scale, gradient, self.logits_gradient
+        )
 
     def hidden_states(
         self,

@@ -35,8 +35,14 @@ _RECOMPUTE_ABOVE_PARAMETERS = 500_000_000
 
 @dataclass(frozen=True)
 class Setting:
-    """What memory and time depend on; `batch_size` is chunks per device in one pass."""
+    """What memory and time depend on.
 
+    Attributes:
+        device_type: "cpu" or "cuda".
+        batch_size: chunks per device in one pass.
+    """
+
+    device_type: str
     config: Gemma3Config
     chunk_size: int
     batch_size: int
@@ -76,6 +82,7 @@ def setting_of(
 ) -> Setting:
     """Returns what the options determine; the batch size is 1."""
     return Setting(
+        device_type=distributed.device.type,
         config=config,
         chunk_size=chunk_size,
         batch_size=1,
@@ -154,7 +161,7 @@ def _optimizer_bytes(setting: Setting) -> int:
 @functools.cache
 def dry_run(setting: Setting) -> PassMemory:
     """Runs a forward and a backward pass on fake tensors."""
-    with FakeTensorMode(), _Counter() as counter:
+    with _FakeDevice(setting.device_type), _Counter() as counter:
         model = Gemma3(setting.config)
         model.recompute = setting.recompute
         model.model.embed_tokens.adds_to_gradient = setting.shard != "parameters"
@@ -171,6 +178,18 @@ def dry_run(setting: Setting) -> PassMemory:
     return PassMemory(kept_bytes, counter.peak_bytes)
 
 
+class _FakeDevice(FakeTensorMode):
+    """Fake tensors on the CPU that are computed with as on a device of another type.
+
+    Fake CUDA tensors cannot have gradients where torch is built without CUDA, but a plan for a GPU
+    can be made there. `compute.device.device_type` asks for `stands_for`.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.stands_for = device_type
+
+
 class _Counter(TorchDispatchMode):
     """Counts the bytes of the live tensors that were made within it."""
 
@@ -183,6 +202,8 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if function is torch.ops.aten.addmm.dtype_out:  # of which torch 2.11 has no fake version
+            return kwargs["out"]
         out = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             storage = leaf.untyped_storage() if isinstance(leaf, Tensor) else None
