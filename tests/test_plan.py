@@ -63,7 +63,7 @@ def test_dry_run_counts_what_autograd_keeps(shard: Shard) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss, _ = model(ids, ids, 0, 1e-5)
+        loss, _ = model(ids, ids, torch.tensor([0, 64, 128], dtype=torch.int32), 1e-5)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     expected = sum(size for pointer, size in saved.items() if pointer not in weights)
     found = dry_run(replace(SETTING, shard=shard))
@@ -73,13 +73,15 @@ def test_dry_run_counts_what_autograd_keeps(shard: Shard) -> None:
     assert loss.isfinite()
 
 
-def test_a_whole_block_of_logits_is_counted() -> None:
-    """A GPU has it in bf16 and in fp32, though a CPU goes over few rows of it at a time."""
+def test_a_block_of_the_loss_is_counted() -> None:
+    """A GPU has logits in fp32, their gradient and a copy of the embedding in bf16, for N rows."""
     large = preset("gemma3-micro", 262_144)
-    one = replace(SETTING, config=large, batch_size=1, chunk_size=1024, bf16=True)
-    found = dry_run(replace(one, recompute="full"))
+    one = replace(SETTING, config=large, device_type="cuda", bf16=True, recompute="full")
     held = 2 * 4 * large.num_parameters()
-    assert found.peak_bytes > held + (2 + 4) * 1024 * 262_144
+    for num_rows in (1024, 2048, 8192):  # a block has 2048 at most
+        found = dry_run(replace(one, batch_size=num_rows // 1024, chunk_size=1024))
+        expected = held + (4 + 2) * min(num_rows, 2048) * 262_144 + 2 * 262_144 * large.hidden_size
+        assert expected < found.peak_bytes < 1.1 * expected
 
 
 def test_less_is_kept_when_more_is_computed_again() -> None:
