@@ -11,6 +11,7 @@ token of the present one must have written it. Shapes:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -77,6 +78,19 @@ class CachePass:
     positions: Tensor
     end: int
 
+    @cached_property
+    def rows(self) -> Tensor:
+        """The numbers of the pass's sequences, int64 [B]."""
+        return torch.arange(len(self.positions), device=self.positions.device)
+
+    @cached_property
+    def places_in_ring(self) -> Tensor:
+        """The tokens' entries in sliding layers, int64 [B, T]; in full ones it is their positions.
+
+        Both are here since the layers share them: on a GPU each would be a kernel in every layer.
+        """
+        return self.positions % self.cache.window
+
     def key_positions(self, sliding: bool) -> Tensor:
         """Returns the positions of the keys that `LayerCache.extend` will return.
 
@@ -109,18 +123,19 @@ class LayerCache:
             tokens in a sliding layer these come after the ones in the cache: the first of them
             still sees what the last of them replaces in the ring.
         """
-        return self._extend(self.keys, keys, where), self._extend(self.values, values, where)
+        entries = where.places_in_ring if self.is_sliding else where.positions  # B T
+        keys = self._extend(self.keys, keys, where, entries)
+        return keys, self._extend(self.values, values, where, entries)
 
-    def _extend(self, all_slots: Tensor, new: Tensor, where: CachePass) -> Tensor:
+    def _extend(self, all_slots: Tensor, new: Tensor, where: CachePass, entries: Tensor) -> Tensor:
         num_rows, _, num_new, _ = new.shape
         old = all_slots[where.first_slot : where.first_slot + num_rows]
         if not self.is_sliding:
             seen = old[:, :, : where.end]
         else:
             seen = torch.cat([old, new], 2) if num_new > 1 else old
-        entries = where.positions % old.shape[2]  # B T
         if num_new == 1:
-            old[torch.arange(num_rows, device=new.device), :, entries[:, 0]] = new[:, :, 0]
+            old[where.rows, :, entries[:, 0]] = new[:, :, 0]
         else:
             last = entries[0, -old.shape[2] :]
             old[:, :, last] = new[:, :, -len(last) :]
