@@ -17,10 +17,10 @@ from torch import Tensor, nn
 # The target of a position that does not count.
 IGNORE = -100
 
-# On a CPU, entries of the vocabulary whose weights are cast at a time.
+# On a CPU: entries of the vocabulary whose weights are cast at a time,
 _VOCABULARY_SLICE = 8192
-# Fewer rows make the matrix products slow (80 GFLOP/s at 64 rows, 290 at 512, on two CPU cores),
-# and each block adds to the weight's gradient once more; more take memory.
+# and rows of a block. Fewer make the matrix products slow (80 GFLOP/s at 64 rows, 290 at 512, on
+# two cores), and each block adds to the weight's gradient once more; more take memory.
 _MAX_ROWS, _MIN_ROWS = 1024, 256
 _MAX_BLOCK_BYTES = 1 << 30
 _ELEMENTS_IN_CACHE = 1 << 20
@@ -66,7 +66,7 @@ def add_on_gpu(
         z_loss, scale: as in `differentiate`.
         logits_gradient: the function of that name, or what torch.compile made of it.
     """
-    # One copy for all blocks; it takes 0.1 % of a pass's time, so none is kept between passes.
+    # One copy for all blocks; it takes so little time that none is kept between passes.
     w = weight.to(x.dtype)
     # Blocks of one size, since torch.compile makes kernels for each.
     num_blocks = -(-len(x) // _rows_on_gpu(len(w), sums.totals.element_size() + x.element_size()))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from kiem.compute.cross_entropy import logits_gradient
 from kiem.compute.memory import is_out_of_memory
 from kiem.config import TrainingOptions
 from kiem.core.console import warn
@@ -84,7 +85,7 @@ class Probe:
         except (BackendCompilerFailed, InductorError) as error:
             what = "training goes on without --compile, which does not work here"
             warn(self.console, f"{what}: {str(error).splitlines()[0]}")
-            self.model.run_layer = run_layer
+            self.model.run_layer, self.model.logits_gradient = run_layer, logits_gradient
             return False
         if self.distributed.is_main:
             self.console.print(f"compiled the layers in {time.perf_counter() - started:.0f} s")
