@@ -161,9 +161,6 @@ def choice_numbers(params: SamplingParams, vocab_size: int) -> list[float]:
     ]
 
 
-NUM_CHOICE_NUMBERS = len(choice_numbers(SamplingParams(), 1))
-
-
 def choose_tokens(
     logits: Tensor, ids: Tensor, numbers: Tensor, chances: Tensor, samples: bool
 ) -> Tensor:
@@ -172,7 +169,7 @@ def choose_tokens(
     Args:
         logits: fp32 [B, V].
         ids: int64 [B, T], the tokens so far; shorter sequences repeat one of theirs.
-        numbers: float64 [B, NUM_CHOICE_NUMBERS], the `choice_numbers` of each.
+        numbers: float64 [B, 6], the `choice_numbers` of each.
         chances: float64 [B], the random number of each, from 0 to 1.
         samples: whether any of them has a temperature.
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from kiem.core.errors import UserError
 from kiem.inference.cuda_graphs import CudaGraphs
 from kiem.inference.sampling import (
-    NUM_CHOICE_NUMBERS,
     SamplingParams,
     choice_numbers,
     choose_token,
@@ -25,10 +24,12 @@ from kiem.inference.sampling import (
     not_a_number,
 )
 from kiem.model.cache import CachePass, KeyValueCache
-from kiem.model.gemma3 import Gemma3
+from kiem.model.gemma3 import Gemma3, RMSNorm
 
 # Full layers look at a number of cache entries that is a multiple of this.
 _ENTRIES_STEP = 256
+# Of this many entries a mask's rows are aligned as GPU kernels want them, and copied otherwise.
+_ENTRIES_MULTIPLE = 16
 
 
 @dataclass
@@ -157,18 +158,16 @@ class DeviceSlots(Slots):
     """
 
     def __init__(self, model: Gemma3, num_slots: int, max_tokens: int):
-        super().__init__(model, num_slots, max_tokens)
+        super().__init__(model, num_slots, -(-max_tokens // _ENTRIES_MULTIPLE) * _ENTRIES_MULTIPLE)
+        _keep_gains(model)
         device, vocab_size = self._ids.device, model.config.vocab_size
         self._logits = torch.zeros(num_slots, vocab_size, device=device)  # N V
         self._new = torch.zeros_like(self._last)  # N, -1 where the output is not a number
-        self._numbers = torch.zeros(
-            num_slots, NUM_CHOICE_NUMBERS, dtype=torch.float64, device=device
-        )
-        self._numbers[:] = torch.tensor(
-            choice_numbers(SamplingParams(), vocab_size), dtype=torch.float64
-        )
+        numbers = choice_numbers(SamplingParams(), vocab_size)
+        numbers_of_one = torch.tensor(numbers, dtype=torch.float64, device=device)
+        self._numbers = numbers_of_one.repeat(num_slots, 1)
         # The random number for the token at each position.
-        self._chances = torch.zeros(num_slots, max_tokens, dtype=torch.float64, device=device)
+        self._chances = torch.zeros_like(self._ids, dtype=torch.float64)  # N T
         self._tokens: list[int] = []  # of the present step
         self._graphs = CudaGraphs(device) if device.type == "cuda" else None
 
@@ -247,3 +246,14 @@ class DeviceSlots(Slots):
             self.cache.clear_slot(slot)
             raise not_a_number()
         return token
+
+
+@torch.no_grad()
+def _keep_gains(model: Gemma3) -> None:
+    """Computes the gains of norms once: on a GPU a sixth of a token's kernels would do only that.
+
+    Weights that may be trained on are left alone.
+    """
+    for module in model.modules():
+        if isinstance(module, RMSNorm) and not module.weight.requires_grad:
+            module.gain = 1.0 + module.weight.float()

@@ -61,15 +61,16 @@ class Context(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm with gain (1 + weight), in fp32 (arXiv:1910.07467)."""
+    """Root mean square norm (arXiv:1910.07467) in fp32; `gain`: 1 + weight, if that is final."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(size))
         self.eps = eps
+        self.gain: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = 1.0 + self.weight.float()
+        gain = 1.0 + self.weight.float() if self.gain is None else self.gain
         return F.rms_norm(x.float(), gain.shape, gain, self.eps).to(x.dtype)
 
 
