@@ -174,7 +174,7 @@ class TrainingOptions:
     shard: Literal["none", "optimizer", "parameters"] = "none"
     """What is sharded over several devices. none: nothing (DDP). optimizer: the optimizer states
     (ZeRO-1). parameters: weights, gradients and optimizer states (FSDP), for models that do not fit
-    otherwise; with --optimizer adamw."""
+    otherwise."""
     minimal_pairs: Literal["auto", "always", "never"] = "auto"
     """Measure at the end how often the model prefers correct Dutch to a mistake (430 pairs). auto:
     if this takes a small part of the training time."""

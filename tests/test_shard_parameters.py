@@ -6,11 +6,11 @@ import copy
 import gc
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
 from lives import Lives, outcome
 from safetensors.torch import load_file
 from torch.multiprocessing import spawn
@@ -19,7 +19,7 @@ from transformers import Gemma3ForCausalLM
 from kiem.core.errors import ExitCode
 from kiem.model.config import preset
 from kiem.model.gemma3 import Gemma3, initialize
-from kiem.optim.optimizer import make_optimizers
+from kiem.optim.optimizer import is_hidden_matrix, make_optimizers
 from kiem.parallel.distributed import Distributed
 from kiem.parallel.parallel_model import (
     ParallelModel,
@@ -142,11 +142,31 @@ def test_compiled_and_recomputed_layers_give_the_same(lives: Lives, tmp_path: Pa
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_muon_is_refused(sample_chunks: Path, tmp_path: Path) -> None:
-    done = run_script(
-        *("training.py", "--dataset-path", sample_chunks, "--output-dir", tmp_path),
-        *("--model", "gemma3-micro", *SHARED),
-    )
-    assert done.returncode == ExitCode.BAD_OPTION
-    assert "--shard parameters: Muon needs whole matrices" in done.stderr
-    assert "--optimizer adamw" in done.stderr
+def _update_by_muon(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=3)
+    distributed = Distributed(rank, 3, torch.device("cpu"), "fp32", 1e9)
+    # Neither rows nor matrices of a shape can be divided by three.
+    model = Gemma3(replace(preset("gemma3-micro", 301), num_hidden_layers=2))
+    initialize(model, 1)
+    alone = copy.deepcopy(model)
+    shard_parameters(model, distributed)
+    for trained in (model, alone):
+        optimizers = make_optimizers(trained, "muon", 0.1)
+        for step in range(3):
+            ids = torch.randint(3, 301, (2, 32), generator=torch.Generator().manual_seed(step))
+            trained(ids, ids, None, scale=1 / ids.numel())[0].backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            trained.zero_grad()
+    for (name, expected), found in zip(alone.named_parameters(), model.parameters(), strict=True):
+        value = full_tensor(found)
+        if is_hidden_matrix(name, expected):
+            torch.testing.assert_close(value, expected, atol=1e-6, rtol=0)
+    distributed.barrier()
+    os._exit(0)
+
+
+def test_muon_updates_as_in_one_process(tmp_path: Path) -> None:
+    spawn(_update_by_muon, (str(tmp_path),), nprocs=3)

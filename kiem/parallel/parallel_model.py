@@ -11,6 +11,7 @@ weights of a layer are gathered while it computes (ZeRO stage 3, torch's fully_s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -131,6 +132,48 @@ def shard_parameters(model: Gemma3, distributed: Distributed) -> None:
 def is_sharded(tensor: Tensor) -> bool:
     """Returns whether each process holds only a part of a tensor."""
     return hasattr(tensor, "full_tensor")  # a DTensor, whose module takes seconds to import
+
+
+def num_shards(tensor: Tensor) -> int:
+    """Returns how many processes hold a part of a tensor: 1 if it is whole."""
+    return tensor.device_mesh.size() if is_sharded(tensor) else 1  # type: ignore[attr-defined]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Returns what this process holds of a tensor: its memory, not a copy."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def on_whole_matrices(compute: Callable[[Tensor], Tensor], shards: Tensor, num_rows: int) -> Tensor:
+    """Applies a function to matrices of which each process holds some rows.
+
+    Each process gets its share of the S matrices whole, W of them, applies the function to them,
+    and sends the rows of the results back. All processes call it alike.
+
+    Args:
+        compute: takes matrices [W, m, n], and returns as many of that shape.
+        shards: [S, r, n], this process's rows as fully_shard deals them: the same number R for
+            each process, as long as there are any left.
+        num_rows: m.
+
+    Returns:
+        This process's rows of the results, [S, r, n].
+    """
+    world_size = dist.get_world_size()
+    num_matrices, num_own, columns = shards.shape
+    rows, share = -(-num_rows // world_size), -(-num_matrices // world_size)  # R, W
+    sent = shards.new_zeros(world_size * share, rows, columns)
+    sent[:num_matrices, :num_own] = shards
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent)
+    by_process = received.unflatten(0, (world_size, share))  # P W R n
+    whole = by_process.transpose(0, 1).flatten(1, 2)  # W (P R) n, with rows of zeros at the end
+    whole[:, :num_rows] = compute(whole[:, :num_rows])
+    by_process = whole.unflatten(1, (world_size, rows)).transpose(0, 1)  # P W R n
+    sent = by_process.flatten(0, 1).contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent)
+    return received[:num_matrices, :num_own]
 
 
 def full_tensor(tensor: Tensor, device: torch.device | None = None) -> Tensor:

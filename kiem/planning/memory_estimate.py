@@ -146,8 +146,6 @@ def estimate_memory(setting: Setting) -> Memory:
 
 def _optimizer_bytes(setting: Setting) -> int:
     """Returns the bytes of the moments on the device that has most of them."""
-    if setting.shard == "parameters":
-        return -(-2 * 4 * setting.config.num_parameters() // setting.world_size)
     with torch.device("meta"):
         model = Gemma3(setting.config)
     owner = owners(model, setting.world_size) if setting.shard == "optimizer" else {}
@@ -155,6 +153,8 @@ def _optimizer_bytes(setting: Setting) -> int:
     for name, parameter in model.named_parameters():
         by_muon = setting.optimizer == "muon" and is_hidden_matrix(name, parameter)
         num_bytes[owner.get(name, 0)] += 4 * (1 if by_muon else 2) * parameter.numel()
+    if setting.shard == "parameters":
+        return -(-num_bytes[0] // setting.world_size)
     return max(num_bytes)
 
 

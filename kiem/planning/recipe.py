@@ -133,10 +133,6 @@ def check_options(options: TrainingOptions, world_size: int) -> None:
         raise no_effect("--num-gpus", "without --gpu")
     if options.wandb_project is not None and not has_project:
         raise no_effect("--wandb-project", "without --use-wandb or --trackers trackio")
-    if options.shard == "parameters" and options.optimizer == "muon":
-        what = "Muon needs whole matrices, and no device has them"
-        fix = "Add --optimizer adamw, or use --shard optimizer."
-        raise bad_option("--shard parameters", what, fix)
     if options.shard != "none" and world_size == 1:
         raise no_effect("--shard", "with one device")
     if options.init_from is not None and options.model != "gemma3-1b":
