@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hub_client import Client, new_hub
 from hub_server import HubServer
+from programs import run_forked
 
 from kiem.model.config import Gemma3Config
 from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -36,6 +37,9 @@ SMALL = Gemma3Config(
     query_pre_attn_scalar=16,
     max_position_embeddings=256,
 )
+# Scripts that import torch, and what libraries read of the environment when they are imported.
+TORCH_SCRIPTS = ("training.py", "inference.py", "evaluate.py")
+READ_AT_IMPORT = ("ATEN_", "CUDA_", "LD_", "MKL_", "OMP_", "ONEDNN_", "PYTHON", "TORCH")
 # preprocess.py with units so small that there are many of them.
 SMALL_UNITS_PROGRAM = """
 import sys
@@ -91,11 +95,14 @@ def run_script(
     *command: str | Path, env: dict[str, str] | None = None, stdin: str = "", cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script of the project in a process of its own."""
-    words = [sys.executable, *map(str, command)]
+    words = [*map(str, command)]
+    environment = {**os.environ, "COLUMNS": "200", **(env or {})}
+    if words[0] in TORCH_SCRIPTS and not any(n.startswith(READ_AT_IMPORT) for n in env or {}):
+        return run_forked(words, environment, stdin, cwd)
     return subprocess.run(
-        words,
+        [sys.executable, *words],
         cwd=cwd,
-        env={**os.environ, "COLUMNS": "200", **(env or {})},
+        env=environment,
         input=stdin,
         text=True,
         capture_output=True,
