@@ -147,7 +147,7 @@ def test_a_step_reads_no_value_on_the_host(samples: bool) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-3), (torch.bfloat16, 0.5)])
 def test_graphs_write_what_the_plain_path_writes(dtype: torch.dtype, near: float) -> None:
     """Greedily, and up to the first two tokens that are nearly equally likely."""
     model = small_model("cuda", dtype)

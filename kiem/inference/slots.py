@@ -9,7 +9,7 @@ replays that as one CUDA graph. Shapes:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,9 +36,9 @@ _ENTRIES_MULTIPLE = 16
 class _Row:
     """What the host knows of a slot: its tokens' number, the last one included."""
 
-    params: SamplingParams = field(default_factory=SamplingParams)
-    generator: torch.Generator = field(default_factory=torch.Generator)
-    num_tokens: int = 0
+    params: SamplingParams
+    generator: torch.Generator
+    num_tokens: int
 
 
 class Slots:
@@ -60,7 +60,7 @@ class Slots:
         self.cache = KeyValueCache(model.config, num_slots, max_tokens, model.dtype, device)
         self._model = model
         self._max_tokens = max_tokens
-        self._rows = [_Row() for _ in range(num_slots)]
+        self._rows: dict[int, _Row] = {}  # by slot
         self._ids = torch.zeros(num_slots, max_tokens, dtype=torch.int64, device=device)  # N T
         # Where the last token of each stands, which is not in the cache yet.
         self._last = torch.zeros(num_slots, dtype=torch.int64, device=device)  # N
@@ -99,7 +99,7 @@ class Slots:
         Returns:
             Their logits [num_rows, V], until the next step. `token` has to be called for each.
         """
-        longest = max(row.num_tokens for row in self._rows[:num_rows])
+        longest = max(self._rows[slot].num_tokens for slot in range(num_rows))
         end = min(-(-longest // _ENTRIES_STEP) * _ENTRIES_STEP, self._max_tokens)
         self._logits = self._next_logits(num_rows, end)
         return self._logits
@@ -179,6 +179,7 @@ class DeviceSlots(Slots):
     def begin(
         self, slot: int, ids: list[int], params: SamplingParams, generator: torch.Generator
     ) -> Tensor:
+        self.cache.clear_slot(slot)  # slots that do not run are written to as well
         # What has no token yet repeats one, as `choose_tokens` wants it.
         self._ids[slot] = ids[0]
         numbers = choice_numbers(params, self._model.config.vocab_size)
@@ -193,14 +194,14 @@ class DeviceSlots(Slots):
         rows, row = slice(slot, slot + 1), self._rows[slot]
         self._add_tokens(rows, logits, self._max_tokens, not row.params.is_greedy)
         row.num_tokens += 1
-        return self._checked(slot, int(self._new[slot]))
+        return _checked(int(self._new[slot]))
 
     def step(self, num_rows: int) -> Tensor:
-        rows = self._rows[:num_rows]
+        rows = [self._rows[slot] for slot in range(num_rows)]
         longest = max(row.num_tokens for row in rows)
         # Few different sizes, since there is a graph for each: the slots behind the running ones
         # take part, and what they hold then does not matter.
-        size = min(1 << (num_rows - 1).bit_length(), len(self._rows))
+        size = min(1 << (num_rows - 1).bit_length(), len(self._ids))
         end = _ENTRIES_STEP << ((longest - 1) // _ENTRIES_STEP).bit_length()
         samples = not all(row.params.is_greedy for row in rows)
         arguments = size, min(end, self._max_tokens), samples
@@ -214,7 +215,7 @@ class DeviceSlots(Slots):
         return self._logits[:num_rows]
 
     def token(self, slot: int) -> int:
-        return self._checked(slot, self._tokens[slot])
+        return _checked(self._tokens[slot])
 
     def advance(self, num_rows: int, end: int, samples: bool) -> None:
         """Adds a token to each of the first slots, on the device alone.
@@ -241,11 +242,11 @@ class DeviceSlots(Slots):
     def _of_slots(self) -> list[Tensor]:
         return [*super()._of_slots(), self._numbers, self._chances]
 
-    def _checked(self, slot: int, token: int) -> int:
-        if token < 0:
-            self.cache.clear_slot(slot)
-            raise not_a_number()
-        return token
+
+def _checked(token: int) -> int:
+    if token < 0:
+        raise not_a_number()
+    return token
 
 
 @torch.no_grad()
