@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from conftest import ROOT, run_bash, run_script
 from rich.console import Console
 from transformers import Gemma3ForCausalLM
 
+from kiem.compute.speed import prefers_bf16
 from kiem.config import InferenceOptions
 from kiem.core.console import printable
 from kiem.core.errors import ExitCode, UserError
@@ -239,3 +241,21 @@ def test_tokenizer_that_does_not_fit_is_refused(trained_run: Path, tmp_path: Pat
     done = run_script("inference.py", "--model-path", tmp_path)
     assert done.returncode == ExitCode.TOKENIZER_MISMATCH
     assert "ids up to 1099, the model only 1024 rows" in done.stderr
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU without bf16, as far as questions about it go."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    prefers_bf16.cache_clear()
+    yield
+    prefers_bf16.cache_clear()
+
+
+@pytest.mark.usefixtures("old_gpu")
+def test_bf16_is_refused_where_a_gpu_would_emulate_it(trained_run: Path) -> None:
+    with pytest.raises(UserError, match="this GPU has no bf16"):
+        load_for_inference(str(trained_run / "final_model"), "bf16")

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from lives import OPTIONS, Lives
 from rich.console import Console
@@ -22,7 +23,7 @@ from kiem.config import PreprocessOptions, TrainingOptions
 from kiem.core.errors import ExitCode, UserError
 from kiem.data.prepare.preprocess import preprocess
 from kiem.model.io import read_config
-from kiem.parallel.launch import Place, prints_output, read_place
+from kiem.parallel.launch import Place, choose_device, prints_output, read_place
 from kiem.training.checkpoint import list_checkpoints, verify_checkpoint
 from kiem.training.loop import train
 from kiem.training.resume import check_same_run
@@ -282,6 +283,43 @@ def test_variables_that_make_no_sense_are_named(
     assert caught.value.exit_code == ExitCode.BAD_OPTION
 
 
+@pytest.mark.parametrize(
+    ("local_rank", "given", "expected"),
+    [
+        (0, {"LOCAL_WORLD_SIZE": "2"}, "cuda:0"),
+        (1, {"LOCAL_WORLD_SIZE": "2"}, "cuda:1"),
+        (
+            0,
+            {"LOCAL_WORLD_SIZE": "4"},
+            "4 processes were started on this machine, which has 2 GPUs",
+        ),
+        (2, {"LOCAL_WORLD_SIZE": ""}, "3 processes were started"),
+        (2, {"LOCAL_WORLD_SIZE": "4", "KIEM_SHARE_GPUS": "true"}, "cuda:0"),
+        (3, {"LOCAL_WORLD_SIZE": "4", "ACCELERATE_USE_CPU": "true"}, "cpu"),
+        (1, {"LOCAL_WORLD_SIZE": "1"}, "LOCAL_WORLD_SIZE: is '1', not a number from 2"),
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own(
+    local_rank: int, given: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with two."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    place = {"WORLD_SIZE": "4", "RANK": f"{local_rank}", "LOCAL_RANK": f"{local_rank}"}
+    for name, value in {**JOINED, **place, **given}.items():
+        monkeypatch.setenv(name, value)
+    if expected.startswith(("cuda", "cpu")):
+        assert str(choose_device()) == expected
+        assert [str(device) for device in chosen] == [expected] * expected.startswith("cuda")
+        return
+    with pytest.raises(UserError) as caught:
+        choose_device()
+    assert expected in str(caught.value)
+    assert caught.value.exit_code == ExitCode.BAD_OPTION
+
+
 def test_a_port_that_is_taken_is_said(sample_chunks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -310,6 +348,7 @@ def test_the_end_of_one_of_several_is_not_left_to_python() -> None:
 def test_machines_of_different_kinds_are_told(lives: Lives, tmp_path: Path) -> None:
     """As when the driver of one does not work; its processes would wait for ever."""
     patch = 'torch.cuda.is_available = lambda: os.environ["RANK"] == "1"\n'
+    patch += "torch.cuda.device_count = lambda: 2\n"
     patch += "torch.cuda.set_device = lambda device: None\n"
     start = len(said(lives))
     assert lives.run(tmp_path, processes=2, patch=patch) == [ExitCode.BAD_OPTION] * 2

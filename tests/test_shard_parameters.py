@@ -130,6 +130,39 @@ def test_each_process_holds_its_share(tmp_path: Path) -> None:
     spawn(_train_and_measure, (str(tmp_path),), nprocs=2)
 
 
+def _compare_in_bf16(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=2)
+    distributed = Distributed(rank, 2, torch.device("cpu"), "bf16", 1e9)
+    model = Gemma3(preset("gemma3-micro", 301))
+    initialize(model, 1)
+    alone = copy.deepcopy(model)
+    shard_parameters(model, distributed)
+    dtypes, hidden_dtypes = set(), set()
+    product = model.model.layers[1].mlp.up_proj
+    product.register_forward_pre_hook(lambda module, _: dtypes.add(module.weight.dtype))
+    model.model.norm.register_forward_pre_hook(lambda _, args: hidden_dtypes.add(args[0].dtype))
+    ids = torch.randint(3, 301, (2, 32), generator=torch.Generator().manual_seed(0))
+    for trained in (model, alone):
+        with distributed.autocast():
+            loss, _ = trained(ids, ids, None, scale=1 / ids.numel())
+        loss.backward()
+    assert (dtypes, hidden_dtypes) == ({torch.bfloat16}, {torch.float32})
+    for (name, expected), found in zip(alone.named_parameters(), model.parameters(), strict=True):
+        assert expected.grad is not None and found.grad is not None
+        gradient = full_tensor(found.grad)
+        assert gradient.dtype == torch.float32
+        assert (gradient - expected.grad).norm() < 0.01 * expected.grad.norm(), name
+    distributed.barrier()
+    os._exit(0)
+
+
+def test_layers_are_sent_in_bf16(tmp_path: Path) -> None:
+    """With gradients that are those of one process, which rounds weights in its products."""
+    spawn(_compare_in_bf16, (str(tmp_path),), nprocs=2)
+
+
 @pytest.mark.slow
 def test_compiled_and_recomputed_layers_give_the_same(lives: Lives, tmp_path: Path) -> None:
     options = (*passes(2), *SHARED, "--max-steps", "3", "--save-steps", "3")

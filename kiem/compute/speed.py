@@ -8,6 +8,8 @@ import time
 
 import torch
 
+from kiem.core.errors import bad_option
+
 # Products [rows, inner] @ [inner, columns] that training has: MLPs of gemma3-nano, 270m and 1b, and
 # a block of an output layer. A GPU needs more rows to reach its peak.
 _CPU_SHAPES = ((4096, 256, 1024), (1024, 640, 2048), (1024, 1152, 6912), (512, 1152, 16_384))
@@ -58,6 +60,16 @@ def prefers_bf16(device: torch.device) -> bool:
             new = _matrix_flops(_COMPARED_SHAPE, device, dtype, _COMPARED_SECONDS)
             best[dtype] = max(flops, new)
     return best[torch.bfloat16] > _WORTHWHILE_SPEEDUP * best[torch.float32]
+
+
+def check_bf16(device: torch.device) -> None:
+    """Checks that a GPU multiplies bf16 by itself; older ones do it in fp32, and slowly.
+
+    Raises:
+        UserError: it does not.
+    """
+    if device.type == "cuda" and not prefers_bf16(device):
+        raise bad_option("--precision bf16", "this GPU has no bf16", "Use --precision fp32.")
 
 
 def _matrix_flops(

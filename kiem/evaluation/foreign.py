@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from kiem.compute.speed import prefers_bf16
 from kiem.core.errors import ExitCode, UserError, bad_option
 from kiem.evaluation.language_model import LanguageModel
+from kiem.parallel.launch import choose_device
 
 _LOGIT_BYTES_PER_BATCH = 1 << 30
 
@@ -30,7 +31,7 @@ def open_foreign_model(
     Raises:
         UserError: transformers does not load it, or tokenizer or context do not fit.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     default = "auto" if prefers_bf16(device) else torch.float32
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, default)
     model, tokenizer = _load(folder, dtype)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from kiem.compute.memory import is_out_of_memory
@@ -62,8 +61,6 @@ def generate(options: InferenceOptions, console: Console) -> None:
         what = f"several processes need a file to write to, and {place.world_size} were started"
         fix = "Start one with plain python, or give --prompts-file and --output-file."
         raise bad_option("--output-file", what, fix)
-    if place.world_size > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(place.local_rank)
 
     # Load the model and run the chosen mode.
     with contextlib.ExitStack() as stack, _memory_errors():

@@ -8,11 +8,12 @@ from typing import Literal
 
 import torch
 
-from kiem.compute.speed import prefers_bf16
+from kiem.compute.speed import check_bf16, prefers_bf16
 from kiem.core.errors import bad_option
 from kiem.inference.decoder import use_kernels
 from kiem.model.gemma3 import Gemma3
 from kiem.model.io import find_model, read_model, read_model_tokenizer
+from kiem.parallel.launch import choose_device
 from kiem.tokenizer.tokenizer import Tokenizer
 
 
@@ -48,25 +49,28 @@ def load_for_inference(
             decodes more slowly.
 
     Raises:
-        UserError: it is not a Gemma 3 text model, its tokenizer does not fit, or it cannot be
-            quantized here.
+        UserError: it is not a Gemma 3 text model, its tokenizer does not fit, it cannot be
+            quantized here, the GPU has no bf16, or there are fewer GPUs than processes.
     """
     started = time.perf_counter()
     folder = find_model(path)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device()
+    on_gpu = device.type == "cuda"
     is_quantized = quantize in ("int8", "int4")
-    if is_quantized and device == "cuda":
+    if is_quantized and on_gpu:
         what = "weights are quantized on CPUs only, and here is a GPU"
         raise bad_option(f"--quantize {quantize}", what, "Leave it out.")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision)
+    if precision == "bf16":
+        check_bf16(device)
     if precision == "auto":
-        if not prefers_bf16(torch.device(device)):
+        if not prefers_bf16(device):
             dtype = torch.float32
-        elif is_quantized or device == "cuda":
+        elif is_quantized or on_gpu:
             dtype = torch.bfloat16
     model = read_model(folder, dtype=dtype, device=device).requires_grad_(False).eval()
     warning = None
-    if quantize is not None and device == "cpu":
+    if quantize is not None and not on_gpu:
         reason = use_kernels(model, quantize)
         if reason is not None and is_quantized:
             raise bad_option(f"--quantize {quantize}", f"{folder}: {reason}", "Leave it out.")

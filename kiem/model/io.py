@@ -128,7 +128,12 @@ def find_model(name: str) -> Path:
     return download_model(name) if looks_like_hub_id(name) and not folder.exists() else folder
 
 
-def read_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Gemma3:
+def read_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Gemma3:
     """Loads a model directory.
 
     On the CPU in the file's own dtype the weights stay mapped from the file, without a copy. A

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -22,15 +23,25 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from kiem.compute.speed import measure_matrix_flops, prefers_bf16
+from kiem.compute.speed import check_bf16, measure_matrix_flops, prefers_bf16
 from kiem.core.errors import ExitCode, UserError, bad_option
-from kiem.parallel.launch import lost_processes, read_place
+from kiem.parallel.launch import (
+    choose_device,
+    is_true,
+    lost_processes,
+    read_place,
+    shares_gpus,
+)
 
 T = TypeVar("T")
 Precision = Literal["fp32", "bf16"]
 
 _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _POLL_SECONDS = 0.02
+# Others wait so long for a process that hashes data or writes a checkpoint; NCCL's own 10 minutes
+# would end such a run. A process that has died is noticed at once, by the launcher or gloo, and an
+# update that hangs by kiem/training/signals.py.
+_TIMEOUT = timedelta(hours=6)
 # Plugins of `accelerate config` that kiem does not use, as in its variables ACCELERATE_USE_...
 _ACCELERATE_PLUGINS = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
@@ -156,21 +167,24 @@ def init_distributed(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Dis
 
     Raises:
         UserError: the device or kiem does not have the precision, `accelerate config` names a
-            plugin that kiem does not use, the launcher's variables are wrong, or another process
-            is lost.
+            plugin that kiem does not use, there are fewer GPUs than processes, the launcher's
+            variables are wrong, or another process is lost.
     """
     rank, local_rank, world_size = read_place()
-    use_gpu = torch.cuda.is_available() and not _is_true("ACCELERATE_USE_CPU")
-    device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
-    if use_gpu:
-        torch.cuda.set_device(device)
+    device = choose_device()
     distributed = Distributed(rank, world_size, device, "fp32", 0.0, local_rank)
     try:
         with lost_processes(rank):
             if world_size > 1:
-                store = _meet(device.type, rank, world_size)
-                backend = "nccl" if use_gpu else "gloo"
-                dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+                by_nccl = device.type == "cuda" and not shares_gpus()
+                dist.init_process_group(
+                    "nccl" if by_nccl else "gloo",
+                    store=_meet(device.type, rank, world_size),
+                    rank=rank,
+                    world_size=world_size,
+                    timeout=_TIMEOUT,
+                    device_id=device if by_nccl else None,  # NCCL connects now, not when first used
+                )
             with distributed.raise_on_all_ranks():
                 chosen = _choose_precision(precision, device)
             # The main process decides for all, and its speed counts for every device.
@@ -243,7 +257,7 @@ def _choose_precision(
     """Returns the precision of the options or the launcher, else the faster one."""
     where = "accelerate config"
     for plugin in _ACCELERATE_PLUGINS:
-        if _is_true(f"ACCELERATE_USE_{plugin}"):
+        if is_true(f"ACCELERATE_USE_{plugin}"):
             fix = "Take it out of the accelerate file, and use --shard."
             raise bad_option(where, f"{plugin} is not used by kiem, which shards by itself", fix)
     if precision == "auto":
@@ -255,10 +269,6 @@ def _choose_precision(
             precision = "bf16"
     if precision == "auto":
         return "bf16" if prefers_bf16(device) else "fp32"
-    if precision == "bf16" and device.type == "cuda" and not prefers_bf16(device):
-        raise bad_option("--precision", "this GPU has no bf16", "Use --precision fp32.")
+    if precision == "bf16":
+        check_bf16(device)
     return precision
-
-
-def _is_true(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes")

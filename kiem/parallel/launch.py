@@ -7,9 +7,12 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from kiem.core.errors import ExitCode, UserError, bad_option
+
+if TYPE_CHECKING:
+    import torch
 
 _HIGHEST_PORT = 65535
 
@@ -36,6 +39,43 @@ def read_place() -> Place:
         _number("MASTER_PORT", 0, most=_HIGHEST_PORT)
     rank, local_rank = (_number(name, 0, most=world_size - 1) for name in ("RANK", "LOCAL_RANK"))
     return Place(rank, local_rank, world_size)
+
+
+def choose_device() -> torch.device:
+    """Returns the device of this process, and makes it torch's current one: a GPU if there are any.
+
+    Several processes of a machine have a GPU each. For tests and measurements on a machine that has
+    fewer, `KIEM_SHARE_GPUS=true` lets processes share them.
+
+    Raises:
+        UserError: there are fewer GPUs than processes, or the launcher's variables are wrong.
+    """
+    import torch  # slow
+
+    local_rank = read_place().local_rank
+    if not torch.cuda.is_available() or is_true("ACCELERATE_USE_CPU"):
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    num_processes = _number("LOCAL_WORLD_SIZE", local_rank + 1, least=local_rank + 1)
+    if num_processes > num_gpus and not shares_gpus():
+        what = f"{num_processes} processes were started on this machine, which has {num_gpus} GPU"
+        fix = (
+            f"Give {num_gpus}: --num_processes of accelerate launch, --nproc-per-node of torchrun."
+        )
+        raise bad_option("the launcher", f"{what}{'' if num_gpus == 1 else 's'}", fix)
+    device = torch.device("cuda", local_rank % num_gpus)
+    torch.cuda.set_device(device)
+    return device
+
+
+def shares_gpus() -> bool:
+    """Returns whether processes may share a GPU; NCCL refuses that, gloo does not."""
+    return is_true("KIEM_SHARE_GPUS")
+
+
+def is_true(variable: str) -> bool:
+    """Returns whether a variable of the environment is set to true."""
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
 def prints_output() -> bool:

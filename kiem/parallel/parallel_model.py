@@ -118,14 +118,18 @@ def shard_parameters(model: Gemma3, distributed: Distributed) -> None:
     """Leaves each process its shard of every parameter, on its device.
 
     Whole at one time are a layer or two, and during a pass the embedding, which is tied to the
-    output.
+    output. In a run in bf16 layers are sent in bf16, since their products take nothing else;
+    gradients are added in fp32, and what goes into a layer stays as it is.
     """
     from torch.distributed.device_mesh import init_device_mesh  # these take seconds
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=distributed.matrix_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
 
 
