@@ -169,8 +169,8 @@ class TrainingOptions:
     enough to gain from it."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """What the backward pass recomputes to save memory. selective: all but matrix products and
-    attention. full: all but each layer's input, in a third more time. auto: full above 500 million
-    parameters, else none."""
+    attention. full: all but each layer's input, in a fifth to a third more time. auto: on a GPU the
+    least that fits; on a CPU full above 500 million parameters, else none."""
     shard: Literal["none", "optimizer", "parameters"] = "none"
     """What is sharded over several devices. none: nothing (DDP). optimizer: the optimizer states
     (ZeRO-1). parameters: weights, gradients and optimizer states (FSDP), for models that do not fit

@@ -16,6 +16,7 @@ from kiem.config import TrainingOptions
 from kiem.model.config import preset
 from kiem.model.gemma3 import Gemma3
 from kiem.parallel.distributed import Distributed, init_distributed
+from kiem.planning.memory_estimate import setting_of
 from kiem.planning.probe import Probe
 from kiem.planning.recipe import Recipe
 
@@ -101,9 +102,10 @@ def test_layers_are_compiled_when_the_run_is_long(
     model = Gemma3(preset("gemma3-micro", 1000))
     options = TrainingOptions(dataset_path=Path())
     seconds = minutes * 60 if minutes is not None else None
-    recipe = Recipe(4, 1, 4, 1e-3, max_steps=steps, max_seconds=seconds)
+    recipe = Recipe(4, 1, 4, 1e-3, steps, seconds, "none")
     distributed = Distributed(0, 1, torch.device("cpu"), "fp32", 1e12)
-    probe = Probe(model, options, 256, distributed, Console())
+    setting = setting_of(model.config, options, distributed, 256)
+    probe = Probe(model, options, setting, distributed, Console())
     assert probe.is_compiling_worthwhile(recipe) == expected
     always = replace(probe, options=replace(options, compile="always"))
     assert always.is_compiling_worthwhile(recipe)

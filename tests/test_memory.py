@@ -1,4 +1,4 @@
-"""What counts as memory of the program, and what it gives back."""
+"""What counts as memory of the program, what it gives back, and who says that there is none."""
 
 from __future__ import annotations
 
@@ -10,11 +10,47 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run_script
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import InductorError
 
+from kiem.compute.memory import is_out_of_memory
 from kiem.data.chunks import Chunks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux says what is resident")
+CUDA = "CUDA error: "
+NCCL = "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO), "
+SHARED_MEMORY = "out of resource: triton_mm Required: 327680 Hardware limit:232448 Reducing block "
+# What libraries say, and whether it is about the memory of the device or the machine.
+REFUSALS = [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+    (MemoryError(), True),
+    (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
+        True,
+    ),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes."), True),
+    (RuntimeError("std::bad_alloc"), True),
+    (RuntimeError("could not create a primitive"), True),
+    (RuntimeError(f"{CUDA}CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+    (RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `create`"), True),
+    (
+        torch.AcceleratorError(f"{CUDA}out of memory\nSearch for `cudaErrorMemoryAllocation' in"),
+        True,
+    ),
+    (RuntimeError("CUDA driver error: out of memory"), True),
+    (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+    (RuntimeError(f"{NCCL}NCCL version 2.28.9\nLast error:\nCuda failure 2 'out of memory'"), True),
+    (RuntimeError(f"{NCCL}NCCL version 2.28.9\nLast error:\nCuda failure 999 'unknown'"), False),
+    (torch.AcceleratorError(f"{CUDA}an illegal memory access was encountered"), False),
+    (RuntimeError(f"{CUDA}CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), False),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    (RuntimeError(f"No valid triton configs. OutOfMemoryError: {SHARED_MEMORY}"), False),
+    (torch.OutOfMemoryError(SHARED_MEMORY), False),
+]
 NUM_BYTES = 64_000_000
 # Frees every other one of many tensors, so that nothing at the end of the memory is free.
 GIVE_BACK = """
@@ -33,6 +69,29 @@ kept = resident_bytes()
 give_back_free_memory()
 print(before - kept, before - resident_bytes())
 """
+
+
+@pytest.mark.parametrize(("error", "expected"), REFUSALS, ids=lambda value: str(value)[:40])
+def test_refusals_of_memory_are_recognized(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected
+    # As torch.compile raises them, and as an error of Python's that follows from it.
+    assert is_out_of_memory(InductorError(error, None)) == expected
+    failed = BackendCompilerFailed(repr, InductorError(error, None), None)
+    assert is_out_of_memory(failed) == expected
+    try:
+        raise KeyError("weights") from error
+    except KeyError as other:
+        assert is_out_of_memory(other) == expected
+
+
+def test_a_refusal_that_was_dealt_with_does_not_count() -> None:
+    try:
+        try:
+            raise MemoryError
+        except MemoryError:
+            raise RuntimeError("the file is damaged") from None
+    except RuntimeError as error:
+        assert not is_out_of_memory(error)
 
 
 @pytest.fixture

@@ -10,12 +10,14 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
+from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode
 from kiem.model.config import preset
-from kiem.model.gemma3 import Gemma3
+from kiem.model.gemma3 import Gemma3, Recompute
 from kiem.optim.optimizer import make_optimizers
 from kiem.parallel.parallel_model import Shard
 from kiem.planning.memory_estimate import Setting, dry_run, estimate_memory
+from kiem.planning.recipe import resolve_recipe
 from kiem.planning.time_estimate import GPUS, calculate_step_seconds, flops_per_token
 
 MICRO = preset("gemma3-micro", 1024)
@@ -30,6 +32,7 @@ SETTING = Setting(
     optimizer="adamw",
     world_size=1,
     shard="none",
+    is_compiled=False,
 )
 # Leaves the training only so much memory beyond what the program has when it starts.
 SHORT_OF_MEMORY = """
@@ -46,31 +49,68 @@ sys.exit(run(TrainingOptions, "training.py", main, sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("shard", ["none", "parameters"])
-def test_dry_run_counts_what_autograd_keeps(shard: Shard) -> None:
-    """The bytes that live between forward and backward, against autograd's own saved tensors."""
+def make_model() -> Gemma3:
+    """Returns a model with gradients to add to."""
     torch.manual_seed(0)
     model = Gemma3(MICRO)
-    model.model.embed_tokens.adds_to_gradient = shard == "none"
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    return model
+
+
+def run_forward(model: Gemma3, bf16: bool) -> torch.Tensor:
+    """Returns the loss of the batch that `SETTING` describes."""
     ids = torch.randint(3, 1024, (2, 64))
+    starts = torch.tensor([0, 64, 128], dtype=torch.int32)  # of documents
+    with torch.autocast("cpu", torch.bfloat16, bf16):
+        loss, _ = model(ids, ids, starts, 1e-5)
+    return loss
+
+
+def saved_bytes(model: Gemma3, bf16: bool) -> int:
+    """Returns the bytes that autograd saves between forward and backward."""
     saved: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
+        if not tensor.is_meta:  # a placeholder of a checkpoint
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss, _ = model(ids, ids, torch.tensor([0, 64, 128], dtype=torch.int32), 1e-5)
+        loss = run_forward(model, bf16)
+    assert loss.isfinite()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    expected = sum(size for pointer, size in saved.items() if pointer not in weights)
+    return sum(size for pointer, size in saved.items() if pointer not in weights)
+
+
+@pytest.mark.parametrize("shard", ["none", "parameters"])
+def test_dry_run_counts_what_autograd_keeps(shard: Shard) -> None:
+    model = make_model()
+    model.model.embed_tokens.adds_to_gradient = shard == "none"
     found = dry_run(replace(SETTING, shard=shard))
     held = 2 * 4 * MICRO.num_parameters()
-    assert found.kept_bytes - held == pytest.approx(expected, rel=0.03)
+    assert found.kept_bytes - held == pytest.approx(saved_bytes(model, False), rel=0.03)
     assert found.peak_bytes > found.kept_bytes
-    assert loss.isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated", "ignore:The .grad")
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_dry_run_counts_what_compiled_layers_keep(recompute: Recompute) -> None:
+    """Against what torch.compile's own kernels save."""
+    torch.compiler.reset()
+    model = make_model()
+    model.model.embed_tokens.adds_to_gradient = True
+    model.recompute = recompute
+    model.compile_layers()
+    run_forward(model, True).backward()
+    expected = saved_bytes(model, True)
+    setting = replace(SETTING, bf16=True, recompute=recompute)
+    compiled = dry_run(replace(setting, is_compiled=True)).kept_bytes
+    held = 2 * 4 * MICRO.num_parameters()
+    assert compiled - held == pytest.approx(expected, rel=0.05)
+    assert compiled < 0.9 * dry_run(setting).kept_bytes
 
 
 def test_a_block_of_the_loss_is_counted() -> None:
@@ -93,6 +133,32 @@ def test_less_is_kept_when_more_is_computed_again() -> None:
     assert len(set(kept)) == 3
 
 
+def test_gpus_recompute_as_little_as_fits() -> None:
+    """First passes become no smaller, then as little is recomputed as possible."""
+    setting = replace(
+        SETTING, device_type="cuda", chunk_size=512, bf16=True, optimizer="muon", is_compiled=True
+    )
+    options = TrainingOptions(dataset_path=Path(), max_steps=1)
+    for batch_size, recompute in ((2, "none"), (2, "selective"), (2, "full"), (1, "full")):
+        needed = replace(setting, batch_size=batch_size, recompute=recompute)
+        usable = estimate_memory(needed).total  # type: ignore[arg-type]
+        recipe = resolve_recipe(options, setting, 100, usable)
+        assert (recipe.batch_size, recipe.recompute) == (batch_size, recompute)
+        assert recipe.chunks_per_step == 2
+        given = replace(options, activation_checkpointing="selective", batch_size=4)
+        recipe = resolve_recipe(given, setting, 100, usable)
+        assert (recipe.batch_size, recipe.recompute) == (4, "selective")
+
+
+def test_what_a_cpu_recomputes_does_not_depend_on_free_memory() -> None:
+    """So that a run that is resumed ends in the same bits."""
+    options = TrainingOptions(dataset_path=Path(), batch_size=1)
+    for model, expected in (("gemma3-1b", "full"), ("gemma3-nano", "none")):
+        setting = replace(SETTING, config=preset(model, 16_384))
+        for usable in (0, 10**12):
+            assert resolve_recipe(options, setting, 100, usable).recompute == expected
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_moments_are_as_large_as_the_optimizers_make_them(kind: str) -> None:
     model = Gemma3(MICRO)
@@ -102,9 +168,7 @@ def test_moments_are_as_large_as_the_optimizers_make_them(kind: str) -> None:
     for optimizer in optimizers:
         optimizer.step()
     states = [values for optimizer in optimizers for values in optimizer.state.values()]
-    expected = sum(
-        value.nbytes for values in states for value in values.values() if value.numel() > 1
-    )
+    expected = sum(value.nbytes for values in states for value in values.values())
     setting = replace(SETTING, optimizer=kind)  # type: ignore[arg-type]
     assert estimate_memory(setting).optimizer == expected
     shares = replace(setting, world_size=4, shard="optimizer")
@@ -119,7 +183,7 @@ def test_shared_parameters_take_a_share_and_what_is_gathered() -> None:
     layers = 2 * (alone.weights - embedding) / 26
     assert eight.weights == pytest.approx(alone.weights / 8 + embedding + layers)
     assert eight.gradients == pytest.approx(alone.weights / 8 + layers)
-    assert eight.optimizer == alone.optimizer / 8
+    assert eight.optimizer == pytest.approx(alone.optimizer / 8, abs=1)
     assert eight.activations == alone.activations
 
 

@@ -1,17 +1,97 @@
-"""What a token costs, against torch's own count."""
+"""What passes before a run find out: what a token costs, what fits, what can be compiled."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from torch import Tensor
+from torch._inductor.exc import InductorError
 from torch.utils.flop_counter import FlopCounterMode
 
 from kiem.compute.attention import causal_mask
+from kiem.config import TrainingOptions
+from kiem.core.errors import ExitCode, UserError
 from kiem.model.config import preset
-from kiem.model.gemma3 import Gemma3
+from kiem.model.gemma3 import Context, DecoderLayer, Gemma3, Recompute, run_layer
+from kiem.parallel.distributed import Distributed
+from kiem.planning.memory_estimate import setting_of
+from kiem.planning.probe import Probe
+from kiem.planning.recipe import Recipe
 from kiem.planning.time_estimate import flops_per_token
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+class HardToCompile(Gemma3):
+    """A model whose layers cannot be compiled for more chunks than `most`: `failure` is raised."""
+
+    most = 0
+    failure: Exception = OUT_OF_MEMORY
+
+    def compile_layers(self) -> None:
+        def run(layer: DecoderLayer, x: Tensor, context: Context, recompute: Recompute) -> Tensor:
+            if len(x) > self.most:
+                raise InductorError(self.failure, None)
+            return run_layer(layer, x, context, recompute)
+
+        self.run_layer = run
+
+
+def prepare(
+    model: HardToCompile, batch_size: int, compiling: str = "always"
+) -> tuple[Recipe, bool]:
+    """Returns the recipe for passes that fit, and whether the layers are compiled."""
+    options = TrainingOptions(dataset_path=Path(), compile=compiling)  # type: ignore[arg-type]
+    distributed = Distributed(0, 1, torch.device("cpu"), "fp32", 1e12)
+    setting = setting_of(model.config, options, distributed, 32)
+    probe = Probe(model, options, setting, distributed, Console())
+    recipe = probe.prepare(Recipe(batch_size, 3, 3 * batch_size, 1e-3, 10, None, "none"))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.recompute == recipe.recompute
+    return recipe, probe.is_compiled
+
+
+@pytest.fixture
+def model() -> HardToCompile:
+    return HardToCompile(preset("gemma3-micro", 1000))
+
+
+def test_out_of_memory_while_compiling_halves_the_passes(
+    model: HardToCompile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.most = 2
+    recipe, is_compiled = prepare(model, 8)
+    assert (recipe.batch_size, recipe.accumulation, recipe.chunks_per_step) == (2, 12, 24)
+    assert is_compiled
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--batch-size 2 --gradient-accumulation-steps 12" in said
+
+
+def test_with_nothing_left_to_save_memory_it_is_an_error(
+    model: HardToCompile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        prepare(model, 2)
+    assert caught.value.exit_code == ExitCode.OUT_OF_MEMORY
+    assert "--activation-checkpointing full" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [RuntimeError("Failed to find C compiler"), torch.OutOfMemoryError("out of resource")],
+)
+def test_what_cannot_be_compiled_is_not_made_smaller(
+    model: HardToCompile, failure: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.failure = failure
+    recipe, is_compiled = prepare(model, 8)
+    assert recipe.batch_size == 8
+    assert not is_compiled
+    assert "training goes on without --compile" in capsys.readouterr().out
 
 
 def test_flops_are_those_that_torch_counts() -> None:

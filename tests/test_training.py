@@ -329,8 +329,8 @@ def test_settled_recipe_keeps_the_usual_tokens_per_step() -> None:
     for world_size in (1, 2, 4, 8):
         distributed = Distributed(0, world_size, torch.device("cpu"), "bf16", 1e12)
         setting = setting_of(config, options, distributed, 1024)
-        recipe = resolve_recipe(options, setting, 10_000_000, 10**11, on_gpu=False)
+        recipe = resolve_recipe(options, setting, 10_000_000, 10**11)
         assert recipe.chunks_per_step * 1024 == 262_144
         assert recipe.max_steps == math.ceil(10_000_000 / 256)
-    small = resolve_recipe(options, replace(setting, world_size=4), 20, 10**11, on_gpu=False)
+    small = resolve_recipe(options, replace(setting, world_size=4), 20, 10**11)
     assert (small.chunks_per_step, small.max_steps) == (4, 5)

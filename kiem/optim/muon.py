@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kiem.compute.device import device_type
 from kiem.parallel.parallel_model import is_sharded, local_part, num_shards, on_whole_matrices
 
 # Coefficients of the quintic that takes singular values to about 1 in five steps (same source).
@@ -121,7 +122,7 @@ def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         by_shape.setdefault(parameter.shape, []).append(parameter)
     for alike in by_shape.values():
         # Of sharded matrices each process has a share.
-        limit = _MAX_BATCH_ELEMENTS[alike[0].device.type]
+        limit = _MAX_BATCH_ELEMENTS[device_type(alike[0])]
         batch_size = max(1, limit // alike[0].numel()) * num_shards(alike[0])
         for start in range(0, len(alike), batch_size):
             yield alike[start : start + batch_size]

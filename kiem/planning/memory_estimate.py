@@ -8,9 +8,11 @@ operation is not seen, nor what an allocator loses.
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import psutil
 import torch
@@ -18,19 +20,21 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from kiem.config import TrainingOptions
 from kiem.model.config import Gemma3Config
 from kiem.model.gemma3 import Gemma3, Recompute
-from kiem.optim.optimizer import is_hidden_matrix
+from kiem.optim.optimizer import make_optimizers
 from kiem.parallel.distributed import Distributed
 from kiem.parallel.parallel_model import Shard, owners
 
-# The share of a GPU's memory that its allocator can make use of.
+# The share of a GPU's free memory that its allocator can make use of; the rest is lost between
+# blocks of different sizes. The trial before a run leaves the same rest free.
 GPU_USABLE_SHARE = 0.95
 # What fully_shard gathers at once: the layer that computes, and the next one.
 _GATHERED_LAYERS = 2
-_RECOMPUTE_ABOVE_PARAMETERS = 500_000_000
+_RECOMPUTE_ABOVE_PARAMETERS = 500_000_000  # on a CPU
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Setting:
     Attributes:
         device_type: "cpu" or "cuda".
         batch_size: chunks per device in one pass.
+        is_compiled: whether torch.compile makes the layers' kernels, which keep less. On a CPU it
+            is False, since that depends on the length of the run; the estimate is then too high.
     """
 
     device_type: str
@@ -52,6 +58,7 @@ class Setting:
     optimizer: Literal["adamw", "muon"]
     world_size: int
     shard: Shard
+    is_compiled: bool
 
 
 @dataclass(frozen=True)
@@ -70,44 +77,76 @@ class Memory:
         return sum(vars(self).values())
 
 
-class PassMemory(NamedTuple):
+class PassCost(NamedTuple):
     """What lives between forward and backward, and at most; weights and gradients included."""
 
     kept_bytes: int
     peak_bytes: int
 
 
+class UpdateCost(NamedTuple):
+    """What the optimizers of one device keep, use meanwhile, and multiply."""
+
+    moment_bytes: int
+    temporary_bytes: int
+    flop: int
+
+
 def setting_of(
     config: Gemma3Config, options: TrainingOptions, distributed: Distributed, chunk_size: int
 ) -> Setting:
-    """Returns what the options determine; the batch size is 1."""
+    """Returns what the options determine; the batch size is 1, and nothing is recomputed."""
+    device_type = distributed.device.type
     return Setting(
-        device_type=distributed.device.type,
+        device_type=device_type,
         config=config,
         chunk_size=chunk_size,
         batch_size=1,
         bf16=distributed.precision == "bf16",
-        recompute=what_to_recompute(options, config),
+        recompute="none",
         document_mask=options.document_mask,
         optimizer=options.optimizer,
         world_size=distributed.world_size,
         shard=options.shard,
+        is_compiled=device_type == "cuda" and options.compile != "never",
     )
 
 
-def what_to_recompute(options: TrainingOptions, config: Gemma3Config) -> Recompute:
-    """Returns what the backward pass computes again: by the option, else by the model's size."""
-    if options.activation_checkpointing != "auto":
-        return options.activation_checkpointing
-    return "full" if config.num_parameters() > _RECOMPUTE_ABOVE_PARAMETERS else "none"
-
-
 def usable_bytes(distributed: Distributed) -> int:
-    """Returns what tensors may take on this process's device, of the memory that is free now."""
+    """Returns what the tensors of a training may take on this process's device.
+
+    That is what is free, and what the process's own allocator holds. To be asked before there are
+    weights, which take a part of it.
+    """
     if distributed.device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(distributed.device)
+        free_bytes += torch.cuda.memory_reserved(distributed.device)
         return int(free_bytes * GPU_USABLE_SHARE)
     return int(psutil.virtual_memory().available) // distributed.world_size
+
+
+def recompute_choices(
+    setting: Setting, option: Literal["auto"] | Recompute
+) -> tuple[Recompute, ...]:
+    """Returns what the backward pass may compute again: the least first.
+
+    On a CPU "auto" goes by the size of the model, so that a resumed run decides alike whatever else
+    the machine does; to keep all activations is hardly faster there.
+    """
+    if option != "auto":
+        return (option,)
+    if setting.device_type == "cuda":
+        return get_args(Recompute)
+    is_large = setting.config.num_parameters() > _RECOMPUTE_ABOVE_PARAMETERS
+    return ("full",) if is_large else ("none",)
+
+
+def least_recompute(setting: Setting, usable: int, choices: tuple[Recompute, ...]) -> Recompute:
+    """Returns the first of the choices with which the batch takes `usable` bytes, or the last."""
+    for recompute in choices[:-1]:
+        if estimate_memory(replace(setting, recompute=recompute)).total <= usable:
+            return recompute
+    return choices[-1]
 
 
 def largest_batch(setting: Setting, usable: int, wanted: int) -> int:
@@ -135,47 +174,112 @@ def estimate_memory(setting: Setting) -> Memory:
         layers = _GATHERED_LAYERS * (weights - embedding) // config.num_hidden_layers
         share = -(-weights // setting.world_size)
         held_weights, held_gradients = share + embedding + layers, share + layers
+    update = update_cost(setting)
+    temporary = one.peak_bytes - 2 * weights - activations
     return Memory(
         weights=held_weights,
         gradients=held_gradients,
-        optimizer=_optimizer_bytes(setting),
+        optimizer=update.moment_bytes,
         activations=activations,
-        temporary=one.peak_bytes - 2 * weights - activations,
+        # The update comes when there are no activations any more.
+        temporary=max(temporary, update.temporary_bytes - activations),
     )
 
 
-def _optimizer_bytes(setting: Setting) -> int:
-    """Returns the bytes of the moments on the device that has most of them."""
-    with torch.device("meta"):
-        model = Gemma3(setting.config)
-    owner = owners(model, setting.world_size) if setting.shard == "optimizer" else {}
-    num_bytes = [0] * setting.world_size
-    for name, parameter in model.named_parameters():
-        by_muon = setting.optimizer == "muon" and is_hidden_matrix(name, parameter)
-        num_bytes[owner.get(name, 0)] += 4 * (1 if by_muon else 2) * parameter.numel()
+def update_cost(setting: Setting) -> UpdateCost:
+    """Returns what an update costs the device that it costs most."""
+    num_owners = setting.world_size if setting.shard == "optimizer" else 1
+    cost = dry_update(
+        *(setting.device_type, setting.config, setting.optimizer, setting.bf16, num_owners)
+    )
     if setting.shard == "parameters":
-        return -(-num_bytes[0] // setting.world_size)
-    return max(num_bytes)
+        share = -(-cost.moment_bytes // setting.world_size)
+        return UpdateCost(share, cost.temporary_bytes, cost.flop // setting.world_size)
+    return cost
 
 
 @functools.cache
-def dry_run(setting: Setting) -> PassMemory:
+def dry_update(
+    device_type: str,
+    config: Gemma3Config,
+    optimizer: Literal["adamw", "muon"],
+    bf16: bool,
+    num_owners: int,
+) -> UpdateCost:
+    """Runs an update on fake tensors, divided among the owners of parameters."""
+    costs = []
+    fake, flop_counter = _FakeDevice(device_type), FlopCounterMode(display=False)
+    with fake, _Counter() as counter, flop_counter:
+        model = Gemma3(config)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        owner = owners(model, num_owners)
+        for rank in range(num_owners):
+            held_bytes, flop = counter.live_bytes, flop_counter.get_total_flops()
+            optimizers = make_optimizers(
+                *(model, optimizer, 0.0),
+                {name for name in owner if owner[name] == rank},
+                torch.bfloat16 if bf16 else torch.float32,
+            )
+            moment_bytes = counter.live_bytes - held_bytes
+            counter.peak_bytes = counter.live_bytes
+            for each in optimizers:
+                each.step()
+            costs.append(
+                UpdateCost(
+                    moment_bytes,
+                    counter.peak_bytes - held_bytes - moment_bytes,
+                    flop_counter.get_total_flops() - flop,
+                )
+            )
+            del optimizers, each
+    return UpdateCost(*map(max, zip(*costs, strict=True)))
+
+
+@functools.cache
+def dry_run(setting: Setting) -> PassCost:
     """Runs a forward and a backward pass on fake tensors."""
-    with _FakeDevice(setting.device_type), _Counter() as counter:
+    with warnings.catch_warnings(), _FakeDevice(setting.device_type), _Counter() as counter:
+        warnings.filterwarnings("ignore", "The .grad attribute")  # torch.compile looks at it
         model = Gemma3(setting.config)
         model.recompute = setting.recompute
         model.model.embed_tokens.adds_to_gradient = setting.shard != "parameters"
+        if setting.is_compiled and setting.recompute == "none":
+            model.run_layer = _partitioned(model.run_layer)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         ids = torch.zeros(setting.batch_size, setting.chunk_size, dtype=torch.int64)
+        starts = torch.zeros(setting.batch_size + 1, dtype=torch.int32)  # of documents
         counter.peak_bytes = counter.live_bytes
-        with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
-            starts = torch.zeros(1, dtype=torch.int32) if setting.document_mask else None
-            loss, nats = model(ids, ids, starts, 1e-5)
+        # Compiled layers do not keep the weights that autocast has cast for the next layers.
+        is_cached = not setting.is_compiled
+        with torch.autocast("cpu", torch.bfloat16, setting.bf16, cache_enabled=is_cached):
+            loss, nats = model(ids, ids, starts if setting.document_mask else None, 1e-5)
             kept_bytes = counter.live_bytes
         loss.backward()
         del nats
-    return PassMemory(kept_bytes, counter.peak_bytes)
+    return PassCost(kept_bytes, counter.peak_bytes)
+
+
+def _partitioned(run_layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns a layer that keeps what torch.compile's partitioner decides, without its kernels.
+
+    The partitioner repeats cheap operations in the backward pass rather than keep their results, so
+    a compiled layer keeps about half of what autograd does.
+    """
+    # These take seconds.
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch._aot_autograd.utils import make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    torch.compiler.reset()  # a function can be compiled for so many settings only
+    backend = aot_autograd(
+        fw_compiler=lambda graph, _: make_boxed_func(graph),
+        partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
+        decompositions=select_decomp_table(),
+    )
+    return torch.compile(run_layer, backend=backend, dynamic=False)
 
 
 class _FakeDevice(FakeTensorMode):
@@ -198,6 +302,11 @@ class _Counter(TorchDispatchMode):
         self.live_bytes = 0
         self.peak_bytes = 0
         self._known: set[int] = set()
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Says that torch.compile may work within it."""
+        return True
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

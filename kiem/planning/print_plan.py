@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kiem.compute.memory import give_back_free_memory, keep_freed_memory, peak_memory_bytes
+from kiem.compute.memory import peak_memory_bytes
 from kiem.config import TrainingOptions
 from kiem.core.files import format_bytes
 from kiem.data.chunks import Chunks, open_split, read_manifest, read_tokenizer
@@ -95,9 +95,8 @@ def make_plan(options: TrainingOptions, distributed: Distributed, console: Conso
 
     # Recipe.
     num_chunks = manifest["splits"]["train"]["chunks"]
-    on_gpu = distributed.device.type == "cuda"
-    recipe = resolve_recipe(options, setting, num_chunks, usable, on_gpu)
-    setting = replace(setting, batch_size=recipe.batch_size)
+    recipe = resolve_recipe(options, setting, num_chunks, usable)
+    setting = replace(setting, batch_size=recipe.batch_size, recompute=recipe.recompute)
     plan = TrainingPlan(recipe, setting, usable)
 
     # Time.
@@ -125,12 +124,9 @@ def _measure(
     """Returns the plan with what updates on this device alone take, with passes that fit."""
     # Prepare the model as the training would.
     model = build_model(options, tokenizer).to(distributed.device)
-    keep_freed_memory()
-    probe = Probe(model, options, plan.setting.chunk_size, distributed, console)
-    recipe = probe.fit_recipe(plan.recipe)
-    probe.compile_if_worthwhile(recipe)
-    give_back_free_memory()
     alone = replace(distributed, rank=0, world_size=1)
+    probe = Probe(model, options, _alone(plan.setting), alone, console)
+    recipe = probe.prepare(plan.recipe)
     parallel_model = ParallelModel(model, alone, "none")
     optimizers = make_optimizers(
         model, options.optimizer, options.weight_decay, matrix_dtype=distributed.matrix_dtype
@@ -156,7 +152,8 @@ def _measure(
         one, two = min(one, step(1)), min(two, step(2))
     step_seconds = one + (recipe.accumulation - 1) * max(0.0, two - one)
 
-    setting, program_bytes = replace(plan.setting, batch_size=recipe.batch_size), 0
+    setting = replace(plan.setting, batch_size=recipe.batch_size, recompute=recipe.recompute)
+    program_bytes = 0
     if distributed.device.type == "cpu":  # elsewhere the peak is that of tensors
         tensor_bytes = estimate_memory(_alone(setting)).total
         program_bytes = max(0, peak_memory_bytes(distributed.device) - tensor_bytes)
@@ -207,8 +204,6 @@ def _fitting_table(plan: TrainingPlan) -> Table:
     table.add_column("memory", justify="right")
     for recompute, shard in product(get_args(Recompute), get_args(Shard)):
         if shard != "none" and setting.world_size == 1:
-            continue
-        if shard == "parameters" and setting.optimizer == "muon":  # which needs whole matrices
             continue
         way = replace(setting, recompute=recompute, shard=shard)
         size = largest_batch(way, plan.usable, setting.batch_size)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode, UserError, bad_option, no_effect
 from kiem.model.config import preset
-from kiem.model.gemma3 import Gemma3, initialize
+from kiem.model.gemma3 import Gemma3, Recompute, initialize
 from kiem.model.io import find_model, read_model
-from kiem.planning.memory_estimate import Setting, largest_batch, what_to_recompute
+from kiem.planning.memory_estimate import (
+    Setting,
+    largest_batch,
+    least_recompute,
+    recompute_choices,
+)
 from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 SECONDS_BETWEEN_SAVES = 1800  # without --save-steps
@@ -52,6 +57,7 @@ class Recipe:
         learning_rate: highest learning rate.
         max_steps: updates at most, or None.
         max_seconds: training time at most, or None; never both None.
+        recompute: what the backward pass computes again.
     """
 
     batch_size: int
@@ -60,19 +66,22 @@ class Recipe:
     learning_rate: float
     max_steps: int | None
     max_seconds: float | None
+    recompute: Recompute
 
 
 def resolve_recipe(
-    options: TrainingOptions, setting: Setting, num_chunks: int, usable: int, on_gpu: bool
+    options: TrainingOptions, setting: Setting, num_chunks: int, usable: int
 ) -> Recipe:
     """Returns the numbers of a run: by the options, else what suits model, data and memory.
+
+    Passes are as large as memory allows even if layers are then recomputed; of what to recompute,
+    the least that fits is taken.
 
     Args:
         options: all options of training.py.
         setting: what is trained and how.
         num_chunks: chunks in the training split.
         usable: bytes that tensors may take on a device.
-        on_gpu: whether the devices are GPUs.
     """
     config, chunk_size, world_size = setting.config, setting.chunk_size, setting.world_size
     size = config.num_parameters() - config.vocab_size * config.hidden_size
@@ -81,11 +90,15 @@ def resolve_recipe(
     wanted_chunks = defaults.tokens_per_step / chunk_size
     if not has_budget:
         wanted_chunks = min(wanted_chunks, options.epochs * num_chunks / _MIN_STEPS)
+    choices = recompute_choices(setting, options.activation_checkpointing)
     batch_size = options.batch_size
     if batch_size is None:
-        most = (_GPU_PASS_TOKENS if on_gpu else defaults.tokens_per_pass) // chunk_size
+        most = (
+            _GPU_PASS_TOKENS if setting.device_type == "cuda" else defaults.tokens_per_pass
+        ) // chunk_size
         wanted = max(1, min(most, round(wanted_chunks / world_size)))
-        batch_size = max(1, largest_batch(setting, usable, wanted))
+        smallest = replace(setting, recompute=choices[-1])
+        batch_size = max(1, largest_batch(smallest, usable, wanted))
     accumulation = options.gradient_accumulation_steps
     if accumulation is None:
         accumulation = max(1, round(wanted_chunks / (batch_size * world_size)))
@@ -100,6 +113,7 @@ def resolve_recipe(
         learning_rate=options.learning_rate or defaults.learning_rate,
         max_steps=max_steps,
         max_seconds=options.max_minutes * 60 if options.max_minutes is not None else None,
+        recompute=least_recompute(replace(setting, batch_size=batch_size), usable, choices),
     )
 
 
@@ -161,6 +175,5 @@ def build_model(options: TrainingOptions, tokenizer: Tokenizer) -> Gemma3:
                 fix=f"Make them again with preprocess.py --tokenizer {options.init_from}.",
                 exit_code=ExitCode.TOKENIZER_MISMATCH,
             )
-    model.recompute = what_to_recompute(options, model.config)
     model.model.embed_tokens.adds_to_gradient = options.shard != "parameters"
     return model

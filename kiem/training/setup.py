@@ -14,7 +14,6 @@ import psutil
 import torch
 from rich.console import Console
 
-from kiem.compute.memory import give_back_free_memory, keep_freed_memory
 from kiem.compute.speed import prefers_bf16
 from kiem.config import TrainingOptions
 from kiem.core.console import warn
@@ -25,7 +24,6 @@ from kiem.core.manifest import MANIFEST_FILE
 from kiem.core.randomness import derive_seed
 from kiem.core.values import check_name
 from kiem.data.chunks import (
-    Chunks,
     open_split,
     open_test_sources,
     read_manifest,
@@ -68,8 +66,10 @@ def setup(
     with ExitStack() as stack:
         # Options, data and weights: the same in all processes.
         data = _open_data(options, distributed, console)
+        usable = distributed.broadcast_from_main(usable_bytes(distributed))
         model = _open_model(options, data, distributed)
-        recipe = _resolve_recipe(options, model, data.train, distributed)
+        setting = setting_of(model.config, options, distributed, data.train.chunk_size)
+        recipe = resolve_recipe(options, setting, data.train.num_chunks, usable)
 
         # The run directory: locked, writable, and with a checkpoint or without.
         directory = _open_directory(options, model, distributed, stack)
@@ -78,13 +78,10 @@ def setup(
             check_space(options, recipe, directory, model.config.num_parameters())
 
         # The model on its device, in passes that fit there.
-        keep_freed_memory()
         if options.shard == "parameters":
             shard_parameters(model, distributed)
-        probe = Probe(model, options, data.train.chunk_size, distributed, console)
-        recipe = probe.fit_recipe(recipe)
-        is_compiled = probe.compile_if_worthwhile(recipe)
-        give_back_free_memory()
+        probe = Probe(model, options, setting, distributed, console)
+        recipe = probe.prepare(recipe)
 
         # Gradients and moments.
         parallel_model = ParallelModel(model, distributed, options.shard)
@@ -98,6 +95,7 @@ def setup(
         )
 
         # The run, and its state.
+        is_compiled = probe.is_compiled
         spec = RunSpec(options, recipe, model.config, data, distributed, is_compiled, directory)
         stops_run = options.on_save_failure == "stop"
         log = RunLog(directory, distributed, console, stops_run=stops_run)
@@ -134,16 +132,6 @@ def _open_model(options: TrainingOptions, data: TrainingData, distributed: Distr
     if options.shard != "parameters":  # which puts only its shards on the device
         model.to(distributed.device)
     return model
-
-
-def _resolve_recipe(
-    options: TrainingOptions, model: Gemma3, train: Chunks, distributed: Distributed
-) -> Recipe:
-    """Resolves the open options; the main process says how much memory is free."""
-    setting = setting_of(model.config, options, distributed, train.chunk_size)
-    usable = distributed.broadcast_from_main(usable_bytes(distributed))
-    on_gpu = distributed.device.type == "cuda"
-    return resolve_recipe(options, setting, train.num_chunks, usable, on_gpu)
 
 
 def _open_directory(
