@@ -84,7 +84,7 @@ def run_script(script: str, *options: str | Path) -> None:
         raise SystemExit(f"{script} failed:\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
 
 
-def make_chunks(text: Path, tokenizer: str, chunk_size: int, folder: Path, name: str) -> Path:
+def make_chunks(text: Path | str, tokenizer: str, chunk_size: int, folder: Path, name: str) -> Path:
     """Returns the chunk directory `name` in a folder, made by preprocess.py if it is not there."""
     data = folder / name
     if not data.exists():
