@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,3 +134,30 @@ def test_free_memory_is_kept_and_given_back(tmp_path: Path) -> None:
     kept, given_back = map(int, done.stdout.split())
     assert kept < 20e6
     assert given_back > 150e6
+
+
+def test_chunks_are_read_ahead(shard: mmap.mmap, tmp_path: Path) -> None:
+    """The system has them in its cache though nobody has read them since it forgot them."""
+    rows = np.frombuffer(shard, np.int32).reshape(-1, 500)
+    chunks = Chunks([rows], np.array([0]), len(rows), 500, [shard])
+    numbers = np.arange(0, len(rows), 997)
+    with (tmp_path / "shard").open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if all(cached(rows[number]) for number in numbers):
+        pytest.skip("this file system keeps everything in memory")
+    chunks.read_ahead(numbers)
+    ends = time.monotonic() + 60
+    while not all(cached(rows[number]) for number in numbers):
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+
+
+def cached(row: np.ndarray) -> bool:
+    """Returns whether the system has all pages of a row of a mapped file in its cache."""
+    start = row.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    num_bytes = row.ctypes.data + row.nbytes - start
+    found = (ctypes.c_ubyte * -(-num_bytes // mmap.PAGESIZE))()
+    size = ctypes.c_size_t(num_bytes)
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(start), size, found) == 0
+    return all(page & 1 for page in found)

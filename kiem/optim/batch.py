@@ -111,6 +111,14 @@ def _shuffle(num_chunks: int, seed: int, epoch: int) -> np.ndarray:
     return generator.permutation(num_chunks)
 
 
+def own_numbers(numbers: np.ndarray, batch_size: int, distributed: Distributed) -> np.ndarray:
+    """Returns which chunks of an update this process reads, [forward passes, batch_size].
+
+    They are dealt out so that the processes together read the same ones, however many they are.
+    """
+    return numbers.reshape(-1, distributed.world_size, batch_size)[:, distributed.rank]
+
+
 def micro_batches(
     chunks: Chunks,
     numbers: np.ndarray,
@@ -118,10 +126,6 @@ def micro_batches(
     collate: Collator,
     distributed: Distributed,
 ) -> list[Batch]:
-    """Returns one process's forward passes of an update, of `batch_size` chunks each.
-
-    The chunks of an update are dealt out so that the processes together read the same ones, however
-    many they are.
-    """
-    deals = numbers.reshape(-1, distributed.world_size, batch_size)[:, distributed.rank]
+    """Returns one process's forward passes of an update, of `batch_size` chunks each."""
+    deals = own_numbers(numbers, batch_size, distributed)
     return [collate(chunks.read(deal)) for deal in deals]

@@ -90,9 +90,11 @@ def train_step(
             del loss  # what is left of its graph would lie between memory for the next pass
         nats += batch_nats
 
-    # Clip. The norm is that of the whole gradient, also where it is sharded.
-    grad_norm = model.clip_grad_norm(options.max_grad_norm)
-    mean_loss = float(distributed.all_reduce_sum(nats) / num_targets)
+    # Clip. The norm is that of the whole gradient, also where it is sharded. Both figures come
+    # together: the host waits for a GPU only once in an update.
+    norm = model.clip_grad_norm(options.max_grad_norm)
+    mean_nats = distributed.all_reduce_sum(nats) / num_targets
+    mean_loss, grad_norm = torch.stack([mean_nats, norm]).tolist()
 
     # Update. With a divided optimizer each process updates its own parameters, then sends them.
     verdict = judge(mean_loss, grad_norm)

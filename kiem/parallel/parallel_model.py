@@ -69,9 +69,13 @@ class ParallelModel:
         """Returns the context of a pass whose gradients can wait for a later pass to be sent."""
         return self._wrapped.no_sync() if self._has_ddp else nullcontext()
 
-    def clip_grad_norm(self, max_norm: float) -> float:
-        """Scales gradients with a larger norm down to `max_norm`; returns the norm before it."""
-        return float(full_tensor(clip_grad_norm_(self.module.parameters(), max_norm)))
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """Scales gradients with a larger norm down to `max_norm`.
+
+        Returns:
+            The norm before it, a scalar on the device, for which the host does not wait.
+        """
+        return full_tensor(clip_grad_norm_(self.module.parameters(), max_norm))
 
     def broadcast_local_params(self) -> None:
         """Sends the parameters that each process has updated to the others, if they are divided."""

@@ -16,7 +16,7 @@ from kiem.compute.memory import is_out_of_memory, peak_memory_bytes
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import format_bytes
-from kiem.optim.batch import Batch, chunk_numbers, micro_batches
+from kiem.optim.batch import Batch, chunk_numbers, micro_batches, own_numbers
 from kiem.optim.optimizer import learning_rate_share
 from kiem.optim.step import StepResult, train_step
 from kiem.parallel.distributed import init_distributed
@@ -169,10 +169,14 @@ def train_updates(run: Run, state: TrainState) -> TrainState:
 def _read_batches(run: Run, step: int) -> tuple[np.ndarray, list[Batch]]:
     """Returns the chunks that an update reads, by number, and this process's batches of them."""
     spec, chunks = run.spec, run.spec.data.train
-    per_step, seed = spec.recipe.chunks_per_step, spec.options.seed
-    numbers = chunk_numbers(step, per_step, chunks.num_chunks, seed)
-    batch_size = spec.recipe.batch_size
-    return numbers, micro_batches(chunks, numbers, batch_size, spec.collate, spec.distributed)
+    batch_size, distributed = spec.recipe.batch_size, spec.distributed
+    numbers, following = (
+        chunk_numbers(at, spec.recipe.chunks_per_step, chunks.num_chunks, spec.options.seed)
+        for at in (step, step + 1)
+    )
+    batches = micro_batches(chunks, numbers, batch_size, spec.collate, distributed)
+    chunks.read_ahead(own_numbers(following, batch_size, distributed).ravel())
+    return numbers, batches
 
 
 def _learning_rate(spec: RunSpec, state: TrainState) -> float:
