@@ -56,19 +56,19 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    Part("versions", "gpu_numbers.py", 40, True),
-    Part("attention", "gpu_numbers.py", 50, True),
-    Part("loss", "gpu_numbers.py", 50, True),
-    Part("training", "gpu_speed.py", 170, True),
-    Part("trainer", "gpu_speed.py", 110, True),
-    Part("decoding", "gpu_speed.py", 70, True),
-    Part("parity", "gpu_numbers.py", 60, True),
+    Part("versions", "gpu_numbers.py", 50, True),
     Part("text", "gpu_runs.py", 40, True),
+    Part("attention", "gpu_numbers.py", 50, True),
+    Part("loss", "gpu_numbers.py", 60, True),
+    Part("parity", "gpu_numbers.py", 60, True),
+    Part("training", "gpu_speed.py", 170, True),
+    Part("decoding", "gpu_speed.py", 60, True),
+    Part("trainer", "gpu_speed.py", 110, True),
     Part("plan", "gpu_speed.py", 60, False),
-    Part("resume", "gpu_runs.py", 100, False),
-    Part("processes", "gpu_runs.py", 100, False),
-    Part("memory", "gpu_runs.py", 100, False),
-    Part("tests", "gpu_runs.py", 100, False),
+    Part("resume", "gpu_runs.py", 90, False),
+    Part("processes", "gpu_runs.py", 90, False),
+    Part("memory", "gpu_runs.py", 90, False),
+    Part("tests", "gpu_runs.py", 90, False),
 )
 # Parts that train on the chunks of the part text.
 _NEED_TEXT = {"resume", "processes", "memory"}

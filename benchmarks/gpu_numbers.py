@@ -18,6 +18,8 @@ from gpu_record import (
     BOS,
     PAD,
     Bench,
+    compile_refusal,
+    first_line,
     made_up_chunks,
     new_model,
     new_peer,
@@ -44,6 +46,7 @@ _BACKENDS = {
     "math": SDPBackend.MATH,
 }
 _Z_LOSS = 1e-4
+_MUCH_MEMORY_BYTES = 60e9  # with less, gradients to compare go into main memory
 
 
 def versions(bench: Bench) -> None:
@@ -52,7 +55,6 @@ def versions(bench: Bench) -> None:
     found = {name: version_of(name) for name in names}
     found["python"] = platform.python_version()
     found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
-    # triton compiles a stub for its launcher with it, once.
     found["c_compiler"] = shutil.which("gcc") or shutil.which("clang") or "none"
     words = [f"{name} {version}" for name, version in found.items()]
     bench.report("versions", ", ".join(words), **found)
@@ -83,15 +85,6 @@ def version_of(package: str) -> str:
         return "none"
 
 
-def compile_refusal(device: torch.device) -> str | None:
-    """Returns why torch.compile makes no kernels here, or None if it does."""
-    try:
-        torch.compile(lambda x: (x.sin() + 1).sum())(torch.ones(64, device=device))
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is what the report says
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    return None
-
-
 def attention(bench: Bench) -> None:
     """kiem's attention and torch's masked kernels, on documents in windows, against fp32."""
     config, batch_size = bench.sizes.config, bench.sizes.batch_size
@@ -120,8 +113,7 @@ def attention(bench: Bench) -> None:
                 with sdpa_kernel(backend):
                     compare(bench, f"{name}, {kind}", masked, low, output_gradient, expected)
             except RuntimeError as error:
-                why = str(error).strip().splitlines()[0]
-                bench.report(f"{name}, {kind}", why, verdict="left out")
+                bench.report(f"{name}, {kind}", first_line(error), verdict="left out")
 
 
 def forward_and_back(
@@ -158,7 +150,8 @@ def loss(bench: Bench) -> None:
     """The loss over the whole vocabulary: kiem's, and what others have for it."""
     sizes, device = bench.sizes, bench.device
     model = new_model(bench)
-    model.compile_layers()
+    if compile_refusal(device) is None:
+        model.compile_layers()
     weight = model.model.embed_tokens.weight
     chunks = made_up_chunks(sizes, sizes.batch_size)
     targets = Collator(BOS, PAD, True, device)(chunks).targets.flatten()
@@ -189,7 +182,7 @@ def loss(bench: Bench) -> None:
             if name == "kiem":
                 raise
             fits = not is_out_of_memory(error)
-            why = f"{type(error).__name__}: {str(error).splitlines()[0]}" if fits else "no memory"
+            why = f"{type(error).__name__}: {first_line(error)}" if fits else "no memory"
             bench.report(f"{name}, {len(targets)} tokens", why, verdict="left out")
             continue
         what = f"{name}, {len(targets)} tokens"
@@ -294,7 +287,7 @@ def parity(bench: Bench) -> None:
     compare_documents(bench, model, peer)
 
 
-# The logits, and the gradients by name, in main memory.
+# The logits, and the gradients by name.
 Outcome = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -304,7 +297,11 @@ def logits_and_gradients(model: nn.Module, run: Callable[[], tuple[Tensor, Tenso
         parameter.grad = torch.zeros_like(parameter)
     loss, logits = run()
     loss.backward()
-    gradients = {name: p.grad.cpu() for name, p in model.named_parameters()}
+    device = logits.device
+    if device.type == "cuda":
+        num_bytes = torch.cuda.get_device_properties(device).total_memory
+        device = device if num_bytes > _MUCH_MEMORY_BYTES else torch.device("cpu")
+    gradients = {name: p.grad.to(device) for name, p in model.named_parameters()}
     return logits.detach().float(), gradients
 
 

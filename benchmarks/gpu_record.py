@@ -17,7 +17,7 @@ from gpu import add_record, read_records
 from torch import Tensor
 
 from kiem.model.config import GEMMA_VOCABULARY, Gemma3Config, describe, preset
-from kiem.model.gemma3 import Gemma3, initialize
+from kiem.model.gemma3 import Gemma3
 from kiem.parallel.distributed import Distributed
 from kiem.planning.time_estimate import GPUS, Gpu
 
@@ -152,11 +152,31 @@ def run_part(*functions: Callable[[Bench], None]) -> None:
     next(function for function in functions if function.__name__ == bench.part)(bench)
 
 
+def compile_refusal(device: torch.device) -> str | None:
+    """Returns why torch.compile makes no kernels here, or None if it does.
+
+    For a GPU it needs a C compiler and Python's headers once, for triton's launcher.
+    """
+    try:
+        torch.compile(lambda x: (x.sin() + 1).sum())(torch.ones(64, device=device))
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is what the report says
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, which may be empty."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
 def new_model(bench: Bench) -> Gemma3:
     """Returns a model with random weights, on the device, ready for training."""
+    torch.manual_seed(0)
     with bench.device:
         model = Gemma3(bench.sizes.config)
-    initialize(model, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.zero_()
     model.model.embed_tokens.adds_to_gradient = True
     return model
 
@@ -196,10 +216,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds_of(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+def seconds_of(
+    run: Callable[[], object], device: torch.device, repeats: int = 10, warm_ups: int = 3
+) -> float:
     """Returns the median time of a call, after some that do not count."""
-    repeats = repeats if device.type == "cuda" else 2
-    for _ in range(3 if device.type == "cuda" else 1):
+    if device.type == "cpu":
+        repeats, warm_ups = 2, 1
+    for _ in range(warm_ups):
         run()
     times = []
     for _ in range(repeats):

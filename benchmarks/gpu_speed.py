@@ -9,6 +9,7 @@ import gc
 import importlib.util
 import os
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from gpu_record import (
     BOS,
     PAD,
     Bench,
+    compile_refusal,
+    first_line,
     made_up_chunks,
     new_model,
     new_peer,
@@ -30,6 +33,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from kiem.compute.cross_entropy import logits_gradient
 from kiem.compute.memory import is_out_of_memory
 from kiem.config import TrainingOptions
 from kiem.inference.engine import Engine, Request
@@ -60,13 +64,20 @@ _NEAR_TIE = 0.1
 
 
 class Trainee:
-    """A model in training, as training.py does it."""
+    """A model in training, as training.py does it.
+
+    Args:
+        bench, model: the part, and what it trains.
+        compiled, recompute, optimizer: the case.
+    """
 
     def __init__(
         self, bench: Bench, model: Gemma3, compiled: bool, recompute: Any, optimizer: Any
     ) -> None:
+        self.case = compiled, recompute, optimizer
         model.recompute = recompute
         model.run_layer = run_layer
+        model.logits_gradient = logits_gradient
         if compiled:
             torch.compiler.reset()
             model.compile_layers()
@@ -98,42 +109,46 @@ def training(bench: Bench) -> None:
     """Updates of the true model: how it is computed, what is recomputed, and both optimizers."""
     sizes, device = bench.sizes, bench.device
     model = new_model(bench)
-    best, measured = 0.0, False
-    for compiled, recompute, optimizer in _CASES[:: 4 if bench.rehearse else 1]:
+    refusal = compile_refusal(device)
+    cases = _CASES[:: 4 if bench.rehearse else 1]
+    best = 0.0
+    for compiled, recompute, optimizer in cases:
         name = f"{'compiled' if compiled else 'eager'}, recompute {recompute}, {optimizer}"
+        if compiled and refusal is not None:
+            bench.report(name, refusal, verdict="eager only")
+            continue
         batch_size = sizes.batch_size
         while batch_size:
+            free(model, device)
+            trainee = None
             try:
-                figures = time_case(bench, model, batch_size, compiled, recompute, optimizer)
+                trainee = Trainee(bench, model, compiled, recompute, optimizer)
+                best = max(best, time_updates(bench, name, trainee, batch_size))
                 break
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+            finally:
+                trainee = None  # its moments, before the next one makes its own
             batch_size //= 2
-            free(model, device)
         else:
             bench.report(name, "does not fit", verdict="measured")
-            continue
-        free(model, device)
-        speed = figures.pop("tokens_per_second")
-        bench.report(name, speed, "tokens/s", is_speed=True, **figures)
-        best = max(best, speed)
-        measured = True
-    if measured and bench.gpu is not None:
+    if best and bench.gpu is not None:
         flops = flops_per_token(sizes.config, sizes.chunk_size)
         peak = bench.gpu.matrix_flops
         target = _TARGET_MFU * peak / flops
         bench.report(_BEST, best, "tokens/s", at_least=round(target), is_speed=True)
-        bench.report("share of the published peak", best * flops / peak, is_speed=True)
+        bench.report("share of the published peak", best * flops / peak)
 
 
-def time_case(
-    bench: Bench, model: Gemma3, batch_size: int, compiled: bool, recompute: str, optimizer: str
-) -> dict[str, Any]:
-    """Returns the speed and the memory of updates, and for the first case what the GPU did."""
+def time_updates(bench: Bench, name: str, trainee: Trainee, batch_size: int) -> float:
+    """Reports speed and memory of updates, and of the first case what the GPU did.
+
+    Returns:
+        Tokens per second.
+    """
     sizes, device = bench.sizes, bench.device
     started = time.perf_counter()
-    trainee = Trainee(bench, model, compiled, recompute, optimizer)
     num_passes = sizes.accumulation * sizes.batch_size // batch_size
     collate = Collator(BOS, PAD, True, device)
     chunks = made_up_chunks(sizes, num_passes * batch_size)
@@ -143,44 +158,58 @@ def time_case(
     prepared = time.perf_counter() - started
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    is_first = (compiled, recompute, optimizer) == _CASES[0]
-    seconds = min(trainee.update(batches) for _ in range(3 if is_first else 1))
+    is_first = trainee.case == _CASES[0]
+    seconds = [trainee.update(batches) for _ in range(3 if is_first else 1)]
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return {
-        "tokens_per_second": chunks.size / seconds,
-        "memory_bytes": memory,
-        "compiled": compiled,
-        "recompute": recompute,
-        "optimizer": optimizer,
-        "batch_size": batch_size,
-        "accumulation": num_passes,
-        "preparation_seconds": prepared,
-        **(top_kernels(lambda: trainee.update(batches[:2])) if is_first else {}),
-    }
+    speed = chunks.size / min(seconds)
+    compiled, recompute, optimizer = trainee.case
+    bench.report(
+        name,
+        speed,
+        "tokens/s",
+        memory_bytes=memory,
+        compiled=compiled,
+        recompute=recompute,
+        optimizer=optimizer,
+        batch_size=batch_size,
+        accumulation=num_passes,
+        update_seconds=seconds,
+        preparation_seconds=prepared,
+    )
+    if is_first:
+        report_kernels(bench, lambda: trainee.update(batches[:2]))
+    return speed
 
 
-def top_kernels(run: Callable[[], float]) -> dict[str, Any]:
-    """Returns what takes the GPU's time in a call: the kernels by time, and the busy share."""
-    on_gpu = torch.cuda.is_available()
+def report_kernels(bench: Bench, run: Callable[[], float]) -> None:
+    """Reports what takes the GPU's time in a call: its busy share, and the kernels by time."""
+    on_gpu = bench.device.type == "cuda"
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiled:
-        seconds = run()
+    try:
+        with profile(activities=[activity]) as profiled:
+            seconds = run()
+    except RuntimeError as error:  # not every machine lets one look
+        return bench.report("GPU's busy share", first_line(error), verdict="left out")
     times = {
         event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
         for event in profiled.key_averages()
         if not on_gpu or event.device_type == DeviceType.CUDA
     }
     top = sorted(times, key=times.__getitem__, reverse=True)[:_TOP_KERNELS]
-    return {
-        "busy_share": sum(times.values()) / 1e6 / seconds,
-        "kernels_ms": {name[:120]: round(times[name] / 1000, 3) for name in top},
-    }
+    kernels = {name[:120]: round(times[name] / 1000, 3) for name in top}
+    busy = sum(times.values()) / 1e6 / seconds
+    bench.report("GPU's busy share", busy, kernels_ms=kernels, seconds=seconds)
 
 
 def free(model: nn.Module, device: torch.device) -> None:
     """Frees gradients and what else an earlier case has left."""
     for parameter in model.parameters():
         parameter.grad = None
+    free_memory(device)
+
+
+def free_memory(device: torch.device) -> None:
+    """Gives back what nobody uses any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -188,30 +217,41 @@ def free(model: nn.Module, device: torch.device) -> None:
 
 def trainer(bench: Bench) -> None:
     """transformers' Trainer on the same chunks, plain and as fast as its users make it."""
-    has_liger = importlib.util.find_spec("liger_kernel") is not None and not bench.rehearse
-    fast = "Trainer, Liger and torch.compile" if has_liger else "Trainer, torch.compile"
     # Layers are compiled one by one, which takes a minute less and runs as fast.
     os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"
     ours = max((r["value"] for r in bench.results("training") if r["check"] == _BEST), default=0.0)
-    for name, liger, compiled in ((fast, has_liger, True), ("Trainer", False, False)):
-        batch_size = bench.sizes.batch_size
-        while batch_size:
-            try:
-                speed, memory = time_trainer(bench, batch_size, liger, compiled)
-                break
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-            batch_size //= 2
-            gc.collect()
-            torch.cuda.empty_cache()
-        else:
-            bench.report(name, "does not fit", verdict="measured")
-            continue
-        bench.report(name, speed, "tokens/s", memory_bytes=memory, batch_size=batch_size)
-        if ours:
-            target = 1.5 if compiled else None
-            bench.report(f"kiem beside {name}", ours / speed, "x", at_least=target, is_speed=True)
+    has_liger = importlib.util.find_spec("liger_kernel") is not None and not bench.rehearse
+    # The plain one first: Liger changes functions of transformers for good.
+    time_peer(bench, "Trainer", ours, liger=False, compiled=False)
+    name = "Trainer, Liger and torch.compile" if has_liger else "Trainer, torch.compile"
+    works = compile_refusal(bench.device) is None
+    works = works and time_peer(bench, name, ours, liger=has_liger, compiled=True)
+    if not works and has_liger:
+        time_peer(bench, "Trainer, Liger", ours, liger=True, compiled=False)
+
+
+def time_peer(bench: Bench, name: str, ours: float, *, liger: bool, compiled: bool) -> bool:
+    """Reports the speed of Trainer, and kiem's beside it; returns whether it worked."""
+    batch_size = bench.sizes.batch_size
+    while batch_size:
+        free_memory(bench.device)
+        try:
+            speed, memory = time_trainer(bench, batch_size, liger, compiled)
+            break
+        except Exception as error:  # noqa: BLE001 - a peer that fails is a result
+            if not is_out_of_memory(error):
+                why = f"{type(error).__name__}: {first_line(error)}"
+                bench.report(name, why, verdict="left out", trace=traceback.format_exc()[-2000:])
+                return False
+        batch_size //= 2
+    else:
+        bench.report(name, "does not fit", verdict="measured")
+        return False
+    bench.report(name, speed, "tokens/s", memory_bytes=memory, batch_size=batch_size)
+    if ours:
+        target = 1.5 if liger or compiled else None
+        bench.report(f"kiem beside {name}", ours / speed, "x", at_least=target, is_speed=True)
+    return True
 
 
 def time_trainer(bench: Bench, batch_size: int, liger: bool, compiled: bool) -> tuple[float, int]:
@@ -315,8 +355,8 @@ def time_generate(bench: Bench, peer: Any, num_streams: int) -> tuple[float, Ten
     def generate(num_new: int) -> Tensor:
         return peer.generate(ids, max_new_tokens=num_new, min_new_tokens=num_new, **how)
 
-    first = seconds_of(lambda: generate(1), device, repeats=2)
-    whole = seconds_of(lambda: generate(sizes.new_tokens), device, repeats=2)
+    first = seconds_of(lambda: generate(1), device, repeats=2, warm_ups=1)
+    whole = seconds_of(lambda: generate(sizes.new_tokens), device, repeats=2, warm_ups=1)
     written = generate(sizes.new_tokens)[:, sizes.prompt_tokens :].cpu()
     return num_streams * (sizes.new_tokens - 1) / (whole - first), written
 
