@@ -165,8 +165,8 @@ class TrainingOptions:
     """Precision of matrix products; weights stay fp32. auto: bf16 on GPUs that support it, and on
     CPUs where a measurement shows that it is faster."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """Use torch.compile, which takes up to a minute at the start. auto: when the training is long
-    enough to gain from it."""
+    """Use torch.compile, which takes up to a minute at the start. auto: on GPUs, and on CPUs when
+    the training is long enough to gain from it."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """What the backward pass recomputes to save memory. selective: all but matrix products and
     attention. full: all but each layer's input, in a fifth to a third more time. auto: on a GPU the

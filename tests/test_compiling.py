@@ -111,3 +111,6 @@ def test_layers_are_compiled_when_the_run_is_long(
     assert always.is_compiling_worthwhile(recipe)
     never = replace(probe, options=replace(options, compile="never"))
     assert not never.is_compiling_worthwhile(recipe)
+    gpu = replace(probe.setting, device_type="cuda")
+    assert replace(probe, setting=gpu).is_compiling_worthwhile(recipe)
+    assert not replace(never, setting=gpu).is_compiling_worthwhile(recipe)

@@ -27,7 +27,8 @@ from kiem.compute.kernels import (
 )
 from kiem.compute.quantize import KernelEmbedding, KernelLinear, LargePages
 from kiem.model.cache import CachePass
-from kiem.model.gemma3 import DecoderLayer, Gemma3, rotary_frequencies
+from kiem.model.gemma3 import DecoderLayer, Gemma3
+from kiem.model.rotary import rotary_frequencies
 
 _HEAD_DIM_STEP = 32  # both halves of a head are whole vectors
 

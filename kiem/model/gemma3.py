@@ -11,53 +11,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy as Policy
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from kiem.compute.attention import attend, causal_mask, same_document
+from kiem.compute.attention import attend, attend_masked, repeat_kv
 from kiem.compute.cross_entropy import LogitsGradient, logits_gradient
 from kiem.core.randomness import derive_seed
 from kiem.model.cache import CachePass, LayerCache
 from kiem.model.config import Gemma3Config
+from kiem.model.context import Context, make_contexts
 from kiem.model.embedding import TiedEmbedding
 from kiem.model.loss import summed_cross_entropy
+from kiem.model.rotary import apply_rotary
 
 Recompute = Literal["none", "selective", "full"]
 
 _INIT_STD = 0.02
-_ATEN = torch.ops.aten
-# Operations whose results "selective" recomputation keeps.
-_KEPT = [
-    _ATEN.mm.default,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-    _ATEN._scaled_dot_product_flash_attention.default,
-    _ATEN._scaled_dot_product_efficient_attention.default,
-    _ATEN._scaled_dot_product_cudnn_attention.default,
-]
-
-
-# Cosines and sines of the rotary angles, each [B or 1, 1, T, C].
-Rotary = tuple[Tensor, Tensor]
-
-
-class Context(NamedTuple):
-    """What all layers of one kind (sliding or full) share in one forward pass.
-
-    Attributes:
-        rotary: the angles at this pass's positions.
-        mask: bool [B or 1, 1, T, S], true where a query may look; None for plain causal attention.
-        window: how many tokens, its own included, a query may see; None for all.
-        cached: where the tokens go in the cache, if there is one.
-    """
-
-    rotary: Rotary
-    mask: Tensor | None
-    window: int | None
-    cached: CachePass | None = None
+# Operations whose results "selective" recomputation keeps; the first may not be loaded.
+_KEPT = {
+    "torch_attn._varlen_attn.default",
+    "aten.mm.default",
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_efficient_attention.default",
+}
 
 
 class RMSNorm(nn.Module):
@@ -70,8 +52,12 @@ class RMSNorm(nn.Module):
         self.gain: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.normalize(x).to(x.dtype)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Returns the result before it is rounded, in fp32."""
         gain = 1.0 + self.weight.float() if self.gain is None else self.gain
-        return F.rms_norm(x.float(), gain.shape, gain, self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), gain.shape, gain, self.eps)
 
 
 class Attention(nn.Module):
@@ -91,19 +77,34 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # B H T C
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # B K T C
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # B K T C
-        q = apply_rotary(self.q_norm(q), context.rotary)
-        k = apply_rotary(self.k_norm(k), context.rotary)
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # B T H C
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # B T K C
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # B T K C
+        q = apply_rotary(self.q_norm.normalize(q), context.rotary).to(q.dtype)
+        k = apply_rotary(self.k_norm.normalize(k), context.rotary).to(k.dtype)
+        return self.o_proj(self._attend(q, k, v, context, cache).flatten(2))  # B T D
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache: LayerCache | None
+    ) -> Tensor:
+        """Returns the output of the attention, [B, T, H, C]."""
+        if context.document_starts is not None:
+            from kiem.compute.varlen import attend_documents
+
+            longest = q.shape[1]
+            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # N H C, N K C
+            starts, window = context.document_starts, context.window
+            y = attend_documents(q, k, v, starts, longest, window, self.scale)  # N H C
+            return y.unflatten(0, (-1, longest))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B H T C, B K T C
         if cache is not None and context.cached is not None:
             k, v = cache.extend(k, v, context.cached)  # B K S C
         k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])  # B H S C
         if cache is not None:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=self.scale)
+            y = attend_masked(q, k, v, context.mask, self.scale)
         else:
             y = attend(q, k, v, context.mask, context.window, self.scale)
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # B T D
+        return y.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -183,7 +184,7 @@ class Gemma3(nn.Module):
 
     def compile_layers(self) -> None:
         """Lets torch.compile make kernels for layers and loss on the first pass with gradients."""
-        self.run_layer = torch.compile(run_layer, dynamic=False)
+        self.run_layer = torch.compile(run_layer, dynamic=False, fullgraph=True)
         self.logits_gradient = torch.compile(logits_gradient, dynamic=False, fullgraph=True)
 
     @property
@@ -249,7 +250,7 @@ class Gemma3(nn.Module):
         # Gemma rounds the scale to the embedding's precision.
         scale = torch.full((), self.config.hidden_size**0.5, dtype=self.dtype, device=rows.device)
         x = rows * scale  # B T D
-        full, sliding = (self._context(x, s, document_starts, cached) for s in (False, True))
+        full, sliding = make_contexts(self.config, x, document_starts, cached)
         for number, layer in enumerate(self.model.layers):
             context = sliding if self.config.is_sliding(number) else full
             if cached is not None:
@@ -259,29 +260,6 @@ class Gemma3(nn.Module):
             else:
                 x = layer(x, context)
         return self.model.norm(x)
-
-    def _context(
-        self,
-        x: Tensor,
-        sliding: bool,
-        document_starts: Tensor | None,
-        cached: CachePass | None,
-    ) -> Context:
-        config = self.config
-        window = config.sliding_window if sliding else None
-        theta = config.rope_local_base_freq if sliding else config.rope_theta
-        if cached is not None:
-            positions, keys = cached.positions, cached.key_positions(sliding)  # B T, B S
-        else:
-            positions = keys = torch.arange(x.shape[1], device=x.device)[None]
-        rotary = rotary_angles(positions, config.head_dim, theta)
-        is_plain = cached is None and (window is None or x.shape[1] <= window)
-        if is_plain and document_starts is None:
-            return Context(rotary, None, window)
-        mask = causal_mask(positions, keys, window)  # B T S
-        if document_starts is not None:
-            mask = mask & same_document(document_starts, *x.shape[:2])
-        return Context(rotary, mask[:, None], window, cached)
 
 
 def run_layer(layer: DecoderLayer, x: Tensor, context: Context, recompute: Recompute) -> Tensor:
@@ -299,38 +277,11 @@ def run_layer(layer: DecoderLayer, x: Tensor, context: Context, recompute: Recom
     )
     if recompute == "full":
         return run()
-    return run(context_fn=partial(create_selective_checkpoint_contexts, _KEPT))
+    return run(context_fn=partial(create_selective_checkpoint_contexts, _what_to_keep))
 
 
-def repeat_kv(x: Tensor, num_heads: int) -> Tensor:
-    """Gives keys or values [B, K, S, C] to all query heads, [B, H, S, C]; a view if K is 1.
-
-    On CUDA, enable_gqa of scaled_dot_product_attention works only in kernels that take no mask or
-    are slow.
-    """
-    return x[:, :, None].expand(-1, -1, num_heads // x.shape[1], -1, -1).flatten(1, 2)
-
-
-def rotary_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Returns the rotary angles of position 1 (arXiv:2104.09864), fp32 [C / 2]."""
-    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
-    return theta ** -(exponents / head_dim)
-
-
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Rotary:
-    """Returns cosines and sines [B, 1, T, C] of the rotary angles at positions [B, T]."""
-    frequencies = rotary_frequencies(head_dim, theta, positions.device)  # C/2
-    angles = positions.float()[:, None, :, None] * frequencies  # B 1 T C/2
-    angles = torch.cat([angles, angles], dim=-1)  # B 1 T C
-    return angles.cos(), angles.sin()
-
-
-def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turns queries or keys [B, heads, T, C] by the rotary angles of their positions."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    cos, sin = rotary
-    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+def _what_to_keep(_context: Any, operation: Any, *_: Any, **__: Any) -> Policy:
+    return Policy.MUST_SAVE if str(operation) in _KEPT else Policy.PREFER_RECOMPUTE
 
 
 def initialize(model: nn.Module, seed: int) -> None:

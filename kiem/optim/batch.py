@@ -59,11 +59,18 @@ class Collator:
 
     def __call__(self, chunks: np.ndarray) -> Batch:
         """Returns the batch of chunks [B, T]."""
-        ids = torch.from_numpy(chunks).long().to(self.device)
+        ids = self._on_device(chunks).long()
         targets = next_token_targets(ids, self.bos_id, self.pad_id)
-        starts = document_starts(chunks, self.bos_id) if self.document_mask else None
-        on_device = torch.from_numpy(starts).to(self.device) if starts is not None else None
-        return Batch(ids, targets, on_device)
+        starts = None
+        if self.document_mask:
+            starts = self._on_device(document_starts(chunks, self.bos_id))
+        return Batch(ids, targets, starts)
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":  # the copy need not wait for what the GPU still has to do
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
 
 def document_starts(chunks: np.ndarray, bos_id: int) -> np.ndarray:
