@@ -50,7 +50,8 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
     Args:
         q: [B, H, T, C].
         k, v: [B, H, S, C].
-        mask: bool [B or 1, 1, T, S], true where a query may look; None for plain causal attention.
+        mask: bool [B or 1, 1, T, S], true where a query may look, or what to add to the scores;
+            None for plain causal attention.
         scale: factor of the scores.
     """
     with sdpa_kernel(_GPU_KERNELS) if q.is_cuda else nullcontext():

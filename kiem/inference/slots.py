@@ -251,7 +251,7 @@ def _checked(token: int) -> int:
 
 @torch.no_grad()
 def _keep_gains(model: Gemma3) -> None:
-    """Computes the gains of norms once: on a GPU a sixth of a token's kernels would do only that.
+    """Computes the gains of norms once: on a GPU a fifth of a token's kernels would do only that.
 
     Weights that may be trained on are left alone.
     """

@@ -23,6 +23,7 @@ class Context(NamedTuple):
         rotary: the angles at this pass's positions.
         window: how many tokens, its own included, a query may see; None for all.
         mask: bool [B or 1, 1, T, S], true where a query may look; None for plain causal attention.
+            With a cache on a GPU it is what to add to the scores, 0 or -inf.
         document_starts: of `Gemma3.forward`, for the kernel that takes them instead of a mask.
         cached: where the tokens go in the cache, if there is one.
     """
@@ -77,7 +78,11 @@ def _make_context(
     mask = causal_mask(positions, keys, window)  # B T S
     if document_starts is not None:
         mask = mask & same_document(document_starts, *x.shape[:2])
-    return Context(rotary, window, mask[:, None], cached=cached)
+    mask = mask[:, None]
+    if cached is not None and x.device.type != "cpu":
+        # What GPU kernels make of such a mask: once, not in every layer.
+        mask = torch.where(mask, 0.0, -torch.inf).to(x.dtype)
+    return Context(rotary, window, mask, cached=cached)
 
 
 def _row_starts(x: Tensor) -> Tensor:
