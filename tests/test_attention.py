@@ -11,6 +11,7 @@ import varlen_reference
 from conftest import SMALL, WINDOW
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kiem.compute.attention import attend, causal_mask, repeat_kv, same_document
 from kiem.compute.varlen import attend_documents
@@ -56,9 +57,11 @@ def test_batches_of_one_size_have_starts_of_one_size() -> None:
 
 
 def starts_of(lengths: list[int], rows: int) -> Tensor:
-    """Returns the starts of a batch whose rows each have documents of these lengths."""
+    """Returns the starts of rows of documents with these lengths, each row from another one on."""
     chunks = np.full((rows, sum(lengths)), 7)
-    chunks[:, np.cumsum([0, *lengths[:-1]])] = BOS
+    for row in chunks:
+        row[np.cumsum([0, *lengths[:-1]])] = BOS
+        lengths = [*lengths[1:], lengths[0]]
     return torch.from_numpy(document_starts(chunks, BOS))
 
 
@@ -150,17 +153,20 @@ def test_layers_attend_to_documents_as_with_a_mask(
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the arguments of all calls, by operation."""
+    """Keeps the arguments of all calls, by operation, and where results are."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[str, list[Any]] = {}
+        self.devices: set[str] = set()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         self.calls.setdefault(str(function), []).append(args)
-        return function(*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
+        self.devices |= {leaf.device.type for leaf in tree_leaves(out) if isinstance(leaf, Tensor)}
+        return out
 
 
 def test_the_kernel_gets_tokens_as_they_are() -> None:
@@ -183,6 +189,18 @@ def test_the_kernel_gets_tokens_as_they_are() -> None:
             assert tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
         assert rest[2:7] == [num_tokens, num_tokens, expected[0] < 0, 256**-0.5, expected]
         assert not any("scaled_dot_product" in name for name in recorder.calls)
+
+
+@pytest.mark.parametrize("has_documents", [False, True])
+def test_a_pass_makes_no_tensor_on_the_host(has_documents: bool) -> None:
+    """On a GPU each would be sent there, and waited for."""
+    with torch.device("meta"):
+        model = Gemma3(SMALL)
+        ids = torch.empty(2, 3 * WINDOW, dtype=torch.int64)
+        starts = torch.empty(17, dtype=torch.int32) if has_documents else None
+    with Recorder() as recorder:
+        model.hidden_states(ids, document_starts=starts).sum().backward()
+    assert recorder.devices == {"meta"}
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -127,6 +127,7 @@ def test_recomputing_gives_the_same_gradients(model: Gemma3, recompute: Recomput
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated", "ignore:The .grad")
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_compiled_layers_give_the_same_gradients(recompute: Recompute) -> None:
+    """Other tokens and documents compile nothing again."""
     model = Gemma3(SMALL)
     initialize(model, 1)
     ids = random_ids(2 * WINDOW)
@@ -135,6 +136,11 @@ def test_compiled_layers_give_the_same_gradients(recompute: Recompute) -> None:
     model.compile_layers()
     for plain, compiled in zip(expected, gradients(model, ids), strict=True):
         torch.testing.assert_close(plain, compiled, rtol=0, atol=1e-4)
+    torch._dynamo.utils.counters.clear()
+    other = random_ids(2 * WINDOW, seed=1)
+    other[:, 3] = BOS
+    gradients(model, other)
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def gradients(model: Gemma3, ids: torch.Tensor) -> list[torch.Tensor]:

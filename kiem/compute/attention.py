@@ -33,15 +33,13 @@ def has_varlen_kernel(x: Tensor, head_dim: int) -> bool:
         x: what a layer gets, on the model's device.
         head_dim: C.
     """
+    if device_type(x) != "cuda" or head_dim > _MAX_HEAD_DIM or head_dim % _HEAD_DIM_STEP:
+        return False
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
     is_mixed = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if is_mixed else x.dtype
-    return (
-        device_type(x) == "cuda"
-        and dtype == torch.bfloat16
-        and head_dim <= _MAX_HEAD_DIM
-        and head_dim % _HEAD_DIM_STEP == 0
-        and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
-    )
+    return dtype == torch.bfloat16
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
