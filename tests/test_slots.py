@@ -14,8 +14,11 @@ from conftest import SMALL, WINDOW
 from kiem.core.errors import UserError
 from kiem.inference.cuda_graphs import CudaGraphs
 from kiem.inference.engine import Engine, Request, RequestOutput
+from kiem.inference.gpu_decoder import use_gpu_decoder
 from kiem.inference.sampling import SamplingParams
 from kiem.inference.slots import DeviceSlots
+from kiem.model.cache import CachePass, KeyValueCache
+from kiem.model.config import Gemma3Config
 from kiem.model.gemma3 import Gemma3, initialize
 
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1)
@@ -29,8 +32,10 @@ WAYS = (
 MAX_TOKENS = 64
 
 
-def small_model(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Gemma3:
-    model = Gemma3(SMALL)
+def small_model(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, config: Gemma3Config = SMALL
+) -> Gemma3:
+    model = Gemma3(config)
     initialize(model, seed=1)
     with torch.no_grad():  # so that a token's logits depend on all before it
         for parameter in model.parameters():
@@ -64,10 +69,46 @@ def run(engine: Engine, cancelled: tuple[int, ...] = ()) -> list[RequestOutput]:
     return found
 
 
-@pytest.mark.parametrize("max_requests", [1, 5, 8])
-def test_tokens_are_those_of_the_plain_path(model: Gemma3, max_requests: int) -> None:
-    """In slots that are left, moved and taken again; some requests are cancelled."""
+@pytest.mark.parametrize(
+    ("num_keys", "num_rows", "end"), [(1, 1, 32), (2, 3, 40), (4, 4, MAX_TOKENS)]
+)
+def test_the_decoder_for_gpus_does_what_the_model_does(
+    num_keys: int, num_rows: int, end: int
+) -> None:
+    """Whatever share of the heads has its own keys; the weights keep their names and values."""
+    model = small_model(config=replace(SMALL, num_key_value_heads=num_keys))
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(num_keys)
+    ids = torch.randint(3, SMALL.vocab_size, (num_rows, 1), generator=generator)
+    positions = torch.randint(0, end, (num_rows, 1), generator=generator)
     found = []
+    for _ in range(2):
+        cache = KeyValueCache(model.config, 5, MAX_TOKENS, model.dtype, ids.device)
+        filler = torch.Generator().manual_seed(7)
+        for layer in cache.layers:
+            layer.keys.normal_(generator=filler)
+            layer.values.normal_(generator=filler)
+        found.append(model.hidden_states(ids, cached=CachePass(cache, 1, positions, end)))
+        found += [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        use_gpu_decoder(model)
+    half = len(found) // 2
+    for plain, joined in zip(found[:half], found[half:], strict=True):
+        torch.testing.assert_close(joined, plain)
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(weights[name], w) for name, w in model.state_dict().items())
+
+
+def test_a_model_in_training_gets_no_decoder() -> None:
+    model = small_model()
+    model.model.norm.requires_grad_(True)
+    use_gpu_decoder(model)
+    assert model.decoder is None
+
+
+@pytest.mark.parametrize("max_requests", [1, 5, 8])
+def test_tokens_are_those_of_the_plain_path(max_requests: int) -> None:
+    """In slots that are left, moved and taken again; some requests are cancelled."""
+    model, found = small_model(), []  # a new one, since the steps on the device change it
     for on_device in (False, True):
         engine = Engine(
             model, None, max_requests=max_requests, max_tokens=MAX_TOKENS, on_device=on_device
@@ -143,7 +184,8 @@ def test_output_that_is_no_number_ends_its_request_alone(
 def test_a_step_reads_no_value_on_the_host(samples: bool) -> None:
     """On a device without values, which is another one than the host's."""
     with torch.device("meta"), torch.inference_mode():
-        DeviceSlots(Gemma3(SMALL), 4, MAX_TOKENS).advance(2, 32, samples)
+        model = Gemma3(SMALL).requires_grad_(False)
+        DeviceSlots(model, 4, MAX_TOKENS).advance(2, 32, samples)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,6 @@
 """CUDA graphs: hundreds of small kernels, started as one.
 
-A token of gemma3-1b takes some 1300 kernels. Started one by one from Python they take several times
+A token of gemma3-1b takes some 950 kernels. Started one by one from Python they take several times
 as long as the GPU needs for them.
 """
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kiem.core.errors import UserError
 from kiem.inference.cuda_graphs import CudaGraphs
+from kiem.inference.gpu_decoder import use_gpu_decoder
 from kiem.inference.sampling import (
     SamplingParams,
     choice_numbers,
@@ -24,7 +25,7 @@ from kiem.inference.sampling import (
     not_a_number,
 )
 from kiem.model.cache import CachePass, KeyValueCache
-from kiem.model.gemma3 import Gemma3, RMSNorm
+from kiem.model.gemma3 import Gemma3
 
 # Full layers look at a number of cache entries that is a multiple of this.
 _ENTRIES_STEP = 256
@@ -159,7 +160,7 @@ class DeviceSlots(Slots):
 
     def __init__(self, model: Gemma3, num_slots: int, max_tokens: int):
         super().__init__(model, num_slots, -(-max_tokens // _ENTRIES_MULTIPLE) * _ENTRIES_MULTIPLE)
-        _keep_gains(model)
+        use_gpu_decoder(model)
         device, vocab_size = self._ids.device, model.config.vocab_size
         self._logits = torch.zeros(num_slots, vocab_size, device=device)  # N V
         self._new = torch.zeros_like(self._last)  # N, -1 where the output is not a number
@@ -247,14 +248,3 @@ def _checked(token: int) -> int:
     if token < 0:
         raise not_a_number()
     return token
-
-
-@torch.no_grad()
-def _keep_gains(model: Gemma3) -> None:
-    """Computes the gains of norms once: on a GPU a fifth of a token's kernels would do only that.
-
-    Weights that may be trained on are left alone.
-    """
-    for module in model.modules():
-        if isinstance(module, RMSNorm) and not module.weight.requires_grad:
-            module.gain = 1.0 + module.weight.float()
