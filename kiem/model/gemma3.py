@@ -10,6 +10,7 @@ checkpoint. Shapes in comments:
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal
 
@@ -287,13 +288,18 @@ def _what_to_keep(_context: Any, operation: Any, *_: Any, **__: Any) -> Policy:
 def initialize(model: nn.Module, seed: int) -> None:
     """Fills matrices with N(0, 0.02) and norm weights with 0 (a gain of 1), in place.
 
-    Each parameter has its own generator, so its values depend only on the seed and its name.
+    Each parameter has its own generator, so its values depend only on the seed and its name, and
+    all processors can draw.
     """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.zero_()
-                continue
+
+    @torch.no_grad()
+    def draw(named: tuple[str, nn.Parameter]) -> None:
+        name, parameter = named
+        values = torch.zeros(parameter.shape)
+        if parameter.ndim > 1:
             generator = torch.Generator().manual_seed(derive_seed(seed, f"init {name}"))
-            values = torch.empty(parameter.shape).normal_(0.0, _INIT_STD, generator=generator)
-            parameter.copy_(values)
+            values.normal_(0.0, _INIT_STD, generator=generator)
+        parameter.copy_(values)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(draw, model.named_parameters()))

@@ -160,8 +160,9 @@ def build_model(options: TrainingOptions, tokenizer: Tokenizer) -> Gemma3:
         UserError: that is no Gemma 3 text model, or has another tokenizer.
     """
     if options.init_from is None:
-        model = Gemma3(preset(options.model, tokenizer.num_rows))
-        initialize(model, options.seed)
+        with torch.device("meta"):  # torch's own first weights would be drawn in vain
+            model = Gemma3(preset(options.model, tokenizer.num_rows))
+        initialize(model.to_empty(device="cpu"), options.seed)
     else:
         folder = find_model(options.init_from)
         model = read_model(folder, dtype=torch.float32)
