@@ -117,8 +117,8 @@ class Engine:
         tokenizer: the model's; None: tokens only, which no <eos> ends.
         max_requests: most requests that run at a time; each takes memory for `max_tokens`.
         max_tokens: most tokens of a request, prompt included.
-        on_device: whether a step runs on the device as a whole, with CUDA graphs on a GPU, which
-            takes memory and a second each; None: on GPUs.
+        on_device: whether a step runs on the device as a whole, for which `DeviceSlots` changes the
+            model and makes CUDA graphs, which take memory and time; None: on GPUs.
 
     Attributes:
         device: the model's.

@@ -155,7 +155,8 @@ class DeviceSlots(Slots):
     """Slots whose step runs on the device from the last tokens to the next ones.
 
     The host reads the new tokens and nothing else. Arguments and results are those of `Slots`, and
-    so are the tokens, up to rounding.
+    so are the tokens, up to rounding. The model gets the decoder for GPUs, so its weights must not
+    change after this.
     """
 
     def __init__(self, model: Gemma3, num_slots: int, max_tokens: int):
