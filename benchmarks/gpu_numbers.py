@@ -31,9 +31,9 @@ from gpu_record import (
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kiem.compute.attention import causal_mask, same_document
+from kiem.compute.attention import attend, causal_mask, same_document
 from kiem.compute.memory import is_out_of_memory
-from kiem.model.gemma3 import Gemma3, repeat_kv
+from kiem.model.gemma3 import Gemma3
 from kiem.model.loss import IGNORE, summed_cross_entropy
 from kiem.optim.batch import Collator
 
@@ -87,13 +87,14 @@ def version_of(package: str) -> str:
 
 def attention(bench: Bench) -> None:
     """kiem's attention and torch's masked kernels, on documents in windows, against fp32."""
-    config, batch_size = bench.sizes.config, bench.sizes.batch_size
+    config, batch_size, length = bench.sizes.config, bench.sizes.batch_size, bench.sizes.chunk_size
     chunks = made_up_chunks(bench.sizes, batch_size)
     starts = Collator(BOS, PAD, True, bench.device)(chunks).document_starts
+    scale = config.query_pre_attn_scalar**-0.5
     torch.manual_seed(0)
-    length, width = bench.sizes.chunk_size, config.head_dim
     heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
-    inputs = [torch.randn(batch_size, n, length, width, device=bench.device) for n in heads]
+    shapes = [(batch_size, number, length, config.head_dim) for number in heads]  # B heads T C
+    inputs = [torch.randn(shape, device=bench.device) for shape in shapes]
     output_gradient = torch.randn_like(inputs[0])
     for kind, window in (("sliding", config.sliding_window), ("full", None)):
         positions = torch.arange(length, device=bench.device)[None]
@@ -101,19 +102,38 @@ def attention(bench: Bench) -> None:
         mask = (mask & same_document(starts, batch_size, length))[:, None]  # B 1 T T
 
         def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor = mask) -> Tensor:
-            k, v = (repeat_kv(x, q.shape[1]) for x in (k, v))
-            scale = config.query_pre_attn_scalar**-0.5
+            k, v = (x.expand_as(q) for x in (k, v))  # all presets have one head of keys
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+        def by_documents(
+            q: Tensor, k: Tensor, v: Tensor, mask: Tensor = mask, window: int | None = window
+        ) -> Tensor:
+            if bench.device.type == "cpu":  # where kiem has masks
+                k, v = (x.expand_as(q) for x in (k, v))
+                return attend(q, k, v, mask, window, scale)
+            from kiem.compute.varlen import attend_documents
+
+            q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # N heads C
+            y = attend_documents(q, k, v, starts, length, window, scale)
+            return y.unflatten(0, (batch_size, length)).transpose(1, 2)
 
         with sdpa_kernel(SDPBackend.MATH):
             expected = forward_and_back(masked, inputs, output_gradient)
         low = [x.bfloat16() for x in inputs]
+        ours = compare(
+            bench, f"kiem, {kind}", by_documents, low, output_gradient, expected, is_ours=True
+        )
         for name, backend in _BACKENDS.items():
             try:
                 with sdpa_kernel(backend):
-                    compare(bench, f"{name}, {kind}", masked, low, output_gradient, expected)
+                    args = masked, low, output_gradient, expected
+                    theirs = compare(bench, f"{name}, {kind}", *args)
             except RuntimeError as error:
                 bench.report(f"{name}, {kind}", first_line(error), verdict="left out")
+                continue
+            if name == "efficient":
+                ratio = theirs / ours
+                bench.report(f"kiem beside {name}, {kind}", ratio, "x", at_least=1, is_speed=True)
 
 
 def forward_and_back(
@@ -134,8 +154,8 @@ def compare(
     output_gradient: Tensor,
     expected: list[Tensor],
     is_ours: bool = False,
-) -> None:
-    """Reports the largest error of output and gradients, and the time of both passes."""
+) -> float:
+    """Reports the largest error of output and gradients; returns the seconds of both passes."""
     found = forward_and_back(run, inputs, output_gradient)
     errors = [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
     seconds = seconds_of(lambda: forward_and_back(run, inputs, output_gradient), bench.device)
@@ -144,6 +164,7 @@ def compare(
     limit = _MOST_BF16_ERROR if is_ours else None
     bench.report(f"{name}, error", worst, at_most=limit, **details)
     bench.report(f"{name}, forward and back", 1000 * seconds, "ms")
+    return seconds
 
 
 def loss(bench: Bench) -> None:

@@ -70,7 +70,9 @@ class Training:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free.getsockname()[1]}"}
-            shared |= {"WORLD_SIZE": f"{self._num_processes}"}
+            for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+                shared[name] = f"{self._num_processes}"
+            shared["KIEM_SHARE_GPUS"] = "true"
             ranks = [f"{rank}" for rank in range(self._num_processes)]
             places = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ranks]
         with self._log.open("ab") as log:
