@@ -198,7 +198,8 @@ class Runner:
         )
 
     def _environment(self) -> dict[str, str]:
-        added = {"PYTHONPATH": str(HERE.parent), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        added = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         if self._options.rehearse:
             added |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         return {**os.environ, **added}
