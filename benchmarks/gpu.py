@@ -65,10 +65,10 @@ PARTS = (
     Part("decoding", "gpu_speed.py", 60, True),
     Part("trainer", "gpu_speed.py", 110, True),
     Part("plan", "gpu_speed.py", 60, False),
-    Part("resume", "gpu_runs.py", 90, False),
-    Part("processes", "gpu_runs.py", 90, False),
-    Part("memory", "gpu_runs.py", 90, False),
-    Part("tests", "gpu_runs.py", 90, False),
+    Part("resume", "gpu_runs.py", 100, False),
+    Part("processes", "gpu_runs.py", 100, False),
+    Part("memory", "gpu_runs.py", 100, False),
+    Part("tests", "gpu_runs.py", 100, False),
 )
 # Parts that train on the chunks of the part text.
 _NEED_TEXT = {"resume", "processes", "memory"}
@@ -200,6 +200,8 @@ class Runner:
     def _environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         added = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        # One GPU: Trainer would use all that it sees.
+        added["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         if self._options.rehearse:
             added |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         return {**os.environ, **added}

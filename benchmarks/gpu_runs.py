@@ -165,7 +165,7 @@ def memory(bench: Bench) -> None:
     batch = 4 if bench.rehearse else _LARGE_BATCH
     sizes = ("--batch-size", f"{batch}", "--gradient-accumulation-steps", "1")
     options = ("--model", model, "--max-steps", "2", "--save-steps", "0", *sizes)
-    options = (*options, "--activation-checkpointing", "none")
+    options = (*options, "--activation-checkpointing", "none", "--compile", "never")
     run = Training(bench, "short-of-memory", *options, program=_SHORT_OF_MEMORY)
     run.wait()
     assert all(math.isfinite(loss) for loss in run.losses().values())

@@ -125,9 +125,10 @@ def training(bench: Bench) -> None:
                 trainee = Trainee(bench, model, compiled, recompute, optimizer)
                 best = max(best, time_updates(bench, name, trainee, batch_size))
                 break
-            except RuntimeError as error:
+            except Exception as error:  # noqa: BLE001 - the other cases go on
                 if not is_out_of_memory(error):
-                    raise
+                    report_failure(bench, name, error, "failed")
+                    break
             finally:
                 trainee = None  # its moments, before the next one makes its own
             batch_size //= 2
@@ -201,6 +202,12 @@ def report_kernels(bench: Bench, run: Callable[[], float]) -> None:
     bench.report("GPU's busy share", busy, kernels_ms=kernels, seconds=seconds)
 
 
+def report_failure(bench: Bench, name: str, error: Exception, verdict: str) -> None:
+    """Reports an error, with its traceback in the file."""
+    why = f"{type(error).__name__}: {first_line(error)}"
+    bench.report(name, why, verdict=verdict, trace=traceback.format_exc()[-3000:])
+
+
 def free(model: nn.Module, device: torch.device) -> None:
     """Frees gradients and what else an earlier case has left."""
     for parameter in model.parameters():
@@ -240,8 +247,7 @@ def time_peer(bench: Bench, name: str, ours: float, *, liger: bool, compiled: bo
             break
         except Exception as error:  # noqa: BLE001 - a peer that fails is a result
             if not is_out_of_memory(error):
-                why = f"{type(error).__name__}: {first_line(error)}"
-                bench.report(name, why, verdict="left out", trace=traceback.format_exc()[-2000:])
+                report_failure(bench, name, error, "left out")
                 return False
         batch_size //= 2
     else:
