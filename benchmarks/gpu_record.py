@@ -137,7 +137,7 @@ class Bench:
 def published(card: str) -> str | None:
     """Returns the plan's key for a card by its name, such as NVIDIA H100 80GB HBM3."""
     keys = {"A100-SXM4-40GB": "a100-40gb", "A100": "a100", "A10G": "a10g", "L40S": "l40s"}
-    keys |= {"H100": "h100", "H200": "h100", "L4": "l4", "3090": "rtx3090", "4090": "rtx4090"}
+    keys |= {"H100": "h100", "H200": "h200", "L4": "l4", "3090": "rtx3090", "4090": "rtx4090"}
     return next((key for text, key in keys.items() if text in card), None)
 
 

@@ -194,9 +194,10 @@ class TrainingOptions:
     """Cost of this hardware per hour, for the plan and the report."""
     plan: bool = False
     """Only print the memory, time and cost of the training."""
-    gpu: Literal["a10g", "l4", "l40s", "rtx3090", "rtx4090", "a100-40gb", "a100", "h100"] | None = (
-        None
-    )
+    gpu: (
+        Literal["a10g", "l4", "l40s", "rtx3090", "rtx4090", "a100-40gb", "a100", "h100", "h200"]
+        | None
+    ) = None
     """With --plan: plan for this GPU, from published figures, not for this machine."""
     num_gpus: Annotated[int, Meta(ge=1, le=2**16)] | None = None
     """With --gpu: number of GPUs. Default: 1."""

@@ -40,20 +40,10 @@ def test_documents_are_those_between_bos(rows: int, length: int, share: float) -
     starts = document_starts(chunks, BOS)
     assert starts.dtype == np.int32
     assert starts[0] == 0 and starts[-1] == chunks.size
-    assert (np.diff(starts) >= 0).all()
+    assert (np.diff(starts) > 0).all()
     document = (torch.from_numpy(chunks) == BOS).cumsum(1)
     found = same_document(torch.from_numpy(starts), rows, length)
     assert torch.equal(found, document[:, :, None] == document[:, None, :])
-
-
-def test_batches_of_one_size_have_starts_of_one_size() -> None:
-    """For another one torch.compile would compile the layers again."""
-    chunks = np.full((4, 128), 7)
-    sizes = set()
-    for num_documents in range(512):
-        sizes.add(len(document_starts(chunks, BOS)))
-        chunks.flat[num_documents] = BOS
-    assert sizes == {33, 129, 513}
 
 
 def starts_of(lengths: list[int], rows: int) -> Tensor:
@@ -132,15 +122,17 @@ def passed(
 def test_layers_attend_to_documents_as_with_a_mask(
     is_compiled: bool, recompute: Recompute, num_calls: int
 ) -> None:
-    """Compiled once for each kind; "selective" keeps the result of the kernel."""
+    """Compiled once for each kind, whatever the number of documents; "selective" keeps the result
+    of the kernel."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     run = run_layer
     if is_compiled:
         run = torch.compile(run_layer, dynamic=False, fullgraph=True, backend="aot_eager")
     rows, generator = 2, torch.Generator().manual_seed(0)
-    for lengths in ([5, WINDOW, 11], [24], [1, 1, 22]):
+    for lengths in ([5, WINDOW, 11], [24], [1] * 24, [1, 1, 22]):
         starts = starts_of(lengths, rows)
+        torch._dynamo.maybe_mark_dynamic(starts, 0)  # as `make_contexts` does on a GPU
         x = torch.randn(rows, sum(lengths), SMALL.hidden_size, generator=generator)
         for masked, packed in contexts(starts, rows, sum(lengths)):
             for layer in layers()[:3]:
@@ -248,13 +240,14 @@ def test_a_model_on_a_gpu_has_the_gradients_of_fp32(
     recompute: Recompute, has_documents: bool
 ) -> None:
     """Plain and compiled; other documents compile nothing again."""
+    torch._dynamo.reset()
     model = Gemma3(preset("gemma3-nano", 2048))
     initialize(model, 1)
     model.cuda()
 
     def gradients(seed: int, *, is_bf16: bool) -> list[Tensor]:
         ids = torch.randint(3, 2048, (2, 600), generator=torch.Generator().manual_seed(seed))
-        ids[seed, [0, 7, 263, 264, 599]] = BOS
+        ids[seed, [7, 263, 264, 599][: 4 - seed]] = BOS
         starts = torch.from_numpy(document_starts(ids.numpy(), BOS)).cuda()
         ids = ids.cuda()
         model.zero_grad()

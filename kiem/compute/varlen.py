@@ -32,7 +32,7 @@ def attend_documents(
     Args:
         q: [N, H, C], in bf16.
         k, v: [N, K, C].
-        starts: int32, where documents begin, then N any number of times.
+        starts: int32 [documents + 1], where documents begin, and N.
         longest: no document has more tokens.
         window: how many tokens, its own included, a query may see; None for all.
         scale: factor of the scores.

@@ -46,8 +46,10 @@ def make_contexts(
         document_starts, cached: as `Gemma3.hidden_states` takes them.
     """
     is_packed = cached is None and has_varlen_kernel(x, config.head_dim)
-    if is_packed and document_starts is None:
-        document_starts = _row_starts(x)
+    if is_packed:
+        document_starts = _row_starts(x) if document_starts is None else document_starts
+        # Compiled layers take any number of documents.
+        torch._dynamo.maybe_mark_dynamic(document_starts, 0)
     full, sliding = (
         _make_context(config, x, is_sliding, document_starts, is_packed, cached)
         for is_sliding in (False, True)

@@ -206,9 +206,9 @@ class Gemma3(nn.Module):
         Args:
             input_ids: int64 [B, T].
             targets: int64 [B, T], the next token at each position, or IGNORE.
-            document_starts: int32 [any], where the sequences begin in the B * T tokens, of which
-                each attends only to those of its own: 0, the other starts in order, at least every
-                T tokens, and B * T to the end. None: each row is a sequence.
+            document_starts: int32 [documents + 1], where documents begin in the B * T tokens, of
+                which each attends only to those of its own: 0, the others in order, each row's
+                first token among them, and B * T. None: each row is a document.
             z_loss: weight of the squared log-normalizer in the loss.
             scale: factor of the loss.
 

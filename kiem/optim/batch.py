@@ -17,10 +17,6 @@ from kiem.data.chunks import Chunks
 from kiem.model.loss import IGNORE, next_token_targets
 from kiem.parallel.distributed import Distributed
 
-# Places for documents. GPUs look at each, used or not; a batch of shorter documents has more.
-_DOCUMENTS_PER_CHUNK = 8
-_MORE_DOCUMENTS = 4
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -29,7 +25,8 @@ class Batch:
     Attributes:
         ids: int64 [B, T].
         targets: int64 [B, T], the next token at each position, or IGNORE.
-        document_starts: int32, where documents begin if tokens attend only to their own; else None.
+        document_starts: int32 [documents + 1], where documents begin, and B * T, if tokens attend
+            only to their own; else None.
     """
 
     ids: Tensor
@@ -74,23 +71,16 @@ class Collator:
 
 
 def document_starts(chunks: np.ndarray, bos_id: int) -> np.ndarray:
-    """Returns where documents begin in the tokens of chunks [B, T] one after the other.
+    """Returns where documents begin in the tokens of chunks [B, T] one after the other, then B * T.
 
     A chunk's first token begins one, whatever stands before it in another chunk.
 
     Returns:
-        int32: the starts in order, then B * T up to a length that most batches have in common: for
-        another one torch.compile would compile the layers again.
+        int32 [documents + 1].
     """
     is_start = chunks == bos_id
     is_start[:, 0] = True
-    starts = np.flatnonzero(is_start)
-    capacity = len(chunks) * _DOCUMENTS_PER_CHUNK
-    while capacity < len(starts):
-        capacity *= _MORE_DOCUMENTS
-    padded = np.full(capacity + 1, chunks.size, dtype=np.int32)
-    padded[: len(starts)] = starts
-    return padded
+    return np.append(np.flatnonzero(is_start), chunks.size).astype(np.int32)
 
 
 def chunk_numbers(step: int, chunks_per_step: int, num_chunks: int, seed: int) -> np.ndarray:

@@ -33,8 +33,14 @@ from kiem.planning.memory_estimate import (
     usable_bytes,
 )
 from kiem.planning.probe import Probe
-from kiem.planning.recipe import Recipe, build_model, check_options, resolve_recipe
-from kiem.planning.time_estimate import GPUS, calculate_step_seconds
+from kiem.planning.recipe import (
+    GPU_PASS_TOKENS,
+    Recipe,
+    build_model,
+    check_options,
+    resolve_recipe,
+)
+from kiem.planning.time_estimate import GPUS, Gpu, calculate_step_seconds
 from kiem.tokenizer.tokenizer import Tokenizer
 
 _GPU_PROGRAM_BYTES = 600_000_000  # of a driver and its libraries
@@ -180,11 +186,11 @@ def print_plan(options: TrainingOptions, distributed: Distributed, console: Cons
     if plan.program_bytes:
         table.add_row("program beside them, measured", format_bytes(plan.program_bytes))
     console.print(table)
-    console.print(_fitting_table(plan))
+    console.print(_fitting_table(plan, GPUS[options.gpu] if options.gpu else None))
     if plan.step_seconds is None:
         console.print("The training does not fit into this machine, so its time is not measured.")
     else:
-        how = "calculated from the published peak" if options.gpu else "measured"
+        how = "calculated from published figures" if options.gpu else "measured"
         console.print(_time_table(f"time, {how}", plan, plan.step_seconds, options.price))
 
 
@@ -195,21 +201,30 @@ def _table(title: str) -> Table:
     return table
 
 
-def _fitting_table(plan: TrainingPlan) -> Table:
-    """Returns the largest batch that fits, for each way to save memory."""
+def _fitting_table(plan: TrainingPlan, gpu: Gpu | None) -> Table:
+    """Returns the largest batch that fits for each way to save memory, and its speed on a GPU."""
     setting, num_chunks = plan.setting, plan.recipe.batch_size * plan.recipe.accumulation
+    most = setting.batch_size
+    if setting.device_type == "cuda":
+        most = max(most, min(num_chunks, GPU_PASS_TOKENS // setting.chunk_size))
     table = Table(title="what fits", title_justify="left")
     for title in ("--activation-checkpointing", "--shard", "batch size x accumulation"):
         table.add_column(title)
     table.add_column("memory", justify="right")
+    if gpu is not None:
+        table.add_column("tokens/s", justify="right")
     for recompute, shard in product(get_args(Recompute), get_args(Shard)):
         if shard != "none" and setting.world_size == 1:
             continue
         way = replace(setting, recompute=recompute, shard=shard)
-        size = largest_batch(way, plan.usable, setting.batch_size)
-        memory = estimate_memory(replace(way, batch_size=size or 1))
+        size = largest_batch(way, plan.usable, most)
+        way = replace(way, batch_size=size or 1)
         passes = f"{size} x {num_chunks // size}" if size else "not even 1"
-        table.add_row(recompute, shard, passes, format_bytes(memory.total))
+        row = [recompute, shard, passes, format_bytes(estimate_memory(way).total)]
+        if gpu is not None and size:
+            seconds = calculate_step_seconds(way, num_chunks // size, gpu)
+            row.append(f"{plan.tokens_per_step / seconds:,.0f}")
+        table.add_row(*row)
     return table
 
 

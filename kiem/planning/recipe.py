@@ -23,8 +23,9 @@ from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer
 SECONDS_BETWEEN_SAVES = 1800  # without --save-steps
 # Small data gets small batches: a run of whole epochs should have at least this many updates.
 _MIN_STEPS = 50
-# More tokens in a pass make no GPU faster; fewer are taken where memory is short.
-_GPU_PASS_TOKENS = 16_384
+# More tokens in a pass make no GPU faster; fewer are taken where memory is short. A pass reads all
+# weights and adds to all gradients: below the smallest that takes longer than recomputation.
+GPU_PASS_TOKENS, _SMALLEST_GPU_PASS_TOKENS = 16_384, 4_096
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ def resolve_recipe(
 ) -> Recipe:
     """Returns the numbers of a run: by the options, else what suits model, data and memory.
 
-    Passes are as large as memory allows even if layers are then recomputed; of what to recompute,
-    the least that fits is taken.
+    A pass recomputes as little as memory allows, and then is as large as memory allows.
 
     Args:
         options: all options of training.py.
@@ -90,15 +90,15 @@ def resolve_recipe(
     wanted_chunks = defaults.tokens_per_step / chunk_size
     if not has_budget:
         wanted_chunks = min(wanted_chunks, options.epochs * num_chunks / _MIN_STEPS)
-    choices = recompute_choices(setting, options.activation_checkpointing)
+    tokens = GPU_PASS_TOKENS if setting.device_type == "cuda" else defaults.tokens_per_pass
+    wanted = max(1, min(tokens // chunk_size, round(wanted_chunks / world_size)))
     batch_size = options.batch_size
+    smallest = batch_size or min(wanted, max(1, _SMALLEST_GPU_PASS_TOKENS // chunk_size))
+    choices = recompute_choices(setting, options.activation_checkpointing)
+    recompute = least_recompute(replace(setting, batch_size=smallest), usable, choices)
     if batch_size is None:
-        most = (
-            _GPU_PASS_TOKENS if setting.device_type == "cuda" else defaults.tokens_per_pass
-        ) // chunk_size
-        wanted = max(1, min(most, round(wanted_chunks / world_size)))
-        smallest = replace(setting, recompute=choices[-1])
-        batch_size = max(1, largest_batch(smallest, usable, wanted))
+        way = replace(setting, recompute=recompute)
+        batch_size = max(1, largest_batch(way, usable, wanted))
     accumulation = options.gradient_accumulation_steps
     if accumulation is None:
         accumulation = max(1, round(wanted_chunks / (batch_size * world_size)))
@@ -113,7 +113,7 @@ def resolve_recipe(
         learning_rate=options.learning_rate or defaults.learning_rate,
         max_steps=max_steps,
         max_seconds=options.max_minutes * 60 if options.max_minutes is not None else None,
-        recompute=least_recompute(replace(setting, batch_size=batch_size), usable, choices),
+        recompute=recompute,
     )
 
 
