@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -13,12 +14,17 @@ from torch._inductor.exc import InductorError
 from torch.utils.flop_counter import FlopCounterMode
 
 from kiem.compute.attention import causal_mask
+from kiem.compute.memory import forget_peak_memory, peak_memory_bytes
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode, UserError
 from kiem.model.config import preset
 from kiem.model.gemma3 import Context, DecoderLayer, Gemma3, Recompute, run_layer
+from kiem.optim.batch import Collator
+from kiem.optim.optimizer import make_optimizers
+from kiem.optim.step import Verdict, train_step
 from kiem.parallel.distributed import Distributed
-from kiem.planning.memory_estimate import setting_of
+from kiem.parallel.parallel_model import ParallelModel
+from kiem.planning.memory_estimate import estimate_memory, setting_of, usable_bytes
 from kiem.planning.probe import Probe
 from kiem.planning.recipe import Recipe
 from kiem.planning.time_estimate import flops_per_token
@@ -116,3 +122,41 @@ def test_flops_are_those_that_torch_counts() -> None:
     assert flops_per_token(config, 200) == pytest.approx(expected, rel=0.01)
     without_window = replace(config, sliding_window=10**6)
     assert flops_per_token(without_window, 200) > flops_per_token(config, 200)
+
+
+@pytest.mark.gpu
+def test_what_is_usable_includes_what_the_process_holds() -> None:
+    distributed = Distributed(0, 1, torch.device("cuda", 0), "bf16", 1e12)
+    before = usable_bytes(distributed)
+    held = torch.zeros(1 << 30, dtype=torch.uint8, device=distributed.device)
+    assert usable_bytes(distributed) == pytest.approx(before, rel=0.01)
+    assert peak_memory_bytes(distributed.device) >= held.nbytes
+    del held
+    forget_peak_memory(distributed.device)
+    assert peak_memory_bytes(distributed.device) < 1 << 30
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_the_estimate_is_the_measured_peak(recompute: Recompute) -> None:
+    """gemma3-270m in compiled passes of 8 chunks, beside the moments of Muon."""
+    config, device = preset("gemma3-270m", 262_144), torch.device("cuda", 0)
+    options = TrainingOptions(dataset_path=Path(), activation_checkpointing=recompute)
+    distributed = Distributed(0, 1, device, "bf16", 1e12)
+    setting = setting_of(config, options, distributed, 1024)
+    setting = replace(setting, batch_size=8, recompute=recompute)
+    model = Gemma3(config).to(device)
+    model.model.embed_tokens.adds_to_gradient = True
+    probe = Probe(model, options, setting, distributed, Console())
+    assert probe.prepare(Recipe(8, 1, 8, 1e-3, 10, None, recompute)).batch_size == 8
+    assert probe.is_compiled
+    parallel_model = ParallelModel(model, distributed, "none")
+    optimizers = make_optimizers(model, "muon", 0.1, matrix_dtype=distributed.matrix_dtype)
+    batch = Collator(0, 1, True, device)(np.full((8, 1024), 2, np.int32))
+    for _ in range(2):
+        train_step(
+            *(parallel_model, optimizers, [batch, batch], distributed, options, 1e-3),
+            lambda *_: Verdict("update"),
+        )
+    expected = estimate_memory(setting).total
+    assert peak_memory_bytes(device) == pytest.approx(expected, rel=0.1)
