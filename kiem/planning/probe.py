@@ -27,8 +27,9 @@ from kiem.planning.memory_estimate import GPU_USABLE_SHARE, Setting, update_cost
 from kiem.planning.recipe import Recipe
 from kiem.planning.time_estimate import flops_per_token
 
-# Compiling takes up to a minute and saves a fifth to a third of the time on a CPU, half on a GPU.
-# The limits do not depend on a measurement, so that a resumed run decides alike.
+# Compiling takes up to a minute and saves a fifth to a third of the time on a CPU; for a GPU layers
+# are always compiled. The limits do not depend on a measurement, so that a resumed run decides
+# alike.
 _COMPILE_SECONDS = 300
 _COMPILE_FLOP = 3e14
 
