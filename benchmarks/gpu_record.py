@@ -128,10 +128,10 @@ class Bench:
         )
 
     def results(self, part: str) -> list[dict[str, Any]]:
-        """Returns what another part has found on the same kind of device."""
-        return [
-            r for r in read_records(self.file) if (r["part"], r.get("card")) == (part, self.card)
-        ]
+        """Returns what another part has found last on the same kind of device."""
+        found = read_records(self.file)
+        of_part = [r for r in found if (r["part"], r.get("card")) == (part, self.card)]
+        return [*{r["check"]: r for r in of_part}.values()]
 
 
 def published(card: str) -> str | None:
