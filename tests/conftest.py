@@ -39,7 +39,7 @@ SMALL = Gemma3Config(
 )
 # Scripts that import torch, and what libraries read of the environment when they are imported.
 TORCH_SCRIPTS = ("training.py", "inference.py", "evaluate.py")
-READ_AT_IMPORT = ("ATEN_", "CUDA_", "LD_", "MKL_", "OMP_", "ONEDNN_", "PYTHON", "TORCH")
+READ_AT_IMPORT = ("ATEN_", "CUDA_", "CXX", "LD_", "MKL_", "OMP_", "ONEDNN_", "PYTHON", "TORCH")
 # preprocess.py with units so small that there are many of them.
 SMALL_UNITS_PROGRAM = """
 import sys
