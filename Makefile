@@ -35,8 +35,9 @@ demo: $(VENV)/installed
 	@echo "  a larger model:    $(BIN)/python training.py --dataset-path processed_data/chunked_my_texts --model gemma3-nano --max-minutes 30"
 	@echo "  the real thing:    README.md, 'The three commands'"
 
-# How many files of tests at a time; a model of a test is too small for more than one thread.
-TEST_WORKERS ?= 2
+# How many files of tests at a time, on two cores: many tests wait for programs. A model of a test
+# is too small for more than one thread.
+TEST_WORKERS ?= 3
 test: $(VENV)/installed gemma-tokenizer
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -21,8 +21,9 @@ def records(file: Path) -> list[dict[str, object]]:
 
 @pytest.mark.slow
 def test_all_parts_can_be_rehearsed(tmp_path: Path) -> None:
+    """Without compiled layers, of which alone the part plan has figures to compare."""
     file = tmp_path / "gpu.jsonl"
-    no_compiler = {"CC": "false", "CXX": "false"}  # compiling takes half the time
+    no_compiler = {"CC": "false", "CXX": "false"}
     done = run_script("benchmarks/gpu.py", "--rehearse", "--json", file, env=no_compiler)
     assert done.returncode == 0, done.stdout
     found = records(file)
@@ -30,8 +31,7 @@ def test_all_parts_can_be_rehearsed(tmp_path: Path) -> None:
         *("versions", "attention", "loss", "training", "trainer", "decoding", "parity"),
         *("text", "plan", "resume", "processes", "memory", "tests"),
     }
-    ends = [record for record in found if record["check"] == "end"]
-    assert ends == []
+    assert {record["part"] for record in found if record["check"] == "end"} <= {"plan"}
     verdicts = {record["verdict"] for record in found}
     assert verdicts <= {"ok", "measured", "left out", "eager only"}
     assert "REHEARSAL" in done.stdout

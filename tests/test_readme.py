@@ -31,12 +31,12 @@ def commands(heading: str) -> str:
 
 @pytest.mark.slow
 def test_the_three_commands(checkout: Path, tmp_path: Path, sample_texts: list[str]) -> None:
-    """Exactly as printed, against a Hub on loopback: three documents and a tiny vocabulary.
+    """Exactly as printed, against a Hub on loopback: four documents and a tiny vocabulary.
 
     It is the true 1B body (698 million parameters beside the embedding), on the CPU: 12 GB. Where
     bf16 is slow its updates are AdamW's: Muon's products take minutes there.
     """
-    columns = {"text": sample_texts[:3], "url": ["u"] * 3, "source": ["wikipedia"] * 3}
+    columns = {"text": sample_texts[:4], "url": ["u"] * 4, "source": ["wikipedia"] * 4}
     pq.write_table(pa.table(columns), tmp_path / "train.parquet")
     parquet = (tmp_path / "train.parquet").read_bytes()
     repositories = {
