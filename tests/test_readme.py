@@ -34,7 +34,7 @@ def test_the_three_commands(checkout: Path, tmp_path: Path, sample_texts: list[s
     """Exactly as printed, against a Hub on loopback: four documents and a tiny vocabulary.
 
     It is the true 1B body (698 million parameters beside the embedding), on the CPU: 12 GB. Where
-    bf16 is slow its updates are AdamW's: Muon's products take minutes there.
+    bf16 is slow it is the 270M with AdamW: an update of the 1B takes minutes there.
     """
     columns = {"text": sample_texts[:4], "url": ["u"] * 4, "source": ["wikipedia"] * 4}
     pq.write_table(pa.table(columns), tmp_path / "train.parquet")
@@ -51,14 +51,15 @@ def test_the_three_commands(checkout: Path, tmp_path: Path, sample_texts: list[s
         script = commands("The three commands")
         assert "/chunked_10k\n" in script
         if not prefers_bf16(torch.device("cpu")):
-            script = script.replace("/chunked_10k\n", "/chunked_10k --optimizer adamw\n")
+            smaller = "/chunked_10k --model gemma3-270m --optimizer adamw\n"
+            script = script.replace("/chunked_10k\n", smaller).replace("gemma3-1b", "gemma3-270m")
         done = run_bash(script, checkout, env, stdin=prompt)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "vocabulary of 600" in done.stdout
     assert re.search(r"\d+ tokens, [\d.]+ tokens/s\n", done.stdout)
-    models = checkout / "trained_models"
-    assert (models / "gemma3-1b-dutch-latest" / "final_model" / "model.safetensors").is_file()
+    (model,) = (checkout / "trained_models").glob("gemma3-*-dutch-latest")
+    assert (model / "final_model" / "model.safetensors").is_file()
 
 
 def test_own_text(checkout: Path) -> None:
