@@ -72,21 +72,7 @@ PARTS = (
 )
 # Parts that train on the chunks of the part text.
 _NEED_TEXT = {"resume", "processes", "memory"}
-Name = Literal[
-    "versions",
-    "attention",
-    "loss",
-    "training",
-    "trainer",
-    "decoding",
-    "parity",
-    "text",
-    "plan",
-    "resume",
-    "processes",
-    "memory",
-    "tests",
-]
+Name = Literal[tuple(part.name for part in PARTS)]
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,7 @@ class Decoder:
     def __init__(self, model: Gemma3):
         config, norm = model.config, model.model.norm
         self._embedding = model.model.embed_tokens
-        # Gemma rounds the scale to the embedding's precision.
-        self._scale = torch.tensor(config.hidden_size**0.5, dtype=model.dtype)
+        self._scale = model.embedding_scale(norm.weight.device)
         thetas = config.rope_theta, config.rope_local_base_freq
         frequencies = [
             rotary_frequencies(config.head_dim, theta, norm.weight.device) for theta in thetas

@@ -51,11 +51,7 @@ class GpuDecoder:
             if isinstance(module, RMSNorm):
                 module.gain = 1.0 + module.weight.float()
         self._joined = [self._join(layer) for layer in model.model.layers]
-        # Gemma rounds the scale to the embedding's precision.
-        device = model.model.norm.weight.device
-        self._scale = torch.full(
-            (), self._config.hidden_size**0.5, dtype=model.dtype, device=device
-        )
+        self._scale = model.embedding_scale(model.model.norm.weight.device)
 
     def __call__(self, ids: Tensor, where: CachePass) -> Tensor:
         """Returns the normed output of the last layer [B, 1, D] of tokens int64 [B, 1]."""

@@ -245,12 +245,14 @@ class Gemma3(nn.Module):
         """Returns fp32 logits [..., vocab_size] of hidden states [..., D]."""
         return self.model.embed_tokens.logits(hidden)
 
+    def embedding_scale(self, device: torch.device) -> Tensor:
+        """Returns the factor of the embedding's rows; Gemma rounds it to their precision."""
+        return torch.full((), self.config.hidden_size**0.5, dtype=self.dtype, device=device)
+
     def _run_layers(
         self, rows: Tensor, document_starts: Tensor | None, cached: CachePass | None
     ) -> Tensor:
-        # Gemma rounds the scale to the embedding's precision.
-        scale = torch.full((), self.config.hidden_size**0.5, dtype=self.dtype, device=rows.device)
-        x = rows * scale  # B T D
+        x = rows * self.embedding_scale(rows.device)  # B T D
         full, sliding = make_contexts(self.config, x, document_starts, cached)
         for number, layer in enumerate(self.model.layers):
             context = sliding if self.config.is_sliding(number) else full
