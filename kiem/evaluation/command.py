@@ -39,6 +39,7 @@ from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, su
 from kiem.inference.loading import load_for_inference
 from kiem.model.config import CONFIG_FILE
 from kiem.model.io import find_model
+from kiem.parallel.launch import use_processors
 
 _MOST_SOURCES_SHOWN = 50
 _TEXT_OPTIONS = ("text_column", "document_separator")
@@ -67,6 +68,7 @@ def evaluate(options: EvaluationOptions, console: Console) -> dict[str, Any]:
     names = options.suite or (() if options.data else (BUILT_IN,))
     pairs = read_suite(names, console) if names else []
     documents = evaluation_documents(options, console) if options.data else iter(())
+    use_processors(console)
     model = open_language_model(options.model_path, options.precision, options.context)
     results: dict[str, Any] = {"model": options.model_path, "context": model.context}
     started = time.perf_counter()

@@ -29,7 +29,7 @@ from kiem.inference.generate_file import generate_file
 from kiem.inference.loading import LoadedModel, load_for_inference
 from kiem.inference.repl import run_repl
 from kiem.inference.sampling import SamplingParams
-from kiem.parallel.launch import read_place
+from kiem.parallel.launch import read_place, use_processors
 
 _DEFAULT_PROMPTS = (
     "Nederland is een land waar",
@@ -63,6 +63,7 @@ def generate(options: InferenceOptions, console: Console) -> None:
         raise bad_option("--output-file", what, fix)
 
     # Load the model and run the chosen mode.
+    use_processors(console)
     with contextlib.ExitStack() as stack, _memory_errors():
         if options.serve:
             try:

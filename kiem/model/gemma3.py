@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from kiem.compute.attention import attend, attend_masked, repeat_kv
 from kiem.compute.cross_entropy import LogitsGradient, logits_gradient
+from kiem.core.processors import num_processors
 from kiem.core.randomness import derive_seed
 from kiem.model.cache import CachePass, LayerCache
 from kiem.model.config import Gemma3Config
@@ -303,5 +304,5 @@ def initialize(model: nn.Module, seed: int) -> None:
             values.normal_(0.0, _INIT_STD, generator=generator)
         parameter.copy_(values)
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(num_processors()) as pool:
         list(pool.map(draw, model.named_parameters()))

@@ -7,14 +7,21 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
+from rich.console import Console
+
+from kiem.core.console import warn
 from kiem.core.errors import ExitCode, UserError, bad_option
+from kiem.core.processors import num_cores, num_processors
 
 if TYPE_CHECKING:
     import torch
 
 _HIGHEST_PORT = 65535
+# What torchrun and accelerate launch put into the environment of the processes they start.
+_LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 
 
 class Place(NamedTuple):
@@ -66,6 +73,58 @@ def choose_device() -> torch.device:
     device = torch.device("cuda", local_rank % num_gpus)
     torch.cuda.set_device(device)
     return device
+
+
+def use_processors(console: Console) -> None:
+    """Gives torch and the C++ kernels a thread for each core that this process may use.
+
+    By themselves they take the cores of the machine, whatever a container's quota, and under
+    torchrun and accelerate launch the one that OMP_NUM_THREADS then says. What a user has set is
+    kept. OpenMP counts for each thread: another one that computes has to call
+    torch.set_num_threads(torch.get_num_threads()).
+
+    Args:
+        console: shows when a launcher's number is not kept, or may be one.
+
+    Raises:
+        UserError: the launcher's variables are wrong.
+    """
+    import torch  # slow
+
+    # The processes in which torch compiles layers; it heeds the affinity, but no quota.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, num_processors())))
+    number = max(1, num_cores() // _number("LOCAL_WORLD_SIZE", 1, least=1))
+    given = os.environ.get("OMP_NUM_THREADS")
+    chosen_by = _who_chose_threads()
+    differs = given not in (None, str(number)) and choose_device().type == "cpu"
+    if chosen_by == "unknown" and differs:
+        warn(
+            console,
+            f"{given} threads, if the launcher chose that: OMP_NUM_THREADS={number} is right",
+        )
+    if chosen_by == "launcher" and differs:
+        console.print(f"{number} threads, not the launcher's {given}; OMP_NUM_THREADS changes that")
+    if chosen_by in ("nobody", "launcher"):
+        torch.set_num_threads(number)
+
+
+def _who_chose_threads() -> Literal["nobody", "user", "launcher", "unknown"]:
+    if "MKL_NUM_THREADS" in os.environ:
+        return "user"
+    if "OMP_NUM_THREADS" not in os.environ:
+        return "nobody"
+    if not any(name in os.environ for name in _LAUNCHED):
+        return "user"
+    launcher = Path("/proc") / str(os.getppid())
+    try:
+        # The environment that the launcher was started with, whatever it has added since.
+        environment = (launcher / "environ").read_bytes().split(b"\0")
+        words = (launcher / "cmdline").read_bytes()
+    except OSError:  # not on Linux
+        return "unknown"
+    has_option = re.search(rb"--num.cpu.threads.per.process", words)
+    has_variable = any(entry.startswith(b"OMP_NUM_THREADS=") for entry in environment)
+    return "user" if has_option or has_variable else "launcher"
 
 
 def shares_gpus() -> bool:

@@ -20,6 +20,7 @@ from kiem.optim.batch import Batch, chunk_numbers, micro_batches, own_numbers
 from kiem.optim.optimizer import learning_rate_share
 from kiem.optim.step import StepResult, train_step
 from kiem.parallel.distributed import init_distributed
+from kiem.parallel.launch import use_processors
 from kiem.planning.print_plan import print_plan
 from kiem.planning.probe import out_of_memory
 from kiem.planning.recipe import SECONDS_BETWEEN_SAVES
@@ -60,6 +61,7 @@ def train(options: TrainingOptions, console: Console) -> None:
     Raises:
         UserError: anything about options, data, model, disk or memory that users can correct.
     """
+    use_processors(console)
     with init_distributed(options.precision) as distributed:
         if options.plan:
             return print_plan(options, distributed, console)

@@ -8,6 +8,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
+
 from kiem.inference.engine import Engine, Request, RequestOutput
 from kiem.inference.server.errors import ApiError, server_failed
 from kiem.inference.server.metrics import ServerMetrics
@@ -72,7 +74,10 @@ class Worker:
         self._sequences: dict[int, tuple[Job, int]] = {}  # by the engine's number
         self._cancelled: list[int] = []
         self._has_work = asyncio.Event()
-        self._executor = ThreadPoolExecutor(1, "engine")
+        # OpenMP counts threads for each thread that computes.
+        self._executor = ThreadPoolExecutor(
+            1, "engine", torch.set_num_threads, (torch.get_num_threads(),)
+        )
         self._task: asyncio.Task[None] | None = None
 
     @property
