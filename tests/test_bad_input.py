@@ -248,7 +248,8 @@ def test_longer_than_a_document_may_be(run: Run, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("block", [1, 2, 3, 1000])
 def test_words_are_counted_block_by_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kiem.data.read.sources._WORD_BLOCK", block)
-    for text in [*ODD_TEXTS.values(), "", " ", "een  twee", *GOOD]:
+    spaces = "".join(f"a{space}{space}b" for space in map(chr, range(0x110000)) if space.isspace())
+    for text in [*ODD_TEXTS.values(), "", " ", "een  twee", spaces, *GOOD]:
         assert count_words(text) == len(text.split())
 
 

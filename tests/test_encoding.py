@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.data.prepare.packing import frame
 from kiem.data.prepare.preprocess import preprocess
 from kiem.tokenizer import encoding
-from kiem.tokenizer.encoding import Encoder, cut_long, fast_path, reference_process, serve
+from kiem.tokenizer.encoding import (
+    Encoder,
+    cut_long,
+    fast_path,
+    reference_process,
+    serve,
+    set_apart,
+)
 from kiem.tokenizer.tokenizer import Tokenizer, parse_tokenizer
 from kiem.tokenizer.train import train_tokenizer
 
@@ -56,7 +64,7 @@ def test_fast_equals_reference(
 def test_gemmas_one_crossing_entry_is_left_to_the_reference(gemma: Tokenizer) -> None:
     fast = fast_path(gemma, "auto")
     assert isinstance(fast, bytes)
-    texts = ["gewoon", "<a>b</a> </p>", "x > </ y", "nog een"]
+    texts = ["gewoon", "<a>b</a> </p>", "x > </ y", "nog een", "een > </ twee > </ drie"]
     assert encode(Encoder(gemma, fast), texts) == gemma.encode_batch(texts)
 
 
@@ -81,10 +89,33 @@ def test_long_documents_are_checked_in_parts(
     encoder = Encoder(tokenizer, fast_path(tokenizer, "auto"))
     assert encode(encoder, texts) == tokenizer.encode_batch(texts)
     wrong = Encoder(tokenizer, fast_path(train_tokenizer(sample_texts, 700), "auto"))
-    with pytest.raises(UserError, match="differently"):
-        wrong.encode([texts[2]], str)
-    text = f"De dag < {texts[2]}"  # is left to the reference
+    for text in (texts[2], f"De dag < {texts[2]}"):
+        with pytest.raises(UserError, match="differently"):
+            wrong.encode([text], str)
+    text = "De <dag>"  # is left to the reference
     assert encode(wrong, [text]) == tokenizer.encode_batch([text])
+
+
+@pytest.mark.parametrize("name", ["trained", "gemma"])
+def test_parts_with_a_sign_are_encoded_as_in_the_whole(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    """Every cut is one at which a long document may be cut, and none is missing around a "<"."""
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    chance = random.Random(0)
+    texts = ["".join(chance.choices("a<> \n/", k=chance.randrange(14))) for _ in range(5000)]
+    texts += ["<" * 10**5, " " * 10**5 + "<", " <" * 10**5, "< " * 10**5, "a" * 10**5 + " <"]
+    for text in texts:
+        shortest = list(cut_long(text, 1)) if len(text) < 14 else []
+        parts = list(set_apart(text))
+        assert "".join(parts) == text
+        assert not any("<" in part for part in parts[::2])
+        if shortest:
+            with_sign = ["".join(part for part in c if "<" in part) for c in (parts, shortest)]
+            assert with_sign[0] == with_sign[1]
+    parts_of = [list(filter(None, set_apart(text))) for text in texts[:5000]]
+    joined = [[*chain.from_iterable(tokenizer.encode_batch(parts))] for parts in parts_of]
+    assert joined == tokenizer.encode_batch(texts[:5000])
 
 
 def test_memory_of_words_is_bounded(gemma: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,19 +133,19 @@ def test_memory_of_words_is_bounded(gemma: Tokenizer, monkeypatch: pytest.Monkey
 
 def test_the_reference_process_answers_several_workers(trained: Tokenizer) -> None:
     with reference_process(trained, 2) as (first, second):
-        for text in ("Een dag", "in mei", "<eos>", ""):
-            assert first(text) == second(text) == trained.encode(text)
+        for texts in (["Een dag", "in mei"], ["<eos>", ""], []):
+            assert first(texts) == second(texts) == trained.encode_batch(texts)
 
 
 def test_the_reference_process_may_be_killed(trained: Tokenizer) -> None:
     others = psutil.Process().children()  # of other tests
     with reference_process(trained, 1) as (reference,):
-        reference("Een dag")
+        reference(["Een dag"])
         (child,) = (child for child in psutil.Process().children() if child not in others)
         child.kill()
         child.wait()
         with pytest.raises(UserError, match="ended from outside") as caught:
-            reference("in mei")
+            reference(["in mei"])
     assert caught.value.exit_code == ExitCode.OUT_OF_MEMORY
 
 
@@ -122,7 +153,7 @@ def test_the_reference_process_says_what_is_wrong(trained: Tokenizer) -> None:
     model = {"merges": [["heel", "nergens"]]}
     broken = changed(trained, model=model)
     with reference_process(broken, 1) as (reference,), pytest.raises(UserError, match="not a tok"):
-        reference("Een dag")
+        reference(["Een dag"])
 
 
 def changed(tokenizer: Tokenizer, **changes: Any) -> Tokenizer:
@@ -189,6 +220,6 @@ def test_frame_puts_control_tokens_around_every_document(trained: Tokenizer) -> 
 def test_worker_that_is_stopped_before_it_reads_its_answer(trained: Tokenizer) -> None:
     """As happens when another worker met a mistake: no traceback beside its message."""
     ours, theirs = multiprocessing.Pipe()
-    ours.send("een tekst")
+    ours.send(["een tekst"])
     ours.close()
     serve(trained, theirs)

@@ -2,8 +2,8 @@
 
 gigatoken is some ten times as fast, since it cuts texts before their spaces, encodes each word once
 and remembers it. The cuts are exact where no entry of the vocabulary goes across one. Gemma has one
-that does, "> </". So documents with a "<" are left to the tokenizers library, which also checks a
-sample of the others.
+that does, "> </". So words with a "<" and those before them are left to the tokenizers library,
+which also checks a sample of the documents.
 
 For that it runs in a process of its own: loading Gemma's tokenizer holds Python's lock for a
 second, and so does loading gigatoken. So one is loaded beside the other, once for all workers.
@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -45,8 +45,8 @@ _PART_CHARACTERS = 100_000
 # gigatoken remembers every word for good, so it is loaded again when it has grown by this.
 _MAX_REMEMBERED_BYTES = 400_000_000
 
-# A text to its ids, without control tokens.
-Reference = Callable[[str], list[int]]
+# Texts to their ids, without control tokens.
+Reference = Callable[[Sequence[str]], list[list[int]]]
 
 
 class Encoded(NamedTuple):
@@ -76,7 +76,9 @@ def fast_path(tokenizer: Tokenizer, choice: str) -> bytes | str:
     entries = [*tokenizer.vocabulary, *(token.content.replace(" ", "▁") for token in added)]
     if any(map(_CROSSING.search, entries)):
         return "an entry of the vocabulary has a space inside"
-    return msgspec.json.encode(replace(description, added_tokens=added, pre_tokenizer=None))
+    needed = replace(description, added_tokens=added, pre_tokenizer=None)
+    # Without the white space between values, of which half of a tokenizer.json consists.
+    return msgspec.json.format(msgspec.json.encode(needed), indent=-1)
 
 
 def _splits_are_exact(tokenizer: Tokenizer) -> bool:
@@ -107,7 +109,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, fast: bytes | str, reference: Reference | None = None):
         self._tokenizer = tokenizer
         self._fast = fast if isinstance(fast, bytes) else None
-        self._reference = reference or tokenizer.encode
+        self._reference = reference or tokenizer.encode_batch
         self._load()
 
     def checked_by(self, reference: Reference) -> Encoder:
@@ -127,24 +129,39 @@ class Encoder:
             UserError: gigatoken gave other ids than the reference; names the document.
         """
         if self._fast is None:
-            return _join(self._tokenizer.encode_batch(texts))
-        documents: list[list[int] | np.ndarray] = []
-        for number, text in enumerate(texts):
-            parts = cut_long(text, _PART_CHARACTERS)
-            if "<" in text:
-                documents.append([id for part in parts for id in self._reference(part)])
-                continue
-            # One by one: for every batch gigatoken would start with an empty memory of words.
-            documents.append(self._encode_fast(text))
-            if number % _COMPARED_SHARE == 0:
-                part = next(parts)
-                if self._encode_fast(part).tolist() != self._reference(part):
-                    what = "gigatoken and tokenizers encode this document differently"
-                    fix = "Use --encoder reference, and please report the document."
-                    raise _mismatch(place(number), what, fix)
+            return _join(map(_as_array, self._tokenizer.encode_batch(texts)))
+        # The reference is asked at the end, since it may still be loading.
+        asked: list[str] = []
+        documents = [self._encode_parts(text, asked) for text in texts]
+        # Of some documents, by number, the beginning in parts, and where in `asked` it is whole.
+        compared: dict[int, tuple[list[np.ndarray | int], int]] = {}
+        for number in range(0, len(texts), _COMPARED_SHARE):
+            beginning = next(cut_long(texts[number], _PART_CHARACTERS))
+            compared[number] = self._encode_parts(beginning, asked), len(asked)
+            asked.append(beginning)
+        answers = [_as_array(ids) for group in _groups(asked) for ids in self._reference(group)]
+        for number, (parts, answer) in compared.items():
+            if not np.array_equal(_whole(parts, answers), answers[answer]):
+                what = "gigatoken and tokenizers encode this document differently"
+                fix = "Use --encoder reference, and please report the document."
+                raise _mismatch(place(number), what, fix)
         if _used_bytes() > self._loaded_bytes + _MAX_REMEMBERED_BYTES:
             self._load()
-        return _join(documents)
+        return _join(_whole(parts, answers) for parts in documents)
+
+    def _encode_parts(self, text: str, asked: list[str]) -> list[np.ndarray | int]:
+        """Returns the ids of the parts of a text, or where in `asked` a part is left."""
+        # One by one: for every batch gigatoken would start with an empty memory of words.
+        if "<" not in text:
+            return [self._encode_fast(text)]
+        parts: list[np.ndarray | int] = []
+        for part in set_apart(text):
+            if "<" in part:
+                parts.append(len(asked))
+                asked.append(part)
+            else:
+                parts.append(self._encode_fast(part))
+        return parts
 
     def _load(self) -> None:
         if self._fast is not None:
@@ -211,6 +228,35 @@ def cut_long(text: str, part_characters: int) -> Iterator[str]:
     yield text[start:]
 
 
+def set_apart(text: str) -> Iterator[str]:
+    """Yields a text in parts that are encoded as in the whole, so that few of them have a "<"."""
+    start = 0
+    while (sign := text.find("<", start)) >= 0:
+        # The last cut is before the spaces before the last word that begins before the sign.
+        before = text[start:sign].rstrip(" ")
+        begin = start + len(before[: before.rfind(" ") + 1].rstrip(" "))
+        cut = _CUT.search(text, sign)
+        end = len(text) if cut is None else cut.start()
+        yield text[start:begin]
+        yield text[begin:end]
+        start = end
+    yield text[start:]
+
+
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Yields texts in groups of some `_PART_CHARACTERS`, or of a single text."""
+    group: list[str] = []
+    num_characters = 0
+    for text in texts:
+        if group and num_characters + len(text) > _PART_CHARACTERS:
+            yield group
+            group, num_characters = [], 0
+        group.append(text)
+        num_characters += len(text)
+    if group:
+        yield group
+
+
 def ended_from_outside(process: str) -> UserError:
     """Returns the error for a child process that was killed."""
     what = f"{process} was ended from outside"
@@ -218,9 +264,9 @@ def ended_from_outside(process: str) -> UserError:
     return UserError(what, where="--num-proc", fix=fix, exit_code=ExitCode.OUT_OF_MEMORY)
 
 
-def _ask(connection: Connection, text: str) -> list[int]:
+def _ask(connection: Connection, texts: Sequence[str]) -> list[list[int]]:
     try:
-        connection.send(text)
+        connection.send(texts)
         answer = connection.recv()
     except (EOFError, OSError) as error:
         raise ended_from_outside("the process that checks the encoding") from error
@@ -242,12 +288,12 @@ def _serve_all(tokenizer: Tokenizer, theirs: list[Connection], ours: list[Connec
 
 
 def serve(tokenizer: Tokenizer, connection: Connection) -> None:
-    """Answers each text with its ids or a UserError, until the other end is closed."""
+    """Answers texts with their ids or a UserError, until the other end is closed."""
     with contextlib.suppress(EOFError, OSError):
         while True:
-            text = connection.recv()
+            texts = connection.recv()
             try:
-                answer: list[int] | UserError = tokenizer.encode(text)
+                answer: list[list[int]] | UserError = tokenizer.encode_batch(texts)
             except UserError as error:  # the tokenizer cannot be loaded
                 answer = error
             connection.send(answer)
@@ -261,7 +307,17 @@ def _used_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _join(documents: Sequence[Sequence[int] | np.ndarray]) -> Encoded:
-    lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
-    arrays = [np.asarray(ids, dtype=np.uint32) for ids in documents]
+def _as_array(ids: Sequence[int]) -> np.ndarray:
+    return np.array(ids, dtype=np.uint32)
+
+
+def _whole(parts: Sequence[np.ndarray | int], answers: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the ids of a text from those of its parts."""
+    found = [answers[part] if isinstance(part, int) else part for part in parts]
+    return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _join(documents: Iterable[np.ndarray]) -> Encoded:
+    arrays = list(documents)
+    lengths = np.array([len(ids) for ids in arrays], dtype=np.int64)
     return Encoded(np.concatenate([np.empty(0, np.uint32), *arrays]).view(np.int32), lengths)

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from kiem.config import DATASET_SIZES, HUB_DATASET
@@ -25,6 +25,11 @@ from kiem.hub import download_dataset_files
 
 DEFAULT_HUB_SIZE = "10k"
 _WORD_BLOCK = 1 << 20
+# White space, as Python's `isspace` has it: by the bytes of UTF-8, and what takes more than one.
+_IS_SPACE = bytes(byte in b"\t\n\v\f\r\x1c\x1d\x1e\x1f " for byte in range(256))
+_WIDE_SPACES = "\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,14 @@ def word_limit(dataset_size: str | None) -> int | None:
 
 
 def count_words(text: str) -> int:
-    """Returns the number of white-space words, `len(text.split())`, in little memory."""
-    blocks = [text[n : n + _WORD_BLOCK] for n in range(0, len(text), _WORD_BLOCK)]
-    cut = sum(not a[-1].isspace() and not b[0].isspace() for a, b in pairwise(blocks))
-    return sum(len(block.split()) for block in blocks) - cut
+    """Returns the number of white-space words, `len(text.split())`, fast and in little memory."""
+    num_words, is_after_space = 0, True
+    for start in range(0, len(text), _WORD_BLOCK):
+        block = text[start : start + _WORD_BLOCK]
+        for space in _WIDE_SPACES:
+            block = block.replace(space, " ")
+        is_space = np.frombuffer(block.encode(errors="surrogatepass").translate(_IS_SPACE), bool)
+        num_words += np.count_nonzero(is_space[:-1] > is_space[1:])
+        num_words += bool(is_after_space and not is_space[0])
+        is_after_space = is_space[-1]
+    return num_words
