@@ -21,7 +21,6 @@ from kiem.core.console import PlainConsole, open_output, show, warn
 from kiem.core.disk import DiskWarning
 from kiem.core.errors import ExitCode, UserError, bad_option
 from kiem.core.values import OptionType, option_flags, option_rows, option_types
-from kiem.core.yaml_options import read_options
 from kiem.parallel.launch import prints_output
 
 Options = TypeVar("Options")
@@ -57,6 +56,8 @@ def parse(options_class: type[Options], arguments: Sequence[str], program: str) 
     }
     given = _read_words(arguments, kinds | {"config": OptionType(Path)}, program)
     if file := given.pop("config", None):
+        from kiem.core.yaml_options import read_options  # most runs need no YAML
+
         values |= read_options(options_class, file)
     for name, kind in kinds.items():
         is_pointless = given.get(name) == values.get(name) == ()

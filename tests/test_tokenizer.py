@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from tokenizers import Tokenizer as Reference
 from transformers import AutoTokenizer
 
 from kiem.core.errors import ExitCode, UserError
+from kiem.core.files import sealed_file
+from kiem.tokenizer.encoding import fast_path
 from kiem.tokenizer.tokenizer import (
     Tokenizer,
     parse_tokenizer,
@@ -129,3 +132,30 @@ def test_broken_text_in_a_vocabulary_is_refused(trained: Tokenizer) -> None:
     assert broken != trained.json_bytes
     with pytest.raises(UserError):
         parse_tokenizer(broken, "hier")
+
+
+def test_what_is_known_of_a_large_tokenizer_is_kept(
+    gemma_tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second reading finds what the first one did; what is damaged or stale is made again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    json_bytes = gemma_tokenizer_file.read_bytes()
+    first = parse_tokenizer(json_bytes, "eerst")
+    fast = fast_path(first, "auto")
+    files = sorted((tmp_path / "kiem").iterdir())
+    assert [path.name.rpartition("-")[2] for path in files] == ["facts", "fast"]
+    sizes = [path.stat().st_size for path in files]
+    for change in (bytes, lambda data: data[:-1], lambda data: b"x" + data[1:]):
+        again = parse_tokenizer(json_bytes, "nog eens")
+        assert replace(again, origin="eerst") == first
+        assert fast_path(again, "auto") == fast
+        assert [path.stat().st_size for path in files] == sizes
+        for path in files:
+            path.write_bytes(change(path.read_bytes()))
+    for path in files:  # intact, but made by other code
+        with sealed_file(path) as file:
+            file.write(first.sha256.encode() + b'-older-{"pad_id":7}')
+    assert parse_tokenizer(json_bytes, "eerst") == first
+    assert fast_path(first, "auto") == fast
+    monkeypatch.setenv("XDG_CACHE_HOME", str(gemma_tokenizer_file))  # not a folder
+    assert parse_tokenizer(json_bytes, "eerst") == first

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kiem.core.cache import cache_folder
 from kiem.core.errors import UserError
 from kiem.core.files import write_bytes
 
@@ -39,7 +40,7 @@ def load_library(source: Path, signatures: Signatures) -> ctypes.CDLL | str:
     recipe = b"\n".join([*sources, " ".join(_FLAGS).encode(), version, _processor()])
     name = f"{source.stem}-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kiem"
+        cache = cache_folder()
         if (cache / name).exists():
             return open_library(cache / name, signatures)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -63,19 +63,25 @@ def fast_path(tokenizer: Tokenizer, choice: str) -> bytes | str:
         tokenizer: the tokenizer; for gigatoken it is without control tokens.
         choice: `--encoder`, "auto" or "reference".
     """
-    description, model = tokenizer.description, tokenizer.description.model
     if choice == "reference":
         return "as asked for with --encoder reference"
     if find_spec("gigatoken") is None:
         return "gigatoken is not installed"
+    proven = tokenizer.keep("fast", lambda: _prove(tokenizer))
+    return proven if proven.startswith(b"{") else proven.decode()
+
+
+def _prove(tokenizer: Tokenizer) -> bytes:
+    """Returns the tokenizer.json for gigatoken, or why there is none."""
+    description, model = tokenizer.description, tokenizer.description.model
     if not tokenizer.is_gemma_style or model.dropout:
-        return "the tokenizer is not a byte-fallback BPE over text with its spaces replaced"
+        return b"the tokenizer is not a byte-fallback BPE over text with its spaces replaced"
     if not _splits_are_exact(tokenizer):
-        return "the pre-tokenizer may split where an entry of the vocabulary would go across"
+        return b"the pre-tokenizer may split where an entry of the vocabulary would go across"
     added = [token for token in description.added_tokens if not token.special]
     entries = [*tokenizer.vocabulary, *(token.content.replace(" ", "▁") for token in added)]
     if any(map(_CROSSING.search, entries)):
-        return "an entry of the vocabulary has a space inside"
+        return b"an entry of the vocabulary has a space inside"
     needed = replace(description, added_tokens=added, pre_tokenizer=None)
     # Without the white space between values, of which half of a tokenizer.json consists.
     return msgspec.json.format(msgspec.json.encode(needed), indent=-1)

@@ -7,15 +7,16 @@ never becomes a control token: the string "<eos>" in a document is encoded as or
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 from tokenizers import Tokenizer as TokenizersTokenizer
 
+from kiem.core.cache import kept
 from kiem.core.errors import ExitCode, UserError, not_found
 from kiem.core.files import write_bytes, write_json
 from kiem.hub import download_tokenizer, looks_like_hub_id
@@ -23,6 +24,8 @@ from kiem.hub import download_tokenizer, looks_like_hub_id
 TOKENIZER_FILE = "tokenizer.json"
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 MAX_ROWS = 1 << 24  # of an embedding; far beyond any vocabulary
+# What is known of a larger tokenizer.json is kept in the user's cache: Gemma's 33 MB take 0.3 s.
+_KEPT_FROM_BYTES = 8_000_000
 _Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
@@ -65,32 +68,64 @@ class TokenizerJson(msgspec.Struct):
     version: str = "1.0"
 
 
+class _Known(msgspec.Struct):
+    """What is known of a tokenizer.json that was once read as a whole.
+
+    Attributes:
+        pad_id, eos_id, bos_id: of the control tokens.
+        has_unk: whether there is an <unk>.
+        num_rows: see `Tokenizer`.
+    """
+
+    pad_id: int
+    eos_id: int
+    bos_id: int
+    has_unk: bool
+    num_rows: int
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A loaded tokenizer.
 
     Attributes:
         json_bytes: the exact content of tokenizer.json.
-        description: what that says.
-        vocabulary: the ids of the model's entries; added tokens need not be among them.
-        added_tokens: by their text.
+        sha256: its hash, by which chunk directories and models pin the tokenizer.
         origin: where it came from, for the manifest.
         pad_id, eos_id, bos_id: of the control tokens.
+        has_unk: whether there is an <unk>.
+        num_rows: rows that an embedding needs for every id that text can become. Gemma's
+            <image_soft_token> = 262144 is a special added token beyond the vocabulary: text never
+            becomes it, and the 1B model has no row for it.
     """
 
     json_bytes: bytes = field(repr=False)
-    description: TokenizerJson = field(repr=False)
-    vocabulary: dict[str, int] = field(repr=False)
-    added_tokens: dict[str, AddedToken] = field(repr=False)
+    sha256: str
     origin: str
     pad_id: int
     eos_id: int
     bos_id: int
+    has_unk: bool
+    num_rows: int
 
     @cached_property
-    def sha256(self) -> str:
-        """The hash of `json_bytes`, by which chunk directories and models pin the tokenizer."""
-        return hashlib.sha256(self.json_bytes).hexdigest()
+    def description(self) -> TokenizerJson:
+        """What tokenizer.json says."""
+        return msgspec.json.decode(self.json_bytes, type=TokenizerJson)
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """The ids of the model's entries; added tokens need not be among them."""
+        return _read_vocabulary(self.description)
+
+    @cached_property
+    def added_tokens(self) -> dict[str, AddedToken]:
+        """The added tokens by their text."""
+        return {token.content: token for token in self.description.added_tokens}
+
+    def keep(self, what: str, make: Callable[[], bytes]) -> bytes:
+        """Returns what `make` makes of a tokenizer, kept in the user's cache if that saves time."""
+        return _keep(self.json_bytes, self.sha256, what, make)
 
     @property
     def is_gemma_style(self) -> bool:
@@ -116,16 +151,6 @@ class Tokenizer:
         implementation.no_padding()
         implementation.no_truncation()
         return implementation
-
-    @cached_property
-    def num_rows(self) -> int:
-        """Rows that an embedding needs for every id that text can become.
-
-        Gemma's <image_soft_token> = 262144 is a special added token beyond the vocabulary: text
-        never becomes it, and the 1B model has no row for it.
-        """
-        text_ids = [token.id for token in self.added_tokens.values() if not token.special]
-        return max([*self.special_ids.values(), *self.vocabulary.values(), *text_ids]) + 1
 
     @property
     def special_ids(self) -> dict[str, int]:
@@ -182,11 +207,33 @@ def parse_tokenizer(json_bytes: bytes, origin: str) -> Tokenizer:
     Raises:
         UserError: it is not that of a BPE, lacks <pad>, <eos> or <bos>, or has huge ids.
     """
+    sha256 = hashlib.sha256(json_bytes).hexdigest()
+    known = _keep(json_bytes, sha256, "facts", lambda: _examine(json_bytes, origin))
+    return Tokenizer(json_bytes, sha256, origin, **msgspec.json.decode(known))
+
+
+def _keep(json_bytes: bytes, sha256: str, what: str, make: Callable[[], bytes]) -> bytes:
+    if len(json_bytes) < _KEPT_FROM_BYTES:
+        return make()
+    return kept(f"tokenizer-{sha256[:16]}-{what}", f"{sha256}-{_code_sha256()}-".encode(), make)
+
+
+@cache
+def _code_sha256() -> str:
+    """Returns a hash of the code of this room, so that what older code made is made again."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _examine(json_bytes: bytes, origin: str) -> bytes:
+    """Returns what is known of a tokenizer.json, as JSON; raises as `parse_tokenizer`."""
     try:
         description = msgspec.json.decode(json_bytes, type=TokenizerJson)
         if description.model.type != "BPE":
             raise _bad_tokenizer(origin, f"it is a {description.model.type}, not a BPE")
-        vocabulary = msgspec.json.decode(description.model.vocab, type=dict[str, _Id])
+        vocabulary = _read_vocabulary(description)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _bad_tokenizer(origin, f"not the tokenizer.json of a BPE ({error})") from error
     added = {token.content: token for token in description.added_tokens}
@@ -194,19 +241,24 @@ def parse_tokenizer(json_bytes: bytes, origin: str) -> Tokenizer:
     for control in ("<pad>", "<eos>", "<bos>"):
         if control not in ids:
             raise _bad_tokenizer(origin, f"it has no {control}")
-    special = (ids["<pad>"], ids["<eos>"], ids["<bos>"])
-    tokenizer = Tokenizer(json_bytes, description, vocabulary, added, origin, *special)
-    if tokenizer.num_rows > MAX_ROWS:
-        what = f"its ids go up to {tokenizer.num_rows - 1}; supported are {MAX_ROWS} rows"
+    control_ids = (ids["<pad>"], ids["<eos>"], ids["<bos>"])
+    text_ids = [token.id for token in added.values() if not token.special]
+    num_rows = max([*control_ids, *vocabulary.values(), *text_ids]) + 1
+    if num_rows > MAX_ROWS:
+        what = f"its ids go up to {num_rows - 1}; supported are {MAX_ROWS} rows"
         raise _bad_tokenizer(origin, what)
-    return tokenizer
+    return msgspec.json.encode(_Known(*control_ids, "<unk>" in ids, num_rows))
+
+
+def _read_vocabulary(description: TokenizerJson) -> dict[str, int]:
+    return msgspec.json.decode(description.model.vocab, type=dict[str, _Id])
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes tokenizer.json, byte for byte, and the configuration files that transformers reads."""
     write_bytes(folder / TOKENIZER_FILE, tokenizer.json_bytes)
     tokens = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
-    if tokenizer.token_id("<unk>") is not None:
+    if tokenizer.has_unk:
         tokens["unk_token"] = "<unk>"
     config = {
         **tokens,
