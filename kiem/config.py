@@ -257,8 +257,9 @@ class InferenceOptions:
     max_waiting: Annotated[int, Meta(ge=0, le=10**6)] = 32
     """With --serve: most continuations in the queue; more are refused."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the weights. auto: bf16 on GPUs that support it; on CPUs as stored, or fp32 if
-    bf16 is slow."""
+    """Precision of what is computed. auto: bf16 on GPUs that support it; on CPUs as the weights are
+    stored, or fp32 if bf16 is slow. Weights in bf16 take no more memory for fp32 on a CPU with a
+    C++ compiler."""
     quantize: Literal["none", "int8", "int4"] = "none"
     """On CPUs: quantize the matrices and the embedding; --precision then applies to the rest (auto:
     bf16 where it is faster)."""

@@ -204,6 +204,30 @@ def test_a_model_stays_as_it_is_where_there_are_no_kernels(monkeypatch: pytest.M
     assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_multiplied_in_fp32(stored: torch.dtype) -> None:
+    """Those in bf16 are kept so: a token reads half the bytes."""
+    model = Gemma3(SHAPE)
+    initialize(model, seed=3)
+    with torch.no_grad():  # so that a token's output depends on all it sees
+        for parameter in model.parameters():
+            parameter.mul_(4).add_(0.01)
+        model.to(stored)
+        plain = Gemma3(SHAPE)
+        plain.load_state_dict(model.state_dict())
+        assert use_kernels(model, "none", torch.float32) is None
+        ids = torch.randint(0, 131, (2, 30), generator=torch.Generator().manual_seed(0))
+        expected = plain.hidden_states(ids)
+        torch.testing.assert_close(model.hidden_states(ids), expected, rtol=0, atol=1e-4)
+        cache = KeyValueCache(SHAPE, 2, 30, model.dtype, ids.device)
+        for at in range(30):
+            where = CachePass(cache, 0, torch.full((2, 1), at), at + 1)
+            found = model.hidden_states(ids[:, at : at + 1], cached=where)
+            torch.testing.assert_close(found[:, 0], expected[:, at], rtol=0, atol=1e-4)
+    kept = {buffer.dtype for buffer in model.buffers()}
+    assert kept == {torch.bfloat16 if stored == torch.bfloat16 else torch.float32}
+
+
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
 def test_a_prepared_model_is_the_model_with_rounded_weights(quantize: str) -> None:
     model = Gemma3(SHAPE)

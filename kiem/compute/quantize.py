@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from kiem.compute.kernels import (
     BITS,
     Format,
+    Linear,
     Weight,
     describe_linear,
     kernels,
@@ -36,6 +37,7 @@ from kiem.compute.speed import prefers_bf16
 # With more tokens of a sequence, arithmetic is the limit and not memory. The number of sequences
 # does not count: with the kernel none of them depends on how many others there are.
 MAX_TOKENS = 16
+_CACHED_WEIGHTS = 1 << 20  # in fp32 they stay in the last cache
 _BLOCK_ROWS = 16
 _GROUPS: dict[Format, int] = {"int8": 128, "int4": 64}
 _PAGE_BYTES = 2 << 20
@@ -49,7 +51,7 @@ class KernelLinear(nn.Module):
         weight: the matrix, in fp32 or bf16; its width a multiple of 32, of 128
             for int8 and int4.
         format: to keep it in; fp32 and bf16 keep `weight` itself.
-        dtype: of the activations.
+        dtype: fp32 or bf16, of the activations.
         pages: where quantized weights go.
         in_fp32: whether results are fp32.
     """
@@ -75,22 +77,39 @@ class KernelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns x @ weight.T, [B, T, N] or [B, N], of x [B, T, K] or [B, K]."""
         dtype = torch.float32 if self.in_fp32 else self.dtype
-        if x.ndim == 3 and x.shape[1] > MAX_TOKENS:
-            if prefers_bf16(x.device):  # torch's products have the instructions for that
-                return F.linear(x, self.rows(None)).to(dtype)
-            if self.packed.format not in BITS:
-                return F.linear(x.float(), self.packed.data.float()).to(dtype)
-        x = x.contiguous()
+        if not self.is_fast(x):
+            return self._by_torch(x).to(dtype)
         y = x.new_empty((*x.shape[:-1], self.packed.num_rows), dtype=dtype)
-        pointers = ctypes.byref(self._struct), x.data_ptr(), y.data_ptr()
-        kernels().kiem_linear(*pointers, x.numel() // x.shape[-1])
+        multiply(self._struct, x, y)
+        return y
+
+    def is_fast(self, x: Tensor) -> bool:
+        """Says whether the kernels multiply x faster than torch.
+
+        With many tokens that is what instructions decide: torch uses those for bf16, and is as fast
+        as can be in fp32.
+        """
+        if x.ndim < 3 or x.shape[1] <= MAX_TOKENS:
+            return True
+        return self.packed.format in BITS and not prefers_bf16(x.device)
+
+    def _by_torch(self, x: Tensor) -> Tensor:
+        """Returns x @ weight.T, in fp32 where bf16 is slow."""
+        if self.packed.format in BITS or prefers_bf16(x.device):
+            return F.linear(x, self.rows(None))
+        x, weight = x.float(), self.packed.data
+        y = x.new_empty(*x.shape[:-1], len(weight))
+        step = _CACHED_WEIGHTS // weight.shape[1]
+        parts = zip(weight.split(step), y.flatten(0, -2).split(step, 1), strict=True)
+        for some, out in parts:
+            torch.mm(x.flatten(0, -2), some.float().T, out=out)
         return y
 
     def rows(self, ids: Tensor | None) -> Tensor:
         """Returns rows int64 [n], or all, in the precision of the activations."""
         data, scales, num_rows, num_columns, format = self.packed
         if scales is None:
-            return data if ids is None else data[ids]
+            return (data if ids is None else data[ids]).to(self.dtype)
         out = torch.empty(num_rows if ids is None else len(ids), num_columns, dtype=self.dtype)
         kernels().kiem_dequantize(
             ctypes.byref(weight_struct(self.packed)),
@@ -101,6 +120,24 @@ class KernelLinear(nn.Module):
             self.dtype == torch.bfloat16,
         )
         return out
+
+
+class KernelMLP(nn.Module):
+    """A gated feed-forward block whose matrices are for the kernels."""
+
+    def __init__(self, gate_proj: KernelLinear, up_proj: KernelLinear, down_proj: KernelLinear):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        weights = [gate_proj.packed, up_proj.packed]
+        self._gate_up = describe_linear(weights, gate_proj.dtype, is_gated=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj.is_fast(x):
+            hidden = x.new_empty(*x.shape[:-1], self.gate_proj.packed.num_rows)
+            multiply(self._gate_up, x, hidden)
+        else:
+            hidden = F.gelu(self.gate_proj(x), approximate="tanh").mul_(self.up_proj(x))
+        return self.down_proj(hidden)
 
 
 class KernelEmbedding(nn.Module):
@@ -117,6 +154,14 @@ class KernelEmbedding(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns fp32 logits [B, N] of hidden states [B, K]."""
         return self._linear(hidden)
+
+
+def multiply(linear: Linear, x: Tensor, y: Tensor) -> None:
+    """Writes the product of x [..., K] into y [..., N], both contiguous or x copied to be so."""
+    x = x.contiguous()
+    kernels().kiem_linear(
+        ctypes.byref(linear), x.data_ptr(), y.data_ptr(), x.numel() // x.shape[-1]
+    )
 
 
 def quantize(weight: Tensor, format: Format, pages: LargePages) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from kiem.compute.kernels import (
     kernels,
     load_kernels,
 )
-from kiem.compute.quantize import KernelEmbedding, KernelLinear, LargePages
+from kiem.compute.quantize import KernelEmbedding, KernelLinear, KernelMLP, LargePages
 from kiem.model.cache import CachePass
 from kiem.model.gemma3 import DecoderLayer, Gemma3
 from kiem.model.rotary import rotary_frequencies
@@ -33,12 +33,18 @@ from kiem.model.rotary import rotary_frequencies
 _HEAD_DIM_STEP = 32  # both halves of a head are whole vectors
 
 
-def use_kernels(model: Gemma3, quantize: Literal["none", "int8", "int4"]) -> str | None:
+def use_kernels(
+    model: Gemma3,
+    quantize: Literal["none", "int8", "int4"],
+    dtype: torch.dtype | None = None,
+) -> str | None:
     """Gives a model on the CPU weights and a decoder for the kernels, in place.
 
     Args:
-        model: a model with weights in fp32 or bf16, which stays the precision of the activations.
-        quantize: how; "none" keeps the weights themselves.
+        model: the model.
+        quantize: how; "none" keeps the matrices themselves, those in bf16 also for activations in
+            fp32, which multiply them exactly.
+        dtype: of the activations, fp32 or bf16; None: as the weights if they are bf16, else fp32.
 
     Returns:
         Why it cannot be done, if so: the model is then unchanged.
@@ -46,22 +52,28 @@ def use_kernels(model: Gemma3, quantize: Literal["none", "int8", "int4"]) -> str
     found = load_kernels()
     if isinstance(found, str):
         return found
-    stored: Format = "bf16" if model.dtype == torch.bfloat16 else "fp32"
+    kept = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
+    stored: Format = "bf16" if kept == torch.bfloat16 else "fp32"
     format: Format = stored if quantize == "none" else quantize
+    dtype = dtype or kept
     step = 128 if format in BITS else 32  # the kernels take so many columns at once
     if any(p.shape[1] % step for p in model.parameters() if p.ndim == 2):
         return f"its widths are not all multiples of {step}"
-    if model.dtype not in (torch.float32, torch.bfloat16):
-        return f"its weights are {model.dtype}"
     pages = LargePages()  # filled in the order in which a token reads
     for layer in model.model.layers:
+        linears = {}
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear):
-                linear = KernelLinear(module.weight.detach(), format, model.dtype, pages)
-                layer.set_submodule(name, linear)
-    weight = model.model.embed_tokens.weight.detach()
-    embedding = KernelEmbedding(weight, format, model.dtype, pages)
+                weight = module.weight.detach().to(kept)
+                linears[name] = KernelLinear(weight, format, dtype, pages)
+                layer.set_submodule(name, linears[name])
+        mlp = (linears[f"mlp.{name}_proj"] for name in ("gate", "up", "down"))
+        layer.set_submodule("mlp", KernelMLP(*mlp))
+    weight = model.model.embed_tokens.weight.detach().to(kept)
+    embedding = KernelEmbedding(weight, format, dtype, pages)
     model.model.set_submodule("embed_tokens", embedding)
+    for norm in model.parameters():  # what is left
+        norm.data = norm.data.to(dtype)
     if model.config.head_dim % _HEAD_DIM_STEP == 0:
         model.decoder = Decoder(model)
     return None

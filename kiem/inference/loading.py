@@ -68,13 +68,17 @@ def load_for_inference(
             dtype = torch.float32
         elif is_quantized or on_gpu:
             dtype = torch.bfloat16
-    model = read_model(folder, dtype=dtype, device=device).requires_grad_(False).eval()
+    has_kernels = quantize is not None and not on_gpu
+    # Kernels for activations in fp32 read weights as they are stored.
+    stored = None if has_kernels and dtype == torch.float32 else dtype
+    model = read_model(folder, dtype=stored, device=device).requires_grad_(False).eval()
     warning = None
-    if quantize is not None and not on_gpu:
-        reason = use_kernels(model, quantize)
+    if quantize is not None and has_kernels:
+        reason = use_kernels(model, quantize, dtype)
         if reason is not None and is_quantized:
             raise bad_option(f"--quantize {quantize}", f"{folder}: {reason}", "Leave it out.")
         if reason is not None:
+            model.to(dtype)
             warning = f"The fast matrix products are not used: {reason}."
     tokenizer = read_model_tokenizer(folder, model.config)
     return LoadedModel(model, tokenizer, time.perf_counter() - started, warning)
