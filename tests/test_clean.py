@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from kiem.data.clean import filters
 from kiem.data.clean.cleaner import normalize
 from kiem.data.clean.filters import MAX_DUPLICATE_NGRAMS, MAX_TOP_NGRAM, reject_reasons
+from kiem.data.clean.ngrams import repeated
 
 _CONSONANTS = "bcdfghklmnprstvw"
 # Different words of five letters, none of them a frequent word of any language.
@@ -312,3 +314,23 @@ def test_normalized_text_is_normal(text: str) -> None:
     plain = "".join(c for c in text if c != "\ufeff" and unicodedata.category(c) != "Cc")
     left = normal.replace("\n", "").replace("\t", "")
     assert unicodedata.normalize("NFC", left) == unicodedata.normalize("NFC", plain)
+
+
+def test_every_control_character_is_removed() -> None:
+    characters = [c for c in map(chr, range(0x10000)) if unicodedata.category(c) == "Cc"]
+    assert len(characters) == 65
+    for character in {*characters, "\ufeff"} - {"\n", "\t", "\r"}:
+        assert normalize(f"a{character}b") == "ab"
+
+
+@pytest.mark.parametrize("most", [1, 50, 10**6, 2**63])
+def test_repeated_keys_are_found(most: int) -> None:
+    keys = np.random.default_rng(0).integers(0, most, 2000, np.uint64, endpoint=True)
+    keys[1000:1010] = keys[10:0:-1]
+    places, groups = repeated(keys)
+    different, counts = np.unique(keys, return_counts=True)
+    assert places.tolist() == np.flatnonzero(np.isin(keys, different[counts > 1])).tolist()
+    assert {*groups.tolist()} == {*range(np.count_nonzero(counts > 1))}
+    for number in {*groups.tolist()}:
+        assert len({*keys[places[groups == number]].tolist()}) == 1
+    assert all(len(found) == 0 for found in repeated(keys[:0]))

@@ -21,7 +21,10 @@ from kiem.data.clean.ngrams import WordHashes
 from kiem.data.read.rows import Document
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
+_CONTROL_CHARACTERS = "".join(map(chr, {*range(32), *range(127, 160), 0xFEFF} - {9, 10}))
 _MANY_MARKS = re.compile(r"(?<![^\w\s\x00-\u02ff])[^\w\s\x00-\u02ff]{100,}")
+_IS_WIDE = bytes(byte >= 0x80 for byte in range(256))  # whether it is of a character outside ASCII
+_MANY_WIDE = bytes([True]) * 200  # of so many marks each takes two bytes or more
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,12 @@ def normalize(text: str) -> str:
     """
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = _CONTROL.sub("", text)
-    # Python sorts the combining marks of a letter in quadratic time.
-    text = _MANY_MARKS.sub(_sort_marks, text)
+    # Expressions look at every character; most texts have nothing for them.
+    if any(map(text.__contains__, _CONTROL_CHARACTERS)):
+        text = _CONTROL.sub("", text)
+    if _MANY_WIDE in text.encode(errors="surrogatepass").translate(_IS_WIDE):
+        # Python sorts the combining marks of a letter in quadratic time.
+        text = _MANY_MARKS.sub(_sort_marks, text)
     return unicodedata.normalize("NFC", text)
 
 

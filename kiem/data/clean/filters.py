@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from itertools import count
+from collections.abc import Iterator, Sequence
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
 
-from kiem.data.clean.ngrams import duplicated, group_equal, hash_ngrams
+from kiem.data.clean.ngrams import hash_ngrams, mix_hashes, repeated
 
 # Gopher's, which FineWeb-2 keeps.
 MIN_WORDS = 50
@@ -55,7 +55,7 @@ _OTHER_LANGUAGES = (
 )
 
 _TOKENS = re.compile(r"'n\b|\w+(?:['’.-]\w+)*|[^\w\s]+")
-_LINE_ENDS = tuple(".!?…:;\"'”’»)")
+_LINE_ENDS = ".!?…:;\"'”’»)"
 
 
 def reject_reasons(texts: Sequence[str]) -> list[str | None]:
@@ -83,18 +83,29 @@ class _Tokens:
     """
 
     def __init__(self, texts: Sequence[str]):
-        numbers: defaultdict[str, int] = defaultdict(count().__next__)
+        # No token goes across white space: what is between it is numbered, and each different one
+        # is cut into tokens once.
+        words: defaultdict[str, int] = defaultdict(count().__next__)
         parts = [np.empty(0, np.int64)]
         for text in texts:
-            found = _TOKENS.findall(text)
-            parts.append(np.fromiter(map(numbers.__getitem__, found), np.int64, len(found)))
+            found = text.split()
+            parts.append(np.fromiter(map(words.__getitem__, found), np.int64, len(found)))
+        word_ids = np.concatenate(parts)
+        numbers: defaultdict[str, int] = defaultdict(count().__next__)
+        cut = [_TOKENS.findall(word) for word in words]
+        lengths = np.fromiter(map(len, cut), np.int64, len(cut))  # tokens of each different word
+        flat = np.fromiter(map(numbers.__getitem__, chain.from_iterable(cut)), np.int64)
+        # Put the tokens of each word where it occurs.
+        num_tokens = lengths[word_ids]
+        ends = np.concatenate([[0], np.cumsum(num_tokens)])
+        shifts = (np.cumsum(lengths) - lengths)[word_ids] - ends[:-1]
+        self.ids = flat[np.repeat(shifts, num_tokens) + np.arange(ends[-1])]
         self.vocabulary = list(numbers)
-        self.ids = np.concatenate(parts)
-        self.starts = np.cumsum([len(part) for part in parts])
+        self.starts = ends[np.cumsum([len(part) for part in parts])]
         self.num_tokens = np.diff(self.starts)
         self.document = np.repeat(np.arange(len(texts)), self.num_tokens)
-        lengths = np.array([len(token) for token in self.vocabulary], np.int64)[self.ids]
-        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
+        sizes = np.fromiter(map(len, self.vocabulary), np.int64)[self.ids]
+        self.offsets = np.concatenate([[0], np.cumsum(sizes)])
         self.num_characters = np.array([len(text) for text in texts], np.int64)
 
     def count(self, of_vocabulary: list[Any]) -> np.ndarray:
@@ -110,13 +121,16 @@ class _Tokens:
 def _check_words(tokens: _Tokens) -> dict[str, np.ndarray]:
     """Returns reason -> rejected documents, bool [D], for reasons about single words."""
     words = tokens.vocabulary
-    is_word = [any(map(str.isalnum, word)) for word in words]
+    is_word = [word.isalnum() or any(map(str.isalnum, word)) for word in words]
+    each = list(zip(words, is_word, strict=True))
     num_words = tokens.count(is_word)
-    num_characters = tokens.count([len(w) * is_w for w, is_w in zip(words, is_word, strict=True)])
+    num_characters = tokens.count([len(word) * is_word for word, is_word in each])
     mean_length = num_characters / np.maximum(num_words, 1)
-    num_with_letter = tokens.count([any(map(str.isalpha, word)) for word in words])
-    num_hashes = tokens.count([word.count("#") for word in words])
-    num_ellipses = tokens.count([word.count("...") + word.count("…") for word in words])
+    num_with_letter = tokens.count([w.isalpha() or any(map(str.isalpha, w)) for w in words])
+    # Words have no such signs.
+    num_hashes = tokens.count([0 if is_word else word.count("#") for word, is_word in each])
+    ellipses = [0 if is_word else word.count("...") + word.count("…") for word, is_word in each]
+    num_ellipses = tokens.count(ellipses)
     num_symbols = np.maximum(num_hashes, num_ellipses)
     num_stop_words, dutch, other = _count_known_words(tokens)
     return {
@@ -135,7 +149,10 @@ def _count_known_words(tokens: _Tokens) -> tuple[np.ndarray, np.ndarray, np.ndar
     languages = [frozenset(words.split()) for words in (_DUTCH, *_OTHER_LANGUAGES)]
     known = sorted(frozenset(STOP_WORDS).union(*languages))  # K words
     number = {word: n for n, word in enumerate(known)}
-    found = np.array([number.get(w.lower(), -1) for w in tokens.vocabulary], np.int64)[tokens.ids]
+    longest = max(map(len, known))  # in lower case no word is shorter
+    get = number.get
+    of_vocabulary = [get(w.lower(), -1) if len(w) <= longest else -1 for w in tokens.vocabulary]
+    found = np.array(of_vocabulary, np.int64)[tokens.ids]
     is_known = found >= 0
     cells = tokens.document[is_known] * len(known) + found[is_known]
     num_documents = len(tokens.num_tokens)
@@ -171,50 +188,62 @@ def _line_shares(text: str) -> tuple[float, ...]:
         len(lines),
         1 - len(different) / len(lines),
         1 - sum(map(len, different)) / sum(map(len, lines)),
-        sum(line.endswith(_LINE_ENDS) for line in lines) / len(lines),
-        sum(line.startswith(("•", "-", "*")) for line in lines) / len(lines),
-        sum(line.endswith(("...", "…")) for line in lines) / len(lines),
+        sum([line[-1] in _LINE_ENDS for line in lines]) / len(lines),
+        sum([line[0] in "•-*" for line in lines]) / len(lines),
+        sum([line.endswith(("...", "…")) for line in lines]) / len(lines),
     )
 
 
 def _check_ngrams(tokens: _Tokens) -> dict[str, np.ndarray]:
     """Returns reason -> rejected documents, bool [D], for repeated n-grams."""
-    is_top = np.zeros(len(tokens.num_tokens), bool)
-    for n, most in MAX_TOP_NGRAM.items():
-        is_top |= _top_ngram_characters(tokens, n) > most * tokens.num_characters
-    # Repeated longer n-grams consist of repeated 5-grams, so these find the documents to look at.
-    in_repeated = _in_repeated(tokens, min(MAX_DUPLICATE_NGRAMS))
-    covered = tokens.total(np.diff(tokens.offsets) * in_repeated)
-    is_duplicate = covered > min(MAX_DUPLICATE_NGRAMS.values()) * tokens.num_characters
-    for number in np.flatnonzero(is_duplicate):
-        start, end = tokens.starts[number : number + 2]
-        ids, offsets = tokens.ids[start:end], tokens.offsets[start : end + 1]
-        is_duplicate[number] = any(
-            _duplicate_characters(ids, offsets, n) > most * tokens.num_characters[number]
-            for n, most in MAX_DUPLICATE_NGRAMS.items()
-        )
+    is_top, is_duplicate = np.zeros((2, len(tokens.num_tokens)), bool)
+    for n, starts, groups in _repeated_ngrams(tokens, max(MAX_DUPLICATE_NGRAMS)):
+        firsts = np.empty(len(starts), np.int64)
+        firsts[groups[::-1]] = starts[::-1]
+        if n in MAX_TOP_NGRAM:
+            is_top |= _top_ngram_characters(tokens, n, firsts, groups) > (
+                MAX_TOP_NGRAM[n] * tokens.num_characters
+            )
+        if n in MAX_DUPLICATE_NGRAMS:
+            most = MAX_DUPLICATE_NGRAMS[n] * tokens.num_characters
+            # Not more than these characters can be in repetitions.
+            covered = _covered_characters(tokens, n, starts[starts != firsts[groups]])
+            for number in np.flatnonzero((covered > most) & ~is_duplicate):
+                here = slice(*np.searchsorted(starts, tokens.starts[number : number + 2]))
+                characters = _duplicate_characters(starts[here], groups[here], tokens.offsets, n)
+                is_duplicate[number] = characters > most[number]
     return {"repeated phrase": is_top, "repeated passages": is_duplicate}
 
 
-def _ngrams(tokens: _Tokens, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where each n-gram within one document starts, and its key.
+def _repeated_ngrams(tokens: _Tokens, longest: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yields, for n = 2 to `longest`, the n-grams that occur more than once in their document.
 
-    A key has the number of the document in its highest bits and the n-gram's hash in the others.
+    That is n, the token with which each of them starts, and a number that equal ones share. An
+    n-gram is repeated only if the shorter one before its last token is, and the one after its
+    first; so few of the longer ones are looked at.
     """
-    ngrams = hash_ngrams(tokens.ids.astype(np.uint64), n)
-    documents = tokens.document[: len(ngrams)]
-    starts = np.flatnonzero(documents == tokens.document[len(tokens.ids) - len(ngrams) :])
+    ids = tokens.ids.astype(np.uint64)
     bits = len(tokens.num_tokens).bit_length()
-    documents = documents[starts].astype(np.uint64) << np.uint64(64 - bits)
-    return starts, documents | ngrams[starts] >> np.uint64(bits)
+    documents = tokens.document.astype(np.uint64) << np.uint64(64 - bits)
+    starts, hashes = np.arange(len(ids)), hash_ngrams(ids, 1)
+    longer = np.flatnonzero(documents[:-1] == documents[1:])
+    for n in range(2, longest + 1):
+        starts, hashes = starts[longer], hashes[longer]
+        hashes = mix_hashes(hashes, ids[starts + n - 1])
+        # The number of the document in the highest bits, the n-gram's hash in the others.
+        places, groups = repeated(documents[starts] | hashes >> np.uint64(bits))
+        starts, hashes = starts[places], hashes[places]
+        yield n, starts, groups
+        longer = np.flatnonzero(np.diff(starts) == 1)
 
 
-def _top_ngram_characters(tokens: _Tokens, n: int) -> np.ndarray:
+def _top_ngram_characters(
+    tokens: _Tokens, n: int, firsts: np.ndarray, groups: np.ndarray
+) -> np.ndarray:
     """Returns the characters in all occurrences of the most frequent n-gram, int64 [D]; 0 if none
     occurs twice. Of equally frequent ones the first in the text counts."""
-    starts, keys = _ngrams(tokens, n)
-    firsts, counts = group_equal(keys)
-    firsts, counts = starts[firsts[counts > 1]], counts[counts > 1]
+    counts = np.bincount(groups)
+    firsts = firsts[: len(counts)]
     order = np.lexsort((firsts, -counts, tokens.document[firsts]))
     documents, best = np.unique(tokens.document[firsts[order]], return_index=True)
     firsts, counts = firsts[order[best]], counts[order[best]]
@@ -224,28 +253,27 @@ def _top_ngram_characters(tokens: _Tokens, n: int) -> np.ndarray:
     return characters
 
 
-def _in_repeated(tokens: _Tokens, n: int) -> np.ndarray:
-    """Returns which tokens are in an n-gram that occurred before in the document, bool [T]."""
-    starts, keys = _ngrams(tokens, n)
+def _covered_characters(tokens: _Tokens, n: int, starts: np.ndarray) -> np.ndarray:
+    """Returns the characters in the tokens of the n-grams that start here, int64 [D]."""
     changes = np.zeros(len(tokens.ids) + 1, np.int64)
-    again = starts[duplicated(keys)]
-    changes[again] += 1
-    changes[again + n] -= 1
-    return np.cumsum(changes[:-1]) > 0
+    changes[starts] += 1
+    changes[starts + n] -= 1
+    is_covered = np.cumsum(changes[:-1]) > 0
+    return tokens.total(np.diff(tokens.offsets) * is_covered)
 
 
-def _duplicate_characters(ids: np.ndarray, offsets: np.ndarray, n: int) -> int:
+def _duplicate_characters(
+    starts: np.ndarray, groups: np.ndarray, offsets: np.ndarray, n: int
+) -> int:
     """Returns the characters in repetitions of n-grams, none overlapping, as Gopher counts."""
-    ngrams = hash_ngrams(ids.astype(np.uint64), n)
-    _, group, sizes = np.unique(ngrams, return_inverse=True, return_counts=True)
-    places = np.flatnonzero(sizes[group] > 1)
+    sizes = offsets[starts + n] - offsets[starts]
     seen = set()
-    num_characters = next_place = 0
-    for place, ngram in zip(places.tolist(), ngrams[places].tolist(), strict=True):
-        if place < next_place:
+    num_characters = next_start = 0
+    for start, group, size in zip(starts.tolist(), groups.tolist(), sizes.tolist(), strict=True):
+        if start < next_start:
             continue
-        if ngram in seen:
-            num_characters += int(offsets[place + n] - offsets[place])
-            next_place = place + n
-        seen.add(ngram)
+        if group in seen:
+            num_characters += size
+            next_start = start + n
+        seen.add(group)
     return num_characters

@@ -60,3 +60,20 @@ def duplicated(keys: np.ndarray) -> np.ndarray:
     mask = np.ones(len(keys), bool)
     mask[group_equal(keys)[0]] = False
     return mask
+
+
+def repeated(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the keys that occur more than once, where most do not: uint64 [n].
+
+    Returns:
+        Their positions, in order, and for each a number from 0 that equal keys share.
+    """
+    # Sorting takes most time. So keys are counted by some of their bits first, which tells nearly
+    # all of those that occur once.
+    bits = max(1, (4 * len(keys)).bit_length())
+    cells = (keys * _MULTIPLIER >> np.uint64(64 - bits)).astype(np.int64)
+    places = np.flatnonzero(np.bincount(cells)[cells] > 1)
+    _, groups, counts = np.unique(keys[places], return_inverse=True, return_counts=True)
+    is_repeated = counts[groups] > 1
+    numbers = np.cumsum(counts > 1) - 1
+    return places[is_repeated], numbers[groups[is_repeated]]
