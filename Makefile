@@ -1,4 +1,4 @@
-# make demo       the whole way on the built-in sample, in a few minutes
+# make demo       the whole way from text to a tiny model that writes Dutch words, in a few minutes
 # make test       format, lint, types and tests
 # make test-slow  the tests that take long (CI runs them)
 # make test-avx2  a part of the tests as if the processor had AVX2 alone (CI runs them)
@@ -20,16 +20,19 @@ LLAMA := .cache/llama-cpp
 .PHONY: bench chaos chart-js demo export-check format gemma-tokenizer install reference test test-avx2 test-slow
 
 demo: $(VENV)/installed
-	$(BIN)/python preprocess.py --source sample --tokenizer train:2048 --chunk-size 256 \
-	    --output-dir processed_data --name demo --overwrite
-	$(BIN)/python training.py --dataset-path processed_data/demo --model gemma3-micro \
-	    --max-minutes $(DEMO_MINUTES) --run-name demo-$$(date -u +%Y%m%dT%H%M%SZ) --save-steps 0
+	$(BIN)/python preprocess.py --source demo/dutch.jsonl.gz --tokenizer train:8192 --chunk-size 128 \
+	    --test-split 0.03 --output-dir processed_data --name demo --overwrite
+	$(BIN)/python training.py --dataset-path processed_data/demo --model gemma3-micro --learning-rate 8e-3 \
+	    --max-minutes $(DEMO_MINUTES) --run-name demo-$$(date -u +%Y%m%dT%H%M%SZ) --save-steps 0 \
+	    --minimal-pairs never --sample-prompt "Als u een afbeelding"
 	$(BIN)/python inference.py --model-path trained_models/gemma3-micro-dutch-latest/final_model \
-	    --max-new-tokens 60
+	    --prompts-file demo/prompts.txt --max-new-tokens 40 --temperature 0.7
 	@echo
-	@echo "That was a tiny model that read 80 short texts some forty times: its training loss fell and"
-	@echo "fell while the test loss rose again, since it learned them by heart. It takes more text to"
-	@echo "learn a language. What to try next:"
+	@echo "That was a tiny model that has read the help of an office program, in Dutch. It writes the"
+	@echo "language's words; sentences with a meaning take more text, a larger model and more time."
+	@echo "'bits per byte' says how well it predicts text that it has not read; zip needs 2.1."
+	@echo "What to try next:"
+	@echo "  look at the run:   open trained_models/gemma3-micro-dutch-latest/report.html in a browser"
 	@echo "  talk to it:        $(BIN)/python inference.py --model-path trained_models/gemma3-micro-dutch-latest/final_model --interactive"
 	@echo "  your own text:     $(BIN)/python preprocess.py --source my_texts/ --tokenizer train:16384"
 	@echo "  a larger model:    $(BIN)/python training.py --dataset-path processed_data/chunked_my_texts --model gemma3-nano --max-minutes 30"

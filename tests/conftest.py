@@ -133,7 +133,7 @@ def checkout(tmp_path: Path) -> Path:
     """A folder that looks like a checkout, to run commands in without leaving traces."""
     folder = tmp_path / "checkout"
     folder.mkdir()
-    for name in (*(path.name for path in ROOT.glob("*.py")), "kiem", "pyproject.toml"):
+    for name in (*(path.name for path in ROOT.glob("*.py")), "demo", "kiem", "pyproject.toml"):
         (folder / name).symlink_to(ROOT / name)
     for name in ("Makefile", "constraints.txt"):
         (folder / name).write_bytes((ROOT / name).read_bytes())

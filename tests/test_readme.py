@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, run_bash
+from conftest import ROOT, run_bash, run_script
 from hub_server import HubServer
 
 from kiem.compute.speed import prefers_bf16
@@ -87,6 +89,28 @@ def test_demo(checkout: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test bits per byte" in done.stdout
     assert "What to try next" in done.stdout
+
+
+PAGE = """<p>Buiten de eigenlijke bladzijde staat tekst die niemand wil lezen.</p>
+<div id="DisplayArea"><h1>Een kop</h1><p>Druk op <span class="switchinline"><span hidden="true"
+id="MACx">Commando</span><span hidden="true" id="defaultx">Ctrl</span></span>+<em>Z</em> om dat
+ongedaan te maken.</p><p>Click the button and close this window.</p><p>Korte zin.</p>{last}</div>"""
+
+
+def test_text_of_the_demo(tmp_path: Path) -> None:
+    """What the text is made with leaves out what is no Dutch sentence, and what is there twice."""
+    long = "<p>" + "Deze zin is lang genoeg om een bladzijde te vullen. " * 8 + "</p>"
+    for name in "ab":
+        file = tmp_path / "swriter" / "guide" / f"{name}.html"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(PAGE.format(last=long if name == "a" else long.replace("lang", "kort")))
+    made = tmp_path / "made.jsonl.gz"
+    done = run_script("demo/make_text.py", tmp_path, made)
+    assert done.returncode == 0, done.stderr
+    first, second = map(json.loads, gzip.decompress(made.read_bytes()).splitlines())
+    assert first["text"].splitlines()[0] == "Druk op Ctrl+Z om dat ongedaan te maken."
+    assert first["text"].count("\n") == 1
+    assert second["text"].startswith("Deze zin is kort genoeg")
 
 
 def test_options_in_the_documentation_exist() -> None:
