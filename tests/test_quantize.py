@@ -14,7 +14,7 @@ from torch_quantize import dequantize, pack, round_to_int4, round_to_int8
 from kiem.compute import kernels
 from kiem.compute.kernels import Format, load_kernels
 from kiem.compute.native import compile_library, load_library, open_library
-from kiem.compute.quantize import KernelLinear, LargePages, quantize
+from kiem.compute.quantize import KernelLinear, LargePages, pack_weight, quantize
 from kiem.compute.speed import prefers_bf16
 from kiem.inference.decoder import use_kernels
 from kiem.model.cache import CachePass, KeyValueCache
@@ -98,7 +98,7 @@ def test_kernels_round_weights_as_torch_does(format: Format, dtype: torch.dtype)
     expected = pack(*(round_to_int8(weight) if format == "int8" else round_to_int4(weight)), format)
     assert torch.equal(data, expected[0])
     assert torch.equal(scales, expected[1])
-    weights = KernelLinear(weight, format, dtype, LargePages())
+    weights = KernelLinear(pack_weight(weight, format, LargePages()), dtype)
     whole = dequantize(weights.packed)
     assert torch.equal(whole, dequantized(weight, format))
     assert torch.equal(weights.rows(None), whole.to(dtype))
@@ -115,9 +115,9 @@ def test_products_equal_those_with_the_rounded_weights(
     weight = matrix(*shape)
     if format == "bf16":
         weight = weight.bfloat16()
-    weights = KernelLinear(weight, format, torch.float32, LargePages())
-    in_bf16 = KernelLinear(weight, format, torch.bfloat16, LargePages())
-    logits = KernelLinear(weight, format, torch.bfloat16, LargePages(), in_fp32=True)
+    weights = KernelLinear(pack_weight(weight, format, LargePages()), torch.float32)
+    in_bf16 = KernelLinear(pack_weight(weight, format, LargePages()), torch.bfloat16)
+    logits = KernelLinear(pack_weight(weight, format, LargePages()), torch.bfloat16, in_fp32=True)
     whole = dequantized(weight, format).double().T
     for batch in (*range(1, 10), 16, 27):
         x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(batch))
@@ -155,7 +155,7 @@ def test_every_processor_and_compiler_finds_the_same(
 
     def results() -> list[torch.Tensor]:
         weights = [
-            KernelLinear(matrix(131, 384).to(dtype), format, dtype, LargePages())
+            KernelLinear(pack_weight(matrix(131, 384).to(dtype), format, LargePages()), dtype)
             for format, dtype in kinds
         ]
         return [
@@ -188,7 +188,7 @@ def test_large_pages_give_each_tensor_memory_of_its_own() -> None:
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_many_rows_take_the_same_weights_as_few(format: Format) -> None:
-    weights = KernelLinear(matrix(131, 384), format, torch.float32, LargePages())
+    weights = KernelLinear(pack_weight(matrix(131, 384), format, LargePages()), torch.float32)
     x = torch.randn(1, 20, 384, generator=torch.Generator().manual_seed(0))
     rounded = as_multiplied(x, format).float()
     few = torch.cat([weights(x[:, :10]), weights(x[:, 10:])], 1)

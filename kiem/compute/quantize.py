@@ -48,31 +48,19 @@ class KernelLinear(nn.Module):
     """Products with a matrix [N, K] in one of the formats.
 
     Args:
-        weight: the matrix, in fp32 or bf16; its width a multiple of 32, of 128
-            for int8 and int4.
-        format: to keep it in; fp32 and bf16 keep `weight` itself.
+        packed: the matrix.
         dtype: fp32 or bf16, of the activations.
-        pages: where quantized weights go.
         in_fp32: whether results are fp32.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        format: Format,
-        dtype: torch.dtype,
-        pages: LargePages,
-        *,
-        in_fp32: bool = False,
-    ):
+    def __init__(self, packed: Weight, dtype: torch.dtype, *, in_fp32: bool = False):
         super().__init__()
+        self.packed = packed
         self.dtype = dtype
         self.in_fp32 = in_fp32
-        data, scales = quantize(weight, format, pages) if format in BITS else (weight, None)
-        self.register_buffer("data", data)
-        self.register_buffer("scales", scales)
-        self.packed = Weight(data, scales, weight.shape[0], weight.shape[1], format)
-        self._struct = describe_linear([self.packed], dtype, in_fp32=in_fp32)
+        self.register_buffer("data", packed.data)
+        self.register_buffer("scales", packed.scales)
+        self._struct = describe_linear([packed], dtype, in_fp32=in_fp32)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x @ weight.T, [B, T, N] or [B, N], of x [B, T, K] or [B, K]."""
@@ -143,17 +131,17 @@ class KernelMLP(nn.Module):
 class KernelEmbedding(nn.Module):
     """The embedding, which is also the output layer."""
 
-    def __init__(self, weight: Tensor, format: Format, dtype: torch.dtype, pages: LargePages):
+    def __init__(self, packed: Weight, dtype: torch.dtype):
         super().__init__()
-        self._linear = KernelLinear(weight, format, dtype, pages, in_fp32=True)
+        self.linear = KernelLinear(packed, dtype, in_fp32=True)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Returns the rows of token ids [...], [..., K]."""
-        return self._linear.rows(ids.flatten()).unflatten(0, ids.shape)
+        return self.linear.rows(ids.flatten()).unflatten(0, ids.shape)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns fp32 logits [B, N] of hidden states [B, K]."""
-        return self._linear(hidden)
+        return self.linear(hidden)
 
 
 def multiply(linear: Linear, x: Tensor, y: Tensor) -> None:
@@ -162,6 +150,18 @@ def multiply(linear: Linear, x: Tensor, y: Tensor) -> None:
     kernels().kiem_linear(
         ctypes.byref(linear), x.data_ptr(), y.data_ptr(), x.numel() // x.shape[-1]
     )
+
+
+def pack_weight(weight: Tensor, format: Format, pages: LargePages) -> Weight:
+    """Returns a matrix as the kernels read it.
+
+    Args:
+        weight: [N, K], in fp32 or bf16; K a multiple of 32, of 128 for int8 and int4.
+        format: to keep it in; fp32 and bf16 keep `weight` itself.
+        pages: where quantized weights go.
+    """
+    data, scales = quantize(weight, format, pages) if format in BITS else (weight, None)
+    return Weight(data, scales, weight.shape[0], weight.shape[1], format)
 
 
 def quantize(weight: Tensor, format: Format, pages: LargePages) -> tuple[Tensor, Tensor]:
@@ -200,3 +200,7 @@ class LargePages:
             self._free = memory[-memory.data_ptr() % _PAGE_BYTES :][:size]
         taken, self._free = self._free[:num_bytes], self._free[num_bytes:]
         return taken.view(shape)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Returns a copy of a uint8 tensor."""
+        return self.empty(*tensor.shape).copy_(tensor)

@@ -8,6 +8,7 @@ layers in one call.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -25,7 +26,7 @@ from kiem.compute.kernels import (
     kernels,
     load_kernels,
 )
-from kiem.compute.quantize import KernelEmbedding, KernelLinear, KernelMLP, LargePages
+from kiem.compute.quantize import KernelEmbedding, KernelLinear, KernelMLP, LargePages, pack_weight
 from kiem.model.cache import CachePass
 from kiem.model.gemma3 import DecoderLayer, Gemma3
 from kiem.model.rotary import rotary_frequencies
@@ -55,28 +56,38 @@ def use_kernels(
     kept = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
     stored: Format = "bf16" if kept == torch.bfloat16 else "fp32"
     format: Format = stored if quantize == "none" else quantize
-    dtype = dtype or kept
     step = 128 if format in BITS else 32  # the kernels take so many columns at once
     if any(p.shape[1] % step for p in model.parameters() if p.ndim == 2):
         return f"its widths are not all multiples of {step}"
-    pages = LargePages()  # filled in the order in which a token reads
-    for layer in model.model.layers:
+    pages = LargePages()
+    use_packed(model, dtype or kept, lambda _, weight: pack_weight(weight.to(kept), format, pages))
+    return None
+
+
+def use_packed(model: Gemma3, dtype: torch.dtype, packed: Callable[[str, Tensor], Weight]) -> None:
+    """Gives a model matrices for the kernels and a decoder, in place.
+
+    Args:
+        model: the model.
+        dtype: of the activations, fp32 or bf16.
+        packed: called with the name and the weight of each matrix, in the order in which a token
+            reads them.
+    """
+    for number, layer in enumerate(model.model.layers):
         linears = {}
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear):
-                weight = module.weight.detach().to(kept)
-                linears[name] = KernelLinear(weight, format, dtype, pages)
+                weight = packed(f"layers.{number}.{name}", module.weight.detach())
+                linears[name] = KernelLinear(weight, dtype)
                 layer.set_submodule(name, linears[name])
         mlp = (linears[f"mlp.{name}_proj"] for name in ("gate", "up", "down"))
         layer.set_submodule("mlp", KernelMLP(*mlp))
-    weight = model.model.embed_tokens.weight.detach().to(kept)
-    embedding = KernelEmbedding(weight, format, dtype, pages)
-    model.model.set_submodule("embed_tokens", embedding)
+    weight = packed("embed_tokens.linear", model.model.embed_tokens.weight.detach())
+    model.model.set_submodule("embed_tokens", KernelEmbedding(weight, dtype))
     for norm in model.parameters():  # what is left
         norm.data = norm.data.to(dtype)
     if model.config.head_dim % _HEAD_DIM_STEP == 0:
         model.decoder = Decoder(model)
-    return None
 
 
 class Decoder:

@@ -74,6 +74,8 @@ def generate(options: InferenceOptions, console: Console) -> None:
         loaded = load_for_inference(options.model_path, options.precision, options.quantize)
         if loaded.warning is not None:
             warn(console, loaded.warning)
+        if loaded.kept is not None:
+            console.print(f"{loaded.kept}: the {options.quantize} weights, for the next start")
         if options.benchmark:
             run_benchmark(loaded, options.json, options.model_path, console)
         elif options.serve:

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
+from kiem.compute.kernels import SOURCE, Weight, load_kernels
+from kiem.compute.quantize import LargePages
 from kiem.compute.speed import check_bf16, prefers_bf16
-from kiem.core.errors import bad_option
-from kiem.inference.decoder import use_kernels
+from kiem.core.cache import cache_folder
+from kiem.core.errors import UserError, bad_option
+from kiem.core.files import new_folder, remove_folder
+from kiem.core.manifest import MANIFEST_FILE, verify_manifest, write_manifest
+from kiem.inference.decoder import use_kernels, use_packed
+from kiem.model.config import CONFIG_FILE, read_config
 from kiem.model.gemma3 import Gemma3
-from kiem.model.io import find_model, read_model, read_model_tokenizer
+from kiem.model.io import (
+    WEIGHTS_FILE,
+    find_model,
+    read_model,
+    read_model_tokenizer,
+    verify_model,
+    weight_files,
+    write_weights,
+)
 from kiem.parallel.launch import choose_device
 from kiem.tokenizer.tokenizer import Tokenizer
+
+# Quantized weights of larger files are kept: those of smaller ones are made in less than a second.
+KEPT_FROM_BYTES = 300_000_000
+_MOST_KEPT = 4
+
+QuantizedFormat = Literal["int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +53,14 @@ class LoadedModel:
         tokenizer: its tokenizer.
         load_seconds: how long loading took.
         warning: why it decodes more slowly than it could, if so.
+        kept: where its quantized weights have just been put for the next time, if so.
     """
 
     model: Gemma3
     tokenizer: Tokenizer
     load_seconds: float
     warning: str | None = None
+    kept: Path | None = None
 
 
 def load_for_inference(
@@ -56,29 +85,97 @@ def load_for_inference(
     folder = find_model(path)
     device = choose_device()
     on_gpu = device.type == "cuda"
-    is_quantized = quantize in ("int8", "int4")
-    if is_quantized and on_gpu:
-        what = "weights are quantized on CPUs only, and here is a GPU"
-        raise bad_option(f"--quantize {quantize}", what, "Leave it out.")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision)
     if precision == "bf16":
         check_bf16(device)
-    if precision == "auto":
-        if not prefers_bf16(device):
-            dtype = torch.float32
-        elif is_quantized or on_gpu:
-            dtype = torch.bfloat16
-    has_kernels = quantize is not None and not on_gpu
-    # Kernels for activations in fp32 read weights as they are stored.
-    stored = None if has_kernels and dtype == torch.float32 else dtype
-    model = read_model(folder, dtype=stored, device=device).requires_grad_(False).eval()
-    warning = None
-    if quantize is not None and has_kernels:
-        reason = use_kernels(model, quantize, dtype)
-        if reason is not None and is_quantized:
-            raise bad_option(f"--quantize {quantize}", f"{folder}: {reason}", "Leave it out.")
+    if precision == "auto" and (on_gpu or not prefers_bf16(device)):
+        dtype = torch.bfloat16 if prefers_bf16(device) else torch.float32
+    warning = kept = None
+    if quantize is not None and quantize != "none":
+        if on_gpu:
+            what = "weights are quantized on CPUs only, and here is a GPU"
+            raise bad_option(f"--quantize {quantize}", what, "Leave it out.")
+        model, kept = _load_quantized(folder, quantize, dtype or torch.bfloat16)
+    else:
+        # Kernels for activations in fp32 read weights as they are stored.
+        has_kernels = quantize == "none" and not on_gpu
+        stored = None if has_kernels and dtype == torch.float32 else dtype
+        model = read_model(folder, dtype=stored, device=device)
+        reason = use_kernels(model, "none", dtype) if has_kernels else None
         if reason is not None:
-            model.to(dtype)
+            model.to(dtype or model.dtype)
             warning = f"The fast matrix products are not used: {reason}."
+    model.requires_grad_(False).eval()
     tokenizer = read_model_tokenizer(folder, model.config)
-    return LoadedModel(model, tokenizer, time.perf_counter() - started, warning)
+    return LoadedModel(model, tokenizer, time.perf_counter() - started, warning, kept)
+
+
+def _load_quantized(
+    folder: Path, format: QuantizedFormat, dtype: torch.dtype
+) -> tuple[Gemma3, Path | None]:
+    """Returns a model with quantized weights, and where they have just been put for the next time.
+
+    Quantizing gemma3-1b takes seconds, as does hashing the weights that it is made from. What was
+    kept is read and verified instead.
+    """
+    kept = None
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the user has no home folder
+        kept = cache_folder() / f"quantized-{_identity(folder, format, dtype)}"
+        with contextlib.suppress(UserError, SafetensorError):  # damaged: it is made again
+            if kept.is_dir() and not isinstance(load_kernels(), str):
+                return _read_kept(kept, folder, format, dtype), None
+    model = read_model(folder)
+    reason = use_kernels(model, format, dtype)
+    if reason is not None:
+        raise bad_option(f"--quantize {format}", f"{folder}: {reason}", "Leave it out.")
+    if kept is None or sum(path.stat().st_size for path in weight_files(folder)) < KEPT_FROM_BYTES:
+        return model, None
+    try:
+        with new_folder(kept, overwrite=True) as unfinished:
+            hashed = write_weights(dict(model.state_dict()), unfinished / WEIGHTS_FILE)
+            write_manifest(unfinished, {WEIGHTS_FILE: hashed})
+        others = sorted(kept.parent.glob("quantized-*"), key=lambda path: path.stat().st_mtime)
+        for path in others[:-_MOST_KEPT]:
+            remove_folder(path)
+    except (UserError, OSError):  # the disk is full or read-only: it is made each time
+        return model, None
+    return model, kept
+
+
+def _identity(folder: Path, format: str, dtype: torch.dtype) -> str:
+    """Returns a digest of all that kept weights depend on, without reading large files."""
+    parts = [format, str(dtype)]
+    parts += [path.read_text("utf-8") for path in sorted(SOURCE.parent.iterdir())]
+    if (folder / MANIFEST_FILE).exists():  # it has the hashes of all others
+        parts.append((folder / MANIFEST_FILE).read_text("utf-8"))
+    else:
+        parts.append((folder / CONFIG_FILE).read_text("utf-8"))
+        for path in weight_files(folder):
+            parts.append(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}")
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _read_kept(kept: Path, folder: Path, format: QuantizedFormat, dtype: torch.dtype) -> Gemma3:
+    """Returns a model with kept weights.
+
+    Raises:
+        UserError, SafetensorError: a file is missing or damaged.
+    """
+    verify_model(folder, without=(WEIGHTS_FILE,))
+    with ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(verify_manifest, kept, fix="")
+        tensors = load_file(kept / WEIGHTS_FILE)
+        with torch.device("meta"):
+            model = Gemma3(read_config(folder))
+        norms = {name: tensors[name] for name in model.state_dict() if name in tensors}
+        model.load_state_dict(norms, strict=False, assign=True)
+        pages = LargePages()
+
+        def packed(name: str, weight: Tensor) -> Weight:
+            data, scales = (tensors[f"model.{name}.{part}"] for part in ("data", "scales"))
+            num_rows, num_columns = weight.shape
+            return Weight(pages.copy(data), scales.clone(), num_rows, num_columns, format)
+
+        use_packed(model, dtype, packed)
+        verified.result()
+    return model

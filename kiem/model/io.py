@@ -147,9 +147,7 @@ def read_model(
     Raises:
         UserError: it is not a Gemma 3 text model, or its weights are missing, damaged or misshapen.
     """
-    check_folder(folder)
-    if (folder / MANIFEST_FILE).exists():
-        verify_manifest(folder, fix="Copy or download it again, or train it again.")
+    verify_model(folder)
     config = read_config(folder)
     weights = _read_weights(folder)
     with torch.device("meta"):
@@ -168,6 +166,27 @@ def read_model(
     weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
     model.load_state_dict(weights, assign=True)
     return model
+
+
+def verify_model(folder: Path, without: tuple[str, ...] = ()) -> None:
+    """Checks the files of a model directory against its manifest, if it has one.
+
+    Args:
+        folder: a model directory.
+        without: files that are not used.
+
+    Raises:
+        UserError: there is no such folder, or a file is missing or damaged.
+    """
+    check_folder(folder)
+    if (folder / MANIFEST_FILE).exists():
+        verify_manifest(folder, "Copy or download it again, or train it again.", without)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files of a model directory that have its weights."""
+    whole = folder / WEIGHTS_FILE
+    return [whole] if whole.is_file() else sorted(folder.glob(_PARTS))
 
 
 def read_model_tokenizer(folder: Path, config: Gemma3Config) -> Tokenizer:
@@ -194,8 +213,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: a file is missing or damaged, or holds what cannot be a weight; names it.
     """
-    whole = folder / WEIGHTS_FILE
-    files = [whole] if whole.is_file() else sorted(folder.glob(_PARTS))
+    files = weight_files(folder)
     if not files:
         raise not_a_model(folder, f"there is no {WEIGHTS_FILE}")
     weights: dict[str, Tensor] = {}
