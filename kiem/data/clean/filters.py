@@ -15,7 +15,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import chain, count
-from typing import Any
 
 import numpy as np
 
@@ -92,7 +91,7 @@ class _Tokens:
             parts.append(np.fromiter(map(words.__getitem__, found), np.int64, len(found)))
         word_ids = np.concatenate(parts)
         numbers: defaultdict[str, int] = defaultdict(count().__next__)
-        cut = [_TOKENS.findall(word) for word in words]
+        cut = [[word] if word.isalnum() else _TOKENS.findall(word) for word in words]
         lengths = np.fromiter(map(len, cut), np.int64, len(cut))  # tokens of each different word
         flat = np.fromiter(map(numbers.__getitem__, chain.from_iterable(cut)), np.int64)
         # Put the tokens of each word where it occurs.
@@ -108,9 +107,9 @@ class _Tokens:
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
         self.num_characters = np.array([len(text) for text in texts], np.int64)
 
-    def count(self, of_vocabulary: list[Any]) -> np.ndarray:
+    def count(self, of_vocabulary: np.ndarray) -> np.ndarray:
         """Returns the sum over each document's tokens of a value that tokens have: [V] -> [D]."""
-        return self.total(np.array(of_vocabulary, np.int32)[self.ids])
+        return self.total(of_vocabulary[self.ids])
 
     def total(self, values: np.ndarray) -> np.ndarray:
         """Returns the sum over each document's tokens: [T] -> int64 [D]."""
@@ -121,16 +120,20 @@ class _Tokens:
 def _check_words(tokens: _Tokens) -> dict[str, np.ndarray]:
     """Returns reason -> rejected documents, bool [D], for reasons about single words."""
     words = tokens.vocabulary
-    is_word = [word.isalnum() or any(map(str.isalnum, word)) for word in words]
-    each = list(zip(words, is_word, strict=True))
+    is_word = np.fromiter(map(str.isalpha, words), bool, len(words))
+    has_letter = is_word.copy()
+    hashes, ellipses = np.zeros((2, len(words)), np.int64)
+    for number in np.flatnonzero(~is_word).tolist():
+        word = words[number]
+        is_word[number] = any(map(str.isalnum, word))
+        has_letter[number] = any(map(str.isalpha, word))
+        hashes[number] = word.count("#")
+        ellipses[number] = word.count("...") + word.count("…")
     num_words = tokens.count(is_word)
-    num_characters = tokens.count([len(word) * is_word for word, is_word in each])
+    num_characters = tokens.total(np.diff(tokens.offsets) * is_word[tokens.ids])
     mean_length = num_characters / np.maximum(num_words, 1)
-    num_with_letter = tokens.count([w.isalpha() or any(map(str.isalpha, w)) for w in words])
-    # Words have no such signs.
-    num_hashes = tokens.count([0 if is_word else word.count("#") for word, is_word in each])
-    ellipses = [0 if is_word else word.count("...") + word.count("…") for word, is_word in each]
-    num_ellipses = tokens.count(ellipses)
+    num_with_letter = tokens.count(has_letter)
+    num_hashes, num_ellipses = tokens.count(hashes), tokens.count(ellipses)
     num_symbols = np.maximum(num_hashes, num_ellipses)
     num_stop_words, dutch, other = _count_known_words(tokens)
     return {
