@@ -101,13 +101,19 @@ def _orthogonalize_wide(x: Tensor) -> Tensor:
     bf16 has too few digits.
     """
     gram = x @ x.mT  # S m m
-    product = torch.eye(x.shape[1], device=x.device).expand_as(gram)  # S m m
-    for _ in range(_NUM_STEPS):
-        factor = _polynomial(gram)
-        factor.diagonal(dim1=1, dim2=2).add_(_A)
-        product = factor @ product
+    product = factor = _step_factor(gram)  # S m m
+    for _ in range(_NUM_STEPS - 1):
         gram = factor @ (factor @ gram)
+        factor = _step_factor(gram)
+        product = factor @ product
     return product @ x
+
+
+def _step_factor(gram: Tensor) -> Tensor:
+    """Returns P of a step, from X X^T [S, m, m]."""
+    factor = _polynomial(gram)
+    factor.diagonal(dim1=1, dim2=2).add_(_A)
+    return factor
 
 
 def _polynomial(gram: Tensor) -> Tensor:
