@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peers import ROOT, TRAINER_REQUIREMENTS, environment
+from peers import ROOT, TRAINER_REQUIREMENTS, environment, machine
 from rich.console import Console
 from rich.table import Table
 
 from kiem.cli import parse
+from kiem.compute.speed import prefers_bf16
 from kiem.core.processors import num_processors
 from kiem.inference.benchmark import copy_bytes_per_second
 from kiem.model.io import WEIGHTS_FILE
@@ -81,8 +82,9 @@ def main() -> int:
     console = Console()
     columns = "prefill", "decode", "bandwidth", "batch of 8", "load"
     table = Table("", *columns, title="tokens/s; share; seconds")
-    bytes_per_second = copy_bytes_per_second(torch.device("cpu"))
-    console.print(f"memory: {bytes_per_second / 1e9:.1f} GB/s")
+    device = torch.device("cpu")
+    bytes_per_second = copy_bytes_per_second(device)
+    console.print(f"{machine()}, memory: {bytes_per_second / 1e9:.1f} GB/s")
     for quantize in options.quantize:
         figures = time_kiem(options.model_path, quantize)
         single, eight = figures["batch_1"], figures["batch_8"]
@@ -94,7 +96,9 @@ def main() -> int:
             f"{eight['decode_tokens_per_second']:.1f}",
             f"{figures['load_seconds']:.1f}",
         )
-    for dtype, factor in (("bfloat16", 1), ("float32", 2)) if options.transformers else ():
+    # Where bf16 is emulated transformers would take minutes for a prompt.
+    dtypes = {"bfloat16": 1, "float32": 2} if prefers_bf16(device) else {"float32": 2}
+    for dtype, factor in dtypes.items() if options.transformers else ():
         python = environment("peer-transformers", TRAINER_REQUIREMENTS, console)
         arguments = str(options.model_path), dtype, str(PROMPT_TOKENS), str(NEW_TOKENS)
         found = json.loads(run([str(python), "-c", PEER, *arguments]).splitlines()[-1])

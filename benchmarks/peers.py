@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
 import statistics
 import subprocess
@@ -12,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
+from kiem.core.processors import num_processors
 from kiem.model.config import describe, preset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +27,8 @@ TRAINER_REQUIREMENTS = (
     "accelerate==1.15.0",
     "datasets==5.2.0",
 )
+# Which make a processor seem to be another one.
+_IMITATIONS = "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,18 @@ class Speed:
     tokens_per_second: float
     memory_bytes: float
     mfu: float | None = None
+
+
+def machine() -> str:
+    """Returns what all figures depend on: the processor and its kind, as in docs/results.md."""
+    found = torch.cpu.get_capabilities()
+    given = [name for name in _IMITATIONS if name in os.environ]
+    has_amx = found.get("amx_bf16") and not given
+    kind = "AMX" if has_amx else torch.backends.cpu.get_cpu_capability()
+    imitated = f" ({' '.join(given)} given)" if given else ""
+    return (
+        f"{num_processors()} cores of {found.get('cpu_name', platform.machine())}, {kind}{imitated}"
+    )
 
 
 def environment(name: str, requirements: tuple[str, ...], console: Console) -> Path:

@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from peers import machine
+
 ROOT = Path(__file__).resolve().parent.parent
 # Model, batch size, activation checkpointing.
 CASES = (
@@ -72,6 +74,7 @@ def main() -> None:
     parser.add_argument("--dataset-path", required=True)
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="for training.py")
     arguments = parser.parse_args()
+    print(f"{machine()}\n")
     print("| model | batch | checkpointing | memory: plan | found | | tokens/s: plan | found | |")
     print("|---|---|---|---|---|---|---|---|---|")
     for model, batch_size, checkpointing in CASES:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from peers import ROOT, environment
+from peers import ROOT, environment, machine
 from rich.console import Console
 from rich.table import Table
 
@@ -96,6 +96,7 @@ class Result:
 
 
 def main(options: Options, console: Console) -> None:
+    console.print(machine())
     console.print(side_by_side(options, console))
     with tempfile.TemporaryDirectory() as folder:
         console.print(growth(options, Path(folder)))

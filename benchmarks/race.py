@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peers import TRAINER_REQUIREMENTS, environment, make_chunks, run_peer, run_script
+from peers import TRAINER_REQUIREMENTS, environment, machine, make_chunks, run_peer, run_script
 from rich.console import Console
 from rich.table import Table
 
@@ -73,6 +73,7 @@ class Result:
 
 
 def main(options: Options, console: Console) -> None:
+    console.print(machine())
     with tempfile.TemporaryDirectory() as name:
         folder = options.output or Path(name)
         data = make_chunks(options.text, f"train:{_VOCABULARY}", _CHUNK_SIZE, folder, "data")

@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from peers import machine
+
 ROOT = Path(__file__).resolve().parent.parent
 NUM_STEPS = 6
 NUM_FIRST_STEPS = 2  # not counted: they fill caches
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--dataset-path", required=True)
     parser.add_argument("--model", default="gemma3-nano")
     arguments = parser.parse_args()
+    print(f"{machine()}\n")
     options = ["--dataset-path", arguments.dataset_path, "--model", arguments.model]
     options += ["--batch-size", "2", "--gradient-accumulation-steps", "8", "--precision", "fp32"]
     print("| --shard | 1 process, tokens/s | 2 processes, tokens/s | efficiency |")

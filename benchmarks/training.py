@@ -26,6 +26,7 @@ from peers import (
     TRAINER_REQUIREMENTS,
     Speed,
     environment,
+    machine,
     make_chunks,
     run_peer,
     run_script,
@@ -122,6 +123,7 @@ class Case:
 
 
 def main(options: Options, console: Console) -> None:
+    console.print(machine())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "small" in options.cases or "memory" in options.cases:

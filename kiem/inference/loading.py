@@ -167,7 +167,7 @@ def _read_kept(kept: Path, folder: Path, format: QuantizedFormat, dtype: torch.d
         tensors = load_file(kept / WEIGHTS_FILE)
         with torch.device("meta"):
             model = Gemma3(read_config(folder))
-        norms = {name: tensors[name] for name in model.state_dict() if name in tensors}
+        norms = {name: tensors[name].clone() for name in model.state_dict() if name in tensors}
         model.load_state_dict(norms, strict=False, assign=True)
         pages = LargePages()
 
