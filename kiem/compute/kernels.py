@@ -22,6 +22,7 @@ BITS: dict[Format, int] = {"int8": 8, "int4": 4}
 SOURCE = Path(__file__).with_name("cpp") / "kernels.cpp"
 SIGNATURES: Signatures = {
     "kiem_linear": [*3 * [ctypes.c_void_p], ctypes.c_long],
+    "kiem_gate": [*2 * [ctypes.c_void_p], ctypes.c_long],
     "kiem_layers": [*6 * [ctypes.c_void_p], *2 * [ctypes.c_long]],
     "kiem_quantize": [*3 * [ctypes.c_void_p], *4 * [ctypes.c_long]],
     "kiem_dequantize": [*3 * [ctypes.c_void_p], *4 * [ctypes.c_long]],

@@ -124,7 +124,11 @@ class KernelMLP(nn.Module):
             hidden = x.new_empty(*x.shape[:-1], self.gate_proj.packed.num_rows)
             multiply(self._gate_up, x, hidden)
         else:
-            hidden = F.gelu(self.gate_proj(x), approximate="tanh").mul_(self.up_proj(x))
+            hidden, up = self.gate_proj(x), self.up_proj(x)
+            if x.dtype == torch.float32:  # twice as fast as torch's GELU
+                kernels().kiem_gate(hidden.data_ptr(), up.data_ptr(), hidden.numel())
+            else:
+                hidden = F.gelu(hidden, approximate="tanh").mul_(up)
         return self.down_proj(hidden)
 
 

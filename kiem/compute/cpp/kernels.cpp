@@ -10,6 +10,12 @@ extern "C" void kiem_linear(const Linear *layer, const void *x, void *y, long ba
     else linear<float>(*layer, (const float *)x, nullptr, y, batch);
 }
 
+// gelu(gate) times up, in place of gate; a multiple of 16 values.
+extern "C" void kiem_gate(float *gate, const float *up, long num) {
+#pragma omp parallel for
+    for (long i = 0; i < num; i += 16) store(gate + i, gelu(load(gate + i)) * load(up + i));
+}
+
 // All layers and the last norm for one new token in each of `batch` slots, the first of them number
 // `first_slot`. x: [batch, width], replaced by the result; cos, sin: fp32 [2, batch, head_dim / 2], of full
 // layers and of sliding ones; the token at position p is entry p % num_entries of a layer's cache. All but
