@@ -286,6 +286,7 @@ def test_a_prepared_model_is_the_model_with_rounded_weights(quantize: str) -> No
         ("false", "void f() {}", "no working C++ compiler 'false'; install"),
         ("true", "void f() {}", "cannot be loaded"),
         ("env g++", "int x;\n#include <no-file.h>", "env g++ cannot compile part.cpp: "),
+        ("g++ -nostdinc", "\n#include <omp.h>", "g++ -nostdinc lacks OpenMP; install libomp"),
     ],
 )
 def test_any_compiler_is_used_or_named_in_one_line(

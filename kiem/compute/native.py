@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from kiem.core.cache import cache_folder
+from kiem.core.console import PlainConsole
 from kiem.core.errors import UserError
 from kiem.core.files import write_bytes
 
 # The arguments of a library's functions, as ctypes knows them.
 Signatures = Mapping[str, Sequence[Any]]
 
-_FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-std=c++17"]
+# Compilers for ARM know the processor at hand by -mcpu, and some not by -march.
+_NATIVE = "-march=native" if platform.machine() == "x86_64" else "-mcpu=native"
+_FLAGS = ["-O3", _NATIVE, "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-std=c++17"]
 
 
 def load_library(source: Path, signatures: Signatures) -> ctypes.CDLL | str:
@@ -37,12 +41,15 @@ def load_library(source: Path, signatures: Signatures) -> ctypes.CDLL | str:
     if not version:
         return f"there is no working C++ compiler {' '.join(compiler)!r}; install one or set CXX"
     sources = [path.read_bytes() for path in sorted(source.parent.iterdir()) if path.is_file()]
-    recipe = b"\n".join([*sources, " ".join(_FLAGS).encode(), version, _processor()])
+    recipe = b"\n".join([*sources, " ".join(_FLAGS).encode(), version, processor()])
     name = f"{source.stem}-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
     try:
         cache = cache_folder()
         if (cache / name).exists():
             return open_library(cache / name, signatures)
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes of a machine
+        console = PlainConsole(stderr=True, quiet=not is_first)
+        console.print(f"compiling {source.name} for this processor: once, some seconds")
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             library = Path(folder) / name
             error = compile_library(source, library)
@@ -64,6 +71,9 @@ def compile_library(source: Path, library: Path, *extra_flags: str) -> str | Non
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode == 0:
         return None
+    if re.search(r"\bomp\.h|-fopenmp|-lg?omp\b", done.stderr):
+        fix = "install libomp (Debian's libomp-dev), or on macOS GCC, and set CXX to its g++"
+        return f"{' '.join(compiler)} lacks OpenMP; {fix}"
     lines = done.stderr.strip().splitlines()
     first = next((line for line in lines if "error" in line), "".join(lines[-1:]))
     return f"{' '.join(compiler)} cannot compile {source.name}: {first[:300]}"
@@ -95,10 +105,18 @@ def _find_compiler() -> tuple[list[str], bytes]:
     return candidates[0], b""
 
 
-def _processor() -> bytes:
-    """Returns what tells processors with different instructions apart."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor().encode()
-    return next((line for line in lines if line.startswith("flags")), platform.machine()).encode()
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> bytes:
+    """Returns what tells processors with different instructions apart.
+
+    Args:
+        cpuinfo: what Linux says of the processors. Elsewhere the name has to do.
+    """
+    with contextlib.suppress(OSError):
+        lines = cpuinfo.read_bytes().splitlines()
+        # The latter on ARM.
+        found = (line for line in lines if line.startswith((b"flags", b"Features")))
+        return next(found, platform.machine().encode())
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # macOS
+        words = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(words, capture_output=True, check=True).stdout
+    return (platform.processor() or platform.machine()).encode()

@@ -108,7 +108,8 @@ def write_weights(tensors: dict[str, Tensor], path: Path) -> str:
             file.write(block)
             if len(block) >= _SYNC_BYTES:
                 fsync(file.fileno(), path)
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                if hasattr(os, "posix_fadvise"):  # not on macOS
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             hashing.result()
     return digest.hexdigest()
 

@@ -84,13 +84,16 @@ def use_processors(console: Console) -> None:
     torch.set_num_threads(torch.get_num_threads()).
 
     Args:
-        console: shows when a launcher's number is not kept, or may be one.
+        console: shows when a launcher's number is not kept, or may be one, and that a Mac's GPU is
+            not used.
 
     Raises:
         UserError: the launcher's variables are wrong.
     """
     import torch  # slow
 
+    if torch.backends.mps.is_available():
+        console.print("computing on the CPU: kiem has no code for Apple's GPU (docs/devices.md)")
     # The processes in which torch compiles layers; it heeds the affinity, but no quota.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, num_processors())))
     number = max(1, num_cores() // _number("LOCAL_WORLD_SIZE", 1, least=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import glob
 import os
 import re
@@ -71,16 +72,21 @@ def show_counts(not_read: Counter[str]) -> str:
 
 @cache
 def _keep_standard_input() -> Path:
-    """Copies standard input into a nameless temporary file and returns a path that opens it.
+    """Copies standard input into a temporary file and returns a path that opens it.
 
-    It is read in parallel and more than once, also for several options. The file disappears when
-    this process and its forks have ended.
+    It is read in parallel and more than once, also for several options. On Linux the file has no
+    name, and disappears when this process and its forks have ended, however they end.
     """
     folder = Path(tempfile.gettempdir())
-    with writing_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
+    is_linux = sys.platform == "linux"
+    with writing_errors(folder), tempfile.NamedTemporaryFile(dir=folder, delete=is_linux) as file:
         shutil.copyfileobj(sys.stdin.buffer, file)
         file.flush()
-        return Path(f"/proc/self/fd/{os.dup(file.fileno())}")
+        if is_linux:
+            return Path(f"/proc/self/fd/{os.dup(file.fileno())}")
+        # Openings of macOS's /dev/fd have one position in common.
+        atexit.register(os.unlink, file.name)
+        return Path(file.name)
 
 
 def _expand(pattern: str, option: str) -> tuple[list[Path], Counter[str]]:
