@@ -26,7 +26,7 @@ from peers import ROOT, TRAINER_REQUIREMENTS, environment, machine
 from rich.console import Console
 from rich.table import Table
 
-from kiem.cli import parse
+from kiem import cli
 from kiem.compute.speed import prefers_bf16
 from kiem.core.processors import num_processors
 from kiem.inference.benchmark import copy_bytes_per_second
@@ -77,9 +77,7 @@ class Options:
     """Files for it."""
 
 
-def main() -> int:
-    options = parse(Options, sys.argv[1:], __file__)
-    console = Console()
+def main(options: Options, console: Console) -> None:
     columns = "prefill", "decode", "bandwidth", "batch of 8", "load"
     table = Table("", *columns, title="tokens/s; share; seconds")
     device = torch.device("cpu")
@@ -115,7 +113,6 @@ def main() -> int:
         cells = (f"{cell:.1f}" if isinstance(cell, float) else cell for cell in (prefill, decode))
         table.add_row(f"llama.cpp, {file.name}", *cells, share, "", "")
     console.print(table)
-    return 0
 
 
 def time_kiem(model_path: Path, quantize: str) -> dict[str, Any]:
@@ -149,4 +146,4 @@ def run(command: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(Options, __file__, main))

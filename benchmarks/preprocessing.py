@@ -29,7 +29,7 @@ from peers import ROOT, environment, machine
 from rich.console import Console
 from rich.table import Table
 
-from kiem.cli import parse
+from kiem import cli
 from kiem.core.processors import num_processors
 
 PEER_REQUIREMENTS = ("datasets==5.2.0", "transformers==5.23.0")
@@ -185,4 +185,4 @@ def timed(command: list[str], watch_memory: bool) -> Result:
 
 
 if __name__ == "__main__":
-    main(parse(Options, sys.argv[1:], __file__), Console())
+    sys.exit(cli.run(Options, __file__, main))

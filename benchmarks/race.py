@@ -25,7 +25,7 @@ from peers import TRAINER_REQUIREMENTS, environment, machine, make_chunks, run_p
 from rich.console import Console
 from rich.table import Table
 
-from kiem.cli import parse
+from kiem import cli
 
 _VOCABULARY = 16_384
 _CHUNK_SIZE = 512
@@ -161,4 +161,4 @@ def measure(model: Path, heldout: Path) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
-    main(parse(Options, sys.argv[1:], __file__), Console())
+    sys.exit(cli.run(Options, __file__, main))

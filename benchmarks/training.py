@@ -35,7 +35,7 @@ from peers import (
 from rich.console import Console
 from rich.table import Table
 
-from kiem.cli import parse
+from kiem import cli
 from kiem.model.config import GEMMA_VOCABULARY
 
 _SMALL_VOCABULARY = 16_384
@@ -201,4 +201,4 @@ def activation_memory(case: Case, folder: Path) -> Table:
 
 
 if __name__ == "__main__":
-    main(parse(Options, sys.argv[1:], __file__), Console())
+    sys.exit(cli.run(Options, __file__, main))
