@@ -37,7 +37,6 @@ from kiem.compute.speed import prefers_bf16
 # With more tokens of a sequence, arithmetic is the limit and not memory. The number of sequences
 # does not count: with the kernel none of them depends on how many others there are.
 MAX_TOKENS = 16
-_CACHED_WEIGHTS = 1 << 20  # in fp32 they stay in the last cache
 _BLOCK_ROWS = 16
 _GROUPS: dict[Format, int] = {"int8": 128, "int4": 64}
 _PAGE_BYTES = 2 << 20
@@ -85,13 +84,7 @@ class KernelLinear(nn.Module):
         """Returns x @ weight.T, in fp32 where bf16 is slow."""
         if self.packed.format in BITS or prefers_bf16(x.device):
             return F.linear(x, self.rows(None))
-        x, weight = x.float(), self.packed.data
-        y = x.new_empty(*x.shape[:-1], len(weight))
-        step = _CACHED_WEIGHTS // weight.shape[1]
-        parts = zip(weight.split(step), y.flatten(0, -2).split(step, 1), strict=True)
-        for some, out in parts:
-            torch.mm(x.flatten(0, -2), some.float().T, out=out)
-        return y
+        return F.linear(x.float(), self.packed.data.float())
 
     def rows(self, ids: Tensor | None) -> Tensor:
         """Returns rows int64 [n], or all, in the precision of the activations."""
