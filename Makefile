@@ -45,7 +45,8 @@ test: $(VENV)/installed gemma-tokenizer
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile \
+	    --no-loadscope-reorder -m "not slow"
 
 # What takes long: the true 1B shape, several processes, the pages' commands. CI runs it.
 test-slow: $(VENV)/installed gemma-tokenizer

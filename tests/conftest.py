@@ -59,6 +59,21 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+# With few but long tests, or many of them.
+LONG_FILES = tuple(
+    f"test_{name}.py"
+    for name in (
+        *("readme", "training", "plan", "interruptions", "ray", "checkpoint", "guard", "export"),
+        *("portability", "shard_parameters", "faults", "ddp", "processes", "restart", "bad_input"),
+    )
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts long files first: at the end of a parallel run others would wait for them."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch

@@ -82,7 +82,7 @@ def test_every_parameter_is_updated_as_its_optimizer_says(
     ("shape", "num_matrices"),
     [
         *(((96, 96), 1), ((96, 128), 5), ((128, 96), 5), ((64, 384), 1), ((64, 384), 5)),
-        *(((512, 1024), 1), ((1024, 512), 2), ((515, 1030), 1), ((1, 8), 5)),
+        *(((256, 512), 1), ((512, 256), 2), ((259, 518), 1), ((1, 8), 5)),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
