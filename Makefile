@@ -49,8 +49,9 @@ test: $(VENV)/installed gemma-tokenizer
 	    --no-loadscope-reorder -m "not slow"
 
 # What takes long: the true 1B shape, several processes, the pages' commands. CI runs it.
+SLOW_TESTS ?= tests
 test-slow: $(VENV)/installed gemma-tokenizer
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m slow $(SLOW_TESTS)
 
 # The tests of what computes, on a processor that has AVX2 alone or seems to. CI runs it.
 test-avx2: $(VENV)/installed gemma-tokenizer
