@@ -40,8 +40,7 @@ def load_library(source: Path, signatures: Signatures) -> ctypes.CDLL | str:
     compiler, version = _find_compiler()
     if not version:
         return f"there is no working C++ compiler {' '.join(compiler)!r}; install one or set CXX"
-    sources = [path.read_bytes() for path in sorted(source.parent.iterdir()) if path.is_file()]
-    recipe = b"\n".join([*sources, " ".join(_FLAGS).encode(), version, processor()])
+    recipe = b"\n".join([*read_sources(source), " ".join(_FLAGS).encode(), version, processor()])
     name = f"{source.stem}-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
     try:
         cache = cache_folder()
@@ -62,6 +61,11 @@ def load_library(source: Path, signatures: Signatures) -> ctypes.CDLL | str:
             return open_library(library, signatures)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         return f"there is no place to compile {source.name} in ({error})"
+
+
+def read_sources(source: Path) -> list[bytes]:
+    """Returns the content of all that a library is made from: the files beside its source."""
+    return [path.read_bytes() for path in sorted(source.parent.iterdir()) if path.is_file()]
 
 
 def compile_library(source: Path, library: Path, *extra_flags: str) -> str | None:

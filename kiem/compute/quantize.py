@@ -82,7 +82,7 @@ class KernelLinear(nn.Module):
 
     def _by_torch(self, x: Tensor) -> Tensor:
         """Returns x @ weight.T, in fp32 where bf16 is slow."""
-        if self.packed.format in BITS or prefers_bf16(x.device):
+        if prefers_bf16(x.device):
             return F.linear(x, self.rows(None))
         return F.linear(x.float(), self.packed.data.float())
 
@@ -142,7 +142,7 @@ class KernelEmbedding(nn.Module):
 
 
 def multiply(linear: Linear, x: Tensor, y: Tensor) -> None:
-    """Writes the product of x [..., K] into y [..., N], both contiguous or x copied to be so."""
+    """Writes the product of x [..., K] into y [..., N], which must be contiguous."""
     x = x.contiguous()
     kernels().kiem_linear(
         ctypes.byref(linear), x.data_ptr(), y.data_ptr(), x.numel() // x.shape[-1]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kiem.compute.kernels import SOURCE, Weight, load_kernels
+from kiem.compute.native import read_sources
 from kiem.compute.quantize import LargePages
 from kiem.compute.speed import check_bf16, prefers_bf16
 from kiem.core.cache import cache_folder
@@ -144,15 +145,15 @@ def _load_quantized(
 
 def _identity(folder: Path, format: str, dtype: torch.dtype) -> str:
     """Returns a digest of all that kept weights depend on, without reading large files."""
-    parts = [format, str(dtype)]
-    parts += [path.read_text("utf-8") for path in sorted(SOURCE.parent.iterdir())]
+    parts = [format.encode(), str(dtype).encode(), *read_sources(SOURCE)]
     if (folder / MANIFEST_FILE).exists():  # it has the hashes of all others
-        parts.append((folder / MANIFEST_FILE).read_text("utf-8"))
+        parts.append((folder / MANIFEST_FILE).read_bytes())
     else:
-        parts.append((folder / CONFIG_FILE).read_text("utf-8"))
+        parts.append((folder / CONFIG_FILE).read_bytes())
         for path in weight_files(folder):
-            parts.append(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}")
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+            stat = path.stat()
+            parts.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _read_kept(kept: Path, folder: Path, format: QuantizedFormat, dtype: torch.dtype) -> Gemma3:
