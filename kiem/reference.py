@@ -1,4 +1,4 @@
-"""Generator of docs/reference.md from kiem/config.py: `python -m kiem.reference > FILE`."""
+"""Generator of docs/reference.md from kiem/config/: `python -m kiem.reference > FILE`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from kiem.core.values import option_rows
 
 _HEAD = """# Reference
 
-Made from kiem/config.py by `make reference`; change it there. Exit codes:
+Made from kiem/config/ by `make reference`; change it there. Exit codes:
 [troubleshooting.md](troubleshooting.md).
 
 ## On the command line
