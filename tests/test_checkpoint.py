@@ -19,12 +19,12 @@ from torch.multiprocessing import spawn
 
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import sha256_file
+from kiem.data.order import chunk_numbers
 from kiem.data.prepare.verify import verify_directory
 from kiem.inference.loading import load_for_inference
 from kiem.model.config import Gemma3Config
 from kiem.model.gemma3 import Gemma3
 from kiem.model.io import write_weights
-from kiem.optim.batch import chunk_numbers
 from kiem.optim.optimizer import make_optimizers
 from kiem.parallel.distributed import Distributed
 from kiem.parallel.parallel_model import owners

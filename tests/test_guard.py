@@ -21,7 +21,7 @@ from rich.console import Console
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode
 from kiem.data.chunks import Chunks, open_split, read_manifest
-from kiem.optim.batch import chunk_numbers
+from kiem.data.order import chunk_numbers
 from kiem.parallel.distributed import Distributed
 from kiem.training.anomalies import (
     SPIKE_WINDOW,

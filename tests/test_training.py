@@ -21,9 +21,9 @@ from transformers import AutoTokenizer, Gemma3ForCausalLM
 
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode
+from kiem.data.order import chunk_numbers
 from kiem.inference.loading import load_for_inference
 from kiem.model.config import preset
-from kiem.optim.batch import chunk_numbers
 from kiem.optim.optimizer import learning_rate_share
 from kiem.parallel.distributed import Distributed
 from kiem.planning.memory_estimate import setting_of

@@ -1,18 +1,13 @@
-"""Batches: which chunks an update reads, and the tensors of one forward pass.
-
-The chunks are a function of (seed, step), so there is nothing to save for a resumed run.
-"""
+"""Batches: the tensors of one forward pass, and which process gets which chunks of an update."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kiem.core.randomness import derive_seed
 from kiem.data.chunks import Chunks
 from kiem.model.loss import IGNORE, next_token_targets
 from kiem.parallel.distributed import Distributed
@@ -81,31 +76,6 @@ def document_starts(chunks: np.ndarray, bos_id: int) -> np.ndarray:
     is_start = chunks == bos_id
     is_start[:, 0] = True
     return np.append(np.flatnonzero(is_start), chunks.size).astype(np.int32)
-
-
-def chunk_numbers(step: int, chunks_per_step: int, num_chunks: int, seed: int) -> np.ndarray:
-    """Returns which chunks an update reads: all in a new shuffle every epoch.
-
-    Args:
-        step: the update, from 0.
-        chunks_per_step: chunks in an update.
-        num_chunks: chunks in the split.
-        seed: the run's seed.
-
-    Returns:
-        int64 [chunks_per_step].
-    """
-    first = step * chunks_per_step
-    epochs, offsets = np.divmod(np.arange(first, first + chunks_per_step), num_chunks)
-    shuffles = {epoch: _shuffle(num_chunks, seed, int(epoch)) for epoch in np.unique(epochs)}
-    pairs = zip(epochs, offsets, strict=True)
-    return np.array([shuffles[epoch][offset] for epoch, offset in pairs])
-
-
-@functools.lru_cache(maxsize=2)  # of the epoch now and the next one
-def _shuffle(num_chunks: int, seed: int, epoch: int) -> np.ndarray:
-    generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "order", epoch)))
-    return generator.permutation(num_chunks)
 
 
 def own_numbers(numbers: np.ndarray, batch_size: int, distributed: Distributed) -> np.ndarray:

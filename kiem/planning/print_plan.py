@@ -16,10 +16,11 @@ from kiem.compute.memory import peak_memory_bytes
 from kiem.config import TrainingOptions
 from kiem.core.files import format_bytes
 from kiem.data.chunks import Chunks, open_split, read_manifest, read_tokenizer
+from kiem.data.order import chunk_numbers
 from kiem.model.config import name_of, preset, read_config
 from kiem.model.gemma3 import Recompute
 from kiem.model.io import find_model
-from kiem.optim.batch import Collator, chunk_numbers
+from kiem.optim.batch import Collator
 from kiem.optim.optimizer import make_optimizers
 from kiem.optim.step import Verdict, train_step
 from kiem.parallel.distributed import Distributed

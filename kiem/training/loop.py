@@ -16,7 +16,8 @@ from kiem.compute.memory import is_out_of_memory, peak_memory_bytes
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import format_bytes
-from kiem.optim.batch import Batch, chunk_numbers, micro_batches, own_numbers
+from kiem.data.order import chunk_numbers
+from kiem.optim.batch import Batch, micro_batches, own_numbers
 from kiem.optim.optimizer import learning_rate_share
 from kiem.optim.step import StepResult, train_step
 from kiem.parallel.distributed import init_distributed
