@@ -45,13 +45,13 @@ MODEL_FILES = {
 
 SCRIPT = """
 import dataclasses, json, os, sys
-from kiem import hub
+from kiem.hub import transfer
 from kiem.core.errors import UserError
 for name, arguments, token in json.loads(sys.argv[1]):
     os.environ["HF_TOKEN"] = token or ""
     exit_code, result, message = 0, None, None
     try:
-        result = getattr(hub, name)(*arguments)
+        result = getattr(transfer, name)(*arguments)
         result = dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result
     except UserError as error:
         exit_code, message = error.exit_code, str(error)

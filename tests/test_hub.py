@@ -29,7 +29,7 @@ from kiem.core.errors import ExitCode
 
 
 def test_importing_hub_does_not_import_huggingface_hub() -> None:
-    check = "import sys, kiem.hub; sys.exit('huggingface_hub' in sys.modules)"
+    check = "import sys, kiem.hub.transfer; sys.exit('huggingface_hub' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], cwd=Path(__file__).parents[1], check=True)
 
 

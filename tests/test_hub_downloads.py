@@ -98,7 +98,7 @@ def test_room_is_needed_only_for_what_is_not_there(hub: HubServer, client: Clien
 
 SHOW = """
 import sys
-from kiem.hub import download_dataset_files
+from kiem.hub.transfer import download_dataset_files
 from rich.console import Console
 download_dataset_files(sys.argv[1], sys.argv[2], console=Console(width=150, highlight=False))
 """

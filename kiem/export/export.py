@@ -11,7 +11,7 @@ from kiem.config import ExportOptions
 from kiem.core.errors import already_exists, bad_option, no_effect, not_installed
 from kiem.core.files import check_new_file, format_bytes, new_folder, write_bytes
 from kiem.core.manifest import write_manifest
-from kiem.hub import looks_like_hub_id, upload
+from kiem.hub.transfer import looks_like_hub_id, upload
 from kiem.model.config import CONFIG_FILE
 from kiem.model.gemma3 import Gemma3
 from kiem.model.io import find_model, read_model, read_model_tokenizer, write_model

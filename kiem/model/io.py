@@ -20,7 +20,7 @@ from kiem.core.disk import fsync
 from kiem.core.errors import ExitCode, UserError, damaged
 from kiem.core.files import new_file, write_json
 from kiem.core.manifest import MANIFEST_FILE, verify_manifest
-from kiem.hub import download_model, looks_like_hub_id
+from kiem.hub.transfer import download_model, looks_like_hub_id
 from kiem.model.config import (
     CONFIG_FILE,
     Gemma3Config,

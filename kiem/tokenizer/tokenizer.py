@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as TokenizersTokenizer
 from kiem.core.cache import kept
 from kiem.core.errors import ExitCode, UserError, not_found
 from kiem.core.files import write_bytes, write_json
-from kiem.hub import download_tokenizer, looks_like_hub_id
+from kiem.hub.transfer import download_tokenizer, looks_like_hub_id
 
 TOKENIZER_FILE = "tokenizer.json"
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))

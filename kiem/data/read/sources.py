@@ -21,7 +21,7 @@ from kiem.data.read.find_files import find_files, show_counts
 from kiem.data.read.formats import format_of, look_inside
 from kiem.data.read.source_file import STANDARD_INPUT, SourceFile, file_stamp, reading_errors
 from kiem.data.read.text_files import BLANK_LINES, EVERY_LINE
-from kiem.hub import download_dataset_files
+from kiem.hub.transfer import download_dataset_files
 
 DEFAULT_HUB_SIZE = "10k"
 _WORD_BLOCK = 1 << 20

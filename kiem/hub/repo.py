@@ -1,31 +1,23 @@
-"""Downloads from and uploads to the Hugging Face Hub, with every error explained.
-
-Files go into the Hub's own cache. All files of a download belong to one commit. With
-HF_HUB_OFFLINE=1 the newest cached commit is used.
-"""
+"""A repository on the Hugging Face Hub: listings, downloads, and every error explained."""
 
 from __future__ import annotations
 
 import errno
+import glob
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import filter as matching
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import format_bytes, require_free_space
 
-_MODEL_FILES = (
-    *("README.md", "config.json", "generation_config.json"),
-    *("*.safetensors", "*.safetensors.index.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-)
 _LOG_IN = "run `hf auth login` or set HF_TOKEN (tokens: https://huggingface.co/settings/tokens)"
 _LOCAL = "or name local files or a local folder instead."
 _AGAIN = "Run it again; files that are complete are not downloaded again."
@@ -34,126 +26,70 @@ _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 _TRANSIENT_ERRORS = ("ReadError", "ReadTimeout", "RemoteProtocolError")
 
 
-def looks_like_hub_id(name: str) -> bool:
-    """Says whether a name that is no existing path can be an OWNER/NAME on the Hub."""
-    is_path = name.startswith((".", "/", "~", "-")) or name.endswith(".json")
-    return not is_path and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None
+class RemoteFile(NamedTuple):
+    """A file of a repository at a commit.
+
+    Attributes:
+        repo: the Hub id of the repository.
+        commit: the commit's id.
+        name: its name in the repository.
+        num_bytes: its size.
+        blob: what identifies its content: the SHA-256 of a large file, git's SHA-1 of another.
+    """
+
+    repo: str
+    commit: str
+    name: str
+    num_bytes: int
+    blob: str
 
 
 @dataclass(frozen=True)
-class HubFiles:
-    """Downloaded files: their commit, where they are on disk, and their names on the Hub."""
+class Repo:
+    """A repository.
 
-    revision: str
-    paths: list[Path]
-    names: list[str]
-
-
-def download_dataset_files(
-    dataset: str, config: str, revision: str | None = None, console: Console | None = None
-) -> HubFiles:
-    """Downloads the files CONFIG/train-*.parquet and returns them in the order of their names.
-
-    Args:
-        dataset: the Hub id of a dataset.
-        config: the name of its configuration.
-        revision: a branch, tag or commit; by default the newest commit.
-        console: for a line about what is downloaded.
-
-    Raises:
-        UserError: not there, no access, no network, or no room on the disk.
+    Attributes:
+        kind: what it is.
+        id: its name, OWNER/NAME.
+        revision: a branch, tag or commit; None: the newest commit.
     """
-    repo, pattern = _Repo("dataset", dataset, revision), f"{config}/train-*.parquet"
-    commit, files = repo.list_files(pattern)
-    chosen = sorted(matching(files, pattern))
-    if not chosen:
-        raise repo.lacks(pattern, list(files))
-    repo.require_all_parts(chosen)
-    folder = repo.download(commit, files, chosen, console)
-    return HubFiles(commit, [folder / name for name in chosen], chosen)
 
-
-def download_tokenizer(repo: str, revision: str | None = None) -> HubFiles:
-    """Downloads the tokenizer.json of a model.
-
-    Raises:
-        UserError: as `download_dataset_files`.
-    """
-    model, name = _Repo("model", repo, revision), "tokenizer.json"
-    commit, files = model.list_files(name)
-    if name not in files:
-        raise model.lacks(name, list(files))
-    return HubFiles(commit, [model.download(commit, files, [name]) / name], [name])
-
-
-def download_model(repo: str) -> Path:
-    """Downloads a model's card, configuration, weights and tokenizer; returns their folder.
-
-    Raises:
-        UserError: as `download_dataset_files`, or the repository holds no such model.
-    """
-    model = _Repo("model", repo)
-    commit, files = model.list_files("config.json")
-    top = [name for name in files if "/" not in name]
-    weights = matching(top, "*.safetensors")
-    if "config.json" not in top or not weights:
-        raise model.lacks("config.json with *.safetensors", list(files), ExitCode.NOT_A_MODEL)
-    model.require_all_parts(weights)
-    wanted = [name for pattern in _MODEL_FILES for name in matching(top, pattern)]
-    return model.download(commit, files, wanted)
-
-
-def upload(repo: str, path: Path, *, private: bool) -> str:
-    """Uploads a file or a folder to a model repository in one commit; returns the page's address.
-
-    Args:
-        repo: the repository, which is created if it does not exist.
-        path: what to upload; a folder's files go to the top of the repository.
-        private: whether a repository that is created is private.
-
-    Raises:
-        UserError: no login, no right to write there, no network, or no OWNER/NAME.
-    """
-    from huggingface_hub import HfApi
-
-    model, api = _Repo("model", repo), HfApi()
-    url = model.call(api.create_repo, repo, private=private, exist_ok=True)
-    message = f"Upload {path.name} with kiem"
-    if path.is_dir():
-        model.call(api.upload_folder, repo_id=repo, folder_path=path, commit_message=message)
-    else:
-        where = {"repo_id": repo, "path_in_repo": path.name, "commit_message": message}
-        model.call(api.upload_file, path_or_fileobj=path, **where)
-    return str(url)
-
-
-@dataclass(frozen=True)
-class _Repo:
     kind: Literal["dataset", "model"]
     id: str
     revision: str | None = None
 
-    def list_files(self, needed: str) -> tuple[str, dict[str, Any]]:
-        """Returns a commit and its files, as the Hub describes them.
-
-        Offline that is the newest cached commit, if possible one with `needed`; its files have
-        None as their description.
-        """
+    def list_files(self, needed: str) -> tuple[str, dict[str, RemoteFile]]:
+        """Returns a commit and its files by name; offline, as `newest_cached`."""
         from huggingface_hub import HfApi, constants
 
-        if not constants.HF_HUB_OFFLINE:
-            options = {"repo_type": self.kind, "revision": self.revision, "timeout": 30}
-            info = self.call(HfApi().repo_info, self.id, files_metadata=True, **options)
-            return info.sha, {file.rfilename: file for file in info.siblings or []}
+        if constants.HF_HUB_OFFLINE:
+            return self.newest_cached(needed)
+        options = {"repo_type": self.kind, "revision": self.revision, "timeout": 30}
+        info = self.call(HfApi().repo_info, self.id, files_metadata=True, **options)
+        files = [self.described(info.sha, file) for file in info.siblings or []]
+        return info.sha, {file.name: file for file in files}
+
+    def newest_cached(self, needed: str = "*") -> tuple[str, dict[str, RemoteFile]]:
+        """Returns the newest cached commit and its cached files, if possible with `needed`."""
         cached = []
         for commit in (self.cache / "snapshots").glob(self.revision or "*"):
             paths = [path for path in commit.rglob("*") if path.is_file()]
-            names = sorted(path.relative_to(commit).as_posix() for path in paths)
-            cached.append((bool(matching(names, needed)), commit.stat().st_mtime, commit, names))
+            named = sorted((path.relative_to(commit).as_posix(), path) for path in paths)
+            is_wanted = bool(matching([name for name, _ in named], needed))
+            cached.append((is_wanted, commit.stat().st_mtime, commit.name, named))
         if not cached:
             raise self.lacks("copy of it", [])
-        *_, newest, names = max(cached)
-        return newest.name, dict.fromkeys(names)
+        *_, commit_id, named = max(cached)
+        # Blobs have the names that identify them.
+        return commit_id, {
+            name: RemoteFile(self.id, commit_id, name, path.stat().st_size, path.resolve().name)
+            for name, path in named
+        }
+
+    def described(self, commit: str, file: Any) -> RemoteFile:
+        """Returns a file as huggingface_hub describes it."""
+        blob = str(file.lfs.sha256 if file.lfs else file.blob_id)
+        return RemoteFile(self.id, commit, file.rfilename, file.size or 0, blob)
 
     @property
     def cache(self) -> Path:
@@ -162,31 +98,43 @@ class _Repo:
 
         return Path(constants.HF_HUB_CACHE, f"{self.kind}s--{self.id.replace('/', '--')}")
 
+    def snapshot(self, commit: str) -> Path:
+        """The folder of a commit's files in the Hub's cache."""
+        return self.cache / "snapshots" / commit
+
     def download(
-        self, commit: str, files: dict[str, Any], names: list[str], console: Console | None = None
+        self, files: Sequence[RemoteFile], console: Console | None = None, to: Path | None = None
     ) -> Path:
-        """Downloads what is missing of some files in parallel; returns the commit's folder."""
+        """Downloads what is missing of some files of a commit, in parallel; returns their folder.
+
+        Args:
+            files: at least one.
+            console: for a line about what is downloaded.
+            to: the folder; by default that in the Hub's cache.
+        """
         from huggingface_hub import snapshot_download
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
-        folder, blobs = self.cache / "snapshots" / commit, self.cache / "blobs"
-        described = [files[name] for name in names if not (folder / name).is_file()]
-        if not described:
+        commit = files[0].commit
+        folder, blobs = to or self.snapshot(commit), self.cache / "blobs"
+        missing = [file for file in files if not (folder / file.name).is_file()]
+        if not missing:
             return folder
-        # Large files are kept under their SHA-256, and shared by commits.
-        by_blob = {str(f.lfs.sha256 if f.lfs else f.blob_id): f.size or 0 for f in described}
-        sizes = [size for blob, size in by_blob.items() if not (blobs / blob).exists()]
+        # Files of equal content are one blob in the cache, also those of several commits.
+        by_blob = {file.blob if to is None else file.name: file.num_bytes for file in missing}
+        sizes = [size for blob, size in by_blob.items() if to or not (blobs / blob).exists()]
         fix = "Free some space, or set HF_HOME to a folder on a larger disk."
-        require_free_space(blobs, sum(sizes), f"the files of {self.id}", fix)
+        require_free_space(to or blobs, sum(sizes), f"the files of {self.id}", fix)
         if console and sizes:
-            what = f"{len(sizes)} of {len(names)} files ({format_bytes(sum(sizes))})"
+            what = f"{len(sizes)} of {len(files)} files ({format_bytes(sum(sizes))})"
             console.print(f"downloading {what} of {self.id} at {commit[:12]}")
         if not sys.stderr.isatty():
             disable_progress_bars()
+        names = [glob.escape(file.name) for file in files]
         which = {"repo_type": self.kind, "revision": commit, "allow_patterns": names}
-        self.call(snapshot_download, self.id, **which)
+        self.call(snapshot_download, self.id, local_dir=to, **which)
         # If the Hub does not list its files, snapshot_download is content with what is there.
-        if not all((folder / name).is_file() for name in names):
+        if not all((folder / file.name).is_file() for file in files):
             raise self.error("the Hub does not list its files", _AGAIN, ExitCode.NETWORK)
         return folder
 
