@@ -71,3 +71,18 @@ def test_terms_and_minimal_pairs(summary: dict[str, Any]) -> None:
     assert "75.0 % of 20 (95 %: 70.0 to 80.0 %; chance is 50 %)" in text
     assert "|---|---|---|---|\n| om\\|te | 75.0 % | 70.0 to 80.0 % | 20 |\n" in text
     assert r"> **Er was** \| eens \# een \<b\>\*kop\*" in text
+
+
+def test_several_sources_are_all_named(summary: dict[str, Any]) -> None:
+    hub = {"kind": "hub", "config": "nl", "split": "train", "revision": "0123", "files": ["x"]}
+    sources = [
+        {**hub, "dataset": "a/b"},
+        {"kind": "files", "sha256": {"x.txt": "00"}},
+        {**hub, "dataset": "c/d"},
+    ]
+    summary["data"]["source"] = {"kind": "several", "sources": sources}
+    text = model_card(summary, "run", "nl")
+    assert ModelCard(text).data.datasets == ["a/b", "c/d"]
+    assert "held-out documents of a/b and files and c/d" in text
+    a, c = (rf"dataset {name}, config nl, split train, revision 0123" for name in ("a/b", "c/d"))
+    assert f"| text | {a}; local files; {c} |" in text

@@ -12,6 +12,7 @@ import jinja2
 
 from kiem.core.console import printable
 from kiem.core.files import format_bytes
+from kiem.data.source_record import list_sources
 from kiem.model.config import GEMMA_VOCABULARY
 
 _MARKUP = "\\`*_[]<>|#~$"
@@ -46,10 +47,11 @@ def _metadata(summary: dict[str, Any], run_name: str, language: str) -> str:
     """Returns the YAML that the Hub reads."""
     from huggingface_hub import EvalResult, ModelCardData  # slow to import, once at the end
 
-    source = summary["data"]["source"]
+    sources = list_sources(summary["data"]["source"])
+    datasets = list(dict.fromkeys(s["dataset"] for s in sources if s["kind"] == "hub"))
+    test_text = " and ".join(dict.fromkeys(s.get("dataset", s["kind"]) for s in sources))
     start = summary["initialized_from"]
     is_hub_model = start.count("/") == 1 and not Path(start).exists()
-    test_text = source.get("dataset", source["kind"])
     common: dict[str, Any] = {
         "task_type": "text-generation",
         "dataset_type": "held-out",
@@ -66,7 +68,7 @@ def _metadata(summary: dict[str, Any], run_name: str, language: str) -> str:
         pipeline_tag="text-generation",
         license="gemma" if _is_gemmas(summary) else "unknown",
         tags=["kiem", "gemma3"],
-        datasets=[source["dataset"]] if source["kind"] == "hub" else None,
+        datasets=datasets or None,
         base_model=start if is_hub_model else None,
         model_name=run_name,
         eval_results=results or None,
@@ -76,13 +78,11 @@ def _metadata(summary: dict[str, Any], run_name: str, language: str) -> str:
 def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields names and texts of what was trained on what."""
     data, recipe, hardware = summary["data"], summary["recipe"], summary["hardware"]
-    source, tokenizer = data["source"], summary["tokenizer"]
+    tokenizer = summary["tokenizer"]
     chunk_size = data["options"]["chunk_size"]
     yield "model", f"{summary['model']}, {summary['parameters']:,} parameters"
     yield "started from", summary["initialized_from"]
-    parts = [f"{key} {source[key]}" for key in ("dataset", "config", "revision") if source.get(key)]
-    kinds = {"sample": "the built-in sample", "files": "local files"}
-    yield "text", ", ".join(parts) or kinds.get(source["kind"], source["kind"])
+    yield "text", "; ".join(map(_source, list_sources(data["source"])))
     yield "training documents", f"{data['train_documents']:,}"
     yield "training text", format_bytes(sum(data["bytes_per_source"].values()))
     yield "training tokens", f"{data['train_tokens']:,} in chunks of {chunk_size:,}"
@@ -97,6 +97,13 @@ def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "tokens trained on", f"{summary['tokens']:,} in {summary['steps']:,} updates"
     yield "training time", f"{summary['seconds'] / 3600:.2f} hours"
     yield "finished", summary["finished"]
+
+
+def _source(entry: dict[str, Any]) -> str:
+    kinds = {"sample": "the built-in sample", "files": "local files"}
+    keys = ("dataset", "config", "split", "revision")
+    parts = [f"{key} {entry[key]}" for key in keys if entry.get(key)]
+    return ", ".join(parts) or kinds.get(entry["kind"], entry["kind"])
 
 
 def _is_gemmas(summary: dict[str, Any]) -> bool:

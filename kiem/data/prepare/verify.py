@@ -21,6 +21,7 @@ from kiem.data.chunks import (
     read_manifest,
     read_tokenizer,
 )
+from kiem.data.source_record import list_source_files
 
 
 def verify_directory(path: Path) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def _verify_sums(path: Path, manifest: dict[str, Any]) -> None:
     num_kept = sum(counts["documents"] for counts in splits.values())
     num_kept -= manifest.get("cut_for_test", {}).get("documents", 0)
     per_file, rejected_per_file = manifest["documents_per_file"], manifest["rejected_per_file"]
-    planned = list(manifest["source"].get("files") or manifest["source"]["sha256"])
+    planned = list_source_files(manifest["source"])
     planned = planned[: len(planned) - limit.get("files_not_read", 0)]
     sums: list[tuple[str, Any, Any]] = [
         ("documents; what became of them", num_read, num_kept + num_rejected + num_beyond),
