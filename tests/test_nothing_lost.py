@@ -22,10 +22,10 @@ from kiem.core.files import sealed_file
 from kiem.data.chunks import finish_directory, open_split, read_manifest, read_tokenizer
 from kiem.data.prepare import units, workers
 from kiem.data.prepare.decisions import decide
-from kiem.data.prepare.packing import write_splits
 from kiem.data.prepare.preprocess import preprocess
 from kiem.data.prepare.split import decide_split, find_border, split_position
 from kiem.data.prepare.verify import verify_directory
+from kiem.data.prepare.write_splits import write_splits
 from kiem.tokenizer.tokenizer import Tokenizer
 
 QUIET = Console(quiet=True)
@@ -262,8 +262,8 @@ def test_few_documents_are_cut_for_the_test_split(
         return
     entry = manifest["cut_for_test"]
     assert entry["border"] in case.border
-    assert entry["documents"] == case.num_cut
-    assert f"the test split is the end of {entry['at']}" in shown
+    assert entry["documents"] == len({*entry["places"]}) == case.num_cut
+    assert f"the test split is the end of {entry['places'][0]}" in shown
     assert f"{case.num_cut} of them cut in two" in shown
     assert len(test) == case.num_cut
     if options.packing == "best-fit":  # which puts the parts of a long document anywhere

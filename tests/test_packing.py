@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from kiem.config import PreprocessOptions
-from kiem.data.chunks import open_split, read_manifest
+from kiem.data.chunks import NO_SOURCE, open_split, read_manifest
+from kiem.data.documents import make_pieces
 from kiem.data.prepare import packing
 from kiem.data.prepare.packing import BestFitPacker, make_packer
 from kiem.data.prepare.preprocess import preprocess
@@ -22,6 +23,28 @@ from kiem.data.prepare.verify import verify_directory
 
 BOS, EOS, PAD = 2, 1, 0
 documents_of_tokens = st.lists(st.lists(st.integers(3, 99), max_size=60), max_size=40)
+
+
+def pieces_of(num_documents: int, first: int = 0) -> np.ndarray:
+    """Returns pieces for documents whose rows are their numbers."""
+    rows = np.arange(first, first + num_documents)
+    return make_pieces(position=np.zeros(num_documents), start=0, file=0, row=rows, source=0)
+
+
+def check_pieces(chunks: np.ndarray, documents: list[np.ndarray], pieces: np.ndarray) -> None:
+    """Checks that pieces say of every token in chunks which of a document it is, or padding."""
+    flat = chunks.reshape(-1)
+    bounds = [*pieces["position"].tolist(), len(flat)]
+    assert bounds[0] == 0
+    for piece, end in zip(pieces, bounds[1:], strict=True):
+        length = end - piece["position"]
+        assert length > 0
+        tokens = flat[piece["position"] : end]
+        if piece["file"] == NO_SOURCE:
+            assert (tokens == PAD).all()
+        else:
+            document = documents[piece["row"]]
+            assert (tokens == document[piece["start"] : piece["start"] + length]).all()
 
 
 def pack(
@@ -35,7 +58,7 @@ def pack(
     chunks = [np.empty((0, chunk_size), np.int32)]
     for document, flush in zip(documents, flush_after, strict=False):
         ids = np.array([BOS, *document, EOS], dtype=np.int32)
-        packer.add(ids, np.array([len(ids)]))
+        packer.add(ids, np.array([len(ids)]), pieces_of(1))
         if flush:
             chunks.append(packer.full_chunks())
     chunks.append(packer.last_chunks())
@@ -70,11 +93,14 @@ def test_best_fit_keeps_every_token(
     beginnings = {int(document[0]) for document in documents}
     packer = make_packer("best-fit", chunk_size, PAD)
     chunks = []
-    for document, flush in zip(documents, flush_after, strict=False):
-        packer.add(document, np.array([len(document)]))
+    pieces = []
+    for number, (document, flush) in enumerate(zip(documents, flush_after, strict=False)):
+        packer.add(document, np.array([len(document)]), pieces_of(1, first=number))
         if flush:
             chunks += packer.full_chunks().tolist()
+            pieces.append(packer.take_pieces())
     chunks += packer.last_chunks().tolist()
+    check_pieces(np.array(chunks), documents, np.concatenate([*pieces, packer.take_pieces()]))
     found = [token for chunk in chunks for token in chunk if token != PAD]
     assert sorted(found) == list(range(1, sum(lengths) + 1))
     for chunk in chunks:
@@ -91,7 +117,7 @@ def test_best_fit_cuts_nothing_that_fits() -> None:
     lengths = [60, 40, 75, 25, 50, 30, 20, 100, 150, 50]
     tokens = np.arange(1, sum(lengths) + 1, dtype=np.int32)
     packer = make_packer("best-fit", 100, PAD)
-    packer.add(tokens, np.array(lengths))
+    packer.add(tokens, np.array(lengths), pieces_of(len(lengths)))
     chunks = packer.last_chunks()
     beginnings = np.cumsum([0, *lengths[:-1]]) + 1
     assert len(chunks) == 6
@@ -108,7 +134,7 @@ def test_best_fit_packs_within_bounded_windows(monkeypatch: pytest.MonkeyPatch) 
     num_tokens = num_chunks = 0
     for _ in range(200):
         lengths = generator.integers(2, 400, size=20)
-        packer.add(np.full(lengths.sum(), 7, np.int32), lengths)
+        packer.add(np.full(lengths.sum(), 7, np.int32), lengths, pieces_of(len(lengths)))
         num_tokens += int(lengths.sum())
         num_chunks += len(packer.full_chunks())
         assert packer._num_waiting < 4096

@@ -15,9 +15,10 @@ from rich.console import Console
 
 from kiem.config import PreprocessOptions
 from kiem.core.errors import ExitCode, UserError
-from kiem.data.prepare import second_reading, units
+from kiem.data.prepare import units
 from kiem.data.prepare.preprocess import preprocess
 from kiem.data.prepare.verify import verify_directory
+from kiem.data.read import readers
 from kiem.data.read.sources import Source
 from kiem.tokenizer.tokenizer import Tokenizer
 
@@ -227,14 +228,14 @@ def test_lines_are_counted_once(
         else:
             pq.write_table(pa.table({"text": texts}), path, row_group_size=7)
     counted: list[tuple[int, int, int]] = []
-    count_rows = second_reading.count_rows
+    count_rows = readers.count_rows
 
     def count(source: Source, file: int, start: int, stop: int) -> int:
         counted.append((file, start, stop))
         return count_rows(source, file, start, stop)
 
-    monkeypatch.setattr(second_reading, "count_rows", count)
-    given = {"clean": "none", "near_duplicates": False, "decontaminate": ()}
+    monkeypatch.setattr(readers, "count_rows", count)
+    given = {"clean": "none", "near_duplicates": False, "decontaminate": (), "num_proc": 1}
     folder = preprocess(options(corpus, tmp_path, source=(str(tmp_path),), **given), QUIET)
     files = [tmp_path / f"{file}.{suffix}" for file in ("a", "b")]
     places = [f"{file}:{number}" for file in files for number in range(1, 901, 9)]

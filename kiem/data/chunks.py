@@ -3,6 +3,7 @@
 train/data-00000-of-00002.arrow ...   int32 `input_ids` of a fixed size, memory-mapped
 test/...                              (both open with datasets.load_from_disk)
 test_sources/...                      for each test token, the source of its document
+documents/train.arrow, test.arrow     which document every token is of, see documents.py
 manifest.json                         options, source, counts, SHA-256 of every file and itself
 tokenizer.json ...                    the tokenizer of the ids
 rejected.jsonl                        the rejected documents, with --keep-rejected
@@ -51,6 +52,13 @@ class _Shard(msgspec.Struct):
     sha256: str
 
 
+class _DocumentShard(msgspec.Struct):
+    file: FileName
+    pieces: _Count
+    bytes: _Count
+    sha256: str
+
+
 class _Split(msgspec.Struct):
     documents: _Count
     words: _Count
@@ -61,6 +69,7 @@ class _Split(msgspec.Struct):
     bytes_per_source: dict[str, _Count]
     source_names: list[str] = []
     source_shards: list[_Shard] = []
+    document_shards: Annotated[list[_DocumentShard], msgspec.Meta(max_length=1)] = []
 
 
 class ChunkOptions(msgspec.Struct):

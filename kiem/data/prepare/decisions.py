@@ -7,7 +7,7 @@ because it was counted, never because its file is missing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ class DocumentDecisions(NamedTuple):
         units: those units.
         per_unit: int16 [rows] for each of them: TRAIN, TEST, CUT (the end for testing, the
             rest for training), BEYOND the word limit, or REJECTED plus the number of the reason.
+        rows_before: how many lines or rows of its first file each unit leaves to earlier units.
         reasons: why rows are rejected.
         split: where the test split ends.
         num_cut: documents that are cut.
@@ -37,10 +38,15 @@ class DocumentDecisions(NamedTuple):
 
     units: Sequence[Unit]
     per_unit: list[np.ndarray]
+    rows_before: list[int]
     reasons: list[str]
     split: Split
     num_cut: int
     counts: dict[str, Any]
+
+    def by_unit(self) -> Iterator[tuple[Unit, np.ndarray, int]]:
+        """Yields each unit with its decisions and the rows before it."""
+        return zip(self.units, self.per_unit, self.rows_before, strict=True)
 
 
 def decide(job: Job) -> DocumentDecisions:
@@ -49,7 +55,7 @@ def decide(job: Job) -> DocumentDecisions:
     Documents are taken as long as they have no more words together than the word limit. Raises a
     UserError if a unit file is missing, damaged or of other work.
     """
-    columns, reasons, limit = _read_units(job)
+    columns, rows_before, reasons, limit = _read_units(job)
     code, position, num_bytes, in_file = (np.concatenate(parts) for parts in columns.values())
     units = job.units[: len(columns["code"])]
     # Reject what came before. Equal texts have equal positions; that two different ones have, too,
@@ -85,25 +91,32 @@ def decide(job: Job) -> DocumentDecisions:
     }
     per_unit = np.split(code, np.cumsum([len(part) for part in columns["code"]])[:-1])
     num_cut = int(np.count_nonzero(code == CUT))
-    return DocumentDecisions(units, per_unit, reasons, split, num_cut, counts)
+    return DocumentDecisions(units, per_unit, rows_before, reasons, split, num_cut, counts)
 
 
 def _read_units(
     job: Job,
-) -> tuple[dict[str, list[np.ndarray]], list[str], dict[str, Any] | None]:
+) -> tuple[dict[str, list[np.ndarray]], list[int], list[str], dict[str, Any] | None]:
     """Reads the units up to the one in which the word limit is reached.
 
     Returns:
-        For each of them the decisions that are known without the others and some columns; the
-        reasons; and the manifest's entry about the limit.
+        For each of them the decisions that are known without the others and some columns; the rows
+        of its first file before it; the reasons; and the manifest's entry about the limit.
     """
     columns: dict[str, list[np.ndarray]] = {"code": [], "position": [], "bytes": [], "file": []}
     reasons = ["duplicate", "near duplicate"]
     word_limit = job.word_limit
     limit: dict[str, Any] = {"words": word_limit} if word_limit else {}
-    num_words = 0
+    num_words = num_rows = 0
+    rows_before: list[int] = []
+    file = -1
     for unit in job.units:
         batches, summary = open_unit(unit, job)
+        # Add up the lines or rows of the file that goes on from unit to unit.
+        first, last = unit.parts[0].file, unit.parts[-1].file
+        rows_before.append(num_rows if first == file else 0)
+        num_rows = summary.rows + (rows_before[-1] if first == last else 0)
+        file = last
         reasons += [reason for reason in summary.reasons if reason not in reasons]
         codes = [REJECTED + reasons.index(reason) for reason in summary.reasons]
         # Reason -1, of the rows that are kept, is the last one here.
@@ -113,18 +126,18 @@ def _read_units(
             columns[name].append(read_column(batches, name))
         if word_limit is not None and num_words + summary.words > word_limit:
             ends = num_words + np.cumsum(read_column(batches, "words"))
-            first = int(np.searchsorted(ends, word_limit, side="right"))
-            code[first:] = BEYOND
-            num_words = int(ends[first - 1]) if first else num_words
+            beyond = int(np.searchsorted(ends, word_limit, side="right"))
+            code[beyond:] = BEYOND
+            num_words = int(ends[beyond - 1]) if beyond else num_words
             limit |= {
-                "reached_in": job.source.files[columns["file"][-1][first]].name,
+                "reached_in": job.source.files[columns["file"][-1][beyond]].name,
                 "words_taken": num_words,
-                "words_next": int(ends[first]) - num_words,
+                "words_next": int(ends[beyond]) - num_words,
                 "files_not_read": len(job.source.files) - unit.parts[-1].file - 1,
             }
             break
         num_words += summary.words
-    return columns, reasons, limit or None
+    return columns, rows_before, reasons, limit or None
 
 
 def _reject_repeated(code: np.ndarray, keys: np.ndarray, reason: int) -> None:

@@ -8,30 +8,21 @@ where it fits best. Padding fills the ends of chunks and is never trained on: te
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 
-from kiem.config import PreprocessOptions
-from kiem.data.arrow import to_numpy
-from kiem.data.chunks import NO_SOURCE, TEST_SOURCES, SplitWriter
-from kiem.data.prepare.split import TEST, TRAIN
+from kiem.data.chunks import NO_SOURCE
+from kiem.data.documents import make_pieces
 from kiem.tokenizer.encoding import Encoded
-from kiem.tokenizer.tokenizer import Tokenizer
 
 # Documents that best-fit has to choose from. More choice leaves less padding and takes memory.
 _WINDOW_TOKENS = 1 << 24
 # The share of padding above which best-fit rather cuts documents.
 _MAX_PADDING = 0.005
+_PADDING = make_pieces(position=[0], start=0, file=NO_SOURCE, row=0, source=NO_SOURCE)
 
 Packing = Literal["concat", "best-fit"]
-# Record batches of a unit file, the names that their `source` column numbers, and the decisions
-# about all their rows.
-UnitDocuments = tuple[list[pa.RecordBatch], list[str], np.ndarray]
 
 
 def frame(encoded: Encoded, bos_id: int, eos_id: int) -> Encoded:
@@ -60,12 +51,27 @@ class ConcatPacker:
         self._pad_id = pad_id
         self._waiting: list[np.ndarray] = []
         self._num_waiting = 0
+        self._position = 0  # behind the pieces so far
+        self._pieces: list[np.ndarray] = []
 
-    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Takes the int32 ids of documents, one after the other, and the length of each."""
+    def add(self, ids: np.ndarray, lengths: np.ndarray, documents: np.ndarray) -> None:
+        """Takes documents.
+
+        Args:
+            ids: int32, of one document after the other.
+            lengths: int64 [documents], tokens of each.
+            documents: a piece for each, see `kiem.data.documents`, without its place.
+        """
         assert lengths.sum() == len(ids)
         self._waiting.append(ids)
         self._num_waiting += len(ids)
+        self._place(documents, lengths)
+
+    def take_pieces(self) -> np.ndarray:
+        """Returns the pieces that the documents became since the last call, in order."""
+        pieces = np.concatenate([make_pieces(position=[]), *self._pieces])
+        self._pieces = []
+        return pieces
 
     def full_chunks(self) -> np.ndarray:
         """Returns the chunks that are full, int32 [chunks, chunk_size]; the rest keeps waiting."""
@@ -81,8 +87,18 @@ class ConcatPacker:
         """Returns all that still waits, int32 [chunks, chunk_size]."""
         chunks = self.full_chunks()
         rest = [np.concatenate(self._waiting)] if self._num_waiting else []
+        if rest:
+            self._place(_PADDING, np.array([self._chunk_size - self._num_waiting]))
         self._waiting, self._num_waiting = [], 0
         return np.concatenate([chunks, self._padded(rest)])
+
+    def _place(self, pieces: np.ndarray, lengths: np.ndarray) -> None:
+        """Places pieces of these lengths one after the other behind those before."""
+        pieces = pieces.copy()
+        ends = self._position + np.cumsum(lengths)
+        pieces["position"] = ends - lengths
+        self._pieces.append(pieces[lengths > 0])
+        self._position += int(lengths.sum())
 
     def _padded(self, rows: list[np.ndarray]) -> np.ndarray:
         """Returns each of `rows` as a chunk, filled up with padding."""
@@ -103,9 +119,15 @@ class BestFitPacker(ConcatPacker):
     def __init__(self, chunk_size: int, pad_id: int):
         super().__init__(chunk_size, pad_id)
         self._whole: list[np.ndarray] = []
+        self._waiting_pieces: list[np.ndarray] = []  # of those in `_waiting`
 
-    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+    def add(self, ids: np.ndarray, lengths: np.ndarray, documents: np.ndarray) -> None:
         assert lengths.sum() == len(ids)
+        rests = lengths % self._chunk_size
+        self._waiting_pieces.append(documents[rests > 0])
+        whole = documents.copy()
+        whole["start"] = rests
+        self._place(whole, lengths - rests)
         for document in np.split(ids, np.cumsum(lengths)[:-1]):
             rest = len(document) % self._chunk_size
             if rest:
@@ -129,137 +151,58 @@ class BestFitPacker(ConcatPacker):
 
         The longest comes first, and each is put into the fullest chunk that has room for it.
         """
-        plan: list[list[np.ndarray]] = []
+        plan: list[list[int]] = []  # for each chunk what is in it, by its place in `_waiting`
         # Chunks by the room that is left in them, and the rooms that occur as bits of a number.
         by_room: dict[int, list[int]] = {}
         rooms = 0
-        for ids in sorted(self._waiting, key=len, reverse=True):
-            fitting = rooms >> len(ids)
+        sizes = [*map(len, self._waiting)]
+        for number in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+            fitting = rooms >> sizes[number]
             if fitting:
-                room = len(ids) + (fitting & -fitting).bit_length() - 1
+                room = sizes[number] + (fitting & -fitting).bit_length() - 1
                 chunk = by_room[room].pop()
                 if not by_room[room]:
                     rooms ^= 1 << room
-                plan[chunk].append(ids)
+                plan[chunk].append(number)
             else:
                 room, chunk = self._chunk_size, len(plan)
-                plan.append([ids])
-            left = room - len(ids)
+                plan.append([number])
+            left = room - sizes[number]
             if left:
                 by_room.setdefault(left, []).append(chunk)
                 rooms |= 1 << left
-        rows = [np.concatenate(fitted) for fitted in plan]
-        packed = self._padded(self._top_up(rows))
-        self._waiting, self._num_waiting = [], 0
+        packed = self._padded(self._top_up(plan, sizes))
+        self._waiting, self._num_waiting, self._waiting_pieces = [], 0, []
         return np.concatenate([chunks, packed])
 
-    def _top_up(self, rows: list[np.ndarray]) -> list[np.ndarray]:
-        """Where documents fit badly, cuts some of them: those in the chunks with the most room.
+    def _top_up(self, plan: list[list[int]], sizes: list[int]) -> list[np.ndarray]:
+        """Returns the ids of every chunk, and places the pieces.
 
+        Where documents fit badly, some of them are cut: those in the chunks with the most room.
         These go one after the other into full chunks instead, so that a cut one goes on at the
         start of a chunk and never behind another document.
         """
-        by_room = sorted(rows, key=len, reverse=True)
-        rooms = np.cumsum([self._chunk_size - len(ids) for ids in by_room])
-        num_kept = int(np.searchsorted(rooms, _MAX_PADDING * self._num_waiting, side="right"))
-        ids = np.concatenate([np.empty(0, np.int32), *by_room[num_kept:]])
+        filled = [sum(map(sizes.__getitem__, numbers)) for numbers in plan]
+        by_room = sorted(range(len(plan)), key=filled.__getitem__, reverse=True)
+        rooms = [self._chunk_size - filled[chunk] for chunk in by_room]
+        most = _MAX_PADDING * self._num_waiting
+        num_kept = int(np.searchsorted(np.cumsum(rooms), most, side="right"))
+        kept = [plan[chunk] for chunk in by_room[:num_kept]]
+        cut = [number for chunk in by_room[num_kept:] for number in plan[chunk]]
+        # Padding is the last of the pieces here, and so has number -1.
+        order: list[int] = []
+        for numbers in (*kept, cut):
+            order += [*numbers, -1]
+        rest = -sum(map(sizes.__getitem__, cut)) % self._chunk_size
+        lengths = np.array([*sizes, 0])[order]
+        lengths[np.flatnonzero(np.array(order) == -1)] = [*rooms[:num_kept], rest]
+        self._place(np.concatenate([*self._waiting_pieces, _PADDING])[order], lengths)
+        ids = np.concatenate([np.empty(0, np.int32), *(self._waiting[number] for number in cut)])
         cuts = np.split(ids, range(self._chunk_size, len(ids), self._chunk_size))
-        return [*by_room[:num_kept], *(cut for cut in cuts if len(cut))]
+        rows = [np.concatenate([self._waiting[number] for number in numbers]) for numbers in kept]
+        return [*rows, *(cut for cut in cuts if len(cut))]
 
 
 def make_packer(packing: Packing, chunk_size: int, pad_id: int) -> ConcatPacker:
     """Returns an empty packer for chunks of `chunk_size` tokens, filled up with `pad_id`."""
     return (ConcatPacker if packing == "concat" else BestFitPacker)(chunk_size, pad_id)
-
-
-class _SplitPacker:
-    """Packs the documents of one split into shards, and counts them by source."""
-
-    def __init__(self, folder: Path, options: PreprocessOptions, pad_id: int, column: str):
-        self._chunk_size = options.chunk_size
-        self._packer = make_packer(options.packing, options.chunk_size, pad_id)
-        self._writer = SplitWriter(folder, options.chunk_size, column)
-        self._counts = {n: Counter[str]() for n in ("documents", "words", "bytes", "tokens")}
-
-    def add(self, ids: np.ndarray, counted: dict[str, np.ndarray], names: list[str]) -> None:
-        """Takes the ids of documents, what is counted of each, and the names of their sources."""
-        self._packer.add(ids, counted["tokens"])
-        self._writer.write(self._packer.full_chunks())
-        for name, counts in self._counts.items():
-            sums = np.bincount(counted["source"], counted[name], len(names))
-            counts.update(dict(zip(names, sums.astype(int).tolist(), strict=True)))
-
-    def close(self) -> dict[str, Any]:
-        """Writes what still waits and returns the manifest's entry of the split."""
-        self._writer.write(self._packer.last_chunks())
-        shards = self._writer.close()
-        totals = {name: counts.total() for name, counts in self._counts.items()}
-        num_chunks = sum(shard["chunks"] for shard in shards)
-        num_padding = num_chunks * self._chunk_size - totals["tokens"]
-        assert num_padding == self._packer.num_padding_tokens, "tokens were lost"
-        per_source = {name: +self._counts[name] for name in ("documents", "tokens", "bytes")}
-        return {
-            **totals,
-            "chunks": num_chunks,
-            "padding_tokens": num_padding,
-            **{f"{n}_per_source": dict(sorted(c.items())) for n, c in per_source.items()},
-            "shards": shards,
-        }
-
-
-def write_splits(
-    documents: Iterable[UnitDocuments],
-    tokenizer: Tokenizer,
-    options: PreprocessOptions,
-    folder: Path,
-) -> tuple[dict[str, dict[str, Any]], int]:
-    """Packs the documents into chunks and writes both splits.
-
-    Args:
-        documents: of all units; those that are TRAIN or TEST are written.
-        tokenizer: the one that made the ids.
-        options: with the size of chunks and the way of packing.
-        folder: the unfinished chunk directory.
-
-    Returns:
-        The manifest's entry of each split, and how many rows of the vocabulary no token has.
-    """
-    splits = {
-        code: _SplitPacker(folder / name, options, tokenizer.pad_id, "input_ids")
-        for name, code in (("train", TRAIN), ("test", TEST))
-    }
-    # Packed as the test tokens are: for each token, the number of its document's source.
-    sources = _SplitPacker(folder / TEST_SOURCES, options, NO_SOURCE, "source")
-    numbers: dict[str, int] = {}
-    is_used = np.zeros(tokenizer.num_rows, dtype=bool)
-    for batches, names, codes in documents:
-        start = 0
-        for batch in batches:
-            here = codes[start : start + batch.num_rows]
-            start += batch.num_rows
-            for code, split in splits.items():
-                chosen = here == code
-                if not chosen.any():
-                    continue
-                ids, counted = _chosen(batch, chosen)
-                is_used[ids] = True
-                split.add(ids, counted, names)
-                if code == TEST:
-                    labels = [names[n] for n in counted["source"].tolist()]
-                    of_rows = [numbers.setdefault(label, len(numbers)) for label in labels]
-                    of_ids = np.repeat(np.array(of_rows, np.int32), counted["tokens"])
-                    sources.add(of_ids, counted, names)
-    train, test = splits[TRAIN].close(), splits[TEST].close()
-    test["source_names"], test["source_shards"] = list(numbers), sources.close()["shards"]
-    return {"train": train, "test": test}, int(tokenizer.num_rows - is_used.sum())
-
-
-def _chosen(batch: pa.RecordBatch, chosen: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Returns the ids of the chosen rows, one after the other, and what is counted of each."""
-    column = batch.column("ids")
-    lengths, ids = np.diff(to_numpy(column.offsets)), to_numpy(column.values)
-    if not chosen.all():
-        ids = ids[np.repeat(chosen, lengths)]
-    counted = {name: to_numpy(batch.column(name))[chosen] for name in ("source", "words", "bytes")}
-    tokens = lengths[chosen]
-    return ids, {**counted, "tokens": tokens, "documents": np.ones_like(tokens)}

@@ -25,13 +25,13 @@ from kiem.core.values import check_name, given_options, option_flag
 from kiem.data.chunks import finish_directory
 from kiem.data.clean.cleaner import Cleaning, make_cleaning
 from kiem.data.prepare.decisions import DocumentDecisions, decide
-from kiem.data.prepare.packing import UnitDocuments, write_splits
 from kiem.data.prepare.second_reading import TrainingTexts, cut_documents, write_rejected
 from kiem.data.prepare.summary import describe_left_out, print_summary
-from kiem.data.prepare.units import Job, digest, open_unit, plan_units
+from kiem.data.prepare.units import Job, digest, open_unit, plan_units, read_rows
 from kiem.data.prepare.verify import verify_directory
 from kiem.data.prepare.work_directory import earlier_revision, work_directory
 from kiem.data.prepare.workers import run_units
+from kiem.data.prepare.write_splits import UnitDocuments, write_splits
 from kiem.data.read.readers import check_effects
 from kiem.data.read.source_file import STANDARD_INPUT
 from kiem.data.read.sources import (
@@ -230,9 +230,10 @@ def _write_chunks(job: Job, decisions: DocumentDecisions, result: Path) -> dict[
 
     # Pack, and account for every document.
     def all_documents() -> Iterator[UnitDocuments]:
-        for unit, codes in zip(decisions.units, decisions.per_unit, strict=True):
+        for unit, codes, rows_before in decisions.by_unit():
             batches, summary = open_unit(unit, job)
-            yield batches, list(summary.sources), codes
+            rows = read_rows(unit, batches, rows_before)
+            yield UnitDocuments(batches, list(summary.sources), codes, rows)
         yield from cut
 
     splits, num_unused_rows = write_splits(all_documents(), tokenizer, options, result)

@@ -19,10 +19,11 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import new_file, sha256_file
 from kiem.data.chunks import REJECTED_FILE
 from kiem.data.prepare.decisions import REJECTED, DocumentDecisions
-from kiem.data.prepare.packing import UnitDocuments, frame
+from kiem.data.prepare.packing import frame
 from kiem.data.prepare.split import CUT, TEST, TRAIN, find_border
-from kiem.data.prepare.units import Job
-from kiem.data.read.readers import FilePart, count_rows, place
+from kiem.data.prepare.units import Job, read_rows, read_unit
+from kiem.data.prepare.write_splits import UnitDocuments
+from kiem.data.read.readers import FilePart
 from kiem.data.read.rows import Document
 from kiem.data.read.sources import count_words
 from kiem.tokenizer.encoding import Encoder, fast_path
@@ -31,15 +32,19 @@ from kiem.tokenizer.encoding import Encoder, fast_path
 def read_again(
     job: Job, decisions: DocumentDecisions, wanted: Sequence[int]
 ) -> Iterator[tuple[int, FilePart, Document]]:
-    """Reads the rows with one of the `wanted` decisions again; yields the decision with each."""
-    for unit, codes in zip(decisions.units, decisions.per_unit, strict=True):
+    """Reads the rows with one of the `wanted` decisions again.
+
+    Yields the decision with each, and documents with their numbers in the file.
+    """
+    for unit, codes, rows_before in decisions.by_unit():
         is_wanted = np.isin(codes, wanted)
         if not is_wanted.any():
             continue
+        rows = read_rows(unit, read_unit(job.path(unit))[0], rows_before).tolist()
         for number, (part, document) in enumerate(job.read(unit)):
             # A changed file may have more rows; the reader raises at the end of the part.
             if number < len(codes) and is_wanted[number]:
-                yield int(codes[number]), part, document
+                yield int(codes[number]), part, document._replace(number=rows[number])
 
 
 @dataclass(frozen=True)
@@ -69,42 +74,49 @@ def cut_documents(job: Job, decisions: DocumentDecisions) -> tuple[UnitDocuments
     assert job.tokenizer is not None
     assert decisions.split.cut_bytes is not None
     labels: list[str] = []
+    files: list[int] = []
+    rows: list[int] = []
     for _, part, document in read_again(job, decisions, (CUT,)):
         if not labels:
             text = job.cleaning.normalize(document.text)
-            where = place(job.source, part, document.number)
         labels.append(document.source)
+        files.append(part.file)
+        rows.append(document.number)
+    names = [job.source.files[file].name for file in files]
+    places = [f"{name}:{row}" for name, row in zip(names, rows, strict=True)]
     border = find_border(text, decisions.split.cut_bytes)
     if border is None:
         raise UserError(
             "too little text to train and to test on",
-            where=where,
+            where=places[0],
             fix="Use more text.",
             exit_code=ExitCode.DATASET_TOO_SMALL,
         )
     texts = [text[: border.place], text[border.place :]]
     encoder = Encoder(job.tokenizer, fast_path(job.tokenizer, job.options.encoder))
-    encoded = encoder.encode(texts, lambda _: where)
+    encoded = encoder.encode(texts, lambda _: places[0])
     encoded = frame(encoded, job.tokenizer.bos_id, job.tokenizer.eos_id)
     ids = np.split(encoded.ids, encoded.lengths[:1])
     num_bytes = [len(text.encode()) for text in texts]
     num_words = [count_words(text) for text in texts]
-    names = sorted(set(labels))
+    sources = sorted(set(labels))
     columns = {
         "ids": pa.array(ids * len(labels), pa.large_list(pa.int32())),
         "words": pa.array(num_words * len(labels), pa.int64()),
         "bytes": pa.array(num_bytes * len(labels), pa.int64()),
-        "source": pa.array([names.index(n) for n in labels for _ in texts], pa.int32()),
+        "source": pa.array([sources.index(n) for n in labels for _ in texts], pa.int32()),
+        "file": pa.array(np.repeat(files, len(texts)), pa.int32()),
     }
     entry = {
         "documents": len(labels),
-        "at": where,
+        "places": places,
         "border": border.kind,
         "train_bytes": num_bytes[0],
         "test_bytes": num_bytes[1],
     }
     codes = np.tile(np.array([TRAIN, TEST], np.int16), len(labels))
-    return ([pa.record_batch(columns)], names, codes), entry
+    batches = [pa.record_batch(columns)]
+    return UnitDocuments(batches, sources, codes, np.repeat(rows, len(texts))), entry
 
 
 def write_rejected(job: Job, decisions: DocumentDecisions, folder: Path) -> dict[str, Any]:
@@ -112,17 +124,11 @@ def write_rejected(job: Job, decisions: DocumentDecisions, folder: Path) -> dict
     path = folder / REJECTED_FILE
     wanted = range(REJECTED, REJECTED + len(decisions.reasons))
     num_lines = 0
-    # Rows come in order, so each file is read once to count the rows before them.
-    file_number = start = num_before = 0
     with new_file(path) as file:
         for code, part, document in read_again(job, decisions, wanted):
-            if part.file != file_number:
-                file_number, start, num_before = part.file, 0, 0
-            num_before += count_rows(job.source, part.file, start, part.start)
-            start = part.start
             name = job.source.files[part.file].name
             line = {
-                "place": f"{name}:{num_before + document.number}",
+                "place": f"{name}:{document.number}",
                 "source": document.source,
                 "reason": decisions.reasons[code - REJECTED],
                 "text": document.text or None,

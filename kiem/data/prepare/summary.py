@@ -66,7 +66,7 @@ def _account(manifest: dict[str, Any]) -> Iterator[str]:
     if cut:
         yield (
             "the documents are few and large, so the test split is the end of "
-            f"{cut['at']}: {format_bytes(cut['test_bytes'])} after a {cut['border']}"
+            f"{cut['places'][0]}: {format_bytes(cut['test_bytes'])} after a {cut['border']}"
         )
     if num_beyond:
         yield (

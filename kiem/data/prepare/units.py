@@ -7,6 +7,8 @@ file with a row for every row of the source:
     position        uint64              in the split
     words, bytes    int64               of the text
     file            int32               number of the file in the source
+    row             int64               line or row of the file, from 1, without those of its
+                                        earlier units
     source, reason  int32               numbers of names in the summary; reason -1: kept
     band_0 ...      uint64              keys of near duplicates, with --near-duplicates
 
@@ -36,7 +38,7 @@ from kiem.data.clean.near_duplicates import band_keys, band_names
 from kiem.data.clean.ngrams import WordHashes
 from kiem.data.prepare.packing import frame
 from kiem.data.prepare.split import split_position
-from kiem.data.read.readers import FilePart, list_parts, place, read_parts
+from kiem.data.read.readers import FilePart, list_parts, place, read_parts, rows_before_parts
 from kiem.data.read.rows import Document
 from kiem.data.read.sources import Source, count_words, word_limit
 from kiem.tokenizer.encoding import Encoded, Encoder
@@ -44,7 +46,7 @@ from kiem.tokenizer.tokenizer import Tokenizer
 
 UNIT_BYTES = 4_000_000
 # Increased whenever an older version would have made other unit files.
-UNIT_VERSION = 5
+UNIT_VERSION = 6
 SCHEMA = pa.schema(
     [
         ("ids", pa.large_list(pa.int32())),
@@ -52,6 +54,7 @@ SCHEMA = pa.schema(
         ("words", pa.int64()),
         ("bytes", pa.int64()),
         ("file", pa.int32()),
+        ("row", pa.int64()),
         ("source", pa.int32()),
         ("reason", pa.int32()),
     ]
@@ -84,12 +87,14 @@ class UnitSummary(msgspec.Struct):
         sources: names with the numbers of the `source` column, in order.
         reasons: names with the numbers of the `reason` column, in order.
         words: white-space words of the rows that are kept.
+        rows: lines or rows of its last file in this unit, if the next unit goes on with it.
     """
 
     key: str
     sources: dict[str, int] = {}
     reasons: dict[str, int] = {}
     words: int = 0
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,11 +171,13 @@ def finish_unit(unit: Unit, job: Job, encoder: Encoder | None) -> UnitSummary:
     """
     with contextlib.suppress(UserError):
         return open_unit(unit, job)[1]
-    summary = UnitSummary(job.key(unit))
+    rows_before, num_rows = rows_before_parts(job.source, unit.parts)
+    summary = UnitSummary(job.key(unit), rows=num_rows)
     hashes = WordHashes()
     with sealed_file(job.path(unit)) as file, pa.ipc.new_stream(file, job.schema()) as writer:
         for rows in _batches(job.read(unit)):
-            writer.write_batch(_build_batch(rows, job, encoder, hashes, summary))
+            numbers = [rows_before[part] + document.number for part, document in rows]
+            writer.write_batch(_build_batch(rows, numbers, job, encoder, hashes, summary))
         last = pa.RecordBatch.from_pylist([], schema=job.schema())
         writer.write_batch(last, custom_metadata={"summary": msgspec.json.encode(summary)})
     return summary
@@ -200,6 +207,18 @@ def read_column(batches: list[pa.RecordBatch], name: str) -> np.ndarray:
     return np.concatenate([to_numpy(batch.column(name)) for batch in batches])
 
 
+def read_rows(unit: Unit, batches: list[pa.RecordBatch], rows_before: int) -> np.ndarray:
+    """Returns the lines or rows of a unit's file by their numbers in the files of the source.
+
+    Args:
+        unit, batches: the unit and what is in its file.
+        rows_before: lines or rows of its first file in earlier units.
+    """
+    rows = read_column(batches, "row")
+    rows[read_column(batches, "file") == unit.parts[0].file] += rows_before
+    return rows
+
+
 def _batches(rows: Iterator[tuple[FilePart, Document]]) -> Iterator[Rows]:
     """Yields rows in groups of bounded size."""
     batch: Rows = []
@@ -215,9 +234,14 @@ def _batches(rows: Iterator[tuple[FilePart, Document]]) -> Iterator[Rows]:
 
 
 def _build_batch(
-    rows: Rows, job: Job, encoder: Encoder | None, hashes: WordHashes, summary: UnitSummary
+    rows: Rows,
+    numbers: Sequence[int],
+    job: Job,
+    encoder: Encoder | None,
+    hashes: WordHashes,
+    summary: UnitSummary,
 ) -> pa.RecordBatch:
-    """Cleans and encodes rows, and adds them to the summary."""
+    """Cleans and encodes rows, of these numbers, and adds them to the summary."""
     # Clean: a reason says why a row is rejected.
     cleaned = job.cleaning.clean([document for _, document in rows], hashes)
     texts = ["" if reason else text for text, reason in cleaned]
@@ -240,6 +264,7 @@ def _build_batch(
         from_numpy(words),
         from_numpy(np.array([len(text.encode()) for text in texts], np.int64)),
         from_numpy(np.array([part.file for part, _ in rows], np.int32)),
+        from_numpy(np.array(numbers, np.int64)),
         from_numpy(np.array(source, np.int32)),
         from_numpy(np.array(reason, np.int32)),
     ]

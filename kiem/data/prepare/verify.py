@@ -21,6 +21,7 @@ from kiem.data.chunks import (
     read_manifest,
     read_tokenizer,
 )
+from kiem.data.documents import open_documents
 from kiem.data.source_record import list_source_files
 
 
@@ -38,8 +39,10 @@ def verify_directory(path: Path) -> dict[str, Any]:
         verify_file(path / name, sha256, fix=MAKE_AGAIN)
     verify_shards(path, manifest)
     _verify_rejected(path, manifest)
-    for split in manifest["splits"]:
+    for split, counts in manifest["splits"].items():
         _verify_split(path, manifest, split)
+        if counts.get("document_shards"):  # earlier versions did not record them
+            _verify_documents(path, manifest, split)
     try:
         _verify_sums(path, manifest)
     except KeyError as error:  # earlier versions counted less
@@ -80,6 +83,22 @@ def _verify_split(path: Path, manifest: dict[str, Any], split: str) -> None:
         if number != said[name]:
             what = f"says {said[name]} {name} in the {split} split; there are {number}"
             raise _wrong(path, what)
+
+
+def _verify_documents(path: Path, manifest: dict[str, Any], split: str) -> None:
+    """Checks the record of a split's documents: its hash, and that each begins with <bos>."""
+    counts = manifest["splits"][split]
+    [entry] = counts["document_shards"]
+    verify_file(path / entry["file"], entry["sha256"], entry["bytes"], fix=MAKE_AGAIN)
+    documents = open_documents(path, manifest, split)
+    is_begin = (documents.column("start") == 0) & (documents.column("file") != NO_SOURCE)
+    found, position = [], 0
+    for block in open_split(path, manifest, split).blocks:
+        found.append(position + np.flatnonzero(block == manifest["special_ids"]["bos"]))
+        position += block.size
+    if not np.array_equal(documents.column("position")[is_begin], np.concatenate(found)):
+        what = f"does not have the {counts['documents']} documents of the {split} split"
+        raise damaged(str(path / entry["file"]), what, MAKE_AGAIN)
 
 
 def _verify_sums(path: Path, manifest: dict[str, Any]) -> None:

@@ -10,7 +10,13 @@ from kiem.core.errors import ExitCode, UserError, bad_input, no_effect
 from kiem.data.read.columnar import row_groups
 from kiem.data.read.formats import READERS, WITH_COLUMNS
 from kiem.data.read.rows import NOT_OBJECT, Document, Problem, Row, document_in
-from kiem.data.read.source_file import Section, SourceFile, file_stamp, reading_errors
+from kiem.data.read.source_file import (
+    Section,
+    SourceFile,
+    count_lines,
+    file_stamp,
+    reading_errors,
+)
 from kiem.data.read.sources import Source
 from kiem.data.read.text_files import BLANK_LINES, EVERY_LINE, separator_test
 
@@ -136,7 +142,27 @@ def count_rows(source: Source, file: int, start: int, stop: int) -> int:
     with reading_errors(source.files[file].name):
         if source.files[file].kind == "parquet":
             return sum(num_rows for num_rows, _ in row_groups(source.files[file])[start:stop])
-        return sum(1 for _ in Section(source.files[file], start, stop).lines())
+        return count_lines(source.files[file].path, start, stop)
+
+
+def rows_before_parts(source: Source, parts: Iterable[FilePart]) -> tuple[dict[FilePart, int], int]:
+    """Returns how many lines or rows of its file come before each of some parts in a row.
+
+    Those before the first part are not counted.
+
+    Returns:
+        The numbers; and how many come before the part that follows, if it is of the same file.
+    """
+    before: dict[FilePart, int] = {}
+    num_rows, file = 0, None
+    for part in parts:
+        num_rows = num_rows if part.file == file else 0
+        before[part] = num_rows
+        file = part.file
+        is_parquet = source.files[file].kind == "parquet"
+        if is_parquet or part.stop < source.files[file].stamp[0]:  # else it is the file's last
+            num_rows += count_rows(source, file, part.start, part.stop)
+    return before, num_rows
 
 
 def check_effects(source: Source, text_column: str) -> None:

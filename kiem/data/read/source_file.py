@@ -118,6 +118,18 @@ def seek_line(file: BinaryIO, start: int, stop: int) -> int:
     return stop if is_inside else position
 
 
+def count_lines(path: Path, start: int, stop: int) -> int:
+    """Returns how many lines begin in a byte range of a file, which ends where the file does."""
+    num_lines = int(start == 0)
+    with path.open("rb", buffering=0) as file:
+        # A line begins after each line end from one byte before the range to one before its end.
+        position = file.seek(max(0, start - 1))
+        while position < stop - 1 and (block := file.read(min(_BLOCK_BYTES, stop - 1 - position))):
+            num_lines += block.count(b"\n")
+            position += len(block)
+    return num_lines
+
+
 def next_line(file: BinaryIO) -> tuple[bytes, int]:
     """Returns the next line and its length.
 

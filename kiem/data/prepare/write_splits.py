@@ -1,0 +1,163 @@
+"""Both splits of a chunk directory: chunks, where their documents are from, and counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from kiem.config import PreprocessOptions
+from kiem.data.arrow import to_numpy
+from kiem.data.chunks import NO_SOURCE, TEST_SOURCES, SplitWriter
+from kiem.data.documents import DOCUMENTS, DocumentWriter, make_pieces
+from kiem.data.prepare.packing import make_packer
+from kiem.data.prepare.split import TEST, TRAIN
+from kiem.tokenizer.tokenizer import Tokenizer
+
+
+class UnitDocuments(NamedTuple):
+    """The documents of a unit.
+
+    Attributes:
+        batches: record batches of a unit file.
+        names: what their `source` column numbers.
+        codes: the decisions about all their rows.
+        rows: int64 [rows], the line or row of each in its file.
+    """
+
+    batches: list[pa.RecordBatch]
+    names: list[str]
+    codes: np.ndarray
+    rows: np.ndarray
+
+
+class _SplitPacker:
+    """Packs the documents of one split into shards, and counts them by source.
+
+    Args:
+        folder: of the shards, in the unfinished chunk directory.
+        options: with the size of chunks and the way of packing.
+        pad_id: what fills up chunks.
+        column: name of the shards' column.
+        documents: where the pieces of documents are written; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: PreprocessOptions,
+        pad_id: int,
+        column: str = "input_ids",
+        documents: Path | None = None,
+    ):
+        self._chunk_size = options.chunk_size
+        self._packer = make_packer(options.packing, options.chunk_size, pad_id)
+        self._writer = SplitWriter(folder, options.chunk_size, column)
+        self._documents = DocumentWriter(documents) if documents else None
+        self._counts = {n: Counter[str]() for n in ("documents", "words", "bytes", "tokens")}
+        self._numbers: dict[str, int] = {}
+
+    def number(self, sources: np.ndarray, names: list[str]) -> np.ndarray:
+        """Returns the numbers that sources have in this split, from their places in `names`."""
+        numbers = np.zeros(len(names), np.int32)
+        for place in np.unique(sources).tolist():
+            numbers[place] = self._numbers.setdefault(names[place], len(self._numbers))
+        return numbers[sources]
+
+    def add(self, ids: np.ndarray, counted: dict[str, np.ndarray], names: list[str]) -> None:
+        """Takes the ids of documents, what is counted of each, and the names of their sources."""
+        source = self.number(counted["source"], names)
+        places = {"file": counted["file"], "row": counted["row"], "source": source}
+        documents = make_pieces(position=np.zeros(len(source)), start=0, **places)
+        self._packer.add(ids, counted["tokens"], documents)
+        self._writer.write(self._packer.full_chunks())
+        self._write_pieces()
+        for name, counts in self._counts.items():
+            sums = np.bincount(counted["source"], counted[name], len(names))
+            counts.update(dict(zip(names, sums.astype(int).tolist(), strict=True)))
+
+    def close(self) -> dict[str, Any]:
+        """Writes what still waits and returns the manifest's entry of the split."""
+        self._writer.write(self._packer.last_chunks())
+        self._write_pieces()
+        shards = self._writer.close()
+        totals = {name: counts.total() for name, counts in self._counts.items()}
+        num_chunks = sum(shard["chunks"] for shard in shards)
+        num_padding = num_chunks * self._chunk_size - totals["tokens"]
+        assert num_padding == self._packer.num_padding_tokens, "tokens were lost"
+        per_source = {name: +self._counts[name] for name in ("documents", "tokens", "bytes")}
+        return {
+            **totals,
+            "chunks": num_chunks,
+            "padding_tokens": num_padding,
+            **{f"{n}_per_source": dict(sorted(c.items())) for n, c in per_source.items()},
+            "source_names": list(self._numbers),
+            "shards": shards,
+            **({"document_shards": [self._documents.close()]} if self._documents else {}),
+        }
+
+    def _write_pieces(self) -> None:
+        pieces = self._packer.take_pieces()
+        if self._documents is not None:
+            self._documents.write(pieces)
+
+
+def write_splits(
+    documents: Iterable[UnitDocuments],
+    tokenizer: Tokenizer,
+    options: PreprocessOptions,
+    folder: Path,
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """Packs the documents into chunks and writes both splits.
+
+    Args:
+        documents: of all units; those that are TRAIN or TEST are written.
+        tokenizer: the one that made the ids.
+        options: with the size of chunks and the way of packing.
+        folder: the unfinished chunk directory.
+
+    Returns:
+        The manifest's entry of each split, and how many rows of the vocabulary no token has.
+    """
+    splits = {}
+    for name, code in (("train", TRAIN), ("test", TEST)):
+        pieces = folder / DOCUMENTS / f"{name}.arrow"
+        splits[code] = _SplitPacker(folder / name, options, tokenizer.pad_id, documents=pieces)
+    # Packed as the test tokens are: for each token, the number of its document's source.
+    sources = _SplitPacker(folder / TEST_SOURCES, options, NO_SOURCE, "source")
+    is_used = np.zeros(tokenizer.num_rows, dtype=bool)
+    for unit in documents:
+        start = 0
+        for batch in unit.batches:
+            here = slice(start, start + batch.num_rows)
+            start += batch.num_rows
+            for code, split in splits.items():
+                chosen = unit.codes[here] == code
+                if not chosen.any():
+                    continue
+                ids, counted = _chosen(batch, chosen)
+                counted["row"] = unit.rows[here][chosen]
+                is_used[ids] = True
+                split.add(ids, counted, unit.names)
+                if code == TEST:
+                    of_rows = split.number(counted["source"], unit.names)
+                    sources.add(np.repeat(of_rows, counted["tokens"]), counted, unit.names)
+    train, test = splits[TRAIN].close(), splits[TEST].close()
+    test["source_shards"] = sources.close()["shards"]
+    return {"train": train, "test": test}, int(tokenizer.num_rows - is_used.sum())
+
+
+def _chosen(batch: pa.RecordBatch, chosen: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Returns the ids of the chosen rows, one after the other, and what is known of each."""
+    column = batch.column("ids")
+    lengths, ids = np.diff(to_numpy(column.offsets)), to_numpy(column.values)
+    if not chosen.all():
+        ids = ids[np.repeat(chosen, lengths)]
+    names = ("source", "words", "bytes", "file")
+    counted = {name: to_numpy(batch.column(name))[chosen] for name in names}
+    tokens = lengths[chosen]
+    return ids, {**counted, "tokens": tokens, "documents": np.ones_like(tokens)}
