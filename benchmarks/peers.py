@@ -102,12 +102,14 @@ def run_script(script: str, *options: str | Path) -> None:
         raise SystemExit(f"{script} failed:\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
 
 
-def make_chunks(text: Path | str, tokenizer: str, chunk_size: int, folder: Path, name: str) -> Path:
+def make_chunks(
+    text: Path | str, tokenizer: str, chunk_size: int, folder: Path, name: str, *more: str
+) -> Path:
     """Returns the chunk directory `name` in a folder, made by preprocess.py if it is not there."""
     data = folder / name
     if not data.exists():
         options = ("--source", text, "--tokenizer", tokenizer, "--chunk-size", str(chunk_size))
-        run_script("preprocess.py", *options, "--output-dir", folder, "--name", name)
+        run_script("preprocess.py", *options, *more, "--output-dir", folder, "--name", name)
     return data
 
 
