@@ -19,13 +19,15 @@ MANIFEST_FILE = "manifest.json"
 FileName = Annotated[str, msgspec.Meta(pattern=r"^(\w+/)?\w[\w.-]*$")]
 
 
-class _Entry(msgspec.Struct):
+class Entry(msgspec.Struct):
+    """The size and the hash that a file must have."""
+
     bytes: int
     sha256: str
 
 
 class _Manifest(msgspec.Struct):
-    files: dict[FileName, _Entry]
+    files: dict[FileName, Entry]
     sha256: str
 
 
@@ -71,16 +73,15 @@ def read_content(folder: Path) -> tuple[Any, bool]:
     return content, content.get("sha256") == _sha256_of(unsealed)
 
 
-def verify_manifest(folder: Path, fix: str, without: tuple[str, ...] = ()) -> None:
-    """Checks the files of a folder against its manifest, and the manifest against itself.
+def read_manifest(folder: Path, fix: str) -> dict[str, Entry]:
+    """Returns what a manifest of `write_manifest` says of each file.
 
     Args:
-        folder: a folder with a manifest of `write_manifest`.
+        folder: with the manifest.
         fix: what to do about damage.
-        without: files that are not looked at.
 
     Raises:
-        UserError: a file is missing or damaged; names it.
+        UserError: the manifest is missing or damaged; names it.
     """
     where = str(folder / MANIFEST_FILE)
     try:
@@ -92,7 +93,21 @@ def verify_manifest(folder: Path, fix: str, without: tuple[str, ...] = ()) -> No
         raise damaged(where, f"damaged: not a manifest ({error})", fix) from error
     if not is_intact:
         raise damaged(where, "damaged: its content has another sha256 than it says", fix)
-    for name, entry in manifest.files.items():
+    return manifest.files
+
+
+def verify_manifest(folder: Path, fix: str, without: tuple[str, ...] = ()) -> None:
+    """Checks the files of a folder against its manifest, and the manifest against itself.
+
+    Args:
+        folder: a folder with a manifest of `write_manifest`.
+        fix: what to do about damage.
+        without: files that are not looked at.
+
+    Raises:
+        UserError: a file is missing or damaged; names it.
+    """
+    for name, entry in read_manifest(folder, fix).items():
         if name not in without:
             verify_file(folder / name, entry.sha256, entry.bytes, fix=fix)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,8 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from kiem.compute.kernels import SOURCE, Weight, load_kernels
@@ -20,9 +19,9 @@ from kiem.compute.native import read_sources
 from kiem.compute.quantize import LargePages
 from kiem.compute.speed import check_bf16, prefers_bf16
 from kiem.core.cache import cache_folder
-from kiem.core.errors import UserError, bad_option
+from kiem.core.errors import UserError, bad_option, damaged
 from kiem.core.files import new_folder, remove_folder
-from kiem.core.manifest import MANIFEST_FILE, verify_manifest, write_manifest
+from kiem.core.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from kiem.inference.decoder import use_kernels, use_packed
 from kiem.model.config import CONFIG_FILE, read_config
 from kiem.model.gemma3 import Gemma3
@@ -31,6 +30,7 @@ from kiem.model.io import (
     find_model,
     read_model,
     read_model_tokenizer,
+    split_tensors,
     verify_model,
     weight_files,
     write_weights,
@@ -91,12 +91,12 @@ def load_for_inference(
         check_bf16(device)
     if precision == "auto" and (on_gpu or not prefers_bf16(device)):
         dtype = torch.bfloat16 if prefers_bf16(device) else torch.float32
-    warning = kept = None
+    tokenizer = warning = kept = None
     if quantize is not None and quantize != "none":
         if on_gpu:
             what = "weights are quantized on CPUs only, and here is a GPU"
             raise bad_option(f"--quantize {quantize}", what, "Leave it out.")
-        model, kept = _load_quantized(folder, quantize, dtype or torch.bfloat16)
+        model, tokenizer, kept = _load_quantized(folder, quantize, dtype or torch.bfloat16)
     else:
         # Kernels for activations in fp32 read weights as they are stored.
         has_kernels = quantize == "none" and not on_gpu
@@ -107,14 +107,15 @@ def load_for_inference(
             model.to(dtype or model.dtype)
             warning = f"The fast matrix products are not used: {reason}."
     model.requires_grad_(False).eval()
-    tokenizer = read_model_tokenizer(folder, model.config)
+    if tokenizer is None:
+        tokenizer = read_model_tokenizer(folder, model.config)
     return LoadedModel(model, tokenizer, time.perf_counter() - started, warning, kept)
 
 
 def _load_quantized(
     folder: Path, format: QuantizedFormat, dtype: torch.dtype
-) -> tuple[Gemma3, Path | None]:
-    """Returns a model with quantized weights, and where they have just been put for the next time.
+) -> tuple[Gemma3, Tokenizer | None, Path | None]:
+    """Returns a model with quantized weights, its tokenizer if loaded, and where weights were put.
 
     Quantizing gemma3-1b takes seconds, as does hashing the weights that it is made from. What was
     kept is read and verified instead.
@@ -122,15 +123,15 @@ def _load_quantized(
     kept = None
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the user has no home folder
         kept = cache_folder() / f"quantized-{_identity(folder, format, dtype)}"
-        with contextlib.suppress(UserError, SafetensorError):  # damaged: it is made again
+        with contextlib.suppress(UserError, ValueError):  # damaged: they are made again
             if kept.is_dir() and not isinstance(load_kernels(), str):
-                return _read_kept(kept, folder, format, dtype), None
+                return *_read_kept(kept, folder, format, dtype), None
     model = read_model(folder)
     reason = use_kernels(model, format, dtype)
     if reason is not None:
         raise bad_option(f"--quantize {format}", f"{folder}: {reason}", "Leave it out.")
     if kept is None or sum(path.stat().st_size for path in weight_files(folder)) < KEPT_FROM_BYTES:
-        return model, None
+        return model, None, None
     try:
         with new_folder(kept, overwrite=True) as unfinished:
             hashed = write_weights(dict(model.state_dict()), unfinished / WEIGHTS_FILE)
@@ -139,8 +140,8 @@ def _load_quantized(
         for path in others[:-_MOST_KEPT]:
             remove_folder(path)
     except (UserError, OSError):  # the disk is full or read-only: it is made each time
-        return model, None
-    return model, kept
+        return model, None, None
+    return model, None, kept
 
 
 def _identity(folder: Path, format: str, dtype: torch.dtype) -> str:
@@ -156,27 +157,39 @@ def _identity(folder: Path, format: str, dtype: torch.dtype) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def _read_kept(kept: Path, folder: Path, format: QuantizedFormat, dtype: torch.dtype) -> Gemma3:
-    """Returns a model with kept weights.
+def _read_kept(
+    kept: Path, folder: Path, format: QuantizedFormat, dtype: torch.dtype
+) -> tuple[Gemma3, Tokenizer]:
+    """Returns a model with kept weights, and its tokenizer, which is loaded meanwhile.
 
     Raises:
-        UserError, SafetensorError: a file is missing or damaged.
+        UserError: a file is missing or damaged, or the tokenizer does not fit.
+        OSError, ValueError: there are no kept weights.
     """
     verify_model(folder, without=(WEIGHTS_FILE,))
-    with ThreadPoolExecutor(1) as pool:
-        verified = pool.submit(verify_manifest, kept, fix="")
-        tensors = load_file(kept / WEIGHTS_FILE)
-        with torch.device("meta"):
-            model = Gemma3(read_config(folder))
-        norms = {name: tensors[name].clone() for name in model.state_dict() if name in tensors}
-        model.load_state_dict(norms, strict=False, assign=True)
-        pages = LargePages()
+    sha256 = read_manifest(kept, fix="")[WEIGHTS_FILE].sha256
+    with torch.device("meta"):
+        model = Gemma3(read_config(folder))
+    with (kept / WEIGHTS_FILE).open("rb") as file, ThreadPoolExecutor(2) as pool:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        start = 8 + int.from_bytes(mapped[:8], "little")  # of the data, after a JSON header
+        # Loading Gemma's tokenizer holds Python's lock for a second or more. Each of these is one
+        # call that does without it.
+        hashing = pool.submit(hashlib.sha256, mapped)
+        copying = pool.submit(
+            LargePages().copy, torch.frombuffer(mapped, dtype=torch.uint8)[start:]
+        )
+        tokenizer = read_model_tokenizer(folder, model.config)
+        _ = tokenizer.implementation
+        if hashing.result().hexdigest() != sha256:
+            raise damaged(str(kept / WEIGHTS_FILE), "damaged", fix="")
+        tensors = split_tensors(mapped[8:start], copying.result())
+    norms = {name: tensors[name] for name in model.state_dict() if name in tensors}
+    model.load_state_dict(norms, strict=False, assign=True)
 
-        def packed(name: str, weight: Tensor) -> Weight:
-            data, scales = (tensors[f"model.{name}.{part}"] for part in ("data", "scales"))
-            num_rows, num_columns = weight.shape
-            return Weight(pages.copy(data), scales.clone(), num_rows, num_columns, format)
+    def packed(name: str, weight: Tensor) -> Weight:
+        data, scales = (tensors[f"model.{name}.{part}"] for part in ("data", "scales"))
+        return Weight(data, scales, weight.shape[0], weight.shape[1], format)
 
-        use_packed(model, dtype, packed)
-        verified.result()
-    return model
+    use_packed(model, dtype, packed)
+    return model, tokenizer

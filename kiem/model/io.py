@@ -114,6 +114,22 @@ def write_weights(tensors: dict[str, Tensor], path: Path) -> str:
     return digest.hexdigest()
 
 
+def split_tensors(header: bytes, data: Tensor) -> dict[str, Tensor]:
+    """Returns the tensors of a file of `write_weights`, which share the memory of its data.
+
+    Args:
+        header: the JSON at the start of the file, without its length.
+        data: uint8, what follows the header.
+    """
+    dtypes = {name: dtype for dtype, name in _SAFETENSORS_DTYPES.items()}
+    tensors = {}
+    for name, entry in json.loads(header).items():
+        if name != "__metadata__":
+            values = data[slice(*entry["data_offsets"])].view(dtypes[entry["dtype"]])
+            tensors[name] = values.view(entry["shape"])
+    return tensors
+
+
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Returns a tensor's bytes, without a copy where it is contiguous and on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
