@@ -16,6 +16,7 @@ from conftest import ROOT, run_script
 from kiem.core.errors import ExitCode
 from kiem.core.files import sha256_file
 from kiem.report.charts import curves
+from kiem.report.comparison import compare_ways
 from kiem.report.page import render, write_report
 from kiem.report.record import Line, Sample, read_metrics, read_record
 
@@ -175,6 +176,33 @@ def test_several_runs_on_one_page(trained_run: Path, tmp_path: Path) -> None:
     done = run_script("report.py", "--runs", tmp_path)
     assert done.returncode == ExitCode.NOT_FOUND
     assert "not a run directory" in done.stderr
+
+
+def test_runs_that_differ_only_in_their_seed_are_compared_together(tmp_path: Path) -> None:
+    """Three seeds each of two ways; one more run is not finished, another has a seed of its own."""
+    records = []
+    figures = {"linear": [1.50, 1.60, 1.55, 9.0], "wsd": [1.48, 1.585, 1.535, 1.53]}
+    for schedule, values in figures.items():
+        for seed, bpb in enumerate(values):
+            run = write_run(tmp_path / f"{schedule}-{seed}", 1)
+            options = f"seed: {seed}\nschedule: {schedule}\noutput_dir: /{seed}\nz_loss: 0.1\n"
+            (run / "config.yaml").write_text(options)
+            with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": 1, "test_loss": 3.0, "test_bpb": bpb}) + "\n")
+            if bpb < 9:
+                (run / "final_model").mkdir()
+                summary = json.dumps({"finished": "2026-11-30T12:00:00"})
+                (run / "final_model" / "training_summary.json").write_text(summary)
+            records.append(read_record(run))
+    assert compare_ways(records) == [
+        ("schedule linear", ["3", "1.5500", ""]),
+        ("schedule wsd", ["4", "1.5325", "better by 0.0167 ± 0.0017"]),
+    ]
+    page = Page(render(records))
+    assert "comparison" in page.sections
+    assert "better by 0.0167 ± 0.0017" in page.text
+    assert compare_ways(records[:4]) == []
+    assert "comparison" not in Page(render(records[:4])).sections
 
 
 def test_ten_thousand_steps_cost_little(tmp_path: Path) -> None:

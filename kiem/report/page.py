@@ -15,6 +15,7 @@ from kiem.config import ReportOptions
 from kiem.core.console import printable
 from kiem.core.files import format_bytes, write_text
 from kiem.report.charts import bars, curves
+from kiem.report.comparison import compare_ways
 from kiem.report.record import Record, read_record
 
 REPORT_FILE = "report.html"
@@ -63,6 +64,7 @@ def render(records: Sequence[Record], price: float | None = None) -> str:
         script=Markup(_read_resource("page.js")),
         status=[_status(record) for record in records],
         tiles=[_tiles(record, price) for record in records],
+        ways=compare_ways(records),
         facts=_side_by_side([dict(_flat(record.metadata)) for record in records]),
         options=_side_by_side([dict(_flat(record.options)) for record in records]),
         curves=curves(records),
