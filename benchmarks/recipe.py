@@ -38,6 +38,7 @@ from kiem import cli
 from kiem.config import TrainingOptions
 from kiem.core.errors import bad_option
 from kiem.core.values import option_types
+from kiem.data.chunks import read_manifest
 from kiem.evaluation.significance import compare
 from kiem.parallel.distributed import Distributed, init_distributed
 from kiem.training.loop import train_updates
@@ -217,11 +218,12 @@ def read_variant(variant: str) -> tuple[dict[str, Any], dict[str, float], float]
 
 
 def text_hash(data: Path) -> str:
-    """Returns the hash of a chunk directory's texts, vocabulary and options, not of its place."""
-    manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
-    texts = [*manifest["source"]["sha256"].values()]
-    content = [texts, manifest["tokenizer"]["sha256"], manifest["options"]]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    """Returns the hash of the tokens and the vocabulary of a chunk directory."""
+    manifest = read_manifest(data)
+    content = [manifest["tokenizer"]["sha256"]]
+    for split in ("train", "test"):
+        content += [shard["sha256"] for shard in manifest["splits"][split]["shards"]]
+    return hashlib.sha256("".join(content).encode()).hexdigest()[:12]
 
 
 def code_hash(variant: str) -> str:

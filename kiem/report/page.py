@@ -29,7 +29,10 @@ def report(options: ReportOptions, console: Console) -> None:
     if output is None:
         is_one = len(options.runs) == 1
         output = options.runs[0] / REPORT_FILE if is_one else Path("comparison.html")
-    write_report(options.runs, output, options.price)
+    records = [read_record(directory) for directory in options.runs]
+    write_text(output, render(records, options.price))
+    for name, (num_runs, bpb, gain) in compare_ways(records):
+        console.print(f"{name}: {bpb} bits per byte ({num_runs} finished); {gain or 'the first'}")
     console.print(str(output))
 
 
