@@ -86,7 +86,7 @@ class Trainee:
         self._model = ParallelModel(model, self._distributed, "none")
         dtype = self._distributed.matrix_dtype
         self._optimizers = make_optimizers(model, optimizer, 0.1, matrix_dtype=dtype)
-        self._options = TrainingOptions(dataset_path=Path())
+        self._options = TrainingOptions(dataset_path=(Path(),))
 
     def update(self, batches: list[Batch]) -> float:
         """Does an update; returns its seconds."""
@@ -393,7 +393,7 @@ def plan(bench: Bench) -> None:
         return bench.report("end", why, verdict="left out")
     for case in cases:
         options = TrainingOptions(
-            dataset_path=Path(),
+            dataset_path=(Path(),),
             activation_checkpointing=case["recompute"],
             optimizer=case["optimizer"],
         )

@@ -155,7 +155,10 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{n}: &{n} [*{p}, *{p}]\n" for p, n in pairwi
 WRONG_FILES = {
     "key twice": (b"seed: 1\nlanguage: nl\nseed: 2", ":3: seed stands in line 1 already"),
     "key in both spellings": (b"run-name: a\nrun_name: b", ":2: run_name stands in line 1 already"),
-    "unknown key": (b"\nsede: 1", ":2: no option 'sede'\n  The options are: dataset_path, model, "),
+    "unknown key": (
+        b"\nsede: 1",
+        ":2: no option 'sede'\n  The options are: dataset_path, ",
+    ),
     "config itself": (b"config: x", ":1: no option 'config'"),
     "merge key": (b"<<: {seed: 1}", ":1: no option '<<'"),
     "number as key": (b"1: 2", ":1: no option '1'"),

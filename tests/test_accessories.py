@@ -85,7 +85,7 @@ note("import")
 
 def options(chunks: Path, output: Path, **more: Any) -> TrainingOptions:
     given: dict[str, Any] = {
-        **{"dataset_path": chunks, "output_dir": output, "run_name": "run"},
+        **{"dataset_path": (chunks,), "output_dir": output, "run_name": "run"},
         **{"model": "gemma3-micro", "precision": "fp32", "compile": "never", "eval_chunks": 2},
         **{"max_steps": NUM_STEPS, "batch_size": 2, "gradient_accumulation_steps": 1},
         **{"eval_steps": 1, "save_steps": 2, "minimal_pairs": "never"},

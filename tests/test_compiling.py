@@ -106,7 +106,7 @@ def test_layers_are_compiled_when_the_run_is_long(
 ) -> None:
     """An update here takes 11 GFLOP; in bf16 a CPU does ten times as many in the same time."""
     model = Gemma3(preset("gemma3-micro", 1000))
-    options = TrainingOptions(dataset_path=Path())
+    options = TrainingOptions(dataset_path=(Path(),))
     seconds = minutes * 60 if minutes is not None else None
     recipe = Recipe(4, 1, 4, 1e-3, steps, seconds, "none")
     distributed = Distributed(0, 1, torch.device("cpu"), precision, 1e12)

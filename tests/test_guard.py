@@ -20,7 +20,8 @@ from rich.console import Console
 
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode
-from kiem.data.chunks import Chunks, open_split, read_manifest
+from kiem.data.chunks import Chunks
+from kiem.data.mixture import read_mixture
 from kiem.data.order import chunk_numbers
 from kiem.parallel.distributed import Distributed
 from kiem.training.anomalies import (
@@ -56,10 +57,10 @@ def lives(sample_chunks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def patch(chunks: Path, step: int, factor: str, processes: int = 1) -> tuple[str, int]:
     """A change to the loss of the last process in one update, and the chunk that causes it."""
-    train = open_split(chunks, read_manifest(chunks), "train")
-    per_step = 2 * processes
-    chunk = int(chunk_numbers(step, per_step, train.num_chunks, 42)[per_step - 2])
-    tokens = train.read(np.array([chunk]))[0, :32].tolist()
+    options, per_step = TrainingOptions(dataset_path=(chunks,)), 2 * processes
+    mixture = read_mixture(options)
+    chunk = int(chunk_numbers(mixture.order(options, per_step, None), step)[per_step - 2])
+    tokens = mixture.train_chunks().read(np.array([chunk]))[0, :32].tolist()
     return PATCH.format(tokens=tokens, factor=factor), chunk
 
 
@@ -152,7 +153,7 @@ def test_the_limit_of_a_spike() -> None:
 def run(sample_chunks: Path, tmp_path: Path) -> Iterator[Run]:
     """A run that has not begun."""
     options = TrainingOptions(
-        dataset_path=sample_chunks, model="gemma3-micro", output_dir=tmp_path, max_steps=1000
+        dataset_path=(sample_chunks,), model="gemma3-micro", output_dir=tmp_path, max_steps=1000
     )
     distributed = Distributed(0, 1, torch.device("cpu"), "fp32", 1e9)
     with setup(options, distributed, QUIET) as (run, _):
@@ -162,6 +163,7 @@ def run(sample_chunks: Path, tmp_path: Path) -> Iterator[Run]:
 def with_chunks(run: Run, chunks: np.ndarray) -> Run:
     size = chunks.shape[1]
     train = Chunks([chunks.astype(np.int32)], np.array([0]), len(chunks), size)
+    run.spec.data.manifest["splits"]["train"]["chunks"] = len(chunks)
     data = replace(run.spec.data, train=train)
     return replace(run, spec=replace(run.spec, data=data))
 

@@ -139,7 +139,7 @@ def test_gpus_recompute_as_little_as_fits() -> None:
         **{"config": replace(MICRO, num_hidden_layers=2, intermediate_size=45_000)},
         **{"chunk_size": 2048},
     )
-    options = TrainingOptions(dataset_path=Path(), max_steps=1)
+    options = TrainingOptions(dataset_path=(Path(),), max_steps=1)
     ways: list[tuple[int, Recompute]] = [(8, "none"), (2, "none"), (2, "selective"), (1, "full")]
     for batch_size, recompute in ways:
         needed = replace(setting, batch_size=batch_size, recompute=recompute)
@@ -154,7 +154,7 @@ def test_gpus_recompute_as_little_as_fits() -> None:
 
 def test_what_a_cpu_recomputes_does_not_depend_on_free_memory() -> None:
     """So that a run that is resumed ends in the same bits."""
-    options = TrainingOptions(dataset_path=Path(), batch_size=1)
+    options = TrainingOptions(dataset_path=(Path(),), batch_size=1)
     for model, expected in (("gemma3-1b", "full"), ("gemma3-nano", "none")):
         setting = replace(SETTING, config=preset(model, 16_384))
         for usable in (0, 10**12):

@@ -51,7 +51,7 @@ def prepare(
     model: HardToCompile, batch_size: int, compiling: str = "always"
 ) -> tuple[Recipe, bool]:
     """Returns the recipe for passes that fit, and whether the layers are compiled."""
-    options = TrainingOptions(dataset_path=Path(), compile=compiling)  # type: ignore[arg-type]
+    options = TrainingOptions(dataset_path=(Path(),), compile=compiling)  # type: ignore[arg-type]
     distributed = Distributed(0, 1, torch.device("cpu"), "fp32", 1e12)
     setting = setting_of(model.config, options, distributed, 32)
     probe = Probe(model, options, setting, distributed, Console())
@@ -141,7 +141,7 @@ def test_what_is_usable_includes_what_the_process_holds() -> None:
 def test_the_estimate_is_the_measured_peak(recompute: Recompute) -> None:
     """gemma3-270m in compiled passes of 8 chunks, beside the moments of Muon."""
     config, device = preset("gemma3-270m", 262_144), torch.device("cuda", 0)
-    options = TrainingOptions(dataset_path=Path(), activation_checkpointing=recompute)
+    options = TrainingOptions(dataset_path=(Path(),), activation_checkpointing=recompute)
     distributed = Distributed(0, 1, device, "bf16", 1e12)
     setting = setting_of(config, options, distributed, 1024)
     setting = replace(setting, batch_size=8, recompute=recompute)

@@ -10,7 +10,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,7 +20,6 @@ from transformers import AutoTokenizer, Gemma3ForCausalLM
 
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode
-from kiem.data.order import chunk_numbers
 from kiem.inference.loading import load_for_inference
 from kiem.model.config import preset
 from kiem.optim.optimizer import learning_rate_share
@@ -303,16 +301,6 @@ def test_damaged_checkpoint_is_named(
     assert "optimizer-00001-of-00001.safetensors: damaged" in done.stderr
 
 
-def test_order_shuffles_every_epoch_and_needs_no_history() -> None:
-    steps = [chunk_numbers(step, 4, 10, seed=3) for step in range(10)]
-    places = np.concatenate(steps)
-    for epoch in range(4):
-        assert sorted(places[epoch * 10 : epoch * 10 + 10]) == list(range(10))
-    assert places[:10].tolist() != places[10:20].tolist()
-    assert chunk_numbers(7, 4, 10, seed=3).tolist() == steps[7].tolist()
-    assert chunk_numbers(0, 10, 10, seed=4).tolist() != places[:10].tolist()
-
-
 def test_schedules() -> None:
     assert learning_rate_share(0.025, 0.05, "linear") == pytest.approx(0.5)
     assert learning_rate_share(0.05, 0.05, "linear") == 1
@@ -324,7 +312,7 @@ def test_schedules() -> None:
 
 
 def test_settled_recipe_keeps_the_usual_tokens_per_step() -> None:
-    options = TrainingOptions(dataset_path=Path("x"))
+    options = TrainingOptions(dataset_path=(Path("x"),))
     config = preset("gemma3-1b", 262_144)
     for world_size in (1, 2, 4, 8):
         distributed = Distributed(0, world_size, torch.device("cpu"), "bf16", 1e12)

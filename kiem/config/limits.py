@@ -15,6 +15,7 @@ Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Price = Annotated[float, Meta(ge=0, le=10**6)]
 Temperature = Annotated[float, Meta(ge=0, le=100)]
 TopP = Annotated[float, Meta(gt=0, le=1)]
+Weight = Annotated[float, Meta(gt=0, le=MOST)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(gt=0, le=100)]
 Name = Annotated[str, Meta(min_length=1)]  # empty: a shell variable that was not set

@@ -8,15 +8,25 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from kiem.config.limits import Count, CountOrZero, Name, Price, Seed
+from kiem.config.limits import Count, CountOrZero, Name, Price, Seed, Weight
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
     """Train a Gemma 3 model on a chunk directory."""
 
-    dataset_path: Path
-    """Chunk directory that preprocess.py made."""
+    dataset_path: Annotated[tuple[Path, ...], Meta(min_length=1)]
+    """Chunk directories that preprocess.py made, of one tokenizer and size of chunks."""
+    weights: tuple[Weight, ...] = ()
+    """Share of each chunk directory in what is read, in proportion: 7 3 is the same as 0.7 0.3.
+    Default: by their sizes, as if they were one."""
+    anneal: tuple[Path, ...] = ()
+    """Chunk directories, such as of better text, that the last part of the training reads instead.
+    The evaluations stay those of --dataset-path."""
+    anneal_share: Annotated[float, Meta(gt=0, lt=1)] = 0.2
+    """With --anneal: share of the updates that read it, the last ones."""
+    anneal_weights: tuple[Weight, ...] = ()
+    """With --anneal: as --weights."""
     model: Literal["gemma3-1b", "gemma3-270m", "gemma3-nano", "gemma3-micro"] = "gemma3-1b"
     """Size of the model. Its vocabulary is that of the chunk directory's tokenizer."""
     output_dir: Path = Path("trained_models")

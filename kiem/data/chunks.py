@@ -274,6 +274,19 @@ class Chunks:
         ]
 
 
+def join_chunks(several: Sequence[Chunks]) -> Chunks:
+    """Returns chunks of one size, numbered one after the other, as one."""
+    sizes = [chunks.num_chunks for chunks in several]
+    firsts = [chunks.first_rows + sum(sizes[:place]) for place, chunks in enumerate(several)]
+    return Chunks(
+        [block for chunks in several for block in chunks.blocks],
+        np.concatenate(firsts),
+        sum(sizes),
+        several[0].chunk_size,
+        [mapping for chunks in several for mapping in chunks.mappings],
+    )
+
+
 def open_split(path: Path, manifest: dict[str, Any], split: str) -> Chunks:
     """Maps the shards of a split into memory; nothing is copied."""
     return _open(path, manifest, manifest["splits"][split]["shards"])

@@ -26,7 +26,7 @@ from kiem.model.gemma3 import Gemma3
 from kiem.parallel.distributed import Distributed
 
 # The same folder can have another path on another machine; its content is compared instead.
-_PATHS = ("dataset_path", "output_dir", "init_from")
+_PATHS = ("dataset_path", "anneal", "output_dir", "init_from")
 # Network disks show a new folder to other machines a little later.
 _MAX_SECONDS_UNTIL_SEEN = 5.0
 
@@ -48,9 +48,9 @@ def check_same(found: Mapping[str, object], distributed: Distributed) -> None:
 
 
 def check_same_start(
-    options: TrainingOptions, data_sha256: str, model: Gemma3, distributed: Distributed
+    options: TrainingOptions, data: Mapping[str, object], model: Gemma3, distributed: Distributed
 ) -> None:
-    """Checks that all processes begin alike: options, version of kiem, chunk directory, weights.
+    """Checks that all processes begin alike: options, version of kiem, chunks, weights.
 
     Raises:
         UserError: one does not.
@@ -65,7 +65,7 @@ def check_same_start(
     found = {
         "version of kiem": kiem.__version__,
         **{option_flag(name): value for name, value in vars(options).items() if name not in _PATHS},
-        "sha256 of the chunk directory's manifest": data_sha256,
+        "sha256 of the manifests of the chunk directories": data,
         "sum over the weights": sum(sums),
     }
     check_same(found, distributed)

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from kiem.compute.memory import peak_memory_bytes
 from kiem.config import TrainingOptions
+from kiem.core.console import warn
 from kiem.core.files import format_bytes
-from kiem.data.chunks import Chunks, open_split, read_manifest, read_tokenizer
+from kiem.data.mixture import Mixture, describe_reads, read_mixture, warnings_of_epochs
 from kiem.data.order import chunk_numbers
 from kiem.model.config import name_of, preset, read_config
 from kiem.model.gemma3 import Recompute
@@ -42,7 +43,6 @@ from kiem.planning.recipe import (
     resolve_recipe,
 )
 from kiem.planning.time_estimate import GPUS, Gpu, calculate_step_seconds
-from kiem.tokenizer.tokenizer import Tokenizer
 
 _GPU_PROGRAM_BYTES = 600_000_000  # of a driver and its libraries
 _TIMING_SECONDS = 5.0
@@ -53,12 +53,13 @@ class TrainingPlan:
     """What a training will need.
 
     Attributes:
-        recipe, setting: what is trained and how.
+        mixture, recipe, setting: what is trained on what, and how.
         usable: bytes that tensors may take on a device.
         step_seconds: time of an update; None if it does not fit into this machine.
         program_bytes: memory beside the tensors, where that was measured.
     """
 
+    mixture: Mixture
     recipe: Recipe
     setting: Setting
     usable: int
@@ -69,6 +70,14 @@ class TrainingPlan:
     def tokens_per_step(self) -> int:
         """Tokens in an update."""
         return self.recipe.chunks_per_step * self.setting.chunk_size
+
+    @property
+    def num_steps(self) -> int | None:
+        """Updates; None if minutes limit them and the time of one is not known."""
+        limits = [self.recipe.max_steps] if self.recipe.max_steps is not None else []
+        if self.recipe.max_seconds is not None and self.step_seconds is not None:
+            limits.append(math.ceil(self.recipe.max_seconds / self.step_seconds))
+        return min(limits, default=None)
 
 
 def make_plan(options: TrainingOptions, distributed: Distributed, console: Console) -> TrainingPlan:
@@ -92,19 +101,19 @@ def make_plan(options: TrainingOptions, distributed: Distributed, console: Conso
 
     # Model and data.
     check_options(options, distributed.world_size)
-    manifest = read_manifest(options.dataset_path)
-    tokenizer = read_tokenizer(options.dataset_path, manifest)
+    mixture = read_mixture(options)
+    tokenizer = mixture.tokenizer
     if options.init_from is None:
         config = preset(options.model, tokenizer.num_rows)
     else:
         config = read_config(find_model(options.init_from))
-    setting = setting_of(config, options, distributed, manifest["options"]["chunk_size"])
+    chunk_size = mixture.manifest["options"]["chunk_size"]
+    setting = setting_of(config, options, distributed, chunk_size)
 
     # Recipe.
-    num_chunks = manifest["splits"]["train"]["chunks"]
-    recipe = resolve_recipe(options, setting, num_chunks, usable)
+    recipe = resolve_recipe(options, setting, mixture.num_chunks, usable)
     setting = replace(setting, batch_size=recipe.batch_size, recompute=recipe.recompute)
-    plan = TrainingPlan(recipe, setting, usable)
+    plan = TrainingPlan(mixture, recipe, setting, usable)
 
     # Time.
     if gpu is not None:
@@ -112,8 +121,7 @@ def make_plan(options: TrainingOptions, distributed: Distributed, console: Conso
         return replace(plan, step_seconds=step_seconds)
     if estimate_memory(_alone(setting)).total > usable:
         return plan
-    chunks = open_split(options.dataset_path, manifest, "train")
-    return _measure(plan, options, tokenizer, chunks, distributed, console)
+    return _measure(plan, options, distributed, console)
 
 
 def _alone(setting: Setting) -> Setting:
@@ -123,13 +131,12 @@ def _alone(setting: Setting) -> Setting:
 def _measure(
     plan: TrainingPlan,
     options: TrainingOptions,
-    tokenizer: Tokenizer,
-    chunks: Chunks,
     distributed: Distributed,
     console: Console,
 ) -> TrainingPlan:
     """Returns the plan with what updates on this device alone take, with passes that fit."""
     # Prepare the model as the training would.
+    mixture, tokenizer = plan.mixture, plan.mixture.tokenizer
     model = build_model(options, tokenizer).to(distributed.device)
     alone = replace(distributed, rank=0, world_size=1)
     probe = Probe(model, options, _alone(plan.setting), alone, console)
@@ -141,7 +148,8 @@ def _measure(
     collate = Collator(
         tokenizer.bos_id, tokenizer.pad_id, options.document_mask, distributed.device
     )
-    batch = collate(chunks.read(chunk_numbers(0, recipe.batch_size, chunks.num_chunks, seed=0)))
+    order = mixture.order(options, recipe.batch_size, None)
+    batch = collate(mixture.train_chunks().read(chunk_numbers(order, 0)))
 
     def step(num_passes: int) -> float:
         started = time.perf_counter()
@@ -164,7 +172,7 @@ def _measure(
     if distributed.device.type == "cpu":  # elsewhere the peak is that of tensors
         tensor_bytes = estimate_memory(_alone(setting)).total
         program_bytes = max(0, peak_memory_bytes(distributed.device) - tensor_bytes)
-    return TrainingPlan(recipe, setting, plan.usable, step_seconds, program_bytes)
+    return TrainingPlan(mixture, recipe, setting, plan.usable, step_seconds, program_bytes)
 
 
 def print_plan(options: TrainingOptions, distributed: Distributed, console: Console) -> None:
@@ -193,6 +201,10 @@ def print_plan(options: TrainingOptions, distributed: Distributed, console: Cons
     else:
         how = "calculated from published figures" if options.gpu else "measured"
         console.print(_time_table(f"time, {how}", plan, plan.step_seconds, options.price))
+    order = plan.mixture.order(options, plan.recipe.chunks_per_step, plan.recipe.max_steps)
+    console.print(f"the training reads {describe_reads(order, plan.num_steps)}")
+    for warning in warnings_of_epochs(order, plan.num_steps or 0):
+        warn(console, warning)
 
 
 def _table(title: str) -> Table:
@@ -230,11 +242,8 @@ def _fitting_table(plan: TrainingPlan, gpu: Gpu | None) -> Table:
 
 
 def _time_table(title: str, plan: TrainingPlan, step_seconds: float, price: float | None) -> Table:
-    recipe = plan.recipe
-    limits = [recipe.max_steps] if recipe.max_steps is not None else []
-    if recipe.max_seconds is not None:
-        limits.append(math.ceil(recipe.max_seconds / step_seconds))
-    num_steps = min(limits)
+    recipe, num_steps = plan.recipe, plan.num_steps
+    assert num_steps is not None
     hours = num_steps * step_seconds / 3600
     passes = f"{recipe.batch_size} x {recipe.accumulation} x {plan.setting.world_size}"
     table = _table(title)

@@ -141,6 +141,13 @@ def check_options(options: TrainingOptions, world_size: int) -> None:
         raise no_effect("--on-save-failure stop", "with --save-steps 0, which saves nothing")
     if has_budget and options.epochs != 1.0:
         raise no_effect("--epochs", "together with --max-steps or --max-minutes")
+    if options.anneal and options.max_minutes is not None:
+        what = "which update is the first of its share cannot be known with --max-minutes"
+        raise bad_option("--anneal", what, "Give --max-steps or --epochs instead.")
+    if not options.anneal and options.anneal_share != TrainingOptions.anneal_share:
+        raise no_effect("--anneal-share", "without --anneal")
+    if not options.anneal and options.anneal_weights:
+        raise no_effect("--anneal-weights", "without --anneal")
     if options.gpu is not None and not options.plan:
         raise no_effect("--gpu", "without --plan")
     if options.num_gpus is not None and options.gpu is None:
@@ -171,7 +178,7 @@ def build_model(options: TrainingOptions, tokenizer: Tokenizer) -> Gemma3:
         own = load_tokenizer(str(folder)).implementation.get_vocab(with_added_tokens=False)
         if own != tokenizer.implementation.get_vocab(with_added_tokens=False):
             raise UserError(
-                f"the chunks in {options.dataset_path} were made with another tokenizer",
+                f"the chunks in {options.dataset_path[0]} were made with another tokenizer",
                 where=f"--init-from {options.init_from}",
                 fix=f"Make them again with preprocess.py --tokenizer {options.init_from}.",
                 exit_code=ExitCode.TOKENIZER_MISMATCH,

@@ -92,7 +92,8 @@ def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "highest learning rate", f"{recipe['learning_rate']:g}"
     yield "hardware", f"{hardware['devices']} x {hardware['device']}, {hardware['precision']}"
     yield "versions", ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
-    yield "chunk directory's sha256", data["manifest_sha256"][:16]
+    for directory in (*data["directories"], *data["anneal"]):
+        yield f"sha256 of {directory['name']}", directory["manifest_sha256"][:16]
     yield "tokenizer's sha256", tokenizer["sha256"][:16]
     yield "tokens trained on", f"{summary['tokens']:,} in {summary['steps']:,} updates"
     yield "training time", f"{summary['seconds'] / 3600:.2f} hours"

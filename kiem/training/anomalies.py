@@ -10,6 +10,7 @@ import numpy as np
 
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import write_json
+from kiem.data.mixture import warnings_of_epochs
 from kiem.optim.step import Verdict
 from kiem.parallel.parallel_model import full_tensor
 from kiem.training.checkpoint import CHECKPOINTS
@@ -137,7 +138,7 @@ def spike_limit(recent_losses: Sequence[float], sigmas: float) -> float:
 def warnings_before(run: Run) -> Iterator[str]:
     """Yields what in the data or the length of a run makes its result worse than it could be."""
     train, recipe = run.spec.data.manifest["splits"]["train"], run.spec.recipe
-    num_chunks = run.spec.data.train.num_chunks
+    num_chunks = train["chunks"]
     if num_chunks < recipe.chunks_per_step:
         yield (
             f"one update reads {recipe.chunks_per_step} chunks, but there are only {num_chunks}: "
@@ -151,8 +152,9 @@ def warnings_before(run: Run) -> Iterator[str]:
         )
     if recipe.max_steps is not None:
         used = recipe.max_steps * recipe.chunks_per_step / num_chunks
-        if used < _MIN_USED:
+        if used < _MIN_USED and not run.spec.options.weights:
             yield f"the run ends after {used:.0%} of the chunks: the others are never learnt from"
+        yield from warnings_of_epochs(run.spec.order, recipe.max_steps)
     padding = train["padding_tokens"] / (num_chunks * run.spec.data.train.chunk_size)
     if padding > _MAX_PADDING:
         yield f"{padding:.0%} of the chunks is padding: time in which nothing is learnt"

@@ -173,10 +173,7 @@ def _read_batches(run: Run, step: int) -> tuple[np.ndarray, list[Batch]]:
     """Returns the chunks that an update reads, by number, and this process's batches of them."""
     spec, chunks = run.spec, run.spec.data.train
     batch_size, distributed = spec.recipe.batch_size, spec.distributed
-    numbers, following = (
-        chunk_numbers(at, spec.recipe.chunks_per_step, chunks.num_chunks, spec.options.seed)
-        for at in (step, step + 1)
-    )
+    numbers, following = (chunk_numbers(spec.order, at) for at in (step, step + 1))
     batches = micro_batches(chunks, numbers, batch_size, spec.collate, distributed)
     chunks.read_ahead(own_numbers(following, batch_size, distributed).ravel())
     return numbers, batches

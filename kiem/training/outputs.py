@@ -14,6 +14,7 @@ from rich.table import Table
 
 from kiem.core.files import format_bytes, new_folder, point_link, write_json, write_text
 from kiem.core.manifest import write_manifest
+from kiem.data.mixture import describe_reads
 from kiem.model.gemma3 import Gemma3
 from kiem.model.io import write_model
 from kiem.report.card import model_card
@@ -80,10 +81,13 @@ def show_start(run: Run, state: TrainState) -> None:
         f"{spec.config.vocab_size:,}; {distributed.world_size} x {distributed.device.type} in "
         f"{distributed.precision}, matrix products at {distributed.matrix_flops / 1e12:.2f} TFLOP/s"
     )
-    console.print(
-        f"{spec.options.dataset_path}: {data.train.num_chunks:,} chunks of {chunk_size:,} tokens "
-        f"for training, {data.test.num_chunks:,} for testing"
-    )
+    for directory in (*data.mixture.directories, *data.mixture.anneal):
+        test = directory.manifest["splits"]["test"]["chunks"]
+        console.print(
+            f"{directory.path}: {directory.num_chunks:,} chunks of {chunk_size:,} tokens for "
+            f"training, {test:,} for testing"
+        )
+    console.print(f"the training reads {describe_reads(spec.order, recipe.max_steps)}")
     budget = f"{recipe.max_steps:,} updates" if recipe.max_steps is not None else "updates"
     if recipe.max_seconds is not None:
         budget = f"{recipe.max_seconds / 60:g} minutes of {budget}"

@@ -16,6 +16,8 @@ import torch
 import kiem
 from kiem.config import TrainingOptions
 from kiem.data.chunks import Chunks
+from kiem.data.mixture import Mixture
+from kiem.data.order import ChunkOrder
 from kiem.model.config import Gemma3Config, name_of
 from kiem.optim.batch import Collator
 from kiem.parallel.distributed import Distributed
@@ -27,24 +29,36 @@ from kiem.training.log import RunLog
 # Options that may change when a run is resumed, with another result.
 _CHANGEABLE = (
     *("max_steps", "max_minutes", "epochs"),
-    *("learning_rate", "schedule", "warmup_ratio"),
+    *("learning_rate", "schedule", "warmup_ratio", "anneal_share"),
     *("weight_decay", "max_grad_norm", "z_loss", "spike_sigmas"),
 )
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """A chunk directory; `sha256` is that of its manifest.
+    """The chunk directories of a run.
 
-    `test_sources` holds the source of every test token, where the chunk directory has them.
+    Attributes:
+        mixture: their manifests.
+        train: their chunks, numbered as in a `ChunkOrder`.
+        test: their test chunks.
+        test_sources: the source of every test token, where the directories have them.
     """
 
-    manifest: dict[str, Any]
-    sha256: str
-    tokenizer: Tokenizer
+    mixture: Mixture
     train: Chunks
     test: Chunks
     test_sources: Chunks | None
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the manifests of --dataset-path say together."""
+        return self.mixture.manifest
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the chunks."""
+        return self.mixture.tokenizer
 
 
 @dataclass(frozen=True)
@@ -82,12 +96,18 @@ class RunSpec:
         ids, device = self.data.tokenizer.special_ids, self.distributed.device
         return Collator(ids["bos"], ids["pad"], self.options.document_mask, device)
 
+    @property
+    def order(self) -> ChunkOrder:
+        """Which chunks each update reads."""
+        recipe = self.recipe
+        return self.data.mixture.order(self.options, recipe.chunks_per_step, recipe.max_steps)
+
     def fingerprint(self) -> dict[str, Any]:
         """Returns what must be the same when the run is resumed."""
         return {
             "model": self.model_name,
             **vars(self.config),
-            "data": self.data.sha256,
+            **self.data.mixture.identity(),
             "seed": self.options.seed,
             "optimizer": self.options.optimizer,
             "chunks_per_step": self.recipe.chunks_per_step,
@@ -113,7 +133,7 @@ class RunSpec:
             "data": {
                 "source": self.data.manifest["source"],
                 "options": self.data.manifest["options"],
-                "manifest_sha256": self.data.sha256,
+                **self.data.mixture.describe(),
                 "train_tokens": train["tokens"],
                 "train_documents": train["documents"],
                 "test_documents": test["documents"],

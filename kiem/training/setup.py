@@ -18,17 +18,11 @@ from kiem.compute.speed import prefers_bf16
 from kiem.config import TrainingOptions
 from kiem.core.console import warn
 from kiem.core.disk import remove_leftovers
-from kiem.core.files import require_free_space, sha256_file
+from kiem.core.files import require_free_space
 from kiem.core.locking import locked_folder
-from kiem.core.manifest import MANIFEST_FILE
 from kiem.core.randomness import derive_seed
 from kiem.core.values import check_name
-from kiem.data.chunks import (
-    open_split,
-    open_test_sources,
-    read_manifest,
-    read_tokenizer,
-)
+from kiem.data.mixture import read_mixture
 from kiem.data.prepare.verify import verify_shards
 from kiem.model.config import name_of
 from kiem.model.gemma3 import Gemma3
@@ -69,7 +63,7 @@ def setup(
         usable = distributed.broadcast_from_main(usable_bytes(distributed))
         model = _open_model(options, data, distributed)
         setting = setting_of(model.config, options, distributed, data.train.chunk_size)
-        recipe = resolve_recipe(options, setting, data.train.num_chunks, usable)
+        recipe = resolve_recipe(options, setting, data.mixture.num_chunks, usable)
 
         # The run directory: locked, writable, and with a checkpoint or without.
         directory = _open_directory(options, model, distributed, stack)
@@ -106,21 +100,18 @@ def setup(
 def _open_data(
     options: TrainingOptions, distributed: Distributed, console: Console
 ) -> TrainingData:
-    """Checks the options, and opens the chunk directory."""
+    """Checks the options, and opens the chunk directories."""
     with distributed.raise_on_all_ranks():
         check_options(options, distributed.world_size)
         is_bf16 = distributed.is_main and distributed.precision == "bf16"
         if is_bf16 and not prefers_bf16(distributed.device):
             warn(console, "bf16 is hardly faster on this processor; try --precision fp32")
-        folder = options.dataset_path
-        manifest = read_manifest(folder)
-        tokenizer = read_tokenizer(folder, manifest)
-        sha256 = manifest.get("sha256") or sha256_file(folder / MANIFEST_FILE)
+        mixture = read_mixture(options)
         if distributed.is_local_main:
-            verify_shards(folder, manifest)
-        train, test = (open_split(folder, manifest, split) for split in ("train", "test"))
-        test_sources = open_test_sources(folder, manifest)
-    return TrainingData(manifest, sha256, tokenizer, train, test, test_sources)
+            for directory in {d.path: d for d in (*mixture.directories, *mixture.anneal)}.values():
+                verify_shards(directory.path, directory.manifest)
+        train, test = mixture.train_chunks(), mixture.test_chunks()
+        return TrainingData(mixture, train, test, mixture.test_sources())
 
 
 def _open_model(options: TrainingOptions, data: TrainingData, distributed: Distributed) -> Gemma3:
@@ -128,7 +119,7 @@ def _open_model(options: TrainingOptions, data: TrainingData, distributed: Distr
     with distributed.raise_on_all_ranks():
         model = build_model(options, data.tokenizer)
         check_sample_prompts(options, data.tokenizer, model.config)
-    check_same_start(options, data.sha256, model, distributed)
+    check_same_start(options, data.mixture.identity(), model, distributed)
     if options.shard != "parameters":  # which puts only its shards on the device
         model.to(distributed.device)
     return model
