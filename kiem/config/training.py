@@ -82,6 +82,9 @@ class TrainingOptions:
     """Seed of the weights, the order of the chunks and the text samples."""
     init_from: Name | None = None
     """Continue pretraining from this Gemma 3 model (a folder or Hub id)."""
+    branch_from: Name | None = None
+    """RUN@STEP: start from this checkpoint of another run directory, with its order of the chunks
+    and its log so far, but with other options."""
     document_mask: bool = True
     """Let tokens attend only to their own document."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

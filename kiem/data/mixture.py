@@ -28,6 +28,7 @@ from kiem.data.chunks import (
     read_tokenizer,
 )
 from kiem.data.order import PERIOD, ChunkOrder, Part, Stage, count_reads, whole_shares
+from kiem.data.source_record import list_sources
 from kiem.tokenizer.tokenizer import Tokenizer
 
 # So many passes over the same text teach nearly as much as other text (arXiv:2305.16264).
@@ -243,7 +244,10 @@ def _joined(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for key, value in first["options"].items()
             if all(manifest["options"].get(key) == value for manifest in manifests)
         },
-        "source": {"kind": "several", "sources": [manifest["source"] for manifest in manifests]},
+        "source": {
+            "kind": "several",
+            "sources": [entry for each in manifests for entry in list_sources(each["source"])],
+        },
         "tokenizer": first["tokenizer"],
         "special_ids": first["special_ids"],
         "splits": splits,

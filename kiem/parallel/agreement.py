@@ -26,7 +26,7 @@ from kiem.model.gemma3 import Gemma3
 from kiem.parallel.distributed import Distributed
 
 # The same folder can have another path on another machine; its content is compared instead.
-_PATHS = ("dataset_path", "anneal", "output_dir", "init_from")
+_PATHS = ("dataset_path", "anneal", "output_dir", "init_from", "branch_from")
 # Network disks show a new folder to other machines a little later.
 _MAX_SECONDS_UNTIL_SEEN = 5.0
 

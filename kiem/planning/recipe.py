@@ -148,6 +148,8 @@ def check_options(options: TrainingOptions, world_size: int) -> None:
         raise no_effect("--anneal-share", "without --anneal")
     if not options.anneal and options.anneal_weights:
         raise no_effect("--anneal-weights", "without --anneal")
+    if options.branch_from is not None and options.resume not in ("auto", "none"):
+        raise bad_option("--branch-from", "contradicts --resume", "Give one of them.")
     if options.gpu is not None and not options.plan:
         raise no_effect("--gpu", "without --plan")
     if options.num_gpus is not None and options.gpu is None:

@@ -40,17 +40,36 @@ def curves(records: Sequence[Record]) -> list[dict[str, Any]]:
     for curve in _CURVES:
         series: list[dict[str, Any]] = []
         for color, record in enumerate(records):
-            lines = []
-            if curve.training is not None:
-                lines += _training_lines(_points(record.updates, curve.training, curve.factor))
-            if curve.test is not None:
-                points = _points(record.evaluations, curve.test, curve.factor)
-                lines += [{"kind": "test", **points}] if points["y"] else []
+            names = (curve.training, curve.test)
+            lines = line_series(record.updates, record.evaluations, *names, curve.factor)
             series += [{"run": record.name, "color": color, **line} for line in lines]
         if series:
             title = {"title": curve.title, "unit": curve.unit}
             charts.append({"kind": "lines", **title, "series": series})
     return charts
+
+
+def line_series(
+    updates: Sequence[Line],
+    evaluations: Sequence[Line],
+    training: str | None,
+    test: str | None,
+    factor: float = 1,
+) -> list[dict[str, Any]]:
+    """Returns the lines of a figure in a chart, as far as it is known.
+
+    Args:
+        updates, evaluations: of a run.
+        training, test: what the figure is called in them.
+        factor: from the figure to the unit.
+    """
+    lines = []
+    if training is not None:
+        lines += _training_lines(_points(updates, training, factor))
+    if test is not None:
+        points = _points(evaluations, test, factor)
+        lines += [{"kind": "test", **points}] if points["y"] else []
+    return lines
 
 
 def bars(

@@ -14,6 +14,7 @@ from rich.console import Console
 from kiem.config import ReportOptions
 from kiem.core.console import printable
 from kiem.core.files import format_bytes, write_text
+from kiem.report.branches import branches
 from kiem.report.charts import bars, curves
 from kiem.report.comparison import compare_ways
 from kiem.report.record import Record, read_record
@@ -58,6 +59,7 @@ def render(records: Sequence[Record], price: float | None = None) -> str:
     library = _read_resource("chart.umd.min.js").rsplit("//# sourceMappingURL", 1)[0]
     names, results = [r.name for r in records], [r.results for r in records]
     by_source = [result.per_source for result in results]
+    found = [*branches(records)]
     by_phenomenon = [r.minimal_pairs.phenomena if r.minimal_pairs else {} for r in results]
     return environment.from_string(_read_resource("template.html")).render(
         records=records,
@@ -70,7 +72,8 @@ def render(records: Sequence[Record], price: float | None = None) -> str:
         ways=compare_ways(records),
         facts=_side_by_side([dict(_flat(record.metadata)) for record in records]),
         options=_side_by_side([dict(_flat(record.options)) for record in records]),
-        curves=curves(records),
+        curves=[*curves(records), *(chart for _, charts in found for chart in charts)],
+        branches=[text for text, _ in found],
         per_source=bars(names, by_source, "bpb", "Bits per byte by source", "bits per byte"),
         minimal_pairs=bars(
             names, by_phenomenon, "accuracy", "Minimal pairs by phenomenon", "% chosen rightly", 100

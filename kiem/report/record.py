@@ -76,6 +76,17 @@ class Results(msgspec.Struct):
     finished: str = ""
 
 
+class Branch(msgspec.Struct):
+    """The run that a branch began with, and after which of its steps."""
+
+    run: str
+    step: _Count
+
+
+class _Metadata(msgspec.Struct):
+    branched_from: Branch | None = None
+
+
 class _Options(msgspec.Struct):
     price: _Amount | None = None
 
@@ -88,6 +99,7 @@ class Record:
         name: of the run directory.
         options, metadata: config.yaml and run.json, which are only shown.
         price: of an hour on the hardware, by the options.
+        branched_from: of a branch.
         results: of evaluation.json in the run directory, else of the summary of a finished run.
         updates: lines of metrics.jsonl with a training loss, in the order of their steps.
         evaluations: those with a test loss, with the tokens and seconds of their update.
@@ -99,6 +111,7 @@ class Record:
     options: dict[str, Any]
     metadata: dict[str, Any]
     price: float | None
+    branched_from: Branch | None
     results: Results
     updates: list[Line]
     evaluations: list[Line]
@@ -128,13 +141,17 @@ def read_record(directory: Path) -> Record:
     config = directory / CONFIG_FILE
     options = _read(config, dict[str, Any])
     checked = convert(options, _Options, where=str(config), fix=_FIX, exit_code=ExitCode.DAMAGED)
+    file = directory / METADATA_FILE
+    metadata = _read(file, dict[str, Any])
+    known = convert(metadata, _Metadata, where=str(file), fix=_FIX, exit_code=ExitCode.DAMAGED)
     summary = _read(directory / "final_model" / SUMMARY_FILE, Results)
     evaluation = _read(directory / EVALUATION_FILE, Results)
     return Record(
         name=directory.resolve().name,
         options=options,
-        metadata=_read(directory / METADATA_FILE, dict[str, Any]),
+        metadata=metadata,
         price=checked.price,
+        branched_from=known.branched_from,
         results=Results(
             evaluation.per_source or summary.per_source,
             evaluation.minimal_pairs or summary.minimal_pairs,

@@ -267,8 +267,13 @@ def save(run: Run, state: TrainState, *, is_last: bool) -> None:
         return
     spec, distributed = run.spec, run.spec.distributed
     folder, model = spec.directory / CHECKPOINTS, run.model.module
-    known = {"fingerprint": spec.fingerprint(), "changeable": spec.changeable()}
-    content = {"step": state.step, "run": state.to_save(), **known}
+    content = {
+        "step": state.step,
+        "run": state.to_save(),
+        "fingerprint": spec.fingerprint(),
+        "changeable": spec.changeable(),
+        "branched_from": spec.branched_from,
+    }
     special_ids = spec.data.tokenizer.special_ids
     try:
         with distributed.raise_on_all_ranks():

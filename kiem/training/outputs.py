@@ -96,6 +96,9 @@ def show_start(run: Run, state: TrainState) -> None:
         f"({recipe.batch_size} chunks x {recipe.accumulation} passes x {distributed.world_size} "
         f"devices), learning rate {recipe.learning_rate:g}"
     )
+    if (branch := spec.branched_from) is not None:
+        different = "; ".join(branch["differences"]) or "without a difference"
+        console.print(f"branch of {branch['run']} after step {branch['step']:,}: {different}")
     if run.resumed_from is not None:
         console.print(f"resuming from {run.resumed_from}, after step {state.step:,}")
 

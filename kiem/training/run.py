@@ -29,7 +29,7 @@ from kiem.training.log import RunLog
 # Options that may change when a run is resumed, with another result.
 _CHANGEABLE = (
     *("max_steps", "max_minutes", "epochs"),
-    *("learning_rate", "schedule", "warmup_ratio", "anneal_share"),
+    *("learning_rate", "schedule", "warmup_ratio"),
     *("weight_decay", "max_grad_norm", "z_loss", "spike_sigmas"),
 )
 
@@ -70,6 +70,7 @@ class RunSpec:
         config: the model's shape.
         is_compiled: whether torch.compile made the layers' kernels.
         directory: the run directory.
+        branched_from: of a branch: run, step and checkpoint, and in what it differs from there on.
     """
 
     options: TrainingOptions
@@ -79,6 +80,7 @@ class RunSpec:
     distributed: Distributed
     is_compiled: bool
     directory: Path
+    branched_from: dict[str, Any] | None = None
 
     @property
     def model_name(self) -> str:
@@ -118,6 +120,7 @@ class RunSpec:
         """Returns what may differ when the run is resumed, but changes the result."""
         return {
             **{name: getattr(self.options, name) for name in _CHANGEABLE},
+            "anneal_share": self.options.anneal_share if self.options.anneal else None,
             "precision": self.distributed.precision,
             "devices": self.distributed.world_size,
             "compiled": self.is_compiled,
@@ -130,6 +133,7 @@ class RunSpec:
             "model": self.model_name,
             "parameters": self.config.num_parameters(),
             "initialized_from": self.options.init_from or "random weights",
+            "branched_from": self.branched_from,
             "data": {
                 "source": self.data.manifest["source"],
                 "options": self.data.manifest["options"],

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -41,7 +42,14 @@ from kiem.planning.recipe import (
 )
 from kiem.training.checkpoint import CHECKPOINTS, list_checkpoints, read_state, set_aside_after
 from kiem.training.log import RunLog
-from kiem.training.resume import check_same_run, choose_checkpoint, restore
+from kiem.training.resume import (
+    check_same_run,
+    choose_checkpoint,
+    copy_log,
+    find_branch,
+    is_branch_point,
+    restore,
+)
 from kiem.training.run import Run, RunSpec, TrainingData, TrainState
 from kiem.training.validation import check_sample_prompts
 
@@ -91,6 +99,8 @@ def setup(
         # The run, and its state.
         is_compiled = probe.is_compiled
         spec = RunSpec(options, recipe, model.config, data, distributed, is_compiled, directory)
+        with distributed.raise_on_all_ranks():
+            spec = replace(spec, branched_from=find_branch(spec, checkpoint))
         stops_run = options.on_save_failure == "stop"
         log = RunLog(directory, distributed, console, stops_run=stops_run)
         run = Run(spec, parallel_model, optimizers, log, checkpoint)
@@ -196,7 +206,10 @@ def _open_state(run: Run, console: Console) -> TrainState:
     if checkpoint is not None:
         with distributed.raise_on_all_ranks():
             saved = read_state(checkpoint)
-            check_same_run(checkpoint, saved, spec.fingerprint(), spec.changeable(), console)
+            if not is_branch_point(spec, checkpoint):
+                check_same_run(checkpoint, saved, spec.fingerprint(), spec.changeable(), console)
+            elif distributed.is_main:
+                copy_log(checkpoint, spec.directory)
         state = restore(run, checkpoint)
     run.log.step = state.step
     with distributed.raise_on_all_ranks():
