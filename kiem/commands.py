@@ -1,4 +1,4 @@
-"""Commands of `kiem`: every script under one name, with the same options.
+"""Commands of `kiem`: every script under one name, with the same options, and some without one.
 
 `kiem train`, or `accelerate launch -m kiem train` on several devices, is `training.py`, and so on.
 """
@@ -17,6 +17,7 @@ from kiem.config import (
     EvaluationOptions,
     ExportOptions,
     InferenceOptions,
+    LookOptions,
     PreprocessOptions,
     ReportOptions,
     TrainingOptions,
@@ -27,20 +28,22 @@ from kiem.core.errors import bad_option
 
 @dataclass(frozen=True)
 class Command:
-    """A script as a command.
+    """A command.
 
     Attributes:
-        script: the script that does the same.
+        script: the script that does the same; None: there is none.
         options: its dataclass of options.
         module, function: what to call with the options and a console; imported only then.
         arguments: added before the user's arguments.
+        first: option that the first word belongs to when it is none itself: `kiem look DIR`.
     """
 
-    script: str
+    script: str | None
     options: type[Any]
     module: str
     function: str
     arguments: tuple[str, ...] = ()
+    first: str | None = None
 
     def __call__(self, options: Any, console: Console) -> None:
         """Runs the command."""
@@ -59,6 +62,7 @@ COMMANDS = {
     "evaluate": Command("evaluate.py", EvaluationOptions, "kiem.evaluation.command", "evaluate"),
     "export": Command("export.py", ExportOptions, "kiem.export.export", "export"),
     "report": Command("report.py", ReportOptions, "kiem.report.page", "report"),
+    "look": Command(None, LookOptions, "kiem.look.command", "look", first="--directory"),
 }
 
 
@@ -68,6 +72,8 @@ def main() -> int:
     if name not in COMMANDS:
         return report_errors(lambda console: _list_commands(name, console))
     command = COMMANDS[name]
+    if command.first and words and not words[0].startswith("-"):
+        words = [command.first, *words]
     return run(command.options, f"kiem {name}", command, [*command.arguments, *words])
 
 
@@ -76,7 +82,7 @@ def _list_commands(word: str, console: Console) -> None:
         raise bad_option(word, "no such command", f"The commands are: {', '.join(COMMANDS)}.")
     lines = ["usage: kiem COMMAND [options]; kiem COMMAND --help lists the options"]
     for name, command in COMMANDS.items():
-        script = " ".join([command.script, *command.arguments])
         does = " ".join(str(command.options.__doc__).split())
-        lines.append(f"  {name:10} {does} ({script})")
+        script = f" ({' '.join([command.script, *command.arguments])})" if command.script else ""
+        lines.append(f"  {name:10} {does}{script}")
     show(console, "\n".join(lines) + "\n")

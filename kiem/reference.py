@@ -41,11 +41,12 @@ def reference() -> str:
     lines = [_HEAD]
     for name, command in COMMANDS.items():
         if command.arguments:
-            script = " ".join([command.script, *command.arguments])
+            script = " ".join([str(command.script), *command.arguments])
             lines += [f"## kiem {name}, {script}", "", f"Options as of {command.script}.", ""]
             continue
         does = " ".join(str(command.options.__doc__).split())
-        lines += [f"## kiem {name}, {command.script}", "", does, ""]
+        title = f"## kiem {name}, {command.script}" if command.script else f"## kiem {name}"
+        lines += [title, "", does, ""]
         lines += ["| option | values | default | |", "|---|---|---|---|"]
         for flags, values, default, meaning in option_rows(command.options):
             shown = f"`{default}`" if default not in ("", "required") else default

@@ -19,6 +19,7 @@ from kiem.config import (
     EvaluationOptions,
     ExportOptions,
     InferenceOptions,
+    LookOptions,
     PreprocessOptions,
     ReportOptions,
     TrainingOptions,
@@ -33,6 +34,7 @@ REQUIRED = {
     EvaluationOptions: ("--model-path", "x"),
     ExportOptions: ("--model-path", "x", "--output", "x.gguf"),
     ReportOptions: ("--runs", "x"),
+    LookOptions: ("--directory", "x"),
     PreprocessOptions: (),
 }
 

@@ -183,7 +183,7 @@ def all_reasons(text: str) -> list[str]:
     words = [token for token in tokens if any(c.isalnum() for c in token)]
     known = [
         sum(word.lower() in language.split() for word in words)
-        for language in (filters._DUTCH, *filters._OTHER_LANGUAGES)
+        for language in filters.LANGUAGES.values()
     ]
     mean_length = sum(map(len, words)) / max(1, len(words))
     with_letter = sum(any(c.isalpha() for c in word) for word in words)

@@ -2,13 +2,14 @@
 
 The help text of an option is the string below it. `None` means that kiem chooses; the choice is
 printed and recorded with the result. Every number has its limits here, which kiem.core.values
-checks for the command line and for YAML. Each script has a file of its name.
+checks for the command line and for YAML. Each command has a file of its name.
 """
 
 from kiem.config.evaluate import EvaluationOptions
 from kiem.config.export import ExportOptions
 from kiem.config.inference import InferenceOptions
 from kiem.config.limits import Penalty, Share, Temperature, TopP
+from kiem.config.look import LookOptions
 from kiem.config.preprocess import (
     DATASET_SIZES,
     HUB_DATASET,
@@ -27,6 +28,7 @@ __all__ = [
     "EvaluationOptions",
     "ExportOptions",
     "InferenceOptions",
+    "LookOptions",
     "Penalty",
     "PreprocessOptions",
     "ReportOptions",

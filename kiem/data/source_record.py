@@ -41,3 +41,11 @@ def list_source_files(description: dict[str, Any]) -> list[str]:
 def hub_file_name(dataset: str, name: str) -> str:
     """Returns the name under which a file of `hub:DATASET` is counted and stands in messages."""
     return f"hub:{dataset}/{name}"
+
+
+def describe_source(entry: dict[str, Any]) -> str:
+    """Returns what one of the entries is, in a few words."""
+    kinds = {"sample": "the built-in sample", "files": "local files"}
+    keys = ("dataset", "config", "split", "revision")
+    parts = [f"{key} {entry[key]}" for key in keys if entry.get(key)]
+    return ", ".join(parts) or kinds.get(entry["kind"], entry["kind"])

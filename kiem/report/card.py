@@ -12,7 +12,7 @@ import jinja2
 
 from kiem.core.console import printable
 from kiem.core.files import format_bytes
-from kiem.data.source_record import list_sources
+from kiem.data.source_record import describe_source, list_sources
 from kiem.model.config import GEMMA_VOCABULARY
 
 _MARKUP = "\\`*_[]<>|#~$"
@@ -82,7 +82,7 @@ def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     chunk_size = data["options"]["chunk_size"]
     yield "model", f"{summary['model']}, {summary['parameters']:,} parameters"
     yield "started from", summary["initialized_from"]
-    yield "text", "; ".join(map(_source, list_sources(data["source"])))
+    yield "text", "; ".join(map(describe_source, list_sources(data["source"])))
     yield "training documents", f"{data['train_documents']:,}"
     yield "training text", format_bytes(sum(data["bytes_per_source"].values()))
     yield "training tokens", f"{data['train_tokens']:,} in chunks of {chunk_size:,}"
@@ -98,13 +98,6 @@ def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "tokens trained on", f"{summary['tokens']:,} in {summary['steps']:,} updates"
     yield "training time", f"{summary['seconds'] / 3600:.2f} hours"
     yield "finished", summary["finished"]
-
-
-def _source(entry: dict[str, Any]) -> str:
-    kinds = {"sample": "the built-in sample", "files": "local files"}
-    keys = ("dataset", "config", "split", "revision")
-    parts = [f"{key} {entry[key]}" for key in keys if entry.get(key)]
-    return ", ".join(parts) or kinds.get(entry["kind"], entry["kind"])
 
 
 def _is_gemmas(summary: dict[str, Any]) -> bool:

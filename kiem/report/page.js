@@ -135,5 +135,5 @@ function draw() {
 }
 
 draw();
-axis.addEventListener("change", draw);
+axis?.addEventListener("change", draw);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);

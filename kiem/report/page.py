@@ -53,20 +53,14 @@ def write_report(directories: Sequence[Path], output: Path, price: float | None 
 
 def render(records: Sequence[Record], price: float | None = None) -> str:
     """Returns the page as HTML; see `write_report`."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    library = _read_resource("chart.umd.min.js").rsplit("//# sourceMappingURL", 1)[0]
     names, results = [r.name for r in records], [r.results for r in records]
     by_source = [result.per_source for result in results]
     found = [*branches(records)]
     by_phenomenon = [r.minimal_pairs.phenomena if r.minimal_pairs else {} for r in results]
-    return environment.from_string(_read_resource("template.html")).render(
+    return fill_page(
+        "template.html",
         records=records,
         title=" and ".join(names),
-        style=Markup(_read_resource("page.css")),
-        library=Markup(library),
-        script=Markup(_read_resource("page.js")),
         status=[_status(record) for record in records],
         tiles=[_tiles(record, price) for record in records],
         ways=compare_ways(records),
@@ -79,6 +73,24 @@ def render(records: Sequence[Record], price: float | None = None) -> str:
             names, by_phenomenon, "accuracy", "Minimal pairs by phenomenon", "% chosen rightly", 100
         ),
         samples=[(record.name, _samples(record)) for record in records],
+    )
+
+
+def fill_page(template: str, **values: Any) -> str:
+    """Returns a page of one of the templates here, with the styles and scripts that it needs."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(_read_resource),
+    )
+    library = _read_resource("chart.umd.min.js").rsplit("//# sourceMappingURL", 1)[0]
+    return environment.get_template(template).render(
+        style=Markup(_read_resource("page.css")),
+        library=Markup(library),
+        script=Markup(_read_resource("page.js")),
+        **values,
     )
 
 

@@ -41,17 +41,18 @@ STOP_WORDS = tuple(_FINEWEB_STOP_WORDS.split())
 
 # Frequent words that tell Dutch from its neighbours; chosen here, docs/decisions.md has figures.
 MIN_DUTCH_WORDS = 0.06
-_DUTCH = "de het een zijn dat niet ik hij je wordt deze door ook aan bij naar voor uit of te"
-_OTHER_LANGUAGES = (
-    "the and of to that it with for as was on are by this from be not you",
-    "der die und den das von zu mit sich des auf für ist nicht ein eine dem im",
-    "le la les et des du un une est dans que qui pour pas au sur il ne",
-    "el la los las que y del se por con un una es su para como lo",
-    "il la di che e un una per non sono del della con si le dei",
-    "o a os as que e do da em um uma para com não por no na",
-    "die nie 'n sy hy deur hulle ek om wat dit ons sal kan moet",
-    "it fan yn foar oan troch ek wie wurdt har dy mei út hat jo kin kinne wurde dizze binne sil",
-)
+LANGUAGES = {
+    "Dutch": "de het een zijn dat niet ik hij je wordt deze door ook aan bij naar voor uit of te",
+    "English": "the and of to that it with for as was on are by this from be not you",
+    "German": "der die und den das von zu mit sich des auf für ist nicht ein eine dem im",
+    "French": "le la les et des du un une est dans que qui pour pas au sur il ne",
+    "Spanish": "el la los las que y del se por con un una es su para como lo",
+    "Italian": "il la di che e un una per non sono del della con si le dei",
+    "Portuguese": "o a os as que e do da em um uma para com não por no na",
+    "Afrikaans": "die nie 'n sy hy deur hulle ek om wat dit ons sal kan moet",
+    "Frisian": "it fan yn foar oan troch ek wie wurdt har dy mei út hat jo kin kinne wurde dizze "
+    "binne sil",
+}
 
 _TOKENS = re.compile(r"'n\b|\w+(?:['’.-]\w+)*|[^\w\s]+")
 _LINE_ENDS = ".!?…:;\"'”’»)"
@@ -67,6 +68,19 @@ def reject_reasons(texts: Sequence[str]) -> list[str | None]:
         for number in np.flatnonzero(is_rejected):
             reasons[number] = reason
     return reasons
+
+
+def identify_languages(texts: Sequence[str]) -> list[str]:
+    """Returns the language of each text of which most frequent words are in it; "unclear" if those
+    are too few."""
+    tokens = _Tokens(texts)
+    _, counts = _count_known_words(tokens)
+    is_clear = counts.max(0) >= MIN_DUTCH_WORDS * np.maximum(tokens.num_tokens, 1)
+    names = [*LANGUAGES]
+    return [
+        names[place] if clear else "unclear"
+        for place, clear in zip(counts.argmax(0).tolist(), is_clear.tolist(), strict=True)
+    ]
 
 
 class _Tokens:
@@ -135,7 +149,8 @@ def _check_words(tokens: _Tokens) -> dict[str, np.ndarray]:
     num_with_letter = tokens.count(has_letter)
     num_hashes, num_ellipses = tokens.count(hashes), tokens.count(ellipses)
     num_symbols = np.maximum(num_hashes, num_ellipses)
-    num_stop_words, dutch, other = _count_known_words(tokens)
+    num_stop_words, (dutch, *others) = _count_known_words(tokens)
+    other = np.max(others, axis=0)
     return {
         "too short": num_words < MIN_WORDS,
         "not Dutch": (other > dutch) | (dutch < MIN_DUTCH_WORDS * num_words),
@@ -146,10 +161,10 @@ def _check_words(tokens: _Tokens) -> dict[str, np.ndarray]:
     }
 
 
-def _count_known_words(tokens: _Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns three counts for each document [D]: its different stop words, its frequent words of
-    Dutch, and those of the other language that has most of them."""
-    languages = [frozenset(words.split()) for words in (_DUTCH, *_OTHER_LANGUAGES)]
+def _count_known_words(tokens: _Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """Returns for each document how many different stop words it has [D], and the frequent words of
+    each language in it [languages, D]."""
+    languages = [frozenset(words.split()) for words in LANGUAGES.values()]
     known = sorted(frozenset(STOP_WORDS).union(*languages))  # K words
     number = {word: n for n, word in enumerate(known)}
     longest = max(map(len, known))  # in lower case no word is shorter
@@ -162,8 +177,8 @@ def _count_known_words(tokens: _Tokens) -> tuple[np.ndarray, np.ndarray, np.ndar
     counts = np.bincount(cells, minlength=num_documents * len(known))
     counts = counts.reshape(num_documents, len(known))  # [D, K]
     num_stop_words = np.count_nonzero(counts[:, [number[word] for word in STOP_WORDS]], axis=1)
-    dutch, *others = (counts[:, [number[word] for word in words]].sum(1) for words in languages)
-    return num_stop_words, dutch, np.max(others, axis=0)
+    of_languages = [counts[:, [number[word] for word in words]].sum(1) for words in languages]
+    return num_stop_words, np.array(of_languages)
 
 
 def _check_lines(texts: Sequence[str], tokens: _Tokens) -> dict[str, np.ndarray]:
