@@ -14,6 +14,7 @@ from rich.console import Console
 
 from kiem.cli import report_errors, run
 from kiem.config import (
+    AuditOptions,
     EvaluationOptions,
     ExportOptions,
     InferenceOptions,
@@ -62,6 +63,7 @@ COMMANDS = {
     "evaluate": Command("evaluate.py", EvaluationOptions, "kiem.evaluation.command", "evaluate"),
     "export": Command("export.py", ExportOptions, "kiem.export.export", "export"),
     "report": Command("report.py", ReportOptions, "kiem.report.page", "report"),
+    "audit": Command(None, AuditOptions, "kiem.audit.command", "audit", first="--run"),
     "look": Command(None, LookOptions, "kiem.look.command", "look", first="--directory"),
 }
 

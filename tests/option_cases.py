@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from kiem.commands import COMMANDS
 from kiem.config import (
+    AuditOptions,
     EvaluationOptions,
     ExportOptions,
     InferenceOptions,
@@ -34,6 +35,7 @@ REQUIRED = {
     EvaluationOptions: ("--model-path", "x"),
     ExportOptions: ("--model-path", "x", "--output", "x.gguf"),
     ReportOptions: ("--runs", "x"),
+    AuditOptions: ("--run", "x"),
     LookOptions: ("--directory", "x"),
     PreprocessOptions: (),
 }

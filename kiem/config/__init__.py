@@ -5,6 +5,7 @@ printed and recorded with the result. Every number has its limits here, which ki
 checks for the command line and for YAML. Each command has a file of its name.
 """
 
+from kiem.config.audit import AuditOptions
 from kiem.config.evaluate import EvaluationOptions
 from kiem.config.export import ExportOptions
 from kiem.config.inference import InferenceOptions
@@ -25,6 +26,7 @@ __all__ = [
     "HUB_DATASET",
     "HUB_TOKENIZER",
     "MIN_CHUNK_SIZE",
+    "AuditOptions",
     "EvaluationOptions",
     "ExportOptions",
     "InferenceOptions",
