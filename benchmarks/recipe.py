@@ -165,7 +165,7 @@ def train(key: Key, data: Path, distributed: Distributed) -> dict[str, Any]:
     changes, settings, share = read_variant(key.variant)
     with tempfile.TemporaryDirectory() as folder:
         options = TrainingOptions(
-            dataset_path=data,
+            dataset_path=(data,),
             output_dir=Path(folder),
             run_name="run",
             model=shape.model,

@@ -383,7 +383,7 @@ def test_nobody_reads_the_output(
 ) -> None:
     """`training.py | true`: the training goes on, and its exit code is that of a training."""
     given = to_dict(options(sample_chunks, tmp_path))
-    known = to_dict(TrainingOptions(sample_chunks))
+    known = to_dict(TrainingOptions((sample_chunks,)))
     words = ["python", "training.py", "--dataset-path", str(sample_chunks)]
     for name, value in given.items():
         if value != known.get(name):

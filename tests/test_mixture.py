@@ -20,7 +20,12 @@ from rich.console import Console
 from kiem.config import PreprocessOptions, TrainingOptions
 from kiem.core.errors import ExitCode, UserError
 from kiem.data.chunks import open_test_sources
-from kiem.data.mixture import describe_reads, read_mixture, warnings_of_epochs
+from kiem.data.mixture import (
+    describe_reads,
+    read_mixture,
+    warnings_of_epochs,
+    warnings_of_splits,
+)
 from kiem.data.order import chunk_numbers
 from kiem.data.prepare.preprocess import preprocess
 
@@ -82,6 +87,15 @@ def test_numbers_lead_to_the_chunks_of_the_directories(folder: Path) -> None:
     assert len(often) == sum(read[name] > 4 * len(rows[name]) for name in rows)
 
 
+def test_one_directory_resumes_what_an_earlier_version_began(folder: Path) -> None:
+    """Such a checkpoint has its hash alone, and a key that is not there is None."""
+    found = read_mixture(options(folder, "wiki")).identity()
+    manifest = json.loads((folder / "wiki" / "manifest.json").read_text())
+    assert {name: value for name, value in found.items() if value is not None} == {
+        "data": manifest["sha256"]
+    }
+
+
 def test_without_weights_all_are_one(folder: Path) -> None:
     """An epoch reads every chunk once, in one shuffle."""
     given = options(folder, "wiki", "web")
@@ -121,6 +135,11 @@ def test_manifests_and_sources_of_test_tokens_add_up(folder: Path) -> None:
 def test_what_does_not_suit_is_named(folder: Path, tmp_path: Path) -> None:
     make(tmp_path, "long", 300, ("x",), tokenizer=str(folder / "wiki"), chunk_size=64)
     make(tmp_path, "other", 300, ("x",), tokenizer="train:600")
+    make(tmp_path, "apart", 300, ("x",), tokenizer=str(folder / "wiki"), seed=7)
+    apart = read_mixture(options(folder, "wiki", tmp_path / "apart"))
+    expected = "apart has --seed 7, but wiki 42: a document of both may be trained on and tested on"
+    assert [*warnings_of_splits(apart)] == [expected]
+    assert not [*warnings_of_splits(read_mixture(options(folder, "wiki", anneal=["web"])))]
     wrong = [
         (options(folder, "wiki", tmp_path / "long"), "64 tokens, but .*wiki of 32"),
         (options(folder, "wiki", anneal=[tmp_path / "other"]), "another tokenizer than .*wiki"),

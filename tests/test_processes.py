@@ -328,7 +328,7 @@ def test_a_port_that_is_taken_is_said(sample_chunks: Path, monkeypatch: pytest.M
         for name, value in {**given, "MASTER_PORT": str(taken.getsockname()[1])}.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match="cannot meet at MASTER_PORT") as caught:
-            train(TrainingOptions(sample_chunks), QUIET)
+            train(TrainingOptions((sample_chunks,)), QUIET)
     assert caught.value.exit_code == ExitCode.PROCESS_LOST
 
 

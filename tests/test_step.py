@@ -54,7 +54,7 @@ class Training:
         self.batches = [collate(chunks) for chunks in CHUNKS]
 
     def update(self, num_passes: int) -> float:
-        options = TrainingOptions(Path("unused"))
+        options = TrainingOptions((Path("unused"),))
         batches = self.batches[:num_passes]
         judge = lambda *_: UPDATE  # noqa: E731
         arguments = (self.model, self.optimizers, batches, self.distributed, options, 1e-3, judge)

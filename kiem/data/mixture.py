@@ -18,6 +18,7 @@ from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode, UserError, bad_input, bad_option
 from kiem.core.files import sha256_file
 from kiem.core.manifest import MANIFEST_FILE
+from kiem.core.values import option_flag
 from kiem.data.chunks import (
     NO_SOURCE,
     Chunks,
@@ -268,6 +269,19 @@ def describe_reads(order: ChunkOrder, num_steps: int | None) -> str:
         start = f"from update {stage.first_step + 1:,} on " if described else ""
         described.append(start + ", ".join(texts))
     return "; ".join(described)
+
+
+def warnings_of_splits(mixture: Mixture) -> Iterator[str]:
+    """Yields which directory may have for training what another one has for testing."""
+    first, *others = (*mixture.directories, *mixture.anneal)
+    for other in others:
+        for name in ("seed", "test_split"):
+            values = [each.manifest["options"].get(name) for each in (first, other)]
+            if values[0] != values[1]:
+                yield (
+                    f"{other.name} has {option_flag(name)} {values[1]}, but {first.name} "
+                    f"{values[0]}: a document of both may be trained on and tested on"
+                )
 
 
 def warnings_of_epochs(order: ChunkOrder, num_steps: int) -> Iterator[str]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import write_json
-from kiem.data.mixture import warnings_of_epochs
+from kiem.data.mixture import warnings_of_epochs, warnings_of_splits
 from kiem.optim.step import Verdict
 from kiem.parallel.parallel_model import full_tensor
 from kiem.training.checkpoint import CHECKPOINTS
@@ -155,6 +155,7 @@ def warnings_before(run: Run) -> Iterator[str]:
         if used < _MIN_USED and not run.spec.options.weights:
             yield f"the run ends after {used:.0%} of the chunks: the others are never learnt from"
         yield from warnings_of_epochs(run.spec.order, recipe.max_steps)
+    yield from warnings_of_splits(run.spec.data.mixture)
     padding = train["padding_tokens"] / (num_chunks * run.spec.data.train.chunk_size)
     if padding > _MAX_PADDING:
         yield f"{padding:.0%} of the chunks is padding: time in which nothing is learnt"
