@@ -18,6 +18,7 @@ from kiem.config import (
     EvaluationOptions,
     ExportOptions,
     InferenceOptions,
+    LadderOptions,
     LookOptions,
     PreprocessOptions,
     ReportOptions,
@@ -56,6 +57,7 @@ COMMANDS = {
         "preprocess.py", PreprocessOptions, "kiem.data.prepare.preprocess", "preprocess"
     ),
     "train": Command("training.py", TrainingOptions, "kiem.training.loop", "train"),
+    "ladder": Command(None, LadderOptions, "kiem.ladder.climb", "ladder"),
     "generate": Command("inference.py", InferenceOptions, "kiem.inference.generate", "generate"),
     "serve": Command(
         "inference.py", InferenceOptions, "kiem.inference.generate", "generate", ("--serve",)

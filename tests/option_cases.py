@@ -20,6 +20,7 @@ from kiem.config import (
     EvaluationOptions,
     ExportOptions,
     InferenceOptions,
+    LadderOptions,
     LookOptions,
     PreprocessOptions,
     ReportOptions,
@@ -36,6 +37,7 @@ REQUIRED = {
     ExportOptions: ("--model-path", "x", "--output", "x.gguf"),
     ReportOptions: ("--runs", "x"),
     AuditOptions: ("--run", "x"),
+    LadderOptions: ("--dataset-path", "x"),
     LookOptions: ("--directory", "x"),
     PreprocessOptions: (),
 }

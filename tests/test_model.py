@@ -15,7 +15,15 @@ from transformers import Gemma3ForCausalLM
 from kiem.compute.attention import attend, causal_mask
 from kiem.core.errors import ExitCode, UserError
 from kiem.model.cache import CachePass, KeyValueCache
-from kiem.model.config import GEMMA3_1B_PARAMETERS, Gemma3Config, preset, read_config
+from kiem.model.config import (
+    GEMMA3_1B_PARAMETERS,
+    Gemma3Config,
+    name_of,
+    preset,
+    read_config,
+    shape_of,
+    sizes,
+)
 from kiem.model.gemma3 import Gemma3, Recompute, initialize
 from kiem.model.io import read_model, write_model
 from kiem.model.loss import IGNORE, next_token_targets
@@ -66,6 +74,17 @@ def test_gemma3_1b_has_its_published_number_of_parameters() -> None:
         sum(p.numel() for p in model.parameters()) == preset("gemma3-nano", 16_384).num_parameters()
     )
     assert preset("gemma3-nano", 16_384).num_parameters() == pytest.approx(9.9e6, rel=0.01)
+
+
+def test_sizes_of_the_family_have_names() -> None:
+    """Each name stands for its shape, and a number for the size that is nearest."""
+    for name in sizes():
+        assert name_of(preset(name, 1000)) == name
+    assert shape_of("gemma3-20m").num_layer_parameters() == pytest.approx(20e6, rel=0.1)
+    assert name_of(shape_of("gemma3-1.4m")) == "gemma3-micro"
+    for wrong in ("gemma3-2b", "gemma3-0m", "gemma3-9999m", "gemma3-1.m", "gemma3-x", "Gemma3-1b"):
+        with pytest.raises(UserError, match="gemma3-<N>m"):
+            shape_of(wrong)
 
 
 def test_shape_equals_the_published_config() -> None:

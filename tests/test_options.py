@@ -136,7 +136,8 @@ LISTS = [
 def test_a_repeated_option_adds_to_the_list(
     command: str, name: str, kind: OptionType, tmp_path: Path
 ) -> None:
-    words = ("1", "2.5", "3") if kind.base is float else ("a", "b", "--serve")
+    numbers = {float: ("1", "2.5", "3"), int: ("1", "2", "3")}
+    words = numbers.get(kind.base, ("a", "b", "--serve"))
     a, b, c, *_ = kind.choices or words
     options, option = alone(COMMANDS[command].options, name), flag(name)
 

@@ -238,11 +238,18 @@ def test_plan_is_printed_and_nothing_is_made(sample_chunks: Path, tmp_path: Path
         *("--price", "5.67"),
     )
     assert done.returncode == 0, done.stderr
-    for text in ("4 x NVIDIA A10G", "calculated", "weights", "fit into", "tokens per second"):
+    for text in (
+        *("4 x NVIDIA A10G", "calculated", "weights", "fit into", "tokens per second"),
+        "bits per byte",
+    ):
         assert text in done.stdout, text
     assert "cost" in done.stdout
     assert not (tmp_path / "runs").exists()
-    for without_effect in (("--gpu", "a10g"), ("--plan", "--shard", "optimizer")):
+    for without_effect in (
+        ("--gpu", "a10g"),
+        ("--ladder", "x"),
+        ("--plan", "--shard", "optimizer"),
+    ):
         done = run_script(*given, *without_effect)
         assert done.returncode == ExitCode.NO_EFFECT
 

@@ -27,6 +27,7 @@ ROOMS = (
     "look",
     "audit",
     "training",
+    "ladder",
     "export",
     "cli",
     "commands",

@@ -9,6 +9,7 @@ from kiem.config.audit import AuditOptions
 from kiem.config.evaluate import EvaluationOptions
 from kiem.config.export import ExportOptions
 from kiem.config.inference import InferenceOptions
+from kiem.config.ladder import LadderOptions
 from kiem.config.limits import Penalty, Share, Temperature, TopP
 from kiem.config.look import LookOptions
 from kiem.config.preprocess import (
@@ -30,6 +31,7 @@ __all__ = [
     "EvaluationOptions",
     "ExportOptions",
     "InferenceOptions",
+    "LadderOptions",
     "LookOptions",
     "Penalty",
     "PreprocessOptions",

@@ -27,8 +27,10 @@ class TrainingOptions:
     """With --anneal: share of the updates that read it, the last ones."""
     anneal_weights: tuple[Weight, ...] = ()
     """With --anneal: as --weights."""
-    model: Literal["gemma3-1b", "gemma3-270m", "gemma3-nano", "gemma3-micro"] = "gemma3-1b"
-    """Size of the model. Its vocabulary is that of the chunk directory's tokenizer."""
+    model: Name = "gemma3-1b"
+    """Size of the model: gemma3-1b, gemma3-270m, gemma3-nano, gemma3-micro, or gemma3-<N>m such as
+    gemma3-20m, with about N million parameters beside those of the vocabulary, which is that of the
+    chunk directory's tokenizer."""
     output_dir: Path = Path("trained_models")
     """Folder in which the run directory is made."""
     run_name: Name | None = None
@@ -119,7 +121,10 @@ class TrainingOptions:
     price: Price | None = None
     """Cost of this hardware per hour, for the plan and the report."""
     plan: bool = False
-    """Only print the memory, time and cost of the training."""
+    """Only print the memory, time, cost and expected quality of the training."""
+    ladder: Path | None = None
+    """With --plan: forecast by this runs.jsonl of a ladder. Default: that of `kiem ladder` on the
+    same chunk directory, else kiem's own."""
     gpu: (
         Literal["a10g", "l4", "l40s", "rtx3090", "rtx4090", "a100-40gb", "a100", "h100", "h200"]
         | None

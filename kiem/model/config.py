@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from kiem.core.errors import ExitCode, UserError, not_found
+from kiem.core.errors import ExitCode, UserError, bad_option, not_found
 from kiem.core.json_input import convert, read_json, shown
 
 CONFIG_FILE = "config.json"
@@ -81,50 +82,102 @@ class Gemma3Config:
 
     def num_parameters(self) -> int:
         """Returns the number of trainable values, the tied embedding counted once."""
+        return self.vocab_size * self.hidden_size + self.num_layer_parameters()
+
+    def num_layer_parameters(self) -> int:
+        """Returns the same without the embedding: what the laws of size call N."""
         queries = self.num_attention_heads * self.head_dim
         keys = self.num_key_value_heads * self.head_dim
         attention = self.hidden_size * (2 * queries + 2 * keys) + 2 * self.head_dim
         mlp = 3 * self.hidden_size * self.intermediate_size
         layer = attention + mlp + 4 * self.hidden_size
-        embedding = self.vocab_size * self.hidden_size
-        return embedding + self.num_hidden_layers * layer + self.hidden_size
+        return self.num_hidden_layers * layer + self.hidden_size
+
+
+def family_shape(width: int) -> Gemma3Config:
+    """Returns the shape of a width in the family of small models, for Gemma's vocabulary.
+
+    micro and nano are its members of width 128 and 256, the rungs of `kiem ladder` others. 6 layers
+    for 256 of width, and no fewer; MLPs of 4 widths; 4 query heads that share keys and values, each
+    a quarter as wide as the residual stream. 270m and 1b are near it, but not in it: there the
+    family has 15 and 27 layers, not 18 and 26; the MLPs of 270m have 3.2 widths and those of 1b 6,
+    and the heads of 270m are wider, by 256 to 160.
+
+    Args:
+        width: of the residual stream, a multiple of 32.
+    """
+    head_dim = min(256, width // 4)
+    return Gemma3Config(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=max(6, round(6 * width / 256)),
+        head_dim=head_dim,
+        sliding_window=min(512, width),
+        query_pre_attn_scalar=head_dim,
+    )
 
 
 PRESETS = {
     "gemma3-1b": Gemma3Config(),
     "gemma3-270m": Gemma3Config(hidden_size=640, intermediate_size=2048, num_hidden_layers=18),
-    "gemma3-nano": Gemma3Config(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        head_dim=64,
-        sliding_window=256,
-        query_pre_attn_scalar=64,
-    ),
-    "gemma3-micro": Gemma3Config(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        head_dim=32,
-        sliding_window=128,
-        query_pre_attn_scalar=32,
-    ),
+    "gemma3-nano": family_shape(256),
+    "gemma3-micro": family_shape(128),
 }
 CUSTOM = "gemma3-custom"
+_FAMILY_WIDTHS = range(32, 1184, 32)
+_FAMILY_NAME = re.compile(r"gemma3-([0-9]{1,3}(?:\.[0-9]{1,4})?)m")
 # A shape that is slightly off trains well and loads nowhere.
 assert PRESETS["gemma3-1b"].num_parameters() == GEMMA3_1B_PARAMETERS
 assert PRESETS["gemma3-270m"].num_parameters() == GEMMA3_270M_PARAMETERS
 
 
+def shape_of(name: str) -> Gemma3Config:
+    """Returns the shape of a name, for Gemma's vocabulary.
+
+    Args:
+        name: a preset, or gemma3-<N>m: of the family of small models the one whose number of
+            parameters without the embedding is nearest to N million.
+
+    Raises:
+        UserError: there is no such shape.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    shapes = [family_shape(width) for width in _FAMILY_WIDTHS]
+    sizes = [shape.num_layer_parameters() / 1e6 for shape in shapes]
+    found = _FAMILY_NAME.fullmatch(name)
+    wanted = float(found[1]) if found else 0.0
+    if not sizes[0] / 1.1 <= wanted <= sizes[-1] * 1.1:
+        what = f"{name!r} is not possible"
+        fix = f"Give one of {', '.join(PRESETS)}, or gemma3-<N>m with N from 0.1 to {sizes[-1]:.0f}"
+        fix += ": N million parameters beside the vocabulary's, such as gemma3-20m."
+        raise bad_option("--model", what, fix)
+    return min(zip(sizes, shapes, strict=True), key=lambda pair: abs(pair[0] / wanted - 1))[1]
+
+
+def sizes() -> list[str]:
+    """Returns the names of all shapes, of the family and the presets, by parameters in layers."""
+    shapes = [*PRESETS.values(), *(family_shape(width) for width in _FAMILY_WIDTHS)]
+    shapes.sort(key=Gemma3Config.num_layer_parameters)
+    return list(dict.fromkeys(name_of(shape) for shape in shapes))
+
+
 def preset(name: str, vocab_size: int) -> Gemma3Config:
-    """Returns a named shape with a vocabulary of `vocab_size` rows."""
-    return replace(PRESETS[name], vocab_size=vocab_size)
+    """Returns a named shape with a vocabulary of `vocab_size` rows; errors as of `shape_of`."""
+    return replace(shape_of(name), vocab_size=vocab_size)
 
 
 def name_of(config: Gemma3Config) -> str:
-    """Returns the name of the preset that has this shape, whatever its vocabulary, or CUSTOM."""
+    """Returns the name of the shape, whatever its vocabulary, with which `shape_of` finds it.
+
+    CUSTOM if it is neither a preset nor in the family.
+    """
     shape = replace(config, vocab_size=GEMMA_VOCABULARY)
-    return next((name for name in PRESETS if PRESETS[name] == shape), CUSTOM)
+    for name, known in PRESETS.items():
+        if known == shape:
+            return name
+    is_member = config.hidden_size in _FAMILY_WIDTHS and shape == family_shape(config.hidden_size)
+    return f"gemma3-{config.num_layer_parameters() / 1e6:.3g}m" if is_member else CUSTOM
 
 
 # Written as they are, and required when read: another value means another architecture.

@@ -34,6 +34,7 @@ from kiem.planning.memory_estimate import (
     setting_of,
     usable_bytes,
 )
+from kiem.planning.print_forecast import Budget, find_ladder, print_forecast
 from kiem.planning.probe import Probe
 from kiem.planning.recipe import (
     GPU_PASS_TOKENS,
@@ -201,6 +202,12 @@ def print_plan(options: TrainingOptions, distributed: Distributed, console: Cons
     else:
         how = "calculated from published figures" if options.gpu else "measured"
         console.print(_time_table(f"time, {how}", plan, plan.step_seconds, options.price))
+        if options.init_from is None:  # no ladder tells how much a trained model learns
+            assert plan.num_steps is not None
+            text_tokens = plan.mixture.num_chunks * setting.chunk_size
+            num_tokens = plan.num_steps * plan.tokens_per_step
+            budget = Budget(config, num_tokens, text_tokens, setting.chunk_size)
+            print_forecast(budget, find_ladder(options), console)
     order = plan.mixture.order(options, plan.recipe.chunks_per_step, plan.recipe.max_steps)
     console.print(f"the training reads {describe_reads(order, plan.num_steps)}")
     for warning in warnings_of_epochs(order, plan.num_steps or 0):

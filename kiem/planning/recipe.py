@@ -20,6 +20,8 @@ from kiem.planning.memory_estimate import (
 )
 from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
+# To raise when a default changes what a training reaches: ladders do not mix versions.
+RECIPE_VERSION = 1
 SECONDS_BETWEEN_SAVES = 1800  # without --save-steps
 # Small data gets small batches: a run of whole epochs should have at least this many updates.
 _MIN_STEPS = 50
@@ -152,6 +154,8 @@ def check_options(options: TrainingOptions, world_size: int) -> None:
         raise bad_option("--branch-from", "contradicts --resume", "Give one of them.")
     if options.gpu is not None and not options.plan:
         raise no_effect("--gpu", "without --plan")
+    if options.ladder is not None and not options.plan:
+        raise no_effect("--ladder", "without --plan")
     if options.num_gpus is not None and options.gpu is None:
         raise no_effect("--num-gpus", "without --gpu")
     if options.wandb_project is not None and not has_project:

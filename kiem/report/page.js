@@ -22,21 +22,23 @@ function number(value) {
 
 function lines(data, severalRuns) {
   const label = { training: "training", test: "test", noise: "every update" };
+  const name = (series) => (series.kind in label ? `${series.run}, ${label[series.kind]}` : series.run);
   return {
     type: "line",
     data: {
       datasets: data.series.map((series) => {
         const isTest = series.kind === "test";
+        const isPoints = series.kind === "points";
         const index = (severalRuns ? series.color : isTest ? 1 : 0) % 8;
         const paint = color(`color-${index}`, series.kind === "noise" ? 0.25 : 1);
         return {
-          label: severalRuns ? `${series.run}, ${label[series.kind]}` : label[series.kind],
+          label: severalRuns ? name(series) : label[series.kind],
           data: series.y.map((y, place) => ({ x: series[axis.value][place], y })),
           borderColor: paint,
           backgroundColor: paint,
           borderWidth: series.kind === "noise" ? 1 : 2,
           borderDash: severalRuns && isTest ? [5, 4] : [],
-          pointRadius: isTest ? 3 : series.y.length === 1 ? 3 : 0,
+          pointRadius: isTest || isPoints ? 3 : series.y.length === 1 ? 3 : 0,
           pointHitRadius: 8,
           order: series.kind === "noise" ? 2 : isTest ? 0 : 1,
         };
@@ -45,7 +47,7 @@ function lines(data, severalRuns) {
     options: {
       parsing: false,
       scales: {
-        x: { type: "linear", ticks: { callback: number, maxRotation: 0 }, grid: { display: false } },
+        x: { type: data.scale ?? "linear", ticks: { callback: number, maxRotation: 0 }, grid: { display: false } },
         y: { ticks: { callback: number } },
       },
       interaction: { mode: "nearest", axis: "x", intersect: false },
@@ -130,7 +132,7 @@ function draw() {
       figure.style.height = `${70 + data.groups.length * Math.max(24, 18 * data.series.length)}px`;
     }
     const make = data.kind === "bars" ? bars : lines;
-    return new Chart(figure.querySelector("canvas"), make(data, severalRuns));
+    return new Chart(figure.querySelector("canvas"), make(data, data.several ?? severalRuns));
   });
 }
 
