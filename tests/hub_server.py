@@ -55,6 +55,7 @@ class HubServer:
         tokens: login tokens that are valid.
         accepted: login tokens that are valid and whose owner accepted every licence.
         writers: login tokens that are valid and may create and change repositories.
+        renamed: former names of repositories, with the present ones.
 
     Attributes:
         log: (method, path with query, whether a token was sent) of each request so far.
@@ -71,10 +72,12 @@ class HubServer:
         tokens: Collection[str] = (),
         accepted: Collection[str] = (),
         writers: Collection[str] = (),
+        renamed: Mapping[str, str] | None = None,
     ):
         self.gated, self.private = set(gated), set(private)
         self.tokens, self.accepted = {*tokens, *accepted, *writers}, {*accepted, *writers}
         self.writers, self.uploaded = set(writers), dict[str, bytes]()
+        self.renamed = dict(renamed or {})
         self.log: list[tuple[str, str, bool]] = []
         self.times: list[float] = []
         self.ranges: list[str] = []
@@ -243,12 +246,23 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send_file(file, {"ETag": f'"{file.sha256}"'})
         elif token and token not in hub.tokens:
             self._error(401, "Invalid credentials in Authorization header")
+        elif new_path := self._new_path(url.path):
+            query = f"?{url.query}" * bool(url.query)
+            self._send(307, b"", {"Location": new_path + query})
         elif match := _API.fullmatch(url.path):
             self._api(match, token, parse_qs(url.query))
         elif match := _RESOLVE.fullmatch(url.path):
             self._resolve(match, token)
         else:
             self._error(404, "Sorry, we can't find the page you are looking for.")
+
+    def _new_path(self, path: str) -> str | None:
+        """Returns where a path of a renamed repository leads."""
+        for old, new in self.server.hub.renamed.items():
+            for start in ("/api/", "/"):
+                if f"{path}/".startswith(f"{start}{old}/"):
+                    return path.replace(old, new, 1)
+        return None
 
     def _api(self, match: re.Match[str], token: str, query: dict[str, list[str]]) -> None:
         prefix = "datasets/" if match["type"] == "datasets" else ""

@@ -10,6 +10,7 @@ import random
 import sys
 import unicodedata
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from kiem.config import PreprocessOptions
 from kiem.data.chunks import read_manifest
 from kiem.data.clean.cleaner import normalize
 from kiem.data.prepare.preprocess import preprocess
-from kiem.data.prepare.units import plan_units
+from kiem.data.prepare.units import list_file_parts, plan_units
 from kiem.data.read.sources import resolve_source
 from kiem.tokenizer.encoding import Encoder, fast_path
 from kiem.tokenizer.tokenizer import Tokenizer
@@ -127,7 +128,8 @@ def test_planning_is_linear(tmp_path: Path) -> None:
 
         sys.setprofile(count)
         try:
-            plan = plan_units(source)
+            parts = (list_file_parts(source, number) for number in range(num_files))
+            plan = plan_units(source, [*chain.from_iterable(parts)])
         finally:
             sys.setprofile(None)
         assert sum(len(unit.parts) for unit in plan) == num_files

@@ -151,7 +151,11 @@ def test_parquet_column_of_another_type_is_refused(tmp_path: Path) -> None:
         (("nergens.jsonl",), ExitCode.NOT_FOUND),
         (("pyproject.toml",), ExitCode.BAD_INPUT),
         (("sample", "hub"), ExitCode.BAD_OPTION),
-        (("README.md", "sample"), ExitCode.BAD_OPTION),
+        (("sample", "sample"), ExitCode.BAD_OPTION),
+        (("hub", "hub:a/b"), ExitCode.BAD_OPTION),
+        (("hub:a",), ExitCode.BAD_OPTION),
+        (("hub:a/b/c",), ExitCode.BAD_OPTION),
+        (("hub:a/b:c:d:e",), ExitCode.BAD_OPTION),
     ],
 )
 def test_sources_that_cannot_be(source: tuple[str, ...], code: ExitCode) -> None:

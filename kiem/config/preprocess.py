@@ -43,9 +43,15 @@ class PreprocessOptions:
     seed: Seed = 42
     """Seed of the split."""
     source: Annotated[tuple[Name, ...], Meta(min_length=1)] = ("hub",)
-    """hub (BramVanroy/wikipedia_culturax_dutch), sample (the built-in text), or files, folders and
-    globs of .txt, .jsonl, .json, .csv, .parquet and others, see docs/formats.md; - is standard
-    input."""
+    """hub (BramVanroy/wikipedia_culturax_dutch), or any number of other sources: files, folders and
+    globs of .txt, .jsonl, .json, .csv, .parquet and others, see docs/formats.md; - for standard
+    input; sample (the built-in text); hub:OWNER/NAME, with @REVISION, :CONFIG and :SPLIT where
+    needed."""
+    hub_cache_bytes: Annotated[int, Meta(ge=1, le=10**15)] | None = None
+    """With hub:OWNER/NAME: at most so many bytes of its files on the disk. They are downloaded in
+    groups into the work directory, and removed when the next need their room; for a second reading
+    (train:N, --keep-rejected) again. The result is the same. Default: all are kept in the Hub's
+    cache."""
     text_column: Name = "text"
     """Column or key that holds a document's text; a.b is b in the column or object a."""
     document_separator: str | None = None

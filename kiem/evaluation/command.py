@@ -29,6 +29,7 @@ from kiem.data.chunks import (
     read_tokenizer,
 )
 from kiem.data.prepare.verify import verify_shards
+from kiem.data.read.hub_dataset import HUB_PREFIX
 from kiem.data.read.readers import check_effects, read_documents
 from kiem.data.read.rows import Document
 from kiem.data.read.sources import resolve_source
@@ -104,9 +105,9 @@ def evaluation_documents(options: EvaluationOptions, console: Console) -> Iterat
     if len(options.data) == 1 and (first / MANIFEST_FILE).is_file():
         _refuse(options, _TEXT_OPTIONS, "with a chunk directory")
         return islice(_test_split(first), options.max_documents)
-    if "hub" in options.data:
+    if of_hub := [name for name in options.data if name == "hub" or name.startswith(HUB_PREFIX)]:
         fix = "Give the chunk directory that preprocess.py made of it."
-        raise bad_option("--data hub", "'hub' is not text that was kept apart", fix)
+        raise bad_option(f"--data {of_hub[0]}", "is not text that was kept apart", fix)
     separator = options.document_separator
     source = resolve_source(
         options.data, None, console=console, option="--data", document_separator=separator

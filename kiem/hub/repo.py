@@ -175,7 +175,9 @@ class Repo:
         return self.error(f"{what} in the cache", fix, ExitCode.NETWORK)
 
     def error(self, what: str, fix: str, exit_code: ExitCode) -> UserError:
-        where = f"{self.kind} {self.id}" + (f" at {self.revision}" if self.revision else "")
+        is_commit = re.fullmatch("[0-9a-f]{40}", self.revision or "")
+        revision = self.revision[:12] if self.revision and is_commit else self.revision
+        where = f"{self.kind} {self.id}" + (f" at {revision}" if revision else "")
         return UserError(what, where=where, fix=fix, exit_code=exit_code)
 
     def explain(self, error: BaseException) -> tuple[str, str, ExitCode]:

@@ -25,13 +25,22 @@ from kiem.core.values import check_name, given_options, option_flag
 from kiem.data.chunks import finish_directory
 from kiem.data.clean.cleaner import Cleaning, make_cleaning
 from kiem.data.prepare.decisions import DocumentDecisions, decide
+from kiem.data.prepare.downloads import (
+    download_bytes,
+    fetch,
+    find_finished,
+    group_files,
+    place_files,
+    plan_group,
+)
 from kiem.data.prepare.second_reading import TrainingTexts, cut_documents, write_rejected
 from kiem.data.prepare.summary import describe_left_out, print_summary
-from kiem.data.prepare.units import Job, digest, open_unit, plan_units, read_rows
+from kiem.data.prepare.units import Job, Unit, digest, open_unit, read_rows
 from kiem.data.prepare.verify import verify_directory
-from kiem.data.prepare.work_directory import earlier_revision, work_directory
+from kiem.data.prepare.work_directory import recorded_source, work_directory
 from kiem.data.prepare.workers import run_units
 from kiem.data.prepare.write_splits import UnitDocuments, write_splits
+from kiem.data.read.hub_dataset import HUB_PREFIX
 from kiem.data.read.readers import check_effects
 from kiem.data.read.source_file import STANDARD_INPUT
 from kiem.data.read.sources import (
@@ -39,6 +48,7 @@ from kiem.data.read.sources import (
     Source,
     check_hub_size,
     resolve_source,
+    source_name,
     word_limit,
 )
 from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer, parse_tokenizer, write_tokenizer
@@ -81,18 +91,18 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
     source, tokenizer = _resolve(options, console)
     cleaning = make_cleaning(options, console)
     identity = _identity(options, source, tokenizer, cleaning)
-    folder = options.output_dir / directory_name(options, source.name)
+    folder = options.output_dir / directory_name(options)
     with work_directory(folder, identity, options.overwrite) as work:
         if work is None:
             console.print(f"{folder} is there already, made of the same text; verified.")
             return folder
-        # Plan, and train a vocabulary if one is wanted.
-        units = plan_units(source)
-        job = Job(options, source, units, cleaning, work, digest(identity), tokenizer)
+        source = place_files(source, work, options.hub_cache_bytes)
+        job = Job(options, source, (), cleaning, work, digest(identity), tokenizer)
+        # Train a vocabulary if one is wanted.
         if tokenizer is None:
             job = replace(job, tokenizer=_trained_tokenizer(job, console))
-        # Read, clean and encode in the workers.
-        _finish_units(job, console)
+        # Plan, and read, clean and encode in the workers.
+        job = _finish_units(job, console)
         # Decide about every document, pack, and write the chunk directory.
         decisions = decide(job)
         with new_folder(folder, overwrite=options.overwrite, temporary=work / "result") as result:
@@ -121,39 +131,47 @@ def _check_options(options: PreprocessOptions) -> None:
     if options.keep_rejected and not is_cleaned and options.on_bad_document == "stop":
         ways = "--clean, --near-duplicates, --decontaminate or --on-bad-document skip"
         raise no_effect("--keep-rejected", f"without {ways}: nothing is rejected")
+    if options.hub_cache_bytes is not None and not _is_on_hub(options):
+        raise no_effect("--hub-cache-bytes", "without a source hub:OWNER/NAME")
     vocabulary_size_to_train(options.tokenizer)
+
+
+def _is_on_hub(options: PreprocessOptions) -> bool:
+    return any(name.startswith(HUB_PREFIX) for name in options.source)
 
 
 def _resolve(options: PreprocessOptions, console: Console) -> tuple[Source, Tokenizer | None]:
     """Finds the text and loads the tokenizer; None if one is to be trained."""
+    is_default, is_on_hub = options.source == ("hub",), _is_on_hub(options)
+    recorded: dict[str, Any] = {}
+    if (is_default or is_on_hub) and not options.overwrite:
+        # Resuming needs the same text, although the dataset may have changed since.
+        recorded = recorded_source(options.output_dir / directory_name(options))
     resolve = partial(
         resolve_source,
         options.source,
         options.dataset_size,
+        recorded=recorded,
         console=console,
         document_separator=options.document_separator,
     )
     # The tokenizer before the Hub's gigabytes of text, which are useless without it.
-    source = None if options.source == ("hub",) else resolve()
+    source = None if is_default else resolve()
     if source is not None:
         check_effects(source, options.text_column)
     is_trained = vocabulary_size_to_train(options.tokenizer) is not None
     tokenizer = None if is_trained else load_tokenizer(options.tokenizer)
-    if source is None:
-        # Resuming needs the same text, although the dataset may have changed since.
-        size = options.dataset_size or DEFAULT_HUB_SIZE
-        folder = options.output_dir / directory_name(options, size)
-        source = resolve(revision=None if options.overwrite else earlier_revision(folder, size))
-    return source, tokenizer
+    return source or resolve(), tokenizer
 
 
-def directory_name(options: PreprocessOptions, source_name: str) -> str:
+def directory_name(options: PreprocessOptions) -> str:
     """Returns the name of the chunk directory: --name, or chunked_ and the size or source."""
     if options.name is not None:
         return check_name(options.name, "--name")
-    if options.source == ("hub",) or options.dataset_size is None:
-        return f"chunked_{source_name}"
-    return f"chunked_{source_name}_{options.dataset_size}"
+    if options.source == ("hub",):
+        return f"chunked_{options.dataset_size or DEFAULT_HUB_SIZE}"
+    size = f"_{options.dataset_size}" if options.dataset_size else ""
+    return f"chunked_{source_name(options.source)}{size}"
 
 
 def _identity(
@@ -180,7 +198,7 @@ def _trained_tokenizer(job: Job, console: Console) -> Tokenizer:
     file = job.folder / _VOCABULARY_FILE
     if (json_bytes := read_sealed(file)) is not None:
         return parse_tokenizer(json_bytes, job.options.tokenizer)
-    _finish_units(job, console)
+    job = _finish_units(job, console)
     decisions = decide(job)
     with console.status(f"Training a vocabulary of {vocabulary_size} entries"):
         texts, missing = TrainingTexts(job, decisions), describe_left_out(decisions.counts)
@@ -190,31 +208,70 @@ def _trained_tokenizer(job: Job, console: Console) -> Tokenizer:
     return tokenizer
 
 
-def _finish_units(job: Job, console: Console) -> None:
-    """Finishes the units, or as many of them as the word limit needs."""
-    # Check the disk.
-    num_bytes = sum(unit.num_bytes for unit in job.units)
-    finished_bytes = sum(path.stat().st_size for path in map(job.path, job.units) if path.exists())
-    needed_bytes = _OUTPUT_BYTES_PER_TEXT_BYTE * num_bytes
+def _finish_units(job: Job, console: Console) -> Job:
+    """Plans and finishes the units, or as many as the word limit needs; returns the job with them.
+
+    What is on the Hub is downloaded group by group, as far as it is needed.
+    """
+    limit, groups = job.word_limit, group_files(job)
+    units: list[Unit] = []
+    num_words = 0
+    for number, files in enumerate(groups):
+        words, needed = find_finished(job, files, len(units))
+        job = fetch(job, needed, console)
+        group = plan_group(job, files, len(units))
+        if left := [unit for unit in group if unit.number not in words]:
+            following = [] if limit else [n for later in groups[number + 1 :] for n in later]
+            _require_room(job, left, download_bytes(job, following))
+            words = _run_group(replace(job, units=left), words, num_words, console)
+        units += group
+        num_words += sum(words.values())
+        if limit is not None and num_words > limit:
+            break
+    return replace(job, units=units)
+
+
+def _require_room(job: Job, units: list[Unit], later_bytes: int) -> None:
+    """Raises a UserError if the disk has no room for units, and what is downloaded after them."""
+    num_bytes = sum(unit.num_bytes for unit in units)
+    finished_bytes = sum(path.stat().st_size for path in map(job.path, units) if path.exists())
+    needed_bytes = _OUTPUT_BYTES_PER_TEXT_BYTE * (num_bytes + later_bytes)
     needed_bytes += len(job.tokenizer.json_bytes) if job.tokenizer else 0
     require_free_space(job.folder, needed_bytes - finished_bytes, "the chunk directory")
+
+
+def _run_group(
+    job: Job, finished: dict[int, int], num_words: int, console: Console
+) -> dict[int, int]:
+    """Finishes the units of a job, or as many as the word limit needs.
+
+    Args:
+        job: with the units of a group of files that are not finished.
+        finished: the words of the others by their numbers.
+        num_words: the words of all units before the group.
+        console: for progress.
+
+    Returns:
+        The words of all finished units of the group.
+    """
     # Follow the workers until the units before the first unfinished one reach the word limit.
-    limit = job.word_limit
-    words: dict[int, int] = {}  # of finished units after an unfinished one
-    num_words = num_units = 0
+    limit, words = job.word_limit, dict(finished)
+    next_unit = min([job.units[0].number, *words])
     with (
         closing(run_units(job, console)) as running,
         Progress(console=console, transient=True) as progress,
     ):
-        bar = progress.add_task("encoding" if job.tokenizer else "reading", total=num_bytes)
+        total = sum(unit.num_bytes for unit in job.units)
+        bar = progress.add_task("encoding" if job.tokenizer else "reading", total=total)
         for unit, summary in running:
             progress.update(bar, advance=unit.num_bytes)
             words[unit.number] = summary.words
-            while num_units in words:
-                num_words += words.pop(num_units)
-                num_units += 1
+            while next_unit in words:
+                num_words += words[next_unit]
+                next_unit += 1
             if limit is not None and num_words > limit:
                 break
+    return words
 
 
 def _write_chunks(job: Job, decisions: DocumentDecisions, result: Path) -> dict[str, Any]:

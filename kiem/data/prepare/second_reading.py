@@ -19,6 +19,7 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import new_file, sha256_file
 from kiem.data.chunks import REJECTED_FILE
 from kiem.data.prepare.decisions import REJECTED, DocumentDecisions
+from kiem.data.prepare.downloads import fetch
 from kiem.data.prepare.packing import frame
 from kiem.data.prepare.split import CUT, TEST, TRAIN, find_border
 from kiem.data.prepare.units import Job, read_rows, read_unit
@@ -36,10 +37,15 @@ def read_again(
 
     Yields the decision with each, and documents with their numbers in the file.
     """
+    file = -1
     for unit, codes, rows_before in decisions.by_unit():
         is_wanted = np.isin(codes, wanted)
         if not is_wanted.any():
             continue
+        if unit.parts[0].file != file:
+            # All that is on the Hub of a unit is one file.
+            file = unit.parts[0].file
+            job = fetch(job, [file])
         rows = read_rows(unit, read_unit(job.path(unit))[0], rows_before).tolist()
         for number, (part, document) in enumerate(job.read(unit)):
             # A changed file may have more rows; the reader raises at the end of the part.

@@ -149,18 +149,28 @@ def digest(*content: Any) -> str:
     return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
 
 
-def plan_units(source: Source) -> list[Unit]:
-    """Returns the units of a source; raises a UserError at a file that cannot be read."""
+def list_file_parts(source: Source, number: int) -> list[FilePart]:
+    """Returns the parts of a file; raises a UserError if it cannot be read."""
+    return list_parts(source, UNIT_BYTES, [number])
+
+
+def plan_units(source: Source, parts: Sequence[FilePart], first: int = 0) -> list[Unit]:
+    """Returns the units of parts of a source, numbered from `first`.
+
+    None has parts of a file on the Hub and of another file.
+    """
     units: list[Unit] = []
-    parts: list[FilePart] = []
+    waiting: list[FilePart] = []
     num_bytes = 0
-    for part in list_parts(source, UNIT_BYTES):
-        if parts and num_bytes + part.num_bytes > UNIT_BYTES:
-            units.append(Unit(len(units), tuple(parts), num_bytes))
-            parts, num_bytes = [], 0
-        parts.append(part)
+    for part in parts:
+        is_other = waiting and part.file != waiting[-1].file
+        is_alone = is_other and any(source.files[p.file].remote for p in (part, waiting[-1]))
+        if waiting and (is_alone or num_bytes + part.num_bytes > UNIT_BYTES):
+            units.append(Unit(first + len(units), tuple(waiting), num_bytes))
+            waiting, num_bytes = [], 0
+        waiting.append(part)
         num_bytes += part.num_bytes
-    return [*units, Unit(len(units), tuple(parts), num_bytes)]
+    return [*units, Unit(first + len(units), tuple(waiting), num_bytes)]
 
 
 def finish_unit(unit: Unit, job: Job, encoder: Encoder | None) -> UnitSummary:

@@ -25,7 +25,10 @@ from kiem.data.prepare.verify import verify_directory
 
 _PLAN_FILE = "plan.json"
 # After these errors the same command can resume; after others it needs other input or options.
-_RESUMABLE = (ExitCode.DISK_SPACE, ExitCode.NOT_WRITABLE, ExitCode.OUT_OF_MEMORY, ExitCode.DAMAGED)
+_RESUMABLE = (
+    *(ExitCode.DISK_SPACE, ExitCode.NOT_WRITABLE, ExitCode.OUT_OF_MEMORY, ExitCode.DAMAGED),
+    *(ExitCode.NETWORK, ExitCode.HUB_LOGIN, ExitCode.HUB_LICENCE),
+)
 
 
 @contextmanager
@@ -70,15 +73,12 @@ def work_directory(
         discard(work)
 
 
-def earlier_revision(folder: Path, config: str) -> str | None:
-    """Returns the Hub dataset's commit that a chunk directory, or unfinished work on it, is of.
-
-    None if there is neither, or it is of another config.
-    """
+def recorded_source(folder: Path) -> dict[str, Any]:
+    """Returns the source that a chunk directory, or unfinished work on it, records; {}: neither."""
     work = hidden(folder, "unfinished")
     identity = read_manifest(folder) if folder.exists() else _read_plan(work)
-    source = identity.get("source", {})
-    return source.get("revision") if source.get("config") == config else None
+    source: dict[str, Any] = identity.get("source", {})
+    return source
 
 
 def _refuse_foreign(folder: Path) -> None:

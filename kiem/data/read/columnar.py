@@ -115,7 +115,8 @@ def _find_columns(schema: Any, section: Section) -> list[str]:
         fix = "Name the column that holds the text with --text-column."
         what = f"column {column!r} is {fields.field(column).type}, not a string"
         raise bad_input(name, what, fix)
-    has_label = column != "source" and fields.names.count("source") == 1
+    may_have_label = column != "source" and section.file.source is None
+    has_label = may_have_label and fields.names.count("source") == 1
     return [column, "source"] if has_label and _is_text(fields.field("source").type) else [column]
 
 

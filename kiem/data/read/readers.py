@@ -37,21 +37,30 @@ class FilePart(NamedTuple):
     num_bytes: int
 
 
-def list_parts(source: Source, part_bytes: int) -> list[FilePart]:
-    """Returns the parts of all files in order, of about `part_bytes` each if a file can be cut.
+def list_parts(
+    source: Source, part_bytes: int, numbers: Iterable[int] | None = None
+) -> list[FilePart]:
+    """Returns the parts of files in order, of about `part_bytes` each if a file can be cut.
+
+    Args:
+        source: where the files are.
+        part_bytes: about the size of a part.
+        numbers: of the files; None: all.
 
     Raises:
         UserError: a file is empty, gone, or a damaged Parquet file.
     """
     parts = []
-    for number, file in enumerate(source.files):
+    for number in range(len(source.files)) if numbers is None else numbers:
+        file = source.files[number]
         with reading_errors(file.name):
             size = file.path.stat().st_size
             if size == 0 and file.kind != "text":
                 raise bad_input(file.name, "the file is empty", "Remove it.")
             if file.kind == "parquet":
                 groups = enumerate(row_groups(file))
-                parts += [FilePart(number, n, n + 1, num_bytes) for n, (_, num_bytes) in groups]
+                of_file = [FilePart(number, n, n + 1, num_bytes) for n, (_, num_bytes) in groups]
+                parts += of_file or [FilePart(number, 0, 0, 0)]
             elif file.compression:
                 parts.append(FilePart(number, 0, sys.maxsize, size))
             elif file.kind == "json lines" or (file.kind == "text" and file.separator):
@@ -84,9 +93,10 @@ def read_parts(
             names file and line.
     """
     for part in parts:
-        label = source.files[part.file].label
+        file = source.files[part.file]
+        label, may_name_source = file.label, file.source is None
         for row in _read_rows(source, part, text_column):
-            document = document_in(row, text_column, label)
+            document = document_in(row, text_column, label, may_name_source=may_name_source)
             if document.problem is not None and on_bad == "stop":
                 raise document.problem.error(place(source, part, document.number), fix)
             yield part, document
@@ -175,7 +185,10 @@ def check_effects(source: Source, text_column: str) -> None:
     files = [file for file in source.files if file.kind == "text"]
     if not files:
         raise no_effect("--document-separator", "on this source, which has no files of text")
-    if separator == EVERY_LINE or any(_has_separator(file, separator) for file in files):
+    # What is in files that are not downloaded yet is not known.
+    if separator == EVERY_LINE or any(file.remote for file in files):
+        return
+    if any(_has_separator(file, separator) for file in files):
         return
     raise UserError(
         "has no effect: no file of text has such a line",

@@ -69,7 +69,9 @@ class Document(NamedTuple):
     problem: Problem | None = None
 
 
-def document_in(row: Row, column: str, default_source: str) -> Document:
+def document_in(
+    row: Row, column: str, default_source: str, *, may_name_source: bool = True
+) -> Document:
     """Returns the document in a row.
 
     Args:
@@ -77,6 +79,7 @@ def document_in(row: Row, column: str, default_source: str) -> Document:
         column: the column that holds the text; `a.b` is key b of the object in column a, unless
             there is a column of that name.
         default_source: its source if no column `source` has text.
+        may_name_source: whether such a column counts.
     """
     number, value = row
     if isinstance(value, Problem):
@@ -90,7 +93,7 @@ def document_in(row: Row, column: str, default_source: str) -> Document:
         if text is _MISSING:
             names = (name for name, v in _columns(value) if not isinstance(v, dict))
             return Document("", default_source, number, no_column(column, names))
-        if column != "source" and "source" in value:
+        if may_name_source and column != "source" and "source" in value:
             source = _label(value["source"]) or default_source
     problem = _text_problem(text)
     return Document("" if problem else text, source, number, problem)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from kiem.core.errors import UserError, bad_input
+from kiem.hub.repo import RemoteFile
 
 STANDARD_INPUT = "-"
 # Longer text is hardly one document, and several copies of it would be in memory.
@@ -32,6 +33,9 @@ class SourceFile(NamedTuple):
         compression: gzip, zstd, bzip2 or xz; None: not compressed.
         separator: what cuts a text file into documents; None: it is one document.
         stamp: its size and the time of its last change, by which a later change is noticed.
+        remote: where it comes from; None: it is not downloaded. Until it is, kind is what its name
+            says, and stamp says nothing.
+        source: the source of all its rows; None: they name it themselves, or the file's name does.
     """
 
     path: Path
@@ -40,10 +44,14 @@ class SourceFile(NamedTuple):
     compression: str | None
     separator: str | None
     stamp: tuple[int, int]
+    remote: RemoteFile | None = None
+    source: str | None = None
 
     @property
     def label(self) -> str:
         """The source of rows that do not name one."""
+        if self.source is not None:
+            return self.source
         if self.name == STANDARD_INPUT:
             return "stdin"
         name = Path(self.name).name

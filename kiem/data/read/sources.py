@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
-from pathlib import Path
+from itertools import groupby
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,11 @@ from kiem.core.errors import ExitCode, UserError, bad_option, no_effect
 from kiem.core.files import sha256_file
 from kiem.data.read.find_files import find_files, show_counts
 from kiem.data.read.formats import format_of, look_inside
+from kiem.data.read.hub_dataset import HUB_PREFIX, HubName, find_hub_files, parse_hub_name
 from kiem.data.read.source_file import STANDARD_INPUT, SourceFile, file_stamp, reading_errors
 from kiem.data.read.text_files import BLANK_LINES, EVERY_LINE
+from kiem.data.source_record import hub_file_name, list_sources
+from kiem.hub.dataset import local_path
 from kiem.hub.transfer import download_dataset_files
 
 DEFAULT_HUB_SIZE = "10k"
@@ -53,17 +58,19 @@ def resolve_source(
     source: tuple[str, ...],
     dataset_size: str | None,
     *,
-    revision: str | None = None,
+    recorded: dict[str, Any] | None = None,
     console: Console | None = None,
     option: str = "--source",
     document_separator: str | None = None,
 ) -> Source:
-    """Finds (and for the Hub, downloads) the files that an option names.
+    """Finds the files that an option names, and downloads those of the Hub dataset.
 
     Args:
-        source: ("hub",), ("sample",), or files, folders, globs and standard input ("-").
+        source: ("hub",), or any number of "sample", hub:OWNER/NAME (whose files are not downloaded
+            here), files, folders, globs and standard input ("-").
         dataset_size: the Hub dataset's config; ignored for other sources.
-        revision: the Hub dataset's commit, by default the newest.
+        recorded: what a manifest records of these sources. Of the Hub, the commits in it are taken
+            in place of the newest.
         console: for the progress of a download, and the files that are not read.
         option: the option's name, for messages.
         document_separator: what cuts text files into documents; None: each is one.
@@ -71,6 +78,7 @@ def resolve_source(
     Raises:
         UserError: unknown size, no such file, a file that cannot be read, or trouble with the Hub.
     """
+    recorded = recorded or {}
     if document_separator is not None:
         if not document_separator.strip() or len(document_separator.splitlines()) > 1:
             what = f"{document_separator!r} is not the text of one line"
@@ -79,14 +87,72 @@ def resolve_source(
         if source == ("hub",):
             raise no_effect("--document-separator", "on the Hub dataset, whose documents are rows")
     if source == ("hub",):
-        return _resolve_hub(dataset_size or DEFAULT_HUB_SIZE, revision, console)
-    if source == ("sample",):
-        path = Path(str(resources.files("kiem.data.read") / "sample" / "dutch.jsonl"))
-        return _files_source("sample", "sample", [(path, "sample")], document_separator)
-    if "hub" in source or "sample" in source:
-        fix = "Give either one of them, or files."
-        raise bad_option(option, "'hub' and 'sample' stand alone", fix)
-    return local_source(source, option, console, document_separator)
+        size = dataset_size or DEFAULT_HUB_SIZE
+        is_same = recorded.get("config") == size and "split" not in recorded
+        return _resolve_hub(size, recorded.get("revision") if is_same else None, console)
+    if "hub" in source:
+        fix = f"Beside other sources, write {HUB_PREFIX}{HUB_DATASET}:{DEFAULT_HUB_SIZE}."
+        raise bad_option(option, "'hub' stands alone", fix)
+    earlier = dict(enumerate(list_sources(recorded))) if recorded else {}
+    parts: list[Source] = []
+    for kind, patterns in groupby(source, _kind_of_source):
+        if kind == "files":
+            parts.append(local_source([*patterns], option, console, document_separator))
+            continue
+        for pattern in patterns:
+            if kind == "sample":
+                path = Path(str(resources.files("kiem.data.read") / "sample" / "dutch.jsonl"))
+                found = [(path, "sample")]
+                parts.append(_files_source("sample", "sample", found, document_separator))
+            else:
+                name = parse_hub_name(pattern, option)
+                before = earlier.get(len(parts), {})
+                if name.revision is None and before.get("dataset") == name.dataset:
+                    name = name._replace(revision=before["revision"])
+                parts.append(_hub_source(name, option, console, document_separator))
+    return _join(parts, option)
+
+
+def source_name(source: tuple[str, ...], option: str = "--source") -> str:
+    """Returns the `Source.name` of files, folders and so on, without reading them.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    first = source[0]
+    if first.startswith(HUB_PREFIX):
+        return parse_hub_name(first, option).folder_name
+    if first == "sample":
+        return first
+    if first == STANDARD_INPUT:
+        return "stdin"
+    if Path(first).is_dir():
+        return Path(first).resolve().name
+    (path, _), *_ = find_files([first], option)[0]
+    return path.name.split(".")[0]
+
+
+def _kind_of_source(pattern: str) -> str:
+    if pattern.startswith(HUB_PREFIX):
+        return "hub"
+    return "sample" if pattern == "sample" else "files"
+
+
+def _join(parts: list[Source], option: str) -> Source:
+    """Returns several sources as one; raises a UserError if two have a file in common."""
+    files = [file for part in parts for file in part.files]
+    counts = Counter(
+        file.name if file.remote or file.name == STANDARD_INPUT else os.path.realpath(file.path)
+        for file in files
+    )
+    if repeated := sorted(name for name, count in counts.items() if count > 1):
+        fix = "Name each file once, so that its text does not count double."
+        raise bad_option(option, f"named twice: {', '.join(repeated[:5])}", fix)
+    if len(parts) == 1:
+        return parts[0]
+    description = {"kind": "several", "sources": [part.description for part in parts]}
+    not_read = sum((part.not_read for part in parts), Counter[str]())
+    return Source(parts[0].name, files, description, not_read)
 
 
 def local_source(
@@ -101,14 +167,14 @@ def local_source(
         UserError: there is no such file, or one cannot be read.
     """
     found, not_read = find_files(patterns, option)
+    _warn_not_read(not_read, option, console)
+    name = source_name((*patterns,), option)
+    return replace(_files_source(name, "files", found, document_separator), not_read=not_read)
+
+
+def _warn_not_read(not_read: Counter[str], option: str, console: Console | None) -> None:
     if not_read and console is not None:
         warn(console, f"{option}: not read: {show_counts(not_read)}")
-    first = Path(patterns[0])
-    if patterns[0] == STANDARD_INPUT:
-        name = "stdin"
-    else:
-        name = first.resolve().name if first.is_dir() else found[0][0].name.split(".")[0]
-    return replace(_files_source(name, "files", found, document_separator), not_read=not_read)
 
 
 def _files_source(
@@ -124,6 +190,32 @@ def _files_source(
             file = SourceFile(path, file_name, *file_format, separator, stamp)
             files.append(look_inside(file))
     return Source(name, files, {"kind": kind, "sha256": hashes})
+
+
+def _hub_source(
+    name: HubName, option: str, console: Console | None, separator: str | None
+) -> Source:
+    """Returns a source on the Hub, with files that are not downloaded yet."""
+    found = find_hub_files(name, console)
+    _warn_not_read(found.not_read, f"{option} {HUB_PREFIX}{name.dataset}", console)
+    files = []
+    for remote in found.files:
+        kind = format_of(PurePosixPath(remote.name).name)
+        assert kind is not None
+        stamp = (remote.num_bytes, 0)
+        path, shown = local_path(remote), hub_file_name(remote.repo, remote.name)
+        files.append(SourceFile(path, shown, *kind, separator, stamp, remote, found.label))
+    description = {
+        "kind": "hub",
+        "dataset": name.dataset,
+        "config": found.config,
+        "split": found.split,
+        "revision": found.dataset.commit,
+        "files": [remote.name for remote in found.files],
+        "blobs": [remote.blob for remote in found.files],
+        "licence": found.licence,
+    }
+    return Source(name.folder_name, files, description, found.not_read)
 
 
 def check_hub_size(dataset_size: str) -> None:

@@ -1,0 +1,302 @@
+"""--source hub:OWNER/NAME, from the Hub's HTTP to the chunk directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_client import ACCEPTED, NOT_ACCEPTED
+from hub_layouts import CONFIGS, LAYOUTS, entry, json_lines, parquet
+from hub_runs import Run, downloaded, manifest_of, run_all, watched
+from hub_server import HubServer
+
+from kiem.core.errors import ExitCode
+from kiem.data.source_record import list_source_files
+
+WIKI, FINEWEB, C4 = (
+    "hub:wikimedia/wikipedia:20231101.nl",
+    "hub:HuggingFaceFW/fineweb-2:nld_Latn",
+    "hub:allenai/c4:nl",
+)
+LINES = {f"data/{n}.jsonl": json_lines(f"deel {n} ") * 9 for n in range(5)}
+REPOS = {
+    **{f"datasets/{name}": layout.files() for name, layout in LAYOUTS.items()},
+    "datasets/some/lines": LINES,
+    "datasets/some/empty": {".gitattributes": b""},
+    "datasets/some/program": {"program.py": b"", "README.md": b"# Text"},
+    "datasets/some/pictures": {"train/1.png": b"", "train/metadata.pdf": b""},
+    "datasets/some/folders": {"10k/train.csv": b"text\na\n", "1M/train.csv": b"text\nb\n"},
+    "datasets/some/no-yaml": {"README.md": b"---\nconfigs: [\n---\n", "a.csv": b"text\na\n"},
+    "datasets/some/odd-card": {"README.md": b"---\nconfigs:\n- x\n---\n", "a.csv": b"text\na\n"},
+    "datasets/some/no-such-files": {
+        "README.md": f"---\n{CONFIGS}{entry('a', 'train=a/*.parquet')}\n---\n".encode(),
+        "b/1.parquet": parquet("b"),
+    },
+    "datasets/some/odd-pattern": {
+        "README.md": f"---\n{CONFIGS}{entry('a', 'train=a**.parquet')}\n---\n".encode(),
+        "a/1.parquet": parquet("a"),
+    },
+    "datasets/some/secret": {"a.csv": b"text\na\n"},
+}
+COMMON = ("--chunk-size", "32", "--test-split", "0.1", "--num-proc", "2")
+# Small and soon made.
+TRAIN = ("--tokenizer", "train:512", *COMMON)
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer(
+        REPOS,
+        gated=["datasets/uonlp/CulturaX"],
+        private=["datasets/some/secret"],
+        tokens=[NOT_ACCEPTED],
+        accepted=[ACCEPTED],
+        renamed={"datasets/old/lines": "datasets/some/lines"},
+    ) as server:
+        yield server
+
+
+# Sources, login token, exit code, and what the message says.
+REFUSALS = {
+    "several configs": (
+        FINEWEB[:-9],
+        "",
+        ExitCode.BAD_OPTION,
+        ["has 3 configs", "as in hub:HuggingFaceFW/fineweb-2:fry_Latn", "nld_Latn_removed"],
+    ),
+    "unknown config": (
+        WIKI + "x",
+        "",
+        ExitCode.NOT_FOUND,
+        ["no config 20231101.nlx", "There is: 20231101.fy, 20231101.nl."],
+    ),
+    "unknown split": (
+        C4 + ":test",
+        "",
+        ExitCode.NOT_FOUND,
+        ["no split test", "There is: train, validation.", "hub:allenai/c4:nl:train"],
+    ),
+    "folders are configs": (
+        "hub:some/folders",
+        "",
+        ExitCode.BAD_OPTION,
+        ["2 configs", "There is: 10k, 1M."],
+    ),
+    "unknown folder": (
+        "hub:some/folders:100k",
+        "",
+        ExitCode.NOT_FOUND,
+        ["no config 100k", "There is: 10k, 1M."],
+    ),
+    "no configs": ("hub:some/lines:nl", "", ExitCode.NOT_FOUND, ["no config nl", "leave it out"]),
+    "unknown revision": (
+        "hub:some/lines@v9",
+        "",
+        ExitCode.NOT_FOUND,
+        ["some/lines at v9", "no such revision"],
+    ),
+    "empty": (
+        "hub:some/empty",
+        "",
+        ExitCode.NOT_FOUND,
+        ["no file that can be read", "There is: .gitattributes."],
+    ),
+    "a program": (
+        "hub:some/program",
+        "",
+        ExitCode.NOT_FOUND,
+        ["does not run its program", "hub:some/program@refs/convert/parquet"],
+    ),
+    "no text": (
+        "hub:some/pictures",
+        "",
+        ExitCode.NOT_FOUND,
+        ["no file that can be read", "train/1.png"],
+    ),
+    "files of the card": (
+        "hub:some/no-such-files",
+        "",
+        ExitCode.NOT_FOUND,
+        ["config a has no file", "There is: README.md, b/1.parquet."],
+    ),
+    "pattern": (
+        "hub:some/odd-pattern",
+        "",
+        ExitCode.BAD_INPUT,
+        ["README.md, cannot be read", "'**'"],
+    ),
+    "no YAML": (
+        "hub:some/no-yaml",
+        "",
+        ExitCode.BAD_INPUT,
+        ["README.md, cannot be read", "not YAML"],
+    ),
+    "odd card": (
+        "hub:some/odd-card",
+        "",
+        ExitCode.BAD_INPUT,
+        ["README.md, cannot be read", "configs[0]"],
+    ),
+    "not logged in": (
+        "hub:uonlp/CulturaX:nl",
+        "",
+        ExitCode.HUB_LOGIN,
+        ["licence to accept", "https://huggingface.co/datasets/uonlp/CulturaX", "hf auth login"],
+    ),
+    "licence": (
+        "hub:uonlp/CulturaX:nl",
+        NOT_ACCEPTED,
+        ExitCode.HUB_LICENCE,
+        ["not accepted its licence", "https://huggingface.co/datasets/uonlp/CulturaX"],
+    ),
+    "private": ("hub:some/secret", "", ExitCode.HUB_LOGIN, ["does not exist, or it is private"]),
+    "not there": ("hub:some/thing", ACCEPTED, ExitCode.NOT_FOUND, ["no such dataset"]),
+    "named twice": (
+        f"{C4} sample {C4}:train",
+        "",
+        ExitCode.BAD_OPTION,
+        ["named twice: hub:allenai/c4/multilingual/"],
+    ),
+    "no column": (
+        "hub:some/lines --text-column tekst",
+        "",
+        ExitCode.BAD_INPUT,
+        ["hub:some/lines/data/", ".jsonl:1: no column 'tekst'"],
+    ),
+    "bound": (
+        "hub:some/lines --hub-cache-bytes 99",
+        "",
+        ExitCode.BAD_OPTION,
+        ["data/0.jsonl of some/lines alone has", "all 5 files have"],
+    ),
+    "no bound": ("sample --hub-cache-bytes 99", "", ExitCode.NO_EFFECT, ["--hub-cache-bytes"]),
+}
+
+
+def test_refusals_say_what_there_is(hub: HubServer, tmp_path: Path) -> None:
+    found: dict[str, Run] = {}
+    for token in ("", NOT_ACCEPTED, ACCEPTED):
+        names = [name for name, case in REFUSALS.items() if case[1] == token]
+        lines = [
+            ["--source", *REFUSALS[name][0].split(" "), *TRAIN, "--output-dir", tmp_path / "out"]
+            for name in names
+        ]
+        found |= zip(names, run_all(hub, tmp_path / "cache", lines, token=token), strict=True)
+    for name, (_, _, code, says) in REFUSALS.items():
+        run = found[name]
+        assert run.code == code, (name, run.err)
+        for part in says:
+            assert part in run.err, name
+    assert not [*(tmp_path / "out").glob("*")]
+
+
+def test_every_layout_is_read(hub: HubServer, tmp_path: Path) -> None:
+    """All of them at once; of each only the files that are needed are downloaded."""
+    sources = [
+        f"hub:{name}:{layout.wanted or ''}:{layout.split}" for name, layout in LAYOUTS.items()
+    ]
+    line = ["--source", *sources, "sample", *TRAIN, "--output-dir", tmp_path, "--name", "all"]
+    (run,) = run_all(
+        hub, tmp_path / "cache", [line, ["--verify", tmp_path / "all"]], token=ACCEPTED
+    )[:1]
+    assert run.code == 0, run.err
+    manifest = manifest_of(tmp_path / "all")
+    *entries, sample = manifest["source"]["sources"]
+    assert sample["kind"] == "sample"
+    assert [entry["dataset"] for entry in entries] == [*LAYOUTS]
+    for found, (name, layout) in zip(entries, LAYOUTS.items(), strict=True):
+        assert (found["files"], found["split"]) == ([*layout.found], layout.split), name
+        assert len(found["blobs"]) == len(found["files"])
+    assert sorted(downloaded(hub)) == sorted(
+        {file for layout in LAYOUTS.values() for file in layout.found}
+    )
+    licences = {entry["dataset"]: entry["licence"] for entry in entries}
+    assert licences["wikimedia/wikipedia"] == ["cc-by-sa-3.0", "gfdl"]
+    assert (licences["names/zst"], licences["names/numbered"]) == ("eigen", None)
+    # A dataset is one source, whatever its column `source` has.
+    counts = [manifest["splits"][split]["documents_per_source"] for split in ("train", "test")]
+    assert {*counts[0], *counts[1]} >= {name[4:] for name in (WIKI, FINEWEB, C4)} | {
+        "names/one-file"
+    }
+    assert len({*counts[0], *counts[1]}) == len(LAYOUTS) + 1
+    assert [*manifest["documents_per_file"]] == list_source_files(manifest["source"])
+    assert "not read: 1 file (.txt 1)" in run.out
+    assert manifest["not_read"] == {".txt": 1}
+
+
+def test_beside_files_and_the_sample(hub: HubServer, tmp_path: Path) -> None:
+    (tmp_path / "eigen.jsonl").write_bytes(json_lines("eigen"))
+    line = ["--source", tmp_path / "eigen.jsonl", "hub:old/lines", "sample", *TRAIN]
+    (run,) = run_all(hub, tmp_path / "cache", [[*line, "--output-dir", tmp_path / "out"]])
+    assert run.code == 0, run.err
+    assert "warning: the dataset old/lines is called some/lines on the Hub now" in run.out
+    manifest = manifest_of(tmp_path / "out" / "chunked_eigen")
+    assert [entry["kind"] for entry in manifest["source"]["sources"]] == ["files", "hub", "sample"]
+    per_source = manifest["splits"]["train"]["documents_per_source"]
+    assert per_source.keys() == {"eigen", "old/lines", "sample"}
+
+
+ALL_PASSES = ("--keep-rejected", "--on-bad-document", "skip", "--packing", "best-fit")
+
+
+def test_the_bound_holds_and_does_not_change_the_result(hub: HubServer, tmp_path: Path) -> None:
+    files = {**LINES, "data/3.jsonl": LINES["data/3.jsonl"] + b'{"text": null}\n'}
+    hub.commit("datasets/some/lines", files)
+    largest = max(map(len, files.values()))
+    source = ["--source", "hub:some/lines", "sample", C4, *TRAIN, *ALL_PASSES, "--output-dir"]
+    (free,) = run_all(hub, tmp_path / "cache", [[*source, tmp_path / "free"]])
+    assert free.code == 0, free.err
+    whole = manifest_of(tmp_path / "free" / "chunked_lines")
+    assert whole["rejected"] == {"not a string": 1}
+    for bound in (2 * largest + 1, 10**9):
+        hub.log.clear()
+        folder = tmp_path / str(bound)
+        with watched(folder, "hub") as sizes:
+            line = [*source, folder, "--hub-cache-bytes", str(bound)]
+            (run,) = run_all(hub, tmp_path / "none", [line])
+        assert run.code == 0, run.err
+        assert 0 < max(sizes) <= bound
+        assert manifest_of(folder / "chunked_lines") == whole
+        assert [path.name for path in folder.iterdir()] == ["chunked_lines"]
+        num_gets = sum(m == "GET" and "data/0.jsonl" in path for m, path, _ in hub.log)
+        # It is read, read for the vocabulary, and encoded.
+        assert num_gets == 1 if bound == 10**9 else num_gets >= 3
+    assert not [*(tmp_path / "none").rglob("*.jsonl")]
+
+
+# Before the files of the fourth group are downloaded; the run before asks for files twice.
+KILLED = """
+import os
+from kiem.data.prepare import preprocess
+fetch, count = preprocess.fetch, 0
+def fetch_or_die(*arguments):
+    global count
+    count += 1
+    if count == 2 + 4: os._exit(9)
+    return fetch(*arguments)
+preprocess.fetch = fetch_or_die
+"""
+
+
+def test_an_interrupted_run_goes_on_with_another_bound(hub: HubServer, tmp_path: Path) -> None:
+    """The dataset changes meanwhile; what is finished is neither made nor downloaded again."""
+    bound = str(max(map(len, LINES.values())))
+    tokenizer = tmp_path / "first" / "chunked_sample"
+    line = ["--source", "hub:some/lines", "--tokenizer", tokenizer, *COMMON]
+    bounded = [*line, "--output-dir", tmp_path / "cut", "--hub-cache-bytes", bound]
+    first = ["--source", "sample", *TRAIN, "--output-dir", tmp_path / "first"]
+    assert len(run_all(hub, tmp_path / "cache", [first, bounded], first=KILLED)) == 1
+    assert (
+        run_all(hub, tmp_path / "cache", [[*line, "--output-dir", tmp_path / "whole"]])[0].code == 0
+    )
+    hub.commit("datasets/some/lines", {**LINES, "data/0.jsonl": json_lines("nieuw")})
+    hub.log.clear()
+    (run,) = run_all(hub, tmp_path / "none", [[*bounded[:-1], "10000"]])
+    assert run.code == 0, run.err
+    # Of the first one is only asked whether it may be downloaded.
+    assert not [path for method, path, _ in hub.log if method == "GET" and "data/0" in path]
+    assert downloaded(hub) == ["data/0.jsonl", "data/3.jsonl", "data/4.jsonl"]
+    assert manifest_of(tmp_path / "cut" / "chunked_lines") == manifest_of(
+        tmp_path / "whole" / "chunked_lines"
+    )
