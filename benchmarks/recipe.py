@@ -40,7 +40,10 @@ from kiem.core.errors import bad_option
 from kiem.core.values import option_types
 from kiem.data.chunks import read_manifest
 from kiem.evaluation.significance import compare
+from kiem.model.config import preset
 from kiem.parallel.distributed import Distributed, init_distributed
+from kiem.planning.memory_estimate import setting_of
+from kiem.planning.recipe import resolve_recipe
 from kiem.training.loop import train_updates
 from kiem.training.setup import setup
 from kiem.training.validation import evaluate
@@ -48,7 +51,13 @@ from kiem.training.validation import evaluate
 Size = Literal["tiny", "small", "nano"]
 _DEFAULT = "default"  # the variant without a change
 _EVALUATION_TOKENS = 32_768
-_CODE = ("kiem/optim/*.py", "kiem/planning/recipe.py", "benchmarks/recipe_candidates.py")
+# What a result follows from besides shape and text: code, and defaults of options.
+_CODE = ("kiem/optim/muon.py", "kiem/optim/optimizer.py", "kiem/optim/step.py")
+_CANDIDATES = "benchmarks/recipe_candidates.py"
+_OPTIONS = (
+    *("optimizer", "schedule", "warmup_ratio", "weight_decay"),
+    *("max_grad_norm", "z_loss", "spike_sigmas", "document_mask"),
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,7 @@ class Key:
         size: of the model.
         updates: of the default; the variant may have a share of them.
         variant, seed, precision: of this run.
+        learning_rate: the highest, chosen or by default.
         text, code: hashes.
     """
 
@@ -107,6 +117,7 @@ class Key:
     variant: str
     seed: int
     precision: str
+    learning_rate: float
     text: str
     code: str
 
@@ -135,10 +146,12 @@ def run_all(
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """Returns the results of each variant by seed, and does the runs that are missing."""
     results: dict[str, dict[int, dict[str, Any]]] = {}
-    text, precision = text_hash(data), distributed.precision
+    text = text_hash(data)
     for seed in options.seeds:  # all variants with one seed, then the next: they can be compared
         for variant in dict.fromkeys((_DEFAULT, *options.variants)):
-            key = Key(size, updates, variant, seed, precision, text, code_hash(variant))
+            rate = learning_rate(SHAPES[size], variant, data, distributed)
+            run = (size, updates, variant, seed, distributed.precision, rate)
+            key = Key(*run, text, code_hash(variant))
             result = finished(options.runs).get(key)
             if result is None and not options.only_compare:
                 result = train(key, data, distributed)
@@ -162,24 +175,14 @@ def finished(path: Path) -> dict[Key, dict[str, Any]]:
 def train(key: Key, data: Path, distributed: Distributed) -> dict[str, Any]:
     """Trains, and returns bits per byte on test chunks and the processor time of an update."""
     shape = SHAPES[key.size]  # type: ignore[index]
-    changes, settings, share = read_variant(key.variant)
+    _, settings, share = read_variant(key.variant)
     with tempfile.TemporaryDirectory() as folder:
-        options = TrainingOptions(
-            dataset_path=(data,),
+        options = replace(
+            training_options(shape, key.variant, data),
             output_dir=Path(folder),
-            run_name="run",
-            model=shape.model,
             max_steps=round(share * key.updates),
-            batch_size=shape.chunks_per_update,
-            gradient_accumulation_steps=1,
-            eval_steps=0,
-            save_steps=0,
-            minimal_pairs="never",
-            sample_prompt=(),
-            compile="never",
             seed=key.seed,
         )
-        options = replace(options, **changes)
         with setup(options, distributed, Console(quiet=True)) as (run, state):
             if settings:
                 run = replace(run, optimizers=[Trial(run, Settings(**settings))])
@@ -193,6 +196,32 @@ def train(key: Key, data: Path, distributed: Distributed) -> dict[str, Any]:
         "milliseconds_per_update": round(1000 * seconds, 1),
         "skipped": state.num_skipped,
     }
+
+
+def training_options(shape: Shape, variant: str, data: Path) -> TrainingOptions:
+    """Returns a variant's options, but for length, seed and place."""
+    options = TrainingOptions(
+        dataset_path=(data,),
+        run_name="run",
+        model=shape.model,
+        max_steps=1,
+        batch_size=shape.chunks_per_update,
+        gradient_accumulation_steps=1,
+        eval_steps=0,
+        save_steps=0,
+        minimal_pairs="never",
+        sample_prompt=(),
+        compile="never",
+    )
+    return replace(options, **read_variant(variant)[0])
+
+
+def learning_rate(shape: Shape, variant: str, data: Path, distributed: Distributed) -> float:
+    """Returns the learning rate of a variant, as training.py resolves it."""
+    options = training_options(shape, variant, data)
+    config = preset(shape.model, shape.vocabulary)
+    setting = setting_of(config, options, distributed, shape.chunk_size)
+    return resolve_recipe(options, setting, num_chunks=1, usable=sys.maxsize).learning_rate
 
 
 def read_variant(variant: str) -> tuple[dict[str, Any], dict[str, float], float]:
@@ -227,17 +256,15 @@ def text_hash(data: Path) -> str:
 
 
 def code_hash(variant: str) -> str:
-    """Returns the hash of the code that updates weights and of its defaults, without comments."""
+    """Returns the hash of the code that updates weights, without comments, and of its defaults."""
+    content = [str([getattr(TrainingOptions, name) for name in _OPTIONS])]
     _, settings, _ = read_variant(variant)
-    defaults = [field.default for field in dataclasses.fields(TrainingOptions)][1:]
-    content = [repr(defaults)]
-    for pattern in _CODE if settings else _CODE[:-1]:
-        for path in sorted(ROOT.glob(pattern)):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            for node in ast.walk(tree):
-                if isinstance(body := getattr(node, "body", None), list):
-                    node.body = [each for each in body if not is_text(each)]  # type: ignore[attr-defined]
-            content.append(ast.dump(tree))
+    for name in (*_CODE, *((_CANDIDATES,) if settings else ())):
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(body := getattr(node, "body", None), list):
+                node.body = [each for each in body if not is_text(each)]  # type: ignore[attr-defined]
+        content.append(ast.dump(tree))
     return hashlib.sha256("".join(content).encode()).hexdigest()[:12]
 
 
