@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from conftest import run_script
 from hub_client import ACCEPTED, NOT_ACCEPTED
 from hub_layouts import CONFIGS, LAYOUTS, entry, json_lines, parquet
 from hub_runs import Run, downloaded, manifest_of, run_all, watched
@@ -42,6 +46,15 @@ REPOS = {
 COMMON = ("--chunk-size", "32", "--test-split", "0.1", "--num-proc", "2")
 # Small and soon made.
 TRAIN = ("--tokenizer", "train:512", *COMMON)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    options = ("--source", "sample", *TRAIN, "--output-dir", folder)
+    done = run_script("preprocess.py", *options)
+    assert done.returncode == 0, done.stderr
+    return folder / "chunked_sample"
 
 
 @pytest.fixture
@@ -265,7 +278,7 @@ def test_the_bound_holds_and_does_not_change_the_result(hub: HubServer, tmp_path
     assert not [*(tmp_path / "none").rglob("*.jsonl")]
 
 
-# Before the files of the fourth group are downloaded; the run before asks for files twice.
+# Before the files of the fourth group are downloaded.
 KILLED = """
 import os
 from kiem.data.prepare import preprocess
@@ -273,20 +286,20 @@ fetch, count = preprocess.fetch, 0
 def fetch_or_die(*arguments):
     global count
     count += 1
-    if count == 2 + 4: os._exit(9)
+    if count == 4: os._exit(9)
     return fetch(*arguments)
 preprocess.fetch = fetch_or_die
 """
 
 
-def test_an_interrupted_run_goes_on_with_another_bound(hub: HubServer, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_with_another_bound(
+    hub: HubServer, tokenizer: Path, tmp_path: Path
+) -> None:
     """The dataset changes meanwhile; what is finished is neither made nor downloaded again."""
     bound = str(max(map(len, LINES.values())))
-    tokenizer = tmp_path / "first" / "chunked_sample"
     line = ["--source", "hub:some/lines", "--tokenizer", tokenizer, *COMMON]
     bounded = [*line, "--output-dir", tmp_path / "cut", "--hub-cache-bytes", bound]
-    first = ["--source", "sample", *TRAIN, "--output-dir", tmp_path / "first"]
-    assert len(run_all(hub, tmp_path / "cache", [first, bounded], first=KILLED)) == 1
+    assert run_all(hub, tmp_path / "cache", [bounded], first=KILLED) == []
     assert (
         run_all(hub, tmp_path / "cache", [[*line, "--output-dir", tmp_path / "whole"]])[0].code == 0
     )
@@ -300,3 +313,57 @@ def test_an_interrupted_run_goes_on_with_another_bound(hub: HubServer, tmp_path:
     assert manifest_of(tmp_path / "cut" / "chunked_lines") == manifest_of(
         tmp_path / "whole" / "chunked_lines"
     )
+
+
+def test_no_more_is_downloaded_than_the_words_need(
+    hub: HubServer, tokenizer: Path, tmp_path: Path
+) -> None:
+    line = ["--source", "hub:some/lines", "--tokenizer", tokenizer, *COMMON, "--dataset-size"]
+    bound = ["--hub-cache-bytes", str(max(map(len, LINES.values())))]
+    line += ["200", *bound, "--output-dir", tmp_path / "out"]
+    (run,) = run_all(hub, tmp_path / "cache", [line])
+    assert run.code == 0, run.err
+    assert downloaded(hub) == ["data/0.jsonl"]
+    manifest = manifest_of(tmp_path / "out" / "chunked_lines_200")
+    assert manifest["word_limit"]["reached_in"] == "hub:some/lines/data/0.jsonl"
+    assert manifest["word_limit"]["files_not_read"] == 4
+
+
+def test_trouble_on_the_way_costs_only_what_is_left(
+    hub: HubServer, tokenizer: Path, tmp_path: Path
+) -> None:
+    line = ["--source", "hub:some/lines", "--tokenizer", tokenizer, *COMMON]
+    bound = ["--hub-cache-bytes", str(max(map(len, LINES.values())))]
+    bounded = [*line, *bound, "--output-dir", tmp_path / "cut"]
+    hub.fail(403, times=1000, match="data/3")
+    (run,) = run_all(hub, tmp_path / "none", [bounded])
+    assert run.code == ExitCode.NETWORK
+    assert "error 403" in run.err
+    hub.clear_faults()
+    hub.log.clear()
+    again, once_more = run_all(hub, tmp_path / "none", [bounded, bounded])
+    assert again.code == 0, again.err
+    assert downloaded(hub) == ["data/0.jsonl", "data/3.jsonl", "data/4.jsonl"]
+    assert "is there already" in once_more.out
+    # Without a bound the files stay in the cache, and that is enough.
+    free, offline = (
+        run_all(hub, tmp_path / "cache", [[*line, "--output-dir", tmp_path / name]], **variables)[0]
+        for name, variables in (("free", {}), ("offline", {"HF_HUB_OFFLINE": "1"}))
+    )
+    assert (free.code, offline.code) == (0, 0), free.err + offline.err
+    assert "only what the cache has is read, which may not be all" in offline.out
+    manifests = [manifest_of(tmp_path / f / "chunked_lines") for f in ("cut", "free", "offline")]
+    assert manifests[0] == manifests[1] == manifests[2]
+
+
+def test_columns_within_columns(hub: HubServer, tokenizer: Path, tmp_path: Path) -> None:
+    rows = [{"translation": {"nl": f"Regel {n} over de vaart.", "fy": None}} for n in range(90)]
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    hub.commit("datasets/some/lines", {"train.parquet": file.getvalue()})
+    line = ["--source", "hub:some/lines", "--tokenizer", tokenizer, *COMMON]
+    given = ["--text-column", "translation.nl", "--output-dir", tmp_path / "out"]
+    (run,) = run_all(hub, tmp_path / "cache", [[*line, *given]])
+    assert run.code == 0, run.err
+    splits = manifest_of(tmp_path / "out" / "chunked_lines")["splits"]
+    assert sum(split["words"] for split in splits.values()) == 90 * 5

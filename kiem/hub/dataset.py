@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,8 @@ def download_files(
     """
     by_commit: dict[Repo, list[RemoteFile]] = {}
     for file in files:
-        by_commit.setdefault(Repo("dataset", file.repo, file.commit), []).append(file)
+        repo = Repo("dataset", file.repo, file.commit)
+        repo = replace(repo, place=folder / repo.cache.name) if folder else repo
+        by_commit.setdefault(repo, []).append(file)
     for repo, of_commit in by_commit.items():
-        repo.download(of_commit, console, folder and folder / repo.cache.name)
+        repo.download(of_commit, console)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import os
 import re
 import sys
 import time
@@ -52,11 +53,13 @@ class Repo:
         kind: what it is.
         id: its name, OWNER/NAME.
         revision: a branch, tag or commit; None: the newest commit.
+        place: the folder into which files are downloaded; None: the Hub's cache.
     """
 
     kind: Literal["dataset", "model"]
     id: str
     revision: str | None = None
+    place: Path | None = None
 
     def list_files(self, needed: str) -> tuple[str, dict[str, RemoteFile]]:
         """Returns a commit and its files by name; offline, as `newest_cached`."""
@@ -102,29 +105,31 @@ class Repo:
         """The folder of a commit's files in the Hub's cache."""
         return self.cache / "snapshots" / commit
 
-    def download(
-        self, files: Sequence[RemoteFile], console: Console | None = None, to: Path | None = None
-    ) -> Path:
+    def download(self, files: Sequence[RemoteFile], console: Console | None = None) -> Path:
         """Downloads what is missing of some files of a commit, in parallel; returns their folder.
 
         Args:
             files: at least one.
             console: for a line about what is downloaded.
-            to: the folder; by default that in the Hub's cache.
         """
         from huggingface_hub import snapshot_download
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         commit = files[0].commit
-        folder, blobs = to or self.snapshot(commit), self.cache / "blobs"
+        folder, blobs = self.place or self.snapshot(commit), self.cache / "blobs"
         missing = [file for file in files if not (folder / file.name).is_file()]
         if not missing:
             return folder
-        # Files of equal content are one blob in the cache, also those of several commits.
-        by_blob = {file.blob if to is None else file.name: file.num_bytes for file in missing}
-        sizes = [size for blob, size in by_blob.items() if to or not (blobs / blob).exists()]
-        fix = "Free some space, or set HF_HOME to a folder on a larger disk."
-        require_free_space(to or blobs, sum(sizes), f"the files of {self.id}", fix)
+        sizes = [file.num_bytes for file in missing]
+        if self.place is None:
+            # Files of equal content are one blob there, also those of several commits.
+            by_blob = {file.blob: file.num_bytes for file in missing}
+            sizes = [size for blob, size in by_blob.items() if not (blobs / blob).exists()]
+        else:
+            # Otherwise large files may be kept in pieces as well.
+            os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
+        where, what = self.place or blobs, f"the files of {self.id}"
+        require_free_space(where, sum(sizes), what, f"Free some space, or {self.other_disk}.")
         if console and sizes:
             what = f"{len(sizes)} of {len(files)} files ({format_bytes(sum(sizes))})"
             console.print(f"downloading {what} of {self.id} at {commit[:12]}")
@@ -132,11 +137,18 @@ class Repo:
             disable_progress_bars()
         names = [glob.escape(file.name) for file in files]
         which = {"repo_type": self.kind, "revision": commit, "allow_patterns": names}
-        self.call(snapshot_download, self.id, local_dir=to, **which)
+        self.call(snapshot_download, self.id, local_dir=self.place, **which)
         # If the Hub does not list its files, snapshot_download is content with what is there.
         if not all((folder / file.name).is_file() for file in files):
             raise self.error("the Hub does not list its files", _AGAIN, ExitCode.NETWORK)
         return folder
+
+    @property
+    def other_disk(self) -> str:
+        """How files get to another disk."""
+        if self.place is not None:
+            return "choose an --output-dir on another disk"
+        return "set HF_HOME to a folder on another disk"
 
     def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Calls huggingface_hub, again after a transient error; explains any other error."""
@@ -188,7 +200,7 @@ class Repo:
         status = getattr(response, "status_code", None)
         has_token = response is not None and "authorization" in response.request.headers
         page = f"https://huggingface.co/{'datasets/' * (self.kind == 'dataset')}{self.id}"
-        cache = constants.HF_HUB_CACHE
+        cache = self.place or constants.HF_HUB_CACHE
         # What the Hub answers
         if isinstance(error, errors.GatedRepoError) and not has_token:
             what = "you are not logged in, and it has a licence to accept"
@@ -210,10 +222,10 @@ class Repo:
             return f"the Hub answers with error {status}", _AGAIN, ExitCode.NETWORK
         # What this machine or the options refuse
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            fix = f"Free some space in {cache}, or set HF_HOME to a larger disk."
+            fix = f"Free some space in {cache}, or {self.other_disk}."
             return "the disk is full", fix, ExitCode.DISK_SPACE
         if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            fix = f"Make {cache} writable, or set HF_HOME to another folder."
+            fix = f"Make {cache} writable, or {self.other_disk}."
             return "the cache folder cannot be written", fix, ExitCode.NOT_WRITABLE
         if isinstance(error, errors.HFValidationError):
             return "this is not a Hub name", "Write it as OWNER/NAME.", ExitCode.BAD_OPTION
