@@ -218,6 +218,13 @@ LAYOUTS = {
         ("nl/train-00000-of-00001.parquet",),
         as_config=None,
     ),
+    "names/all-folders": Layout(
+        ("jaren/2019/1.jsonl", "jaren/2020/1.jsonl", "jaren/2020/2.jsonl"),
+        "",
+        "jaren",
+        ("jaren/2019/1.jsonl", "jaren/2020/1.jsonl", "jaren/2020/2.jsonl"),
+    ),
+    "names/everything": Layout(("a/1.jsonl", "b/1.jsonl"), "", ".", ("a/1.jsonl", "b/1.jsonl")),
     "card/default": Layout(
         ("a/1.parquet", "b/1.parquet"),
         CONFIGS + entry("a", "train=a/*", more="default: true") + "\n" + entry("b", "train=b/*"),

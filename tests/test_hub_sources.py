@@ -94,7 +94,7 @@ REFUSALS = {
         "hub:some/folders",
         "",
         ExitCode.BAD_OPTION,
-        ["2 configs", "There is: 10k, 1M."],
+        ["2 configs", "or hub:some/folders:. for all of them", "There is: 10k, 1M."],
     ),
     "unknown folder": (
         "hub:some/folders:100k",

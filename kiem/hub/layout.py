@@ -53,12 +53,18 @@ class Config(msgspec.Struct):
         return self.data_dir.strip("/")
 
     def patterns(self) -> dict[str, list[str]]:
-        """Returns the patterns of the files of each split; {}: their names say the split."""
+        """Returns the patterns of the files of each split; {}: their names say the split.
+
+        Raises:
+            ValueError: a pattern leads out of the repository.
+        """
         patterns: dict[str, list[str]] = {}
         for given in [self.data_files] if isinstance(self.data_files, str) else self.data_files:
             of = SplitFiles(DEFAULT_SPLIT, given) if isinstance(given, str) else given
             for path in [of.path] if isinstance(of.path, str) else of.path:
                 whole = PurePosixPath(self.folder, path.lstrip("/"))
+                if ".." in whole.parts or "://" in path:
+                    raise ValueError(f"{path} is not in the dataset")
                 patterns.setdefault(of.split, []).append(str(whole))
         return patterns
 
@@ -77,16 +83,17 @@ def parse_card(text: str) -> Card:
     Raises:
         ValueError: the YAML is damaged, or a value has another type.
     """
-    found = _FRONT_MATTER.match(text)
+    found = _FRONT_MATTER.match(text.removeprefix("\ufeff"))
     try:
         loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # several times as fast
         content = yaml.load(found[1], Loader=loader) if found else {}
     except (yaml.YAMLError, RecursionError) as error:
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ValueError(f"not YAML: {reason}") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict | None):
         raise ValueError("no keys with values")
-    return msgspec.convert({key: value for key, value in content.items() if value}, Card)
+    given = {key: value for key, value in (content or {}).items() if value}
+    return msgspec.convert(given, Card)
 
 
 def common_folder(patterns: Iterable[str]) -> str:

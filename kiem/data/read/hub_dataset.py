@@ -17,7 +17,6 @@ from kiem.hub.layout import (
     DEFAULT_CONFIG,
     DEFAULT_SPLIT,
     Card,
-    Config,
     common_folder,
     folder_configs,
     matching_names,
@@ -106,60 +105,75 @@ def find_hub_files(name: HubName, console: Console | None = None) -> HubFiles:
     dataset = open_dataset(name.dataset, name.revision, console)
     try:
         card = parse_card(dataset.card)
+        found = _find_config(dataset, card, name.config)
     except ValueError as error:
-        raise _bad_card(dataset, str(error)) from error
-    entry = _config_of_card(dataset, card, name.config)
-    config = entry.config_name if entry else name.config or DEFAULT_CONFIG
-    if entry is None:
-        listed = _list_folder_config(dataset, card, name.config)
-        splits = splits_by_name(filter(_kind, listed), name.config or "")
-    elif patterns := entry.patterns():
+        what = f"the top of its card, README.md, cannot be read ({error})"
+        fix = "Name an earlier commit with @REVISION, or download the files and name them instead."
+        raise dataset.error(what, fix, ExitCode.BAD_INPUT) from error
+    splits = {split: names for split, names in found.splits.items() if any(map(_kind, names))}
+    if not splits:
+        raise _nothing_to_read(dataset, found)
+    split = name.split or DEFAULT_SPLIT
+    if split not in splits:
+        example = _example(dataset, found.name, next(iter(splits)))
+        fix = f"There is: {_shown(splits)}. Give one, as in {example}."
+        raise dataset.error(f"config {found.name} has no split {split}", fix)
+    read, not_read = _of_one_kind(splits[split])
+    files = [found.listed[file] for file in read]
+    dataset.require_access(files[0])
+    licence = card.license_name if card.license == "other" else None
+    return HubFiles(dataset, found.name, split, licence or card.license or None, files, not_read)
+
+
+class _Config(NamedTuple):
+    """A config that was found: its name, files by name, and the names of each split's files."""
+
+    name: str
+    listed: dict[str, RemoteFile]
+    splits: dict[str, list[str]]
+
+
+def _find_config(dataset: HubDataset, card: Card, wanted: str | None) -> _Config:
+    """Finds the config that is wanted, or the default one.
+
+    Raises:
+        UserError: there is none such; lists those that there are.
+        ValueError: the card names files in a way that is not known.
+    """
+    named = {entry.config_name: entry for entry in card.configs}
+    usual = [entry for entry in card.configs if entry.is_default or len(card.configs) == 1]
+    if wanted is None and card.configs:
+        if len(usual) != 1:
+            raise _several_configs(dataset, [*named])
+        wanted = usual[0].config_name
+    if wanted not in named:
+        return _find_folder(dataset, [*named], wanted)
+    entry = named[wanted]
+    if patterns := entry.patterns():
         listed = dataset.list_folder(common_folder(p for of in patterns.values() for p in of))
-        try:
-            splits = {split: matching_names(listed, of) for split, of in patterns.items()}
-        except ValueError as error:
-            raise _bad_card(dataset, str(error)) from error
+        splits = {split: matching_names(listed, of) for split, of in patterns.items()}
     else:
         listed = dataset.list_folder(entry.folder)
         splits = splits_by_name(filter(_kind, listed), entry.folder)
-    splits = {split: names for split, names in splits.items() if any(map(_kind, names))}
-    if not splits:
-        raise _nothing_to_read(dataset, config, listed)
-    split = name.split or DEFAULT_SPLIT
-    if split not in splits:
-        example = _example(dataset, config, next(iter(splits)))
-        fix = f"There is: {_shown(splits)}. Give one, as in {example}."
-        raise dataset.error(f"config {config} has no split {split}", fix)
-    read, not_read = _of_one_kind(splits[split])
-    dataset.require_access(listed[read[0]])
-    licence = card.license_name if card.license == "other" else None
-    files = [listed[file] for file in read]
-    return HubFiles(dataset, config, split, licence or card.license or None, files, not_read)
+    return _Config(wanted, listed, splits)
 
 
-def _config_of_card(dataset: HubDataset, card: Card, wanted: str | None) -> Config | None:
-    """Returns the config that is wanted, or the default; None if the card has none such."""
-    if wanted is not None:
-        return next((entry for entry in card.configs if entry.config_name == wanted), None)
-    usual = [entry for entry in card.configs if entry.is_default or len(card.configs) == 1]
-    if card.configs and len(usual) != 1:
-        raise _several_configs(dataset, [entry.config_name for entry in card.configs])
-    return usual[0] if usual else None
-
-
-def _list_folder_config(
-    dataset: HubDataset, card: Card, wanted: str | None
-) -> dict[str, RemoteFile]:
-    """Returns the files in the folder that is wanted as the config, or of the whole dataset."""
-    listed = dataset.list_folder(wanted or "")
-    if wanted and not listed:
-        there = [entry.config_name for entry in card.configs]
-        there = there or folder_configs(filter(_kind, dataset.list_folder("")))
+def _find_folder(dataset: HubDataset, named: list[str], wanted: str | None) -> _Config:
+    """Finds a config that the card does not name: a folder, or all files."""
+    is_whole = wanted in (None, ".")
+    if wanted and not is_whole and (listed := dataset.list_folder(wanted)):
+        return _Config(wanted, listed, splits_by_name(filter(_kind, listed), wanted))
+    listed = dataset.list_folder("")
+    folders = folder_configs(filter(_kind, listed))
+    if wanted in (None, DEFAULT_CONFIG) and not named:
+        if len(folders) > 1:
+            all_of_them = PurePosixPath(folders[0]).parent
+            raise _several_configs(dataset, folders, _example(dataset, str(all_of_them)))
+    elif not is_whole:
+        there = named or folders
         fix = f"There is: {_shown(there)}." if there else "It has no configs: leave it out."
         raise dataset.error(f"there is no config {wanted}", fix)
-    if not wanted and len(folders := folder_configs(filter(_kind, listed))) > 1:
-        raise _several_configs(dataset, folders)
-    return listed
+    return _Config(wanted or DEFAULT_CONFIG, listed, splits_by_name(filter(_kind, listed), ""))
 
 
 def _of_one_kind(names: list[str]) -> tuple[list[str], Counter[str]]:
@@ -179,24 +193,21 @@ def _kind(name: str) -> str | None:
     return found and found[0]
 
 
-def _bad_card(dataset: HubDataset, reason: str) -> UserError:
-    fix = "Name an earlier commit with @REVISION, or download the files and name them instead."
-    what = f"the top of its card, README.md, cannot be read ({reason})"
-    return dataset.error(what, fix, ExitCode.BAD_INPUT)
+def _several_configs(dataset: HubDataset, names: list[str], whole: str = "") -> UserError:
+    """Returns the error that one must be chosen; `whole` stands for all of them, if that can be."""
+    all_of_them = f" or {whole} for all of them." * bool(whole)
+    fix = f"Give one, as in {_example(dataset, names[0])}{all_of_them or '.'}"
+    what = f"it has {len(names):,} configs"
+    return dataset.error(what, f"{fix} There is: {_shown(names)}.", ExitCode.BAD_OPTION)
 
 
-def _several_configs(dataset: HubDataset, names: list[str]) -> UserError:
-    fix = f"Give one, as in {_example(dataset, names[0])}. There is: {_shown(names)}."
-    return dataset.error(f"it has {len(names):,} configs", fix, ExitCode.BAD_OPTION)
-
-
-def _nothing_to_read(dataset: HubDataset, config: str, listed: dict[str, RemoteFile]) -> UserError:
-    names = [*(listed or dataset.list_folder(""))]
+def _nothing_to_read(dataset: HubDataset, config: _Config) -> UserError:
+    names = [*(config.listed or dataset.list_folder(""))]
     fix = f"There is: {_shown(names) or 'nothing'}."
     if any(name.endswith(".py") for name in names):
-        converted = f"hub:{dataset.id}@refs/convert/parquet"
+        converted = f"{HUB_PREFIX}{dataset.id}@refs/convert/parquet"
         fix += f" kiem does not run its program; try the Hub's own copy, {converted}."
-    return dataset.error(f"config {config} has no file that can be read", fix)
+    return dataset.error(f"config {config.name} has no file that can be read", fix)
 
 
 def _example(dataset: HubDataset, *parts: str) -> str:

@@ -140,6 +140,8 @@ def _kind_of_source(pattern: str) -> str:
 
 def _join(parts: list[Source], option: str) -> Source:
     """Returns several sources as one; raises a UserError if two have a file in common."""
+    if len(parts) == 1:
+        return parts[0]
     files = [file for part in parts for file in part.files]
     counts = Counter(
         file.name if file.remote or file.name == STANDARD_INPUT else os.path.realpath(file.path)
@@ -148,8 +150,6 @@ def _join(parts: list[Source], option: str) -> Source:
     if repeated := sorted(name for name, count in counts.items() if count > 1):
         fix = "Name each file once, so that its text does not count double."
         raise bad_option(option, f"named twice: {', '.join(repeated[:5])}", fix)
-    if len(parts) == 1:
-        return parts[0]
     description = {"kind": "several", "sources": [part.description for part in parts]}
     not_read = sum((part.not_read for part in parts), Counter[str]())
     return Source(parts[0].name, files, description, not_read)
