@@ -52,6 +52,9 @@ class PreprocessOptions:
     groups into the work directory, and removed when the next need their room; for a second reading
     (train:N, --keep-rejected) again. The result is the same. Default: all are kept in the Hub's
     cache."""
+    licence: tuple[str, ...] = ()
+    """Licence of the text, such as CC-BY-SA-4.0, for the model card: one for all, or one for each
+    --source; "" states none. Default: what the card of a Hub dataset says."""
     text_column: Name = "text"
     """Column or key that holds a document's text; a.b is b in the column or object a."""
     document_separator: str | None = None

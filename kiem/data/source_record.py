@@ -4,7 +4,7 @@
     {"kind": "hub", "dataset": OWNER/NAME, "config": ..., "revision": COMMIT, "files": [...]}
     {"kind": "several", "sources": [...]}     of the two kinds above, in reading order
 
-Of `--source hub:OWNER/NAME` there is also:
+With `--licence` each has a `licence`. Of `--source hub:OWNER/NAME` there is also:
 
     split       the name of the split
     blobs       for each of the files, the SHA-256 of its content (64 digits), or git's SHA-1 (40)
@@ -49,3 +49,8 @@ def describe_source(entry: dict[str, Any]) -> str:
     keys = ("dataset", "config", "split", "revision")
     parts = [f"{key} {entry[key]}" for key in keys if entry.get(key)]
     return ", ".join(parts) or kinds.get(entry["kind"], entry["kind"])
+
+
+def show_licence(licence: str | list[str] | None) -> str:
+    """Returns an entry's licence, or licences, as text."""
+    return ", ".join([licence] if isinstance(licence, str) else licence or ["not stated"])

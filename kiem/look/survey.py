@@ -16,7 +16,7 @@ from kiem.core.files import format_bytes
 from kiem.data.chunks import read_manifest, read_tokenizer
 from kiem.data.clean.filters import identify_languages
 from kiem.data.clean.ngrams import duplicated, hash_ngrams
-from kiem.data.source_record import describe_source, list_sources
+from kiem.data.source_record import describe_source, list_sources, show_licence
 from kiem.look.frequent import frequent_ngrams, tokens_that_cover
 from kiem.look.rejected import read_rejected
 from kiem.look.sample import Sampled, SampledDocuments, sample_chunks, sample_documents
@@ -83,7 +83,10 @@ def survey(path: Path, num_samples: int, seed: int) -> list[Section]:
 
 def _overview(manifest: dict[str, Any]) -> Section:
     options, splits = manifest["options"], manifest["splits"]
-    rows = [("text", describe_source(entry)) for entry in list_sources(manifest["source"])]
+    rows = [
+        ("text", f"{describe_source(entry)}; licence: {show_licence(entry.get('licence'))}")
+        for entry in list_sources(manifest["source"])
+    ]
     cleaning = [options.get("clean", "none")]
     cleaning += ["near duplicates"] if options.get("near_duplicates") else []
     cleaning += ["decontaminated"] if options.get("decontaminate") else []

@@ -12,7 +12,7 @@ import jinja2
 
 from kiem.core.console import printable
 from kiem.core.files import format_bytes
-from kiem.data.source_record import describe_source, list_sources
+from kiem.data.source_record import describe_source, list_sources, show_licence
 from kiem.model.config import GEMMA_VOCABULARY
 
 _MARKUP = "\\`*_[]<>|#~$"
@@ -37,6 +37,7 @@ def model_card(summary: dict[str, Any], run_name: str, language: str) -> str:
         prompt=json.dumps(samples[0]["prompt"] if samples else "Nederland", ensure_ascii=False),
         summary={"samples": samples, **summary},
         facts=[(name, _one_line(value)) for name, value in _facts(summary)],
+        texts=[(_one_line(name), *figures) for name, *figures in _texts(summary)],
         pairs=summary.get("minimal_pairs"),
         is_gemmas=_is_gemmas(summary),
     )
@@ -98,6 +99,16 @@ def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "tokens trained on", f"{summary['tokens']:,} in {summary['steps']:,} updates"
     yield "training time", f"{summary['seconds'] / 3600:.2f} hours"
     yield "finished", summary["finished"]
+
+
+def _texts(summary: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yields each text with its documents, its share of the tokens that were read, and licence."""
+    texts = summary.get("texts", [])
+    is_one = len({text["directory"] for text in texts}) == 1
+    for text in texts:
+        name = text["text"] if is_one else f"{text['directory']}: {text['text']}"
+        licence = _one_line(show_licence(text["licence"]))
+        yield name, f"{text['documents']:,}", f"{100 * text['share']:.1f} %", licence
 
 
 def _is_gemmas(summary: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from rich.table import Table
 from kiem.core.files import format_bytes, new_folder, point_link, write_json, write_text
 from kiem.core.manifest import write_manifest
 from kiem.data.mixture import describe_reads
+from kiem.data.texts import list_texts
 from kiem.model.gemma3 import Gemma3
 from kiem.model.io import write_model
 from kiem.report.card import model_card
@@ -161,6 +162,7 @@ def write_final_model(
         "steps": state.step,
         "tokens": state.tokens,
         "seconds": state.seconds,
+        "texts": list_texts(spec.data.mixture, spec.order, state.step),
         **figures,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -24,6 +24,7 @@ from kiem.core.files import new_folder, read_sealed, require_free_space, sealed_
 from kiem.core.values import check_name, given_options, option_flag
 from kiem.data.chunks import finish_directory
 from kiem.data.clean.cleaner import Cleaning, make_cleaning
+from kiem.data.licences import with_licences
 from kiem.data.prepare.decisions import DocumentDecisions, decide
 from kiem.data.prepare.downloads import (
     download_bytes,
@@ -184,7 +185,7 @@ def _identity(
             **cleaning.identity,
             "tokenizer": tokenizer.sha256 if tokenizer else options.tokenizer,
         },
-        "source": source.description,
+        "source": with_licences(source.description, options.source, options.licence),
     }
 
 
@@ -293,7 +294,8 @@ def _write_chunks(job: Job, decisions: DocumentDecisions, result: Path) -> dict[
             yield UnitDocuments(batches, list(summary.sources), codes, rows)
         yield from cut
 
-    splits, num_unused_rows = write_splits(all_documents(), tokenizer, options, result)
+    file_names = [file.name for file in job.source.files]
+    splits, num_unused_rows = write_splits(all_documents(), tokenizer, options, result, file_names)
     num_kept = sum(split["documents"] for split in splits.values()) - decisions.num_cut
     num_left_out = sum(counts["rejected"].values()) + counts["documents_beyond_limit"]
     assert num_kept + num_left_out == counts["documents_read"], "documents were lost"

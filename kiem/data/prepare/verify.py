@@ -127,6 +127,10 @@ def _verify_sums(path: Path, manifest: dict[str, Any]) -> None:
         for name in ("documents", "tokens", "bytes"):
             total = sum(counts[f"{name}_per_source"].values())
             sums.append((f"{name} in the {split} split; in all its sources", counts[name], total))
+        for name in ("documents", "tokens"):
+            if (in_files := counts.get(f"{name}_per_file")) is not None:  # of earlier versions
+                total = sum(in_files.values())
+                sums.append((f"{name} in the {split} split; in all files", counts[name], total))
     for what, said, found in sums:
         if said != found:
             values = f"{reprlib.repr(said)}; {reprlib.repr(found)}"

@@ -101,7 +101,7 @@ def _refuse_other(folder: Path, recorded: dict[str, Any], identity: dict[str, An
         if recorded["options"].get(name) != value
     ]
     if recorded["source"] != identity["source"]:
-        different.append("--source was other text")
+        different.append("--source was other text, or --licence another one")
     if different:
         raise already_exists(
             str(folder),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +60,7 @@ class _SplitPacker:
         self._documents = DocumentWriter(documents) if documents else None
         self._counts = {n: Counter[str]() for n in ("documents", "words", "bytes", "tokens")}
         self._numbers: dict[str, int] = {}
+        self._per_file = {n: Counter[int]() for n in ("documents", "tokens")}
 
     def number(self, sources: np.ndarray, names: list[str]) -> np.ndarray:
         """Returns the numbers that sources have in this split, from their places in `names`."""
@@ -79,8 +80,12 @@ class _SplitPacker:
         for name, counts in self._counts.items():
             sums = np.bincount(counted["source"], counted[name], len(names))
             counts.update(dict(zip(names, sums.astype(int).tolist(), strict=True)))
+        first = int(counted["file"].min())
+        for name, per_file in self._per_file.items():
+            sums = np.bincount(counted["file"] - first, counted[name]).astype(int)
+            per_file.update(dict(enumerate(sums.tolist(), start=first)))
 
-    def close(self) -> dict[str, Any]:
+    def close(self, file_names: Sequence[str]) -> dict[str, Any]:
         """Writes what still waits and returns the manifest's entry of the split."""
         self._writer.write(self._packer.last_chunks())
         self._write_pieces()
@@ -95,6 +100,12 @@ class _SplitPacker:
             "chunks": num_chunks,
             "padding_tokens": num_padding,
             **{f"{n}_per_source": dict(sorted(c.items())) for n, c in per_source.items()},
+            **{
+                f"{name}_per_file": {
+                    file_names[n]: count for n, count in sorted(counts.items()) if count
+                }
+                for name, counts in self._per_file.items()
+            },
             "source_names": list(self._numbers),
             "shards": shards,
             **({"document_shards": [self._documents.close()]} if self._documents else {}),
@@ -111,6 +122,7 @@ def write_splits(
     tokenizer: Tokenizer,
     options: PreprocessOptions,
     folder: Path,
+    file_names: Sequence[str],
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """Packs the documents into chunks and writes both splits.
 
@@ -119,6 +131,7 @@ def write_splits(
         tokenizer: the one that made the ids.
         options: with the size of chunks and the way of packing.
         folder: the unfinished chunk directory.
+        file_names: of the source's files, in order.
 
     Returns:
         The manifest's entry of each split, and how many rows of the vocabulary no token has.
@@ -146,8 +159,8 @@ def write_splits(
                 if code == TEST:
                     of_rows = split.number(counted["source"], unit.names)
                     sources.add(np.repeat(of_rows, counted["tokens"]), counted, unit.names)
-    train, test = splits[TRAIN].close(), splits[TEST].close()
-    test["source_shards"] = sources.close()["shards"]
+    train, test = (splits[code].close(file_names) for code in (TRAIN, TEST))
+    test["source_shards"] = sources.close(file_names)["shards"]
     return {"train": train, "test": test}, int(tokenizer.num_rows - is_used.sum())
 
 
