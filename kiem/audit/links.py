@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,10 +18,11 @@ from kiem.core.manifest import read_manifest as read_entries
 from kiem.data.chunks import read_manifest
 from kiem.data.read.source_file import STANDARD_INPUT
 from kiem.data.source_record import list_sources
+from kiem.hub.repo import Repo
 from kiem.report.record import METADATA_FILE, SUMMARY_FILE
 from kiem.tokenizer.tokenizer import TOKENIZER_FILE
 
-State4 = Literal["proved", "not checked", "missing", "changed"]
+CheckState = Literal["proved", "not checked", "missing", "changed"]
 _WEIGHTS_FILE = "model.safetensors"
 
 
@@ -34,7 +36,7 @@ class Check:
         why: how it is changed, or why it was not checked.
     """
 
-    state: State4
+    state: CheckState
     what: str
     why: str = ""
 
@@ -47,9 +49,9 @@ class Link:
     checks: list[Check]
 
     @property
-    def state(self) -> State4:
+    def state(self) -> CheckState:
         """That of the comparison that proves least."""
-        order: tuple[State4, ...] = ("changed", "missing", "not checked", "proved")
+        order: tuple[CheckState, ...] = ("changed", "missing", "not checked", "proved")
         return min((check.state for check in self.checks), key=order.index)
 
 
@@ -162,9 +164,7 @@ def _check_sources(manifest: dict[str, Any]) -> Iterator[Check]:
     """Compares the source files with the hashes that the manifest names."""
     for entry in list_sources(manifest["source"]):
         if "sha256" not in entry:
-            what = f"{entry['dataset']} at {entry['revision']}"
-            why = "on the Hub, which keeps the files of every commit"
-            yield Check("not checked", what, why)
+            yield from _check_hub_files(entry)
             continue
         for name, sha256 in entry["sha256"].items():
             if name == STANDARD_INPUT:
@@ -179,6 +179,29 @@ def _check_sources(manifest: dict[str, Any]) -> Iterator[Check]:
                 yield _check_file(Path(name), sha256)
 
 
+def _check_hub_files(entry: dict[str, Any]) -> Iterator[Check]:
+    """Compares the files of a dataset, as far as they are in the Hub's cache."""
+    where = f"{entry['dataset']} at {entry['revision']}"
+    if "blobs" not in entry:
+        yield Check(
+            "not checked", where, "on the Hub; its commit is recorded, but no hashes of files"
+        )
+        return
+    folder = Repo("dataset", entry["dataset"]).snapshot(entry["revision"])
+    for name, blob in zip(entry["files"], entry["blobs"], strict=True):
+        if (folder / name).exists():
+            yield _check_file(folder / name, blob, sha256_file if len(blob) == 64 else _git_sha1)
+        else:
+            why = "not in the Hub's cache; the Hub itself keeps the files of every commit"
+            yield Check("not checked", f"{where}: {name}", why)
+
+
+def _git_sha1(path: Path) -> str:
+    """Returns git's hash of a file, which the Hub has for small ones."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 def _check_folder(folder: Path) -> list[Check]:
     """Compares the files of a folder with its manifest, and the manifest with itself."""
     try:
@@ -188,9 +211,9 @@ def _check_folder(folder: Path) -> list[Check]:
     return [_check_file(folder / name, entry.sha256) for name, entry in entries.items()]
 
 
-def _check_file(path: Path, expected: str) -> Check:
+def _check_file(path: Path, expected: str, hash_file: Callable[[Path], str] = sha256_file) -> Check:
     try:
-        found = sha256_file(path)
+        found = hash_file(path)
     except OSError as error:
         return Check("changed", str(path), f"cannot be read ({error.strerror})")
     if found == expected:
@@ -200,17 +223,10 @@ def _check_file(path: Path, expected: str) -> Check:
 
 def _differs(expected: str, found: str, where: Path | None = None) -> str:
     said = f" (by {where})" if where else ""
-    return f"expected sha256 {expected}{said}, found {found}"
+    kind = "sha256" if len(found) == 64 else "git's sha1"
+    return f"expected {kind} {expected}{said}, found {found}"
 
 
 def own_sha256(folder: Path) -> str:
     """Returns the SHA-256 that stands for a whole folder: that of its manifest's content."""
     return str(read_content(folder)[0]["sha256"])
-
-
-def count_states(checks: Iterable[Check]) -> dict[State4, int]:
-    """Returns how many comparisons there are of each state."""
-    counts: dict[State4, int] = {}
-    for check in checks:
-        counts[check.state] = counts.get(check.state, 0) + 1
-    return counts

@@ -93,7 +93,7 @@ def resolve_source(
     if "hub" in source:
         fix = f"Beside other sources, write {HUB_PREFIX}{HUB_DATASET}:{DEFAULT_HUB_SIZE}."
         raise bad_option(option, "'hub' stands alone", fix)
-    earlier = dict(enumerate(list_sources(recorded))) if recorded else {}
+    earlier = iter([entry for entry in list_sources(recorded) if entry.get("kind") == "hub"])
     parts: list[Source] = []
     for kind, patterns in groupby(source, _kind_of_source):
         if kind == "files":
@@ -106,7 +106,7 @@ def resolve_source(
                 parts.append(_files_source("sample", "sample", found, document_separator))
             else:
                 name = parse_hub_name(pattern, option)
-                before = earlier.get(len(parts), {})
+                before = next(earlier, {})
                 if name.revision is None and before.get("dataset") == name.dataset:
                     name = name._replace(revision=before["revision"])
                 parts.append(_hub_source(name, option, console, document_separator))

@@ -1,0 +1,55 @@
+"""What is recorded of Hub datasets: licences, commits and hashes; and what an audit finds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import run_script
+from hub_layouts import json_lines
+from hub_runs import manifest_of, run_all
+from hub_server import HubServer
+
+LINES = {f"data/{n}.jsonl": json_lines(f"deel {n} ") * 9 for n in range(5)}
+OPTIONS = ("--tokenizer", "train:512", "--chunk-size", "32", "--test-split", "0.1")
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer({"datasets/some/lines": LINES}) as server:
+        yield server
+
+
+def test_licences_of_the_card_and_of_the_option(hub: HubServer, tmp_path: Path) -> None:
+    """Licences cut the files into several entries, behind which the commit is found again."""
+    files = [tmp_path / "een.jsonl", tmp_path / "twee.jsonl"]
+    for file in files:
+        file.write_bytes(json_lines(file.stem))
+    hub.commit("datasets/some/lines", {**LINES, "README.md": b"---\nlicense: odc-by\n---\n"})
+    line = ["--source", *files, "hub:some/lines", "sample", "--licence", "MIT", "CC0-1.0", "", ""]
+    line += [*OPTIONS, "--output-dir", tmp_path / "out"]
+    (run,) = run_all(hub, tmp_path / "cache", [line])
+    assert run.code == 0, run.err
+    entries = manifest_of(tmp_path / "out" / "chunked_een")["source"]["sources"]
+    assert [entry.get("licence") for entry in entries] == ["MIT", "CC0-1.0", "odc-by", None]
+    hub.commit("datasets/some/lines", {"data/other.jsonl": json_lines("anders")})
+    (again,) = run_all(hub, tmp_path / "cache", [line])
+    assert again.code == 0 and "is there already" in again.out
+
+
+def test_an_audit_looks_into_the_cache(hub: HubServer, tmp_path: Path, trained_run: Path) -> None:
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    line = ["--source", "hub:some/lines", "sample", *OPTIONS, "--output-dir", out, "--name", "made"]
+    (run,) = run_all(hub, cache, [line])
+    assert run.code == 0, run.err
+    audit = ("-m", "kiem", "audit", trained_run, "--dataset-path", out / "made")
+    shown = run_script(*audit, env=hub.environment(cache, None)).stdout
+    assert "proved       made <- source files (6 of 6 files)" in shown
+    assert "changed      run <- " in shown  # which read another one
+    file = next(cache.rglob("snapshots/*/data/3.jsonl"))
+    file.resolve().write_bytes(b"x" + file.read_bytes()[1:])
+    shown = run_script(*audit, env=hub.environment(cache, None)).stdout
+    assert f"changed: {file}: expected git's sha1" in shown
+    shown = run_script(*audit, env=hub.environment(tmp_path / "empty", None)).stdout
+    assert "not checked  made <- source files (1 of 6 files)" in shown
