@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from conftest import run_script
 from hub_client import ACCEPTED, NOT_ACCEPTED
@@ -262,19 +260,18 @@ def test_the_bound_holds_and_does_not_change_the_result(hub: HubServer, tmp_path
     assert free.code == 0, free.err
     whole = manifest_of(tmp_path / "free" / "chunked_lines")
     assert whole["rejected"] == {"not a string": 1}
-    for bound in (2 * largest + 1, 10**9):
-        hub.log.clear()
-        folder = tmp_path / str(bound)
-        with watched(folder, "hub") as sizes:
-            line = [*source, folder, "--hub-cache-bytes", str(bound)]
-            (run,) = run_all(hub, tmp_path / "none", [line])
-        assert run.code == 0, run.err
-        assert 0 < max(sizes) <= bound
-        assert manifest_of(folder / "chunked_lines") == whole
-        assert [path.name for path in folder.iterdir()] == ["chunked_lines"]
-        num_gets = sum(m == "GET" and "data/0.jsonl" in path for m, path, _ in hub.log)
-        # It is read, read for the vocabulary, and encoded.
-        assert num_gets == 1 if bound == 10**9 else num_gets >= 3
+    bound = 2 * largest + 1
+    hub.log.clear()
+    folder = tmp_path / "bounded"
+    with watched(folder, "hub") as sizes:
+        line = [*source, folder, "--hub-cache-bytes", str(bound)]
+        (run,) = run_all(hub, tmp_path / "none", [line])
+    assert run.code == 0, run.err
+    assert 0 < max(sizes) <= bound
+    assert manifest_of(folder / "chunked_lines") == whole
+    assert [path.name for path in folder.iterdir()] == ["chunked_lines"]
+    # It is read, read for the vocabulary, and encoded.
+    assert num_downloads(hub, "data/0.jsonl") >= 3
     assert not [*(tmp_path / "none").rglob("*.jsonl")]
 
 
@@ -351,19 +348,29 @@ def test_trouble_on_the_way_costs_only_what_is_left(
         for name, variables in (("free", {}), ("offline", {"HF_HUB_OFFLINE": "1"}))
     )
     assert (free.code, offline.code) == (0, 0), free.err + offline.err
+    (without_effect,) = run_all(hub, tmp_path / "cache", [bounded], HF_HUB_OFFLINE="1")
+    assert without_effect.code == ExitCode.NO_EFFECT
+    assert "HF_HUB_OFFLINE=1" in without_effect.err
     assert "only what the cache has is read, which may not be all" in offline.out
     manifests = [manifest_of(tmp_path / f / "chunked_lines") for f in ("cut", "free", "offline")]
     assert manifests[0] == manifests[1] == manifests[2]
 
 
-def test_columns_within_columns(hub: HubServer, tokenizer: Path, tmp_path: Path) -> None:
-    rows = [{"translation": {"nl": f"Regel {n} over de vaart.", "fy": None}} for n in range(90)]
-    file = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), file)
-    hub.commit("datasets/some/lines", {"train.parquet": file.getvalue()})
-    line = ["--source", "hub:some/lines", "--tokenizer", tokenizer, *COMMON]
-    given = ["--text-column", "translation.nl", "--output-dir", tmp_path / "out"]
-    (run,) = run_all(hub, tmp_path / "cache", [[*line, *given]])
+def test_columns_within_columns(hub: HubServer, sample_texts: list[str], tmp_path: Path) -> None:
+    """Within a bound that all files fit into, they are downloaded once for all readings."""
+    rows = [{"translation": {"nl": text, "fy": None}} for text in sample_texts]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    hub.commit("datasets/some/lines", {"train.jsonl": lines.encode()})
+    given = ["--text-column", "translation.nl", "--hub-cache-bytes", "1000000"]
+    line = ["--source", "hub:some/lines", *TRAIN, *given, "--output-dir", tmp_path / "out"]
+    (run,) = run_all(hub, tmp_path / "cache", [line])
     assert run.code == 0, run.err
     splits = manifest_of(tmp_path / "out" / "chunked_lines")["splits"]
-    assert sum(split["words"] for split in splits.values()) == 90 * 5
+    assert sum(split["words"] for split in splits.values()) == sum(
+        len(text.split()) for text in sample_texts
+    )
+    assert num_downloads(hub, "train.jsonl") == 1
+
+
+def num_downloads(hub: HubServer, name: str) -> int:
+    return sum(method == "GET" and name in path for method, path, _ in hub.log)

@@ -16,6 +16,13 @@ from kiem.hub.repo import RemoteFile, Repo
 _CARD = "README.md"
 
 
+def is_offline() -> bool:
+    """Says whether only what is in the Hub's cache is to be used."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 @dataclass(frozen=True)
 class HubDataset:
     """A commit of a dataset.
@@ -35,11 +42,11 @@ class HubDataset:
 
         There are none if there is no such folder. Offline they are those in the cache.
         """
-        from huggingface_hub import HfApi, constants
+        from huggingface_hub import HfApi
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
         repo = self._repo()
-        if constants.HF_HUB_OFFLINE:
+        if is_offline():
             start = f"{folder}/" if folder else ""
             files = repo.newest_cached()[1]
             return {name: file for name, file in files.items() if name.startswith(start)}
@@ -58,9 +65,9 @@ class HubDataset:
 
     def require_access(self, file: RemoteFile) -> None:
         """Raises a UserError if a file cannot be downloaded, as those of gated datasets."""
-        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-        if not constants.HF_HUB_OFFLINE:
+        if not is_offline():
             url = hf_hub_url(self.id, file.name, repo_type="dataset", revision=self.commit)
             self._repo().call(get_hf_file_metadata, url)
 
@@ -83,11 +90,11 @@ def open_dataset(dataset: str, revision: str | None, console: Console | None) ->
     Raises:
         UserError: not there, no access, or no network.
     """
-    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     repo = Repo("dataset", dataset, revision)
-    if constants.HF_HUB_OFFLINE:
+    if is_offline():
         commit, _ = repo.newest_cached()
         if console:
             what = f"of {dataset} at {commit[:12]} only what the cache has is read"

@@ -52,6 +52,7 @@ from kiem.data.read.sources import (
     source_name,
     word_limit,
 )
+from kiem.hub.dataset import is_offline
 from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer, parse_tokenizer, write_tokenizer
 from kiem.tokenizer.train import train_tokenizer, vocabulary_size_to_train
 
@@ -134,6 +135,8 @@ def _check_options(options: PreprocessOptions) -> None:
         raise no_effect("--keep-rejected", f"without {ways}: nothing is rejected")
     if options.hub_cache_bytes is not None and not _is_on_hub(options):
         raise no_effect("--hub-cache-bytes", "without a source hub:OWNER/NAME")
+    if options.hub_cache_bytes is not None and is_offline():
+        raise no_effect("--hub-cache-bytes", "with HF_HUB_OFFLINE=1, when nothing is downloaded")
     vocabulary_size_to_train(options.tokenizer)
 
 
