@@ -19,7 +19,7 @@ from rich.console import Console
 
 from kiem.config import PreprocessOptions, TrainingOptions
 from kiem.core.errors import ExitCode, UserError
-from kiem.data.chunks import open_test_sources
+from kiem.data.chunks import open_split, open_test_sources
 from kiem.data.mixture import (
     describe_reads,
     read_mixture,
@@ -28,6 +28,8 @@ from kiem.data.mixture import (
 )
 from kiem.data.order import chunk_numbers
 from kiem.data.prepare.preprocess import preprocess
+from kiem.data.prepare.verify import verify_directory
+from kiem.data.texts import list_texts
 
 SIZE = 32
 
@@ -157,6 +159,59 @@ def test_what_does_not_suit_is_named(folder: Path, tmp_path: Path) -> None:
     ):
         done = run_script("training.py", "--dataset-path", folder / "wiki", *words)
         assert done.returncode == code and "--anneal" in done.stderr
+
+
+LETTERS = {"klein": "abcdefgh", "groot": "ijklmnop", "midden": "qrstuvwx"}
+
+
+@pytest.mark.parametrize("packing", ["concat", "best-fit"])
+def test_weighted_sources_have_chunks_of_their_own(tmp_path: Path, packing: str) -> None:
+    """By letters that only one source has; the test split and all documents are as without."""
+    generator = np.random.default_rng(3)
+    sources = []
+    for num, (name, letters) in zip((40, 300, 150), LETTERS.items(), strict=True):
+        (tmp_path / name).mkdir()
+        for part in range(2):
+            texts = ["".join(generator.choice([*letters, " "], 90)) for _ in range(num)]
+            lines = [json.dumps({"text": text}) for text in texts]
+            (tmp_path / name / f"{part}.jsonl").write_text("\n".join(lines))
+        sources.append(f"{tmp_path / name}")
+    how: dict[str, Any] = {"source": tuple(sources), "tokenizer": "train:512", "test_split": 0.1}
+    how |= {"chunk_size": SIZE, "output_dir": tmp_path, "packing": packing}
+    plain = preprocess(PreprocessOptions(**how, name="plain"), Console(quiet=True))
+    path = preprocess(PreprocessOptions(**how, name="w", weights=(1, 2, 1)), Console(quiet=True))
+    manifest, without = verify_directory(path), verify_directory(plain)
+    test, train = manifest["splits"]["test"], manifest["splits"]["train"]
+    assert test["shards"] == without["splits"]["test"]["shards"]
+    assert train["tokens"] == without["splits"]["train"]["tokens"]
+    assert [(part["source"], part["weight"]) for part in train["parts"]] == [
+        (source, weight) for source, weight in zip(sources, (1, 2, 1), strict=True)
+    ]
+    mixture = read_mixture(TrainingOptions((path,)))
+    rows, first = open_split(path, manifest, "train"), 0
+    for part, letters in zip(mixture.parts, LETTERS.values(), strict=True):
+        assert part.first == first
+        ids = rows.read(np.arange(first, first + part.num_chunks)).ravel()
+        assert {*mixture.tokenizer.decode(ids[ids != 0].tolist())} <= {*letters, " "}
+        first += part.num_chunks
+    assert first == train["chunks"]
+    texts = list_texts(mixture, mixture.order(TrainingOptions((path,)), 8, 500), 500)
+    assert [text["share"] for text in texts] == pytest.approx([0.25, 0.5, 0.25], abs=1e-9)
+    # Training draws by these weights, by its own, and with other directories by both.
+    for given, expected in (((), [1, 2, 1]), ((5, 1, 4), [2, 0.4, 1.6])):
+        parts = read_mixture(TrainingOptions((path,), weights=given)).parts
+        assert [part.weight / sum(p.weight for p in parts) * 4 for part in parts] == expected
+    both = read_mixture(TrainingOptions((path, plain), weights=(1, 3))).parts
+    assert [part.weight for part in both] == [0.25, 0.5, 0.25, 3]
+    assert [part.name for part in both] == [*sources, "plain"]
+    for changes, message in (
+        ({"weights": (1, 2)}, "2 weights for 3 sources"),
+        ({"weights": (1, 2, 1), "dataset_size": "2000"}, "midden has no text for training"),
+        ({"weights": (1,), "source": (sources[0],)}, "with one source"),
+        ({"weights": (2, 2, 1), "name": "w"}, "--weights was"),
+    ):
+        with pytest.raises(UserError, match=message):
+            preprocess(PreprocessOptions(**{"name": "x", **how, **changes}), Console(quiet=True))
 
 
 @pytest.fixture(scope="module")

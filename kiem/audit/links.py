@@ -85,7 +85,7 @@ def _chunk_links(run: RunRecord, path: Path, number: int) -> Iterator[Link]:
     try:
         manifest = read_manifest(path)
     except UserError as error:
-        yield Link(name, [Check("changed", error.where or str(path), error.what)])
+        yield Link(name, [Check("changed", str(path / MANIFEST_FILE), error.what)])
         return
     yield Link(name, [*_check_records(run, path, manifest, number)])
     files = dict(manifest["files"])

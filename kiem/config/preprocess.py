@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from kiem.config.limits import MOST_TOKENS, Name, Seed
+from kiem.config.limits import MOST_TOKENS, Name, Seed, Weight
 
 HUB_DATASET = "BramVanroy/wikipedia_culturax_dutch"
 HUB_TOKENIZER = "google/gemma-3-1b-pt"
@@ -55,6 +55,9 @@ class PreprocessOptions:
     licence: tuple[str, ...] = ()
     """Licence of the text, such as CC-BY-SA-4.0, for the model card: one for all, or one for each
     --source; "" states none. Default: what the card of a Hub dataset says."""
+    weights: tuple[Weight, ...] = ()
+    """Share of each --source, in proportion, in what training reads; each then begins a new chunk.
+    Training can be given others. Default: by their sizes."""
     text_column: Name = "text"
     """Column or key that holds a document's text; a.b is b in the column or object a."""
     document_separator: str | None = None

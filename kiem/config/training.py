@@ -18,8 +18,9 @@ class TrainingOptions:
     dataset_path: Annotated[tuple[Path, ...], Meta(min_length=1)]
     """Chunk directories that preprocess.py made, of one tokenizer and size of chunks."""
     weights: tuple[Weight, ...] = ()
-    """Share of each chunk directory in what is read, in proportion: 7 3 is the same as 0.7 0.3.
-    Default: by their sizes, as if they were one."""
+    """Share of each chunk directory in what is read, in proportion: 7 3 is the same as 0.7 0.3. For
+    one directory that was made with --weights: share of each of its sources. Default: the weights
+    it was made with; of several directories by their sizes, as if they were one."""
     anneal: tuple[Path, ...] = ()
     """Chunk directories, such as of better text, that the last part of the training reads instead.
     The evaluations stay those of --dataset-path."""

@@ -59,6 +59,13 @@ class _DocumentShard(msgspec.Struct):
     sha256: str
 
 
+class _Part(msgspec.Struct):
+    source: str
+    chunks: Annotated[int, msgspec.Meta(ge=1)]
+    files: Annotated[int, msgspec.Meta(ge=1)]
+    weight: Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+
+
 class _Split(msgspec.Struct):
     documents: _Count
     words: _Count
@@ -69,6 +76,7 @@ class _Split(msgspec.Struct):
     bytes_per_source: dict[str, _Count]
     source_names: list[str] = []
     source_shards: list[_Shard] = []
+    parts: list[_Part] = []
     document_shards: Annotated[list[_DocumentShard], msgspec.Meta(max_length=1)] = []
 
 

@@ -54,6 +54,14 @@ class Directory:
         """Chunks for training."""
         return int(self.manifest["splits"]["train"]["chunks"])
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What it has weights for, not yet numbered: itself, or its sources if they have some."""
+        recorded = self.manifest["splits"]["train"].get("parts")
+        if not recorded:
+            return (Part(self.name, 0, self.num_chunks, 1.0),)
+        return tuple(Part(each["source"], 0, each["chunks"], each["weight"]) for each in recorded)
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -204,18 +212,33 @@ def _parts(
     directories: Sequence[Directory], weights: tuple[float, ...], first: int, option: str
 ) -> tuple[Part, ...]:
     """Returns what is drawn from: every directory by its weight, without weights all as one."""
-    names = [directory.name for directory in directories]
-    sizes = [directory.num_chunks for directory in directories]
-    if not weights:
-        return (Part(" + ".join(names), first, sum(sizes), 1.0),) if names else ()
-    if len(weights) != len(names):
-        what = f"{len(weights)} weights for {len(names)} chunk directories"
+    if not directories:
+        return ()
+    found = [directory.parts for directory in directories]
+    if len(directories) == 1 < len(found[0]) and weights:
+        # The weights of a directory's sources, in place of those that it was made with.
+        found = [(part,) for part in found[0]]
+    if weights and len(weights) != len(found):
+        what = f"{len(weights)} weights for {len(found)} chunk directories"
         raise bad_option(option, what, "Give one for each, in the same order.")
-    if 0 in whole_shares(weights):
-        what = f"{min(weights):g} is less than a {PERIOD:,}th of all"
+    if not weights and all(len(parts) == 1 for parts in found):
+        name = " + ".join(directory.name for directory in directories)
+        return (Part(name, first, _num_chunks(directories), 1.0),)
+    chosen = []
+    for parts, weight in zip(found, weights or map(_size, found), strict=True):
+        total = sum(part.weight for part in parts)
+        for part in parts:
+            chosen.append(replace(part, first=first, weight=weight * part.weight / total))
+            first += part.num_chunks
+    shares = tuple(part.weight for part in chosen)
+    if 0 in whole_shares(shares):
+        what = f"{min(shares) / sum(shares):.1g} of all is less than a {PERIOD:,}th"
         raise bad_option(option, what, "Give a larger weight, or leave the directory out.")
-    firsts = [first + sum(sizes[:place]) for place in range(len(sizes))]
-    return tuple(map(Part, names, firsts, sizes, weights))
+    return tuple(chosen)
+
+
+def _size(parts: Sequence[Part]) -> int:
+    return sum(part.num_chunks for part in parts)
 
 
 def _num_chunks(directories: Sequence[Directory]) -> int:

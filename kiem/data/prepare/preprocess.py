@@ -40,7 +40,13 @@ from kiem.data.prepare.units import Job, Unit, digest, open_unit, read_rows
 from kiem.data.prepare.verify import verify_directory
 from kiem.data.prepare.work_directory import recorded_source, work_directory
 from kiem.data.prepare.workers import run_units
-from kiem.data.prepare.write_splits import UnitDocuments, write_splits
+from kiem.data.prepare.write_splits import (
+    UnitDocuments,
+    check_weights,
+    describe_parts,
+    find_borders,
+    write_splits,
+)
 from kiem.data.read.hub_dataset import HUB_PREFIX
 from kiem.data.read.readers import check_effects
 from kiem.data.read.source_file import STANDARD_INPUT
@@ -130,6 +136,7 @@ def _check_options(options: PreprocessOptions) -> None:
     if options.executor == "ray" and STANDARD_INPUT in options.source:
         what = "other machines cannot read this one's standard input"
         raise bad_option("--source -", what, "Give a file, or leave --executor ray out.")
+    check_weights(options)
     if options.keep_rejected and not is_cleaned and options.on_bad_document == "stop":
         ways = "--clean, --near-duplicates, --decontaminate or --on-bad-document skip"
         raise no_effect("--keep-rejected", f"without {ways}: nothing is rejected")
@@ -158,6 +165,7 @@ def _resolve(options: PreprocessOptions, console: Console) -> tuple[Source, Toke
         recorded=recorded,
         console=console,
         document_separator=options.document_separator,
+        is_apart=bool(options.weights),
     )
     # The tokenizer before the Hub's gigabytes of text, which are useless without it.
     source = None if is_default else resolve()
@@ -185,6 +193,7 @@ def _identity(
     return {
         "options": {
             **{name: getattr(options, name) for name in _RECORDED_OPTIONS},
+            "weights": [*options.weights] or None,
             **cleaning.identity,
             "tokenizer": tokenizer.sha256 if tokenizer else options.tokenizer,
         },
@@ -298,7 +307,12 @@ def _write_chunks(job: Job, decisions: DocumentDecisions, result: Path) -> dict[
         yield from cut
 
     file_names = [file.name for file in job.source.files]
-    splits, num_unused_rows = write_splits(all_documents(), tokenizer, options, result, file_names)
+    borders = find_borders(job, decisions)
+    splits, num_unused_rows, num_chunks = write_splits(
+        all_documents(), tokenizer, options, result, file_names, borders
+    )
+    if options.weights:
+        splits["train"]["parts"] = describe_parts(options, borders, num_chunks, len(file_names))
     num_kept = sum(split["documents"] for split in splits.values()) - decisions.num_cut
     num_left_out = sum(counts["rejected"].values()) + counts["documents_beyond_limit"]
     assert num_kept + num_left_out == counts["documents_read"], "documents were lost"

@@ -76,5 +76,11 @@ def _account(manifest: dict[str, Any]) -> Iterator[str]:
         )
     if empty := [name for name, number in per_file.items() if number == 0]:
         yield f"files without any document: {len(empty):,}, such as {empty[0]}"
+    if parts := manifest["splits"]["train"].get("parts"):
+        total = sum(part["weight"] for part in parts)
+        shares = (
+            f"{p['source']} {p['weight'] / total:.0%} ({p['chunks']:,} chunks)" for p in parts
+        )
+        yield f"training reads {', '.join(shares)}"
     if rejected:
         yield f"rejected {num_rejected:,} of {num_read:,} documents: {_reasons(rejected)}"

@@ -77,6 +77,9 @@ def _verify_split(path: Path, manifest: dict[str, Any], split: str) -> None:
         found["ends of documents"] += int(np.count_nonzero(block == special["eos"]))
         found["padding_tokens"] += int(np.count_nonzero(block == special["pad"]))
     num_tokens = found["chunks"] * manifest["options"]["chunk_size"]
+    parts = counts.get("parts", ())
+    if parts and sum(part["chunks"] for part in parts) != found["chunks"]:
+        raise _wrong(path, "has parts that are not all chunks together")
     found["tokens"] = num_tokens - found["padding_tokens"]
     said = {**counts, "ends of documents": counts["documents"]}
     for name, number in found.items():

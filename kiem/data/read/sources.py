@@ -62,6 +62,7 @@ def resolve_source(
     console: Console | None = None,
     option: str = "--source",
     document_separator: str | None = None,
+    is_apart: bool = False,
 ) -> Source:
     """Finds the files that an option names, and downloads those of the Hub dataset.
 
@@ -74,6 +75,7 @@ def resolve_source(
         console: for the progress of a download, and the files that are not read.
         option: the option's name, for messages.
         document_separator: what cuts text files into documents; None: each is one.
+        is_apart: whether the description has an entry for each, also where files follow files.
 
     Raises:
         UserError: unknown size, no such file, a file that cannot be read, or trouble with the Hub.
@@ -96,14 +98,14 @@ def resolve_source(
     earlier = iter([entry for entry in list_sources(recorded) if entry.get("kind") == "hub"])
     parts: list[Source] = []
     for kind, patterns in groupby(source, _kind_of_source):
-        if kind == "files":
+        if kind == "files" and not is_apart:
             parts.append(local_source([*patterns], option, console, document_separator))
             continue
         for pattern in patterns:
-            if kind == "sample":
-                path = Path(str(resources.files("kiem.data.read") / "sample" / "dutch.jsonl"))
-                found = [(path, "sample")]
-                parts.append(_files_source("sample", "sample", found, document_separator))
+            if kind == "files":
+                parts.append(local_source([pattern], option, console, document_separator))
+            elif kind == "sample":
+                parts.append(_sample_source(document_separator))
             else:
                 name = parse_hub_name(pattern, option)
                 before = next(earlier, {})
@@ -190,6 +192,11 @@ def _files_source(
             file = SourceFile(path, file_name, *file_format, separator, stamp)
             files.append(look_inside(file))
     return Source(name, files, {"kind": kind, "sha256": hashes})
+
+
+def _sample_source(separator: str | None) -> Source:
+    path = Path(str(resources.files("kiem.data.read") / "sample" / "dutch.jsonl"))
+    return _files_source("sample", "sample", [(path, "sample")], separator)
 
 
 def _hub_source(
