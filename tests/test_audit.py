@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -13,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import run_script
+from foreign_cases import REMOVED, changed, places
 from rich.console import Console
 
 from kiem.audit.command import audit
+from kiem.audit.links import find_links
 from kiem.audit.record import read_run
 from kiem.audit.update import read_pieces
 from kiem.config import AuditOptions
@@ -26,6 +29,11 @@ from kiem.data.chunks import open_split, read_manifest, read_tokenizer
 
 LAST = "run/checkpoints/step-6"
 PER_STEP = 4
+# Of the keys of a run's files, those that an audit reads.
+READ = {
+    *("initialized_from", "branched_from", "data", "directories", "anneal", "manifest_sha256"),
+    *("recipe", "chunks_per_step", "max_steps", "steps", "fingerprint", "seed"),
+}
 
 
 @dataclass(frozen=True)
@@ -233,3 +241,32 @@ def test_a_branch_names_the_run_before_it(made: Made) -> None:
     assert "changed      first checkpoint <- --branch-from" in made.audit()
     shutil.rmtree(made.folder / "first")
     assert "missing      first checkpoint <- --branch-from" in made.audit()
+
+
+def test_any_change_of_what_a_run_says(made: Made) -> None:
+    """It is found, told as an error, or makes no difference."""
+    run, chunks = made.folder / "run", (made.folder / "chunks", made.folder / "more")
+    for path in (*run.rglob("*.safetensors"), *made.folder.glob("*/t*/*.arrow")):
+        path.unlink()  # they would be hashed each time
+    files = {
+        run / "run.json": [REMOVED, None, -1, 10**30, "x", []],
+        run / "final_model" / "training_summary.json": [REMOVED, "x"],
+        run / "checkpoints" / "step-6" / "state.json": [REMOVED, -1, "x", []],
+    }
+    num_refused = 0
+    for file, values in files.items():
+        content = json.loads(file.read_text())
+        read = [place for place in places(content) if place[-1] in READ]
+        for place, new in itertools.product(read, values):
+            file.write_text(json.dumps(changed(content, place, new)))
+            try:
+                record = read_run(run, chunks)
+                assert [*find_links(record)] and [*read_pieces(record, 1)]
+            except UserError as error:
+                assert error.where
+                num_refused += 1
+        write_json(file, content)
+    assert num_refused > 20
+    (run / "config.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError, match="does not say which chunks"):
+        read_run(run, chunks)

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 
 from kiem.config import TrainingOptions
-from kiem.core.errors import ExitCode, UserError, bad_option, not_found
+from kiem.core.errors import ExitCode, UserError, bad_option, damaged, not_found
 from kiem.core.json_input import read_json
 from kiem.core.yaml_options import read_options
 from kiem.report.record import CONFIG_FILE, METADATA_FILE, SUMMARY_FILE
@@ -19,7 +19,7 @@ FINAL_MODEL = "final_model"
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"
 FIX = "Restore the file, or audit another run."
-_Positive = Annotated[int, msgspec.Meta(ge=1)]
+_Positive = Annotated[int, msgspec.Meta(ge=1, lt=1 << 62)]
 _FolderName = Annotated[str, msgspec.Meta(pattern=r"^[^./\\][^/\\]*$")]  # in the same folder
 
 
@@ -35,7 +35,7 @@ class _Data(msgspec.Struct):
 
 
 class _Recipe(msgspec.Struct):
-    chunks_per_step: _Positive
+    chunks_per_step: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
     max_steps: _Positive | None = None
 
 
@@ -136,8 +136,13 @@ def read_run(directory: Path, dataset_path: tuple[Path, ...]) -> RunRecord:
     with contextlib.suppress(UserError):  # the manifest beside it says so as well
         file = directory / FINAL_MODEL / SUMMARY_FILE
         summary = read_json(file, Metadata, fix=FIX, exit_code=ExitCode.DAMAGED)
+    num_main, num_all = len(options.dataset_path), len(metadata.manifests)
+    if num_main + len(options.anneal) != num_all:
+        what = (
+            f"names {num_main + len(options.anneal)} chunk directories, {METADATA_FILE} {num_all}"
+        )
+        raise damaged(str(config), what, FIX)
     if dataset_path:
-        num_main, num_all = len(options.dataset_path), len(metadata.manifests)
         if len(dataset_path) != num_all:
             what = f"{len(dataset_path)} chunk directories, but the run read {num_all}"
             raise bad_option("--dataset-path", what, f"Give {num_all}, as in {config}.")
