@@ -144,6 +144,13 @@ def test_documents_that_are_cut_for_the_test_split(
     assert check(folder) == {"two.jsonl"}
 
 
+@pytest.mark.parametrize("method", ["concat", "best-fit"])
+def test_sources_with_weights_that_begin_chunks(method: str, options: PreprocessOptions) -> None:
+    source = tuple(f"{options.source[0]}/{name}" for name in PARTS[:3])
+    given = {"source": source, "weights": (1.0, 2.0, 3.0), "document_separator": None}
+    assert check(preprocess(replace(options, packing=method, **given), QUIET)) == {*PARTS[:3]}
+
+
 def test_a_word_limit_ends_the_record(options: PreprocessOptions) -> None:
     folder = preprocess(replace(options, dataset_size="1k"), QUIET)
     assert check(folder) == {"a.jsonl"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kiem.core.errors import bad_option
@@ -29,21 +29,36 @@ def with_licences(
     if not any(licences):
         return description
     of_patterns = list(licences) * (len(patterns) if len(licences) == 1 else 1)
-    left = list_sources(description).copy()
+    stated = iter(zip(patterns, of_patterns, strict=True))
     entries: list[dict[str, Any]] = []
-    for pattern, licence in zip(patterns, of_patterns, strict=True):
-        entry = left.pop(0)
-        stated = {"licence": licence} if licence else {}
+    for entry in list_sources(description):
         if entry["kind"] == "files":
-            # An entry holds the files of several patterns.
-            count = len(find_files([pattern], "--source")[0])
-            files = list(entry["sha256"].items())
-            if files[count:]:
-                left.insert(0, {**entry, "sha256": dict(files[count:])})
-            entry = {**entry, "sha256": dict(files[:count])}
-            last = entries[-1] if entries else {}
-            if last.get("kind") == "files" and last.get("licence") == stated.get("licence"):
-                last["sha256"] |= entry["sha256"]
-                continue
-        entries.append({**entry, **stated})
+            entries += _cut_entry(entry, stated)
+        else:
+            _, licence = next(stated)
+            entries.append(_with_licence(entry, licence))
     return entries[0] if len(entries) == 1 else {"kind": "several", "sources": entries}
+
+
+def _cut_entry(
+    entry: dict[str, Any], stated: Iterator[tuple[str, str]]
+) -> Iterator[dict[str, Any]]:
+    """Yields the entry of files of one or several patterns, cut where another licence begins."""
+    files = list(entry["sha256"].items())
+    part: dict[str, Any] = {}
+    while files:
+        pattern, licence = next(stated)
+        num_files = len(find_files([pattern], "--source")[0])
+        following = _with_licence({**entry, "sha256": dict(files[:num_files])}, licence)
+        files = files[num_files:]
+        if part and part.get("licence") == following.get("licence"):
+            part["sha256"] |= following["sha256"]
+            continue
+        if part:
+            yield part
+        part = following
+    yield part
+
+
+def _with_licence(entry: dict[str, Any], licence: str) -> dict[str, Any]:
+    return {**entry, "licence": licence} if licence else entry
