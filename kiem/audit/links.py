@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from kiem.core.manifest import read_manifest as read_entries
 from kiem.data.chunks import read_manifest
 from kiem.data.read.source_file import STANDARD_INPUT
 from kiem.data.source_record import list_sources
-from kiem.hub.repo import Repo
+from kiem.hub.repo import Repo, blob_of
 from kiem.report.record import METADATA_FILE, SUMMARY_FILE
 from kiem.tokenizer.tokenizer import TOKENIZER_FILE
 
@@ -190,16 +190,10 @@ def _check_hub_files(entry: dict[str, Any]) -> Iterator[Check]:
     folder = Repo("dataset", entry["dataset"]).snapshot(entry["revision"])
     for name, blob in zip(entry["files"], entry["blobs"], strict=True):
         if (folder / name).exists():
-            yield _check_file(folder / name, blob, sha256_file if len(blob) == 64 else _git_sha1)
+            yield _check_file(folder / name, blob, partial(blob_of, num_digits=len(blob)))
         else:
             why = "not in the Hub's cache; the Hub itself keeps the files of every commit"
             yield Check("not checked", f"{where}: {name}", why)
-
-
-def _git_sha1(path: Path) -> str:
-    """Returns git's hash of a file, which the Hub has for small ones."""
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _check_folder(folder: Path) -> list[Check]:

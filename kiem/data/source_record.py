@@ -7,7 +7,8 @@
 With `--licence` each has a `licence`. Of `--source hub:OWNER/NAME` there is also:
 
     split       the name of the split
-    blobs       for each of the files, the SHA-256 of its content (64 digits), or git's SHA-1 (40)
+    blobs       for each of the files, the SHA-256 of its content (64 digits), or git's SHA-1 (40),
+                which the file that was read had
     licence     what the dataset's card says: the Hub's id of a licence, or several; or null
 
 `files` are names in the repository. In all other entries, such as `documents_per_file`, and in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from kiem.core.console import warn
 from kiem.core.errors import ExitCode, UserError
-from kiem.hub.repo import RemoteFile, Repo
+from kiem.hub.repo import RemoteFile, Repo, blob_of
 
 _CARD = "README.md"
 
@@ -143,3 +144,13 @@ def download_files(
         by_commit.setdefault(repo, []).append(file)
     for repo, of_commit in by_commit.items():
         repo.download(of_commit, console)
+
+
+def verify_download(file: RemoteFile, path: Path) -> None:
+    """Raises a UserError if a file on the disk is not the one on the Hub."""
+    # Where a disk has no links, the cache does not tell what a file is.
+    is_known = re.fullmatch("([0-9a-f]{40}|[0-9a-f]{64})", file.blob)
+    if is_known and blob_of(path, len(file.blob)) != file.blob:
+        what = f"{file.name} is not what it is on the Hub: its hash differs"
+        fix = f"Remove {path.resolve()} and run it again: it is downloaded anew."
+        raise Repo("dataset", file.repo, file.commit).error(what, fix, ExitCode.DAMAGED)

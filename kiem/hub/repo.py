@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 from rich.console import Console
 
 from kiem.core.errors import ExitCode, UserError
-from kiem.core.files import format_bytes, require_free_space
+from kiem.core.files import format_bytes, require_free_space, sha256_file
 
 _LOG_IN = "run `hf auth login` or set HF_TOKEN (tokens: https://huggingface.co/settings/tokens)"
 _LOCAL = "or name local files or a local folder instead."
@@ -43,6 +44,14 @@ class RemoteFile(NamedTuple):
     name: str
     num_bytes: int
     blob: str
+
+
+def blob_of(path: Path, num_digits: int) -> str:
+    """Returns what identifies a file's content on the Hub: git's SHA-1 (40 digits) or SHA-256."""
+    if num_digits != 40:
+        return sha256_file(path)
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -19,12 +20,13 @@ from rich.console import Console
 
 from kiem.core.errors import UserError, bad_option
 from kiem.core.files import read_sealed, remove_file, sealed_file
+from kiem.core.processors import num_processors
 from kiem.data.prepare.units import Job, Unit, list_file_parts, open_unit, plan_units
 from kiem.data.read.formats import look_inside
 from kiem.data.read.readers import FilePart
 from kiem.data.read.source_file import SourceFile, file_stamp
 from kiem.data.read.sources import Source
-from kiem.hub.dataset import download_files, local_path
+from kiem.hub.dataset import download_files, local_path, verify_download
 
 # With a word limit, most of a large dataset is not needed.
 _GROUP_BYTES_WITH_LIMIT = 1_000_000_000
@@ -88,10 +90,20 @@ def fetch(job: Job, numbers: Sequence[int], console: Console | None = None) -> J
         folder = _folder(job.folder)
         _make_room(folder, [files[number] for number in wanted], job.options.hub_cache_bytes)
     download_files([remote for remote in wanted.values() if remote], folder, console)
-    for number in wanted:
-        stamp = file_stamp(files[number].path)
-        files[number] = look_inside(files[number]._replace(stamp=stamp))
+    with ThreadPoolExecutor(num_processors()) as pool:
+        there = pool.map(_verified, (files[number] for number in wanted))
+        files_there = dict(zip(wanted, there, strict=True))
+    files = [files_there.get(number, file) for number, file in enumerate(files)]
     return replace(job, source=replace(job.source, files=files))
+
+
+def _verified(file: SourceFile) -> SourceFile:
+    """Returns a downloaded file with its stamp and true kind; raises a UserError if it differs."""
+    stamp = file_stamp(file.path)
+    if file.remote is None or file.stamp == stamp:  # verified before, and not changed since
+        return file
+    verify_download(file.remote, file.path)
+    return look_inside(file._replace(stamp=stamp))
 
 
 def plan_group(job: Job, numbers: Sequence[int], first: int) -> list[Unit]:
