@@ -6,6 +6,8 @@ import numpy as np
 
 from kiem.data.clean.ngrams import group_equal, hash_ngrams
 
+_MOST_CANDIDATES = 10_000
+
 
 def frequent_ngrams(
     chunks: np.ndarray, n: int, special_ids: list[int], most: int
@@ -21,18 +23,27 @@ def frequent_ngrams(
         special_ids: those of <bos>, <eos> and <pad>, which are in no n-gram.
         most: how many to return at most.
     """
+    num_chunks, chunk_size = chunks.shape
     ids = chunks.reshape(-1)
-    starts = np.arange(len(ids) - n + 1)
-    num_special = np.cumsum(np.concatenate([[0], np.isin(ids, special_ids)]))
-    is_whole = starts % chunks.shape[1] <= chunks.shape[1] - n
-    starts = starts[is_whole & (num_special[starts + n] == num_special[starts])]
+    is_special = np.logical_or.reduce([ids == token for token in special_ids])
+    num_special = np.concatenate([[0], np.cumsum(is_special, dtype=np.int64)])
+    # Where n-grams begin: in every chunk, as far as they fit into it.
+    firsts_of_chunks = np.arange(num_chunks)[:, None] * chunk_size
+    starts = (firsts_of_chunks + np.arange(chunk_size - n + 1)).ravel()
+    starts = starts[num_special[starts + n] == num_special[starts]]
     firsts, counts = group_equal(hash_ngrams(ids.astype(np.uint64), n)[starts])
+    # Only so many are looked at: sorting millions would take longer than counting them.
+    lowest = 2
+    if len(counts) > _MOST_CANDIDATES:
+        lowest = max(lowest, int(np.partition(counts, -_MOST_CANDIDATES)[-_MOST_CANDIDATES]))
+    is_frequent = counts >= lowest
+    firsts, counts = starts[firsts[is_frequent]], counts[is_frequent]
     found: list[tuple[np.ndarray, int]] = []
     shown: list[int] = []
     for place in np.lexsort((firsts, -counts)).tolist():
-        start = int(starts[firsts[place]])
-        if len(found) == most or counts[place] < 2:
+        if len(found) == most:
             break
+        start = int(firsts[place])
         if all(abs(start - other) >= n for other in shown):
             shown.append(start)
             found.append((ids[start : start + n], int(counts[place])))

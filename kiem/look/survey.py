@@ -76,7 +76,10 @@ def survey(path: Path, num_samples: int, seed: int) -> list[Section]:
             _duplicates(manifest, documents),
             _at_random(manifest, documents, texts[:num_samples]),
         ]
-    sections += [_vocabulary(manifest, tokenizer, sampled), *_frequent(tokenizer, sampled)]
+    counts = np.bincount(sampled.chunks.reshape(-1), minlength=tokenizer.num_rows)
+    counts[list(tokenizer.special_ids.values())] = 0
+    sections.append(_vocabulary(manifest, sampled, counts))
+    sections += _frequent(tokenizer, sampled, counts)
     sections.append(_rejected(path, manifest, num_samples, seed))
     return sections
 
@@ -195,9 +198,8 @@ def _at_random(manifest: dict[str, Any], documents: SampledDocuments, texts: lis
     return Section("Documents at random", notes=["Their beginnings."], texts=shown)
 
 
-def _vocabulary(manifest: dict[str, Any], tokenizer: Tokenizer, sampled: Sampled) -> Section:
+def _vocabulary(manifest: dict[str, Any], sampled: Sampled, counts: np.ndarray) -> Section:
     num_rows, num_unused = (manifest["tokenizer"][n] for n in ("num_rows", "num_unused_rows"))
-    counts = _token_counts(tokenizer, sampled)
     train = manifest["splits"]["train"]
     rows = [
         ("rows", f"{num_rows:,}"),
@@ -213,10 +215,9 @@ def _vocabulary(manifest: dict[str, Any], tokenizer: Tokenizer, sampled: Sampled
     return Section("Vocabulary", rows=rows, notes=_of_sample(sampled, "the last three lines: "))
 
 
-def _frequent(tokenizer: Tokenizer, sampled: Sampled) -> Iterator[Section]:
+def _frequent(tokenizer: Tokenizer, sampled: Sampled, counts: np.ndarray) -> Iterator[Section]:
     """Yields the sections about frequent tokens and n-grams."""
     notes = _of_sample(sampled)
-    counts = _token_counts(tokenizer, sampled)
     total = max(1, int(counts.sum()))
     top = np.argsort(-counts, kind="stable")[:_MOST_ROWS]
     rows = [
@@ -248,12 +249,6 @@ def _rejected(path: Path, manifest: dict[str, Any], num_samples: int, seed: int)
         notes += [] if is_all else ["The examples are from parts of the file, chosen by chance."]
     heads = ("reason", "documents", "share of those read")
     return Section("Rejected documents", heads if rows else (), rows, notes, texts=texts)
-
-
-def _token_counts(tokenizer: Tokenizer, sampled: Sampled) -> np.ndarray:
-    counts = np.bincount(sampled.chunks.reshape(-1), minlength=tokenizer.num_rows)
-    counts[list(tokenizer.special_ids.values())] = 0
-    return counts
 
 
 def _of_sample(sampled: Sampled, what: str = "") -> list[str]:
