@@ -205,5 +205,5 @@ def test_earlier_chunk_directories_say_that_they_have_no_record(options: Preproc
     for counts in manifest["splits"].values():
         del counts["document_shards"]
     write_json(folder / "manifest.json", manifest)
-    with pytest.raises(UserError, match=r"does not record its documents.*\n.*--overwrite"):
+    with pytest.raises(UserError, match=r"does not record its documents.*\n.*--dataset-path"):
         open_documents(folder, read_manifest(folder), "train")

@@ -15,7 +15,7 @@ from kiem.core.files import sha256_file
 from kiem.core.json_input import read_json
 from kiem.core.manifest import MANIFEST_FILE, read_content
 from kiem.core.manifest import read_manifest as read_entries
-from kiem.data.chunks import read_manifest
+from kiem.data.chunks import REJECTED_FILE, read_manifest
 from kiem.data.read.source_file import STANDARD_INPUT
 from kiem.data.source_record import list_sources
 from kiem.hub.repo import Repo, blob_of
@@ -93,7 +93,7 @@ def _chunk_links(run: RunRecord, path: Path, number: int) -> Iterator[Link]:
         shards = ("shards", "source_shards", "document_shards")
         files |= {s["file"]: s["sha256"] for key in shards for s in split.get(key, ())}
     if "rejected_file" in manifest:
-        files["rejected.jsonl"] = manifest["rejected_file"]["sha256"]
+        files[REJECTED_FILE] = manifest["rejected_file"]["sha256"]
     files[TOKENIZER_FILE] = manifest["tokenizer"]["sha256"]
     checks = [_check_file(path / name, sha256) for name, sha256 in files.items()]
     yield Link(f"{path.name} <- its manifest", checks)

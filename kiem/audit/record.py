@@ -88,6 +88,7 @@ class RunRecord:
     Attributes:
         directory: where it is.
         options: of training.py, with the paths of the chunk directories as they are now.
+        earlier_paths: where these were when the run read them.
         metadata: of run.json.
         summary: of final_model/training_summary.json; None: the run has no final model, or that
             file is damaged.
@@ -95,6 +96,7 @@ class RunRecord:
 
     directory: Path
     options: TrainingOptions
+    earlier_paths: list[Path]
     metadata: Metadata
     summary: Metadata | None
 
@@ -136,11 +138,10 @@ def read_run(directory: Path, dataset_path: tuple[Path, ...]) -> RunRecord:
     with contextlib.suppress(UserError):  # the manifest beside it says so as well
         file = directory / FINAL_MODEL / SUMMARY_FILE
         summary = read_json(file, Metadata, fix=FIX, exit_code=ExitCode.DAMAGED)
+    earlier_paths = [*options.dataset_path, *options.anneal]
     num_main, num_all = len(options.dataset_path), len(metadata.manifests)
-    if num_main + len(options.anneal) != num_all:
-        what = (
-            f"names {num_main + len(options.anneal)} chunk directories, {METADATA_FILE} {num_all}"
-        )
+    if len(earlier_paths) != num_all:
+        what = f"names {len(earlier_paths)} chunk directories, {METADATA_FILE} {num_all}"
         raise damaged(str(config), what, FIX)
     if dataset_path:
         if len(dataset_path) != num_all:
@@ -149,4 +150,4 @@ def read_run(directory: Path, dataset_path: tuple[Path, ...]) -> RunRecord:
         options = replace(
             options, dataset_path=dataset_path[:num_main], anneal=dataset_path[num_main:]
         )
-    return RunRecord(directory, options, metadata, summary)
+    return RunRecord(directory, options, earlier_paths, metadata, summary)

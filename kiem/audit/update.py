@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,11 +12,11 @@ from rich.console import Console
 
 from kiem.audit.record import RunRecord
 from kiem.core.console import show, warn
-from kiem.core.errors import bad_option, damaged
+from kiem.core.errors import UserError, bad_option, damaged
 from kiem.core.manifest import MANIFEST_FILE, verify_file
 from kiem.data.chunks import MAKE_AGAIN
 from kiem.data.documents import Documents, Piece, open_documents
-from kiem.data.mixture import Directory, read_mixture
+from kiem.data.mixture import Directory, read_directory, read_mixture
 from kiem.data.order import chunk_numbers
 from kiem.report.record import METRICS_FILE, Line, read_metrics
 
@@ -51,8 +52,9 @@ def read_pieces(run: RunRecord, step: int) -> Iterator[ReadPiece]:
     recipe = run.metadata.recipe
     mixture = read_mixture(run.options)
     directories = (*mixture.directories, *mixture.anneal)
-    for directory, expected in zip(directories, run.metadata.manifests, strict=True):
-        if directory.sha256 != expected:
+    recorded = zip(directories, run.earlier_paths, run.metadata.manifests, strict=True)
+    for directory, earlier_path, expected in recorded:
+        if not (directory.sha256 == expected or _was_made_again(directory, earlier_path, expected)):
             what = f"is changed: the run read one of sha256 {expected}, this is {directory.sha256}"
             fix = "Name the one that it read with --dataset-path."
             raise damaged(str(directory.path / MANIFEST_FILE), what, fix)
@@ -101,6 +103,21 @@ def print_update(run: RunRecord, step: int, console: Console) -> None:
             f"chunk {piece.chunk}{f' of {read.directory.name}' if len(names) > 1 else ''}"
         )
     show(console, "".join(f"{row}\n" for row in rows))
+
+
+def _was_made_again(directory: Directory, earlier_path: Path, expected: str) -> bool:
+    """Returns whether a directory has the chunks of the one that a run read, which is still there.
+
+    So the documents of one that earlier versions made can be listed, too.
+    """
+    with contextlib.suppress(UserError):
+        earlier = read_directory(earlier_path)
+        hashes, earlier_hashes = (
+            [shard["sha256"] for shard in each.manifest["splits"]["train"]["shards"]]
+            for each in (directory, earlier)
+        )
+        return earlier.sha256 == expected and hashes == earlier_hashes
+    return False
 
 
 def _open(directory: Directory) -> Documents:

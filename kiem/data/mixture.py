@@ -184,12 +184,14 @@ def read_mixture(options: TrainingOptions) -> Mixture:
 def _read(paths: Sequence[Path], option: str) -> tuple[Directory, ...]:
     if len({path.resolve() for path in paths}) < len(paths):
         raise bad_option(option, "a chunk directory is named twice", "Name each once.")
-    directories = []
-    for path in paths:
-        manifest = read_manifest(path)
-        sha256 = manifest.get("sha256") or sha256_file(path / MANIFEST_FILE)
-        directories.append(Directory(path, manifest, sha256))
-    return tuple(directories)
+    return tuple(map(read_directory, paths))
+
+
+def read_directory(path: Path) -> Directory:
+    """Reads the manifest of a chunk directory; raises a UserError if it is missing or damaged."""
+    manifest = read_manifest(path)
+    sha256 = manifest.get("sha256") or sha256_file(path / MANIFEST_FILE)
+    return Directory(path, manifest, sha256)
 
 
 def _check_same(first: Directory, other: Directory) -> None:

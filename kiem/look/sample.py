@@ -42,7 +42,6 @@ class SampledDocuments:
 
     Attributes:
         lengths: tokens of each, int64 [documents].
-        sources: numbers of their sources, int32 [documents].
         is_all: whether these are all.
         begins: int32 ids of the beginnings of some of them, in an order by chance.
         places: file and row of these.
@@ -50,7 +49,6 @@ class SampledDocuments:
     """
 
     lengths: np.ndarray
-    sources: np.ndarray
     is_all: bool
     begins: list[np.ndarray]
     places: list[tuple[int, int]]
@@ -87,7 +85,6 @@ def sample_documents(path: Path, manifest: dict[str, Any], seed: int) -> Sampled
     places = whole[chosen]
     return SampledDocuments(
         lengths=lengths,
-        sources=columns["source"][whole],
         is_all=len(batches) == len(documents.columns),
         begins=[
             _read(chunks, int(columns["position"][place]), int(columns["length"][place]))
