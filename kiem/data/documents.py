@@ -159,7 +159,7 @@ def open_documents(path: Path, manifest: dict[str, Any], split: str) -> Document
             "this chunk directory does not record its documents: an earlier version made it",
             where=str(path),
             fix="Make it again beside this one, with preprocess.py and another --name: the same "
-            "text and options give the same chunks. kiem audit --dataset-path takes it in its place.",
+            "text and options give the same chunks. kiem audit --dataset-path takes it instead.",
             exit_code=ExitCode.NOT_FOUND,
         )
     [entry] = counts["document_shards"]
