@@ -51,6 +51,7 @@ class HubServer:
         repos: repository -> its files, as a folder or as file name -> bytes. Models are called
             "owner/name", datasets "datasets/owner/name".
         gated: repositories whose files need a token in `accepted`.
+        open_cards: those of them whose README.md needs none.
         private: repositories that are hidden from all but tokens in `accepted`.
         tokens: login tokens that are valid.
         accepted: login tokens that are valid and whose owner accepted every licence.
@@ -68,6 +69,7 @@ class HubServer:
         repos: Mapping[str, Path | Mapping[str, bytes]],
         *,
         gated: Collection[str] = (),
+        open_cards: Collection[str] = (),
         private: Collection[str] = (),
         tokens: Collection[str] = (),
         accepted: Collection[str] = (),
@@ -75,6 +77,7 @@ class HubServer:
         renamed: Mapping[str, str] | None = None,
     ):
         self.gated, self.private = set(gated), set(private)
+        self.open_cards = set(open_cards)
         self.tokens, self.accepted = {*tokens, *accepted, *writers}, {*accepted, *writers}
         self.writers, self.uploaded = set(writers), dict[str, bytes]()
         self.renamed = dict(renamed or {})
@@ -309,13 +312,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         (commit, files), path = found, unquote(match["path"])
         headers = {"X-Repo-Commit": commit}
-        if name in hub.gated and not token:
+        is_open = path == "README.md" and name in hub.open_cards
+        is_gated = name in hub.gated and not is_open
+        if is_gated and not token:
             message = (
                 f"Access to {name} is restricted. You must have access to it and be "
                 "authenticated to access it. Please log in."
             )
             self._error(401, message, "GatedRepo", headers)
-        elif name in hub.gated and token not in hub.accepted:
+        elif is_gated and token not in hub.accepted:
             message = (
                 f"Access to {name} is restricted and you are not in the authorized list. "
                 f"Visit https://huggingface.co/{name} to ask for access."

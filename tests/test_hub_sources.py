@@ -60,7 +60,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub() -> Iterator[HubServer]:
     with HubServer(
         REPOS,
-        gated=["datasets/uonlp/CulturaX"],
+        gated=["datasets/uonlp/CulturaX", "datasets/card/lists"],
+        open_cards=["datasets/card/lists"],
         private=["datasets/some/secret"],
         tokens=[NOT_ACCEPTED],
         accepted=[ACCEPTED],
@@ -155,6 +156,12 @@ REFUSALS = {
         "",
         ExitCode.HUB_LOGIN,
         ["licence to accept", "https://huggingface.co/datasets/uonlp/CulturaX", "hf auth login"],
+    ),
+    "gated behind an open card": (
+        "hub:card/lists",
+        "",
+        ExitCode.HUB_LOGIN,
+        ["licence to accept", "https://huggingface.co/datasets/card/lists"],
     ),
     "licence": (
         "hub:uonlp/CulturaX:nl",
