@@ -288,7 +288,7 @@ def describe_reads(order: ChunkOrder, num_steps: int | None) -> str:
         texts = [
             f"{part.name} {part.weight / total:.0%}"
             if num_steps is None
-            else f"{part.name} {count / part.num_chunks:.1f} times"
+            else f"{part.name} {count / part.num_chunks:.2f} times"
             for part, count in zip(stage.parts, counts, strict=True)
         ]
         start = f"from update {stage.first_step + 1:,} on " if described else ""

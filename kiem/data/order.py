@@ -98,7 +98,11 @@ def count_reads(order: ChunkOrder, num_steps: int) -> list[list[int]]:
     counts = []
     for at, (stage, end) in enumerate(zip(order.stages, ends, strict=True)):
         num_stage_steps = max(0, min(end, num_steps) - stage.first_step)
-        periods, rest = divmod(num_stage_steps * order.chunks_per_step, PERIOD)
+        num_chunks = num_stage_steps * order.chunks_per_step
+        if len(stage.parts) == 1:
+            counts.append([num_chunks])
+            continue
+        periods, rest = divmod(num_chunks, PERIOD)
         which, _ = _pattern(stage.parts, order.seed, at, periods)
         in_rest = np.bincount(which[:rest], minlength=len(stage.parts))
         in_period = np.bincount(which, minlength=len(stage.parts))

@@ -152,7 +152,7 @@ def warnings_before(run: Run) -> Iterator[str]:
         )
     if recipe.max_steps is not None:
         used = recipe.max_steps * recipe.chunks_per_step / num_chunks
-        if used < _MIN_USED and not run.spec.options.weights:
+        if used < _MIN_USED and len(run.spec.data.mixture.parts) == 1:
             yield f"the run ends after {used:.0%} of the chunks: the others are never learnt from"
         yield from warnings_of_epochs(run.spec.order, recipe.max_steps)
     yield from warnings_of_splits(run.spec.data.mixture)
