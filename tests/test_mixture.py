@@ -31,6 +31,7 @@ from kiem.data.order import chunk_numbers
 from kiem.data.prepare.preprocess import preprocess
 from kiem.data.prepare.verify import verify_directory
 from kiem.data.texts import list_texts
+from kiem.training.resume import check_same_run
 
 SIZE = 32
 
@@ -232,7 +233,7 @@ def test_killed_at_any_moment_a_mixture_ends_the_same(
     assert lives.run(tmp_path / "a", *words) == [0], lives.log.read_text()
     expected, seconds = outcome(tmp_path / "a" / "run"), time.monotonic() - began
     how = {"signals": [signal.SIGKILL], "processes": 1, "seconds": seconds, "options": words}
-    interrupt_often(lives, tmp_path / "b", expected, 4, chaos("mixture"), **how)
+    interrupt_often(lives, tmp_path / "b", expected, 3, chaos("mixture"), **how)
     said = lives.log.read_text()
     assert re.search(
         r"wiki \S+ times, web \S+ times; from update 8 on books \+ wiki \S+ times", said
@@ -244,21 +245,28 @@ def test_killed_at_any_moment_a_mixture_ends_the_same(
     assert [each["name"] for each in recorded["directories"]] == ["wiki", "web"]
     assert [each["name"] for each in recorded["anneal"]] == ["books", "wiki"]
     assert "sha256 of books" in (run / "final_model" / "README.md").read_text()
-    # Another mixture is another run; two processes read what one does.
-    assert lives.run(tmp_path / "c", *words, "--max-steps", "3") == [0]
-    (tmp_path / "c" / "run" / "final_model").rename(tmp_path / "c" / "model")
-    changed = [*words]
-    changed[changed.index("3")] = "4"
-    assert lives.run(tmp_path / "c", *changed) == [ExitCode.ALREADY_EXISTS]
-    assert "weights was [7500, 2500], is [8000, 2000]" in lives.log.read_text()
-    halves = ("--optimizer", "adamw", "--batch-size", "1")
-    assert lives.run(tmp_path / "two", *words, *halves, processes=2) == [0, 0]
-    assert lives.run(tmp_path / "one", *words, *halves[:2]) == [0]
+
+
+def test_two_processes_read_what_one_does(folder: Path, lives: Lives, tmp_path: Path) -> None:
+    words = ("--dataset-path", str(folder / "web"), "--weights", "3", "1", "--optimizer", "adamw")
+    assert lives.run(tmp_path / "two", *words, "--batch-size", "1", processes=2) == [0, 0]
+    assert lives.run(tmp_path / "one", *words) == [0]
     one, two = (
         [m["loss"] for m in outcome(tmp_path / name / "run")["metrics"] if "loss" in m]
         for name in ("one", "two")
     )
     assert two == pytest.approx(one, abs=1e-5)
+
+
+def test_another_mixture_is_another_run(folder: Path) -> None:
+    same, other = (
+        read_mixture(options(folder, "wiki", "web", weights=weights)).identity()
+        for weights in ((0.75, 0.25), (4, 1))
+    )
+    assert read_mixture(options(folder, "wiki", "web", weights=(3, 1))).identity() == same
+    state = {"fingerprint": same, "changeable": {}}
+    with pytest.raises(UserError, match=r"weights was \[7500, 2500\], is \[8000, 2000\]"):
+        check_same_run(Path("step-3"), state, other, {}, Console(quiet=True))
 
 
 def test_the_plan_says_how_often_each_is_read(folder: Path) -> None:
