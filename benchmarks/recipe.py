@@ -1,11 +1,11 @@
-"""Recipes of training against the default: bits per byte after as many updates, with their noise.
+"""Recipes of training against a base: bits per byte after as many updates, with their noise.
 
     python benchmarks/recipe.py --text FOLDER --variants schedule=wsd share=0.85,learning_rate=6e-3
 
 A variant is its changes, joined by commas: options of training.py, settings of the optimizer in
-recipe_candidates.py, which then takes the place of kiem's, and `share`: how many of the default's
-updates it has. One that is no worse with a share of 0.85 reaches the default's quality in 15 %
-fewer updates. (Values along a run do not tell: the learning rate has not fallen yet.)
+recipe_candidates.py, which then takes the place of kiem's, and `share`: of the updates. One that is
+no worse than the base with a share of 0.85 reaches its quality in 15 % fewer updates. (Values along
+a run do not tell: the learning rate has not fallen yet.)
 
 All variants train the same shape on the same text. Runs of one seed have the same first weights and
 read the same batches, so they are compared in pairs. Each finished run is a line of --runs, and a
@@ -49,7 +49,7 @@ from kiem.training.setup import setup
 from kiem.training.validation import evaluate
 
 Size = Literal["tiny", "small", "nano"]
-_DEFAULT = "default"  # the variant without a change
+DEFAULT = "default"  # the variant without a change
 _EVALUATION_TOKENS = 32_768
 # What a result follows from besides shape and text: code, and defaults of options.
 _CODE = ("kiem/optim/muon.py", "kiem/optim/optimizer.py", "kiem/optim/step.py")
@@ -67,9 +67,13 @@ class Options:
     text: Path
     """Folder with .jsonl files to train on."""
     runs: Path = Path("recipe_runs.jsonl")
-    """File of finished runs; chunk directories are made beside it."""
+    """File of finished runs."""
+    chunks: Path = Path("processed_data")
+    """Folder of the chunk directories, which are made when they are not there."""
     variants: tuple[str, ...] = ()
-    """What to compare with the default."""
+    """What to compare with the base."""
+    base: str = DEFAULT
+    """Variant to compare with, such as learning_rate=1.6e-2."""
     sizes: tuple[Size, ...] = ("small",)
     """small: gemma3-micro with a vocabulary of 4096, 2 million parameters. nano: gemma3-nano with
     16 384, 9.9 million. tiny: for tests."""
@@ -106,7 +110,7 @@ class Key:
 
     Attributes:
         size: of the model.
-        updates: of the default; the variant may have a share of them.
+        updates: of the base; the variant may have a share of them.
         variant, seed, precision: of this run.
         learning_rate: the highest, chosen or by default.
         text, code: hashes.
@@ -127,18 +131,18 @@ def main(options: Options, console: Console) -> None:
     console.print(machine())
     with init_distributed(options.precision) as distributed:
         for size in options.sizes:
-            data = chunks(SHAPES[size], options)
+            data = make_data(SHAPES[size], options)
             for updates in options.updates:
                 results = run_all(options, size, updates, data, distributed)
-                console.print(side_by_side(results, f"{size}, {updates:,} updates"))
+                title = f"{size}, {updates:,} updates; differences ± standard error"
+                console.print(side_by_side(results, options.base, title))
 
 
-def chunks(shape: Shape, options: Options) -> Path:
+def make_data(shape: Shape, options: Options) -> Path:
     """Returns the chunk directory, made if it is not there."""
     name = f"recipe-{shape.vocabulary}-{shape.chunk_size}"
-    tokenizer, folder = f"train:{shape.vocabulary}", options.runs.resolve().parent
-    more = ("--test-split", "0.01")
-    return make_chunks(options.text, tokenizer, shape.chunk_size, folder, name, *more)
+    tokenizer, more = f"train:{shape.vocabulary}", ("--test-split", "0.01")
+    return make_chunks(options.text, tokenizer, shape.chunk_size, options.chunks, name, *more)
 
 
 def run_all(
@@ -148,7 +152,7 @@ def run_all(
     results: dict[str, dict[int, dict[str, Any]]] = {}
     text = text_hash(data)
     for seed in options.seeds:  # all variants with one seed, then the next: they can be compared
-        for variant in dict.fromkeys((_DEFAULT, *options.variants)):
+        for variant in dict.fromkeys((options.base, *options.variants)):
             rate = learning_rate(SHAPES[size], variant, data, distributed)
             run = (size, updates, variant, seed, distributed.precision, rate)
             key = Key(*run, text, code_hash(variant))
@@ -230,7 +234,7 @@ def read_variant(variant: str) -> tuple[dict[str, Any], dict[str, float], float]
     changes: dict[str, Any] = {}
     settings: dict[str, float] = {}
     share = 1.0
-    for word in variant.split(",") if variant != _DEFAULT else ():
+    for word in variant.split(",") if variant != DEFAULT else ():
         name, is_given, text = word.partition("=")
         if not is_given:
             raise bad_option("--variants", f"{word!r} is no change", "Give such as schedule=wsd.")
@@ -272,11 +276,12 @@ def is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def side_by_side(results: dict[str, dict[int, dict[str, Any]]], title: str) -> Table:
-    """Returns means of each variant, and how pairs of runs differ from the default's."""
-    names = ("", "runs", "bits per byte", "than the default", "update")
-    table = Table(*names, title=f"{title}; differences \u00b1 standard error")
-    base = results.get(_DEFAULT, {})
+def side_by_side(
+    results: dict[str, dict[int, dict[str, Any]]], base_name: str, title: str
+) -> Table:
+    """Returns means of each variant, and how pairs of runs differ from those of the base."""
+    table = Table("", "runs", "bits per byte", f"than {base_name}", "update", title=title)
+    base = results.get(base_name, {})
     for variant, runs in results.items():
         seeds = sorted(base.keys() & runs.keys())
         before, after = ([side[seed]["bpb"] for seed in seeds] for side in (base, runs))
@@ -288,7 +293,7 @@ def side_by_side(results: dict[str, dict[int, dict[str, Any]]], title: str) -> T
             variant,
             str(len(runs)),
             f"{statistics.fmean(run['bpb'] for run in runs.values()):.4f}",
-            str(compare(before, after)) if variant != _DEFAULT else "",
+            str(compare(before, after)) if runs is not base else "",
             f"{milliseconds:.0f} ms, {milliseconds / costs:.2f}x",
         )
     return table

@@ -54,7 +54,19 @@ def test_the_benchmark_does_only_what_is_missing(sample_texts: list[str], tmp_pa
     lines = [json.dumps({"text": text}) + "\n" for text in sample_texts]
     (folder / "a.jsonl").write_text("".join(lines), encoding="utf-8")
     runs = tmp_path / "runs.jsonl"
-    command = [BENCHMARK, "--text", folder, "--runs", runs, "--sizes", "tiny", "--updates", "6"]
+    command = [
+        BENCHMARK,
+        "--text",
+        folder,
+        "--runs",
+        runs,
+        "--chunks",
+        tmp_path,
+        "--sizes",
+        "tiny",
+        "--updates",
+        "6",
+    ]
     command += ["--precision", "fp32", "--variants", "share=0.5", "momentum=0.95"]
 
     done = run_script(*command, "--seeds", "0")
