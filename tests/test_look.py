@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -201,5 +202,24 @@ def test_directories_of_earlier_versions(chunks: Path) -> None:
     manifest.pop("rejected_file")
     write_json(chunks / "manifest.json", manifest)
     found = sections(chunks)
-    assert "Make it again with preprocess.py" in found["Documents"].notes[0]
+    assert "preprocess.py --overwrite makes it again" in found["Documents"].notes[1]
     assert found["Most frequent tokens"].rows
+
+
+@pytest.mark.parametrize("part", ["documents/train.arrow", "train/data-00000-of-00001.arrow"])
+def test_a_damaged_directory_is_told(part: str, sample_chunks: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    shutil.copytree(sample_chunks, folder)
+    content = bytearray((folder / part).read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 400] = b"\xff" * 400
+    (folder / part).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        sections(folder)
+    assert caught.value.exit_code == ExitCode.DAMAGED
+    manifest = read_manifest(sample_chunks)
+    manifest["splits"]["train"].pop("padding_tokens")
+    manifest.pop("sha256")
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(UserError):
+        sections(folder)

@@ -88,6 +88,10 @@ def _chunk_links(run: RunRecord, path: Path, number: int) -> Iterator[Link]:
         yield Link(name, [Check("changed", str(path / MANIFEST_FILE), error.what)])
         return
     yield Link(name, [*_check_records(run, path, manifest, number)])
+    if "sha256" not in manifest:  # so that nothing in it can be relied on
+        check = Check("changed", str(path / MANIFEST_FILE), "has no sha256 of itself")
+        yield Link(f"{path.name} <- its manifest", [check])
+        return
     files = dict(manifest["files"])
     for split in manifest["splits"].values():
         shards = ("shards", "source_shards", "document_shards")

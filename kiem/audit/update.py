@@ -13,9 +13,8 @@ from rich.console import Console
 from kiem.audit.record import RunRecord
 from kiem.core.console import show, warn
 from kiem.core.errors import UserError, bad_option, damaged
-from kiem.core.manifest import MANIFEST_FILE, verify_file
-from kiem.data.chunks import MAKE_AGAIN
-from kiem.data.documents import Documents, Piece, open_documents
+from kiem.core.manifest import MANIFEST_FILE
+from kiem.data.documents import Piece, open_verified_documents
 from kiem.data.mixture import Directory, read_directory, read_mixture
 from kiem.data.order import chunk_numbers
 from kiem.report.record import METRICS_FILE, Line, read_metrics
@@ -58,7 +57,7 @@ def read_pieces(run: RunRecord, step: int) -> Iterator[ReadPiece]:
             what = f"is changed: the run read one of sha256 {expected}, this is {directory.sha256}"
             fix = "Name the one that it read with --dataset-path."
             raise damaged(str(directory.path / MANIFEST_FILE), what, fix)
-    documents = [_open(directory) for directory in directories]
+    documents = [open_verified_documents(d.path, d.manifest, "train") for d in directories]
     sizes = np.array([directory.num_chunks for directory in directories])
     order = mixture.order(run.options, recipe.chunks_per_step, recipe.max_steps)
     for number in chunk_numbers(order, step - 1).tolist():
@@ -118,11 +117,3 @@ def _was_made_again(directory: Directory, earlier_path: Path, expected: str) -> 
         )
         return earlier.sha256 == expected and hashes == earlier_hashes
     return False
-
-
-def _open(directory: Directory) -> Documents:
-    """Opens the record of a directory's documents, and checks its hash."""
-    documents = open_documents(directory.path, directory.manifest, "train")
-    [entry] = directory.manifest["splits"]["train"]["document_shards"]
-    verify_file(directory.path / entry["file"], entry["sha256"], entry["bytes"], fix=MAKE_AGAIN)
-    return documents

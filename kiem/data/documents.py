@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from kiem.core.errors import ExitCode, UserError, damaged
 from kiem.core.files import sha256_file
+from kiem.core.manifest import verify_file
 from kiem.data.arrow import from_numpy, to_numpy
 from kiem.data.chunks import MAKE_AGAIN, NO_SOURCE
 
@@ -144,6 +145,13 @@ class Documents:
             if file != NO_SOURCE:
                 yield Piece(number, begin - first, length, start, file, row, source)
             begin += length
+
+
+def open_verified_documents(path: Path, manifest: dict[str, Any], split: str) -> Documents:
+    """As `open_documents`, and checks the file's hash."""
+    for entry in manifest["splits"][split].get("document_shards", ()):
+        verify_file(path / entry["file"], entry["sha256"], entry["bytes"], fix=MAKE_AGAIN)
+    return open_documents(path, manifest, split)
 
 
 def open_documents(path: Path, manifest: dict[str, Any], split: str) -> Documents:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kiem.core.randomness import derive_seed
 from kiem.data.chunks import NO_SOURCE, open_split
-from kiem.data.documents import Documents, open_documents
+from kiem.data.documents import Documents, open_verified_documents
 
 _MOST_TOKENS = 1 << 22
 _MOST_BATCHES = 16  # of the record of documents, about a million of them
@@ -64,8 +64,8 @@ def sample_chunks(path: Path, manifest: dict[str, Any], seed: int) -> Sampled:
 
 
 def sample_documents(path: Path, manifest: dict[str, Any], seed: int) -> SampledDocuments:
-    """Returns some documents, or all; raises a UserError if they are not recorded."""
-    documents = open_documents(path, manifest, "train")
+    """Returns some documents, or all; raises a UserError if their record is damaged."""
+    documents = open_verified_documents(path, manifest, "train")
     batches = np.sort(_some(len(documents.columns), _MOST_BATCHES, seed, "batches"))
     pieces = [_with_lengths(documents, batch) for batch in batches.tolist()]
     columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from kiem.core.errors import UserError
+from kiem.core.errors import damaged
 from kiem.core.files import format_bytes
-from kiem.data.chunks import read_manifest, read_tokenizer
+from kiem.core.manifest import MANIFEST_FILE
+from kiem.data.chunks import MAKE_AGAIN, read_manifest, read_tokenizer
 from kiem.data.clean.filters import identify_languages
 from kiem.data.clean.ngrams import duplicated, hash_ngrams
 from kiem.data.source_record import describe_source, list_sources, show_licence
@@ -61,14 +62,26 @@ def survey(path: Path, num_samples: int, seed: int) -> list[Section]:
         UserError: it is no chunk directory, or it is damaged.
     """
     manifest = read_manifest(path)
+    try:
+        return _sections(path, manifest, num_samples, seed)
+    except KeyError as error:  # of a manifest that is not sealed
+        raise damaged(str(path / MANIFEST_FILE), f"has no {error}", MAKE_AGAIN) from error
+
+
+def _sections(path: Path, manifest: dict[str, Any], num_samples: int, seed: int) -> list[Section]:
     tokenizer = read_tokenizer(path, manifest)
     sampled = sample_chunks(path, manifest, seed)
+    if not 0 <= sampled.chunks.min() <= sampled.chunks.max() < tokenizer.num_rows:
+        raise damaged(str(path), "has tokens that its tokenizer does not have", MAKE_AGAIN)
     sections = [_overview(manifest), _sources(manifest)]
-    try:
-        documents = sample_documents(path, manifest, seed)
-    except UserError as error:
-        sections.append(Section("Documents", notes=[f"Not shown: {error.what}. {error.fix}"]))
+    if not manifest["splits"]["train"].get("document_shards"):
+        notes = [
+            "Not shown: an earlier version made this directory, without a record of its documents.",
+            "preprocess.py --overwrite makes it again with one.",
+        ]
+        sections.append(Section("Documents", notes=notes))
     else:
+        documents = sample_documents(path, manifest, seed)
         texts = [_decode(tokenizer, ids) for ids in documents.begins]
         sections += [
             _lengths(documents),

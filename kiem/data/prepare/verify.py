@@ -21,7 +21,7 @@ from kiem.data.chunks import (
     read_manifest,
     read_tokenizer,
 )
-from kiem.data.documents import open_documents
+from kiem.data.documents import DOCUMENTS, open_verified_documents
 from kiem.data.source_record import list_source_files
 
 
@@ -91,9 +91,7 @@ def _verify_split(path: Path, manifest: dict[str, Any], split: str) -> None:
 def _verify_documents(path: Path, manifest: dict[str, Any], split: str) -> None:
     """Checks the record of a split's documents: its hash, and that each begins with <bos>."""
     counts = manifest["splits"][split]
-    [entry] = counts["document_shards"]
-    verify_file(path / entry["file"], entry["sha256"], entry["bytes"], fix=MAKE_AGAIN)
-    documents = open_documents(path, manifest, split)
+    documents = open_verified_documents(path, manifest, split)
     is_begin = (documents.column("start") == 0) & (documents.column("file") != NO_SOURCE)
     found, position = [], 0
     for block in open_split(path, manifest, split).blocks:
@@ -101,7 +99,7 @@ def _verify_documents(path: Path, manifest: dict[str, Any], split: str) -> None:
         position += block.size
     if not np.array_equal(documents.column("position")[is_begin], np.concatenate(found)):
         what = f"does not have the {counts['documents']} documents of the {split} split"
-        raise damaged(str(path / entry["file"]), what, MAKE_AGAIN)
+        raise damaged(str(path / DOCUMENTS), what, MAKE_AGAIN)
 
 
 def _verify_sums(path: Path, manifest: dict[str, Any]) -> None:
