@@ -110,7 +110,7 @@ def test_rates_are_recovered_and_checked() -> None:
     rungs = rungs_of(made_up(0.0005, 3))
     law = fit_rates(rungs)
     assert law is not None
-    assert law.num_rungs > 10
+    assert law.num_runs > 30
     assert abs(law.size_power + 0.2) < 2 * law.size_error + 0.01
     assert abs(law.token_power - 0.1) < 2 * law.token_error + 0.01
     check = check_rates(rungs)
@@ -126,6 +126,12 @@ def test_few_rungs_tell_nothing() -> None:
     for few in ([], rungs[:3], one_size):
         assert fit_law(few) is None
         assert fit_rates(few) is None
+    # Nor do rates that are all too low tell where the best one is.
+    low = [
+        replace(rung, runs=tuple(sorted(rung.runs, key=lambda run: run.learning_rate)[:1]))
+        for rung in rungs_of(made_up(0.004, 4))
+    ]
+    assert fit_rates(low) is None
 
 
 def test_an_optimum_lies_between_rates() -> None:

@@ -17,7 +17,7 @@ from kiem.model.gemma3 import Gemma3, Recompute
 from kiem.optim.optimizer import make_optimizers
 from kiem.parallel.parallel_model import Shard
 from kiem.planning.memory_estimate import Setting, dry_run, estimate_memory
-from kiem.planning.recipe import resolve_recipe
+from kiem.planning.recipe import Recipe, resolve_recipe
 from kiem.planning.time_estimate import GPUS, calculate_step_seconds
 
 MICRO = preset("gemma3-micro", 1024)
@@ -159,6 +159,21 @@ def test_what_a_cpu_recomputes_does_not_depend_on_free_memory() -> None:
         setting = replace(SETTING, config=preset(model, 16_384))
         for usable in (0, 10**12):
             assert resolve_recipe(options, setting, 100, usable).recompute == expected
+
+
+def test_a_recipe_says_where_its_learning_rate_comes_from() -> None:
+    options = TrainingOptions(dataset_path=(Path(),), batch_size=1)
+
+    def recipe(model: str, **given: float) -> Recipe:
+        setting = replace(SETTING, config=preset(model, 1024))
+        return resolve_recipe(replace(options, **given), setting, 100, 10**12)  # type: ignore[arg-type]
+
+    assert recipe("gemma3-micro").learning_rate_from == "tried at this size"
+    assert recipe("gemma3-20m").learning_rate_from == "extrapolated from gemma3-nano"
+    assert recipe("gemma3-1b").learning_rate_from == "published for such sizes"
+    assert recipe("gemma3-1b", learning_rate=0.5).learning_rate_from == "given"
+    rates = [recipe(model).learning_rate for model in ("gemma3-3.2m", "gemma3-nano", "gemma3-20m")]
+    assert rates == sorted(rates, reverse=True)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -6,18 +6,18 @@ import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 import msgspec
+import torch
 from rich.console import Console
 
 from kiem.config import LadderOptions, TrainingOptions
 from kiem.core.console import PlainConsole
 from kiem.core.errors import ExitCode, UserError, bad_option
-from kiem.core.files import append_json_lines, remove_folder, sha256_file
+from kiem.core.files import append_json_lines, remove_folder
 from kiem.core.json_input import read_json
 from kiem.core.locking import locked_folder
-from kiem.core.manifest import MANIFEST_FILE
 from kiem.data.chunks import read_manifest, read_tokenizer
 from kiem.ladder.order import (
     DEFAULT_MODELS,
@@ -28,16 +28,20 @@ from kiem.ladder.order import (
     next_trial,
 )
 from kiem.ladder.page import show_ladder, write_ladder_page
-from kiem.model.config import name_of, preset
+from kiem.model.config import PRESETS, name_of, preset
 from kiem.parallel.launch import read_place
-from kiem.planning.ladder_runs import RUNS_FILE, LadderRun, ladder_folder, read_runs
+from kiem.planning.ladder_runs import RUNS_FILE, LadderRun, ladder_folder, read_runs, text_hash
 from kiem.planning.recipe import RECIPE_VERSION
-from kiem.planning.transfer import expected_rate
+from kiem.planning.transfer import transfer_rate
 from kiem.report.page import REPORT_FILE
 from kiem.report.record import METADATA_FILE, SUMMARY_FILE
 from kiem.training.loop import train
 
-_FIX = "Remove the ladder's folder of this training: the same command then trains it again."
+Kind = TypeVar("Kind")
+# The rate that is expected to be best for gemma3-nano on a million tokens, twice the default: short
+# trainings want more.
+_NANO_RATE = 2e-2
+_NANO_SIZE = PRESETS["gemma3-nano"].num_layer_parameters()
 
 
 class _Hardware(msgspec.Struct):
@@ -56,48 +60,46 @@ class _Summary(msgspec.Struct):
 
 @dataclass(frozen=True)
 class _Ladder:
-    """What is trained on, and where the runs go."""
+    """What is trained on, and where it goes."""
 
     options: LadderOptions
-    manifest: dict[str, Any]
-    data: str
     folder: Path
-
-    @property
-    def vocab_size(self) -> int:
-        return read_tokenizer(self.options.dataset_path, self.manifest).num_rows
+    text: str
+    vocab_size: int
+    chunk_size: int
+    num_train_tokens: int
 
     @property
     def chunks_per_step(self) -> int:
-        return max(1, round(TOKENS_PER_STEP / self.manifest["options"]["chunk_size"]))
+        return max(1, round(TOKENS_PER_STEP / self.chunk_size))
 
     @property
     def tokens_per_step(self) -> int:
-        return self.chunks_per_step * self.manifest["options"]["chunk_size"]
+        return self.chunks_per_step * self.chunk_size
 
     def places(self) -> list[Place]:
         """Returns the rungs that the options ask for."""
-        vocab_size, step_tokens = self.vocab_size, self.tokens_per_step
-        lengths = self.options.tokens or default_lengths(self.manifest["splits"]["train"]["tokens"])
+        step_tokens = self.tokens_per_step
+        lengths = self.options.tokens or default_lengths(self.num_train_tokens)
         steps = dict.fromkeys(max(1, round(tokens / step_tokens)) for tokens in lengths)
         places = []
         for model in self.options.models or DEFAULT_MODELS:
-            config = preset(model, vocab_size)
-            size = config.num_layer_parameters()
+            config = preset(model, self.vocab_size)
+            sizes = config.num_layer_parameters(), config.num_parameters()
+            rate = transfer_rate(_NANO_RATE, _NANO_SIZE, sizes[0])
             for num_steps in steps:
                 tokens = num_steps * step_tokens
-                rate = expected_rate(size, tokens)
-                sizes = size, config.num_parameters()
                 places.append(Place(name_of(config), *sizes, num_steps, tokens, rate))
         return places
 
     def train(self, trial: Trial) -> LadderRun:
         """Trains a model, or goes on with its training, and returns what it reached."""
+        name = f"{trial.model}-{trial.num_steps}-{trial.learning_rate:g}"
         options = TrainingOptions(
             dataset_path=(self.options.dataset_path,),
             model=trial.model,
             output_dir=self.folder / "training",
-            run_name=f"{trial.model}-{trial.num_steps}-{trial.learning_rate:g}",
+            run_name=name,
             max_steps=trial.num_steps,
             batch_size=self.chunks_per_step,
             gradient_accumulation_steps=1,
@@ -109,25 +111,12 @@ class _Ladder:
             minimal_pairs="never",
             sample_prompt=(),
         )
-        assert options.run_name is not None
-        directory, started = options.output_dir / options.run_name, time.monotonic()
-        summary: _Summary | None = None
-        try:
-            train(options, PlainConsole(quiet=True))
-            file = directory / "final_model" / SUMMARY_FILE
-            summary = read_json(file, _Summary, fix=_FIX, exit_code=ExitCode.DAMAGED)
-        except UserError as error:
-            if error.exit_code == ExitCode.STOPPED:
-                error.fix = "The same command goes on with this training."
-            if (
-                error.exit_code != ExitCode.NOT_FINITE
-            ):  # such a rate is too high, which tells something
-                raise
+        started = time.monotonic()
+        is_finite = _train(options)
         wall_seconds = time.monotonic() - started
-        metadata = read_json(
-            directory / METADATA_FILE, _Metadata, fix=_FIX, exit_code=ExitCode.DAMAGED
-        )
-        source = self.manifest["source"]
+        metadata = _read(options.output_dir / name / METADATA_FILE, _Metadata)
+        file = options.output_dir / name / "final_model" / SUMMARY_FILE
+        summary = _read(file, _Summary) if is_finite else None
         run = LadderRun(
             model=trial.model,
             num_layer_parameters=preset(trial.model, 1).num_layer_parameters(),
@@ -139,14 +128,37 @@ class _Ladder:
             seconds=summary.seconds if summary else wall_seconds,
             wall_seconds=wall_seconds,
             recipe=RECIPE_VERSION,
-            data=self.data,
-            text=source.get("dataset") or self.options.dataset_path.resolve().name,
+            data=self.text,
+            text=self.options.dataset_path.resolve().name,
             hardware=f"{metadata.hardware.device}, {metadata.hardware.precision}",
             date=f"{datetime.now(timezone.utc):%Y-%m-%d}",
         )
         append_json_lines(self.folder / RUNS_FILE, [msgspec.to_builtins(run)])
         remove_folder(options.output_dir)
         return run
+
+
+def _train(options: TrainingOptions) -> bool:
+    """Trains quietly; returns whether the loss stayed finite, as with too high a rate it may not.
+
+    Raises:
+        UserError: it was stopped, or cannot be done.
+    """
+    torch.compiler.reset()  # it compiles a function for so many shapes only
+    try:
+        train(options, PlainConsole(quiet=True))
+    except UserError as error:
+        if error.exit_code == ExitCode.NOT_FINITE:
+            return False
+        if error.exit_code == ExitCode.STOPPED:
+            error.fix = "The same command goes on with this training."
+        raise
+    return True
+
+
+def _read(path: Path, kind: type[Kind]) -> Kind:
+    fix = f"Remove {path.parent}: the same command then trains it again."
+    return read_json(path, kind, fix=fix, exit_code=ExitCode.DAMAGED)
 
 
 def ladder(options: LadderOptions, console: Console) -> None:
@@ -161,13 +173,19 @@ def ladder(options: LadderOptions, console: Console) -> None:
         what = f"{num_processes} processes were started, but a ladder is trained on one device"
         raise bad_option("the launcher", what, "Start it with python.")
     manifest = read_manifest(options.dataset_path)
-    data = manifest.get("sha256") or sha256_file(options.dataset_path / MANIFEST_FILE)
     folder = options.output_dir or ladder_folder(options.dataset_path)
-    this = _Ladder(options, manifest, data, folder)
+    this = _Ladder(
+        options,
+        folder,
+        text_hash(manifest),
+        read_tokenizer(options.dataset_path, manifest).num_rows,
+        manifest["options"]["chunk_size"],
+        manifest["splits"]["train"]["tokens"],
+    )
     places = this.places()
     with locked_folder(folder):
         known = read_runs(folder / RUNS_FILE) if (folder / RUNS_FILE).exists() else []
-        runs = [run for run in known if (run.data, run.recipe) == (data, RECIPE_VERSION)]
+        runs = [run for run in known if (run.data, run.recipe) == (this.text, RECIPE_VERSION)]
         if len(runs) < len(known):
             num_others = len(known) - len(runs)
             console.print(f"{num_others} runs there are of other data or of an earlier recipe")

@@ -11,10 +11,9 @@ from rich.table import Table
 
 from kiem.core.files import write_text
 from kiem.model.config import preset
-from kiem.planning.forecast import FEWEST_RUNGS as FEWEST_RUNGS_OF_FORECAST
-from kiem.planning.forecast import Law, check_law, fit_law
+from kiem.planning.forecast import FEWEST_RUNGS, Law, check_law, fit_law
 from kiem.planning.ladder_runs import LadderRun, Rung, extent, rungs_of
-from kiem.planning.transfer import FEWEST_RUNGS, check_rates, fit_rates
+from kiem.planning.transfer import check_rates, fit_rates
 from kiem.report.page import fill_page
 
 # What is forecast: at 20 tokens for each parameter, about what is best for the budget of a large
@@ -51,9 +50,11 @@ def write_ladder_page(runs: Sequence[LadderRun], path: Path) -> None:
     """Writes the sections and charts as one page; raises a UserError if it cannot be written."""
     rungs = rungs_of(runs)
     charts = [
-        _chart("Bits per byte by tokens", "tokens", _by_size(rungs)),
+        _chart("Bits per byte", "by training tokens", _by_size(rungs)),
         _chart(
-            "Bits per byte by learning rate", "a line for each rung with several", _by_rung(rungs)
+            "What other learning rates cost",
+            "bits per byte above the best of the rung",
+            _by_rung(rungs),
         ),
     ]
     tiles = [
@@ -98,7 +99,7 @@ def _rungs(rungs: Sequence[Rung], law: Law | None) -> Section:
 def _forecast(rungs: Sequence[Rung], law: Law | None) -> Section:
     title = "Forecast of bits per byte"
     if law is None:
-        few = f"At least {FEWEST_RUNGS_OF_FORECAST} rungs of two sizes and two lengths are needed."
+        few = f"At least {FEWEST_RUNGS} rungs of two sizes and two lengths are needed."
         return Section(title, (), [], [few])
     rows = []
     for model in _FORECAST_MODELS:
@@ -133,11 +134,8 @@ def _rates(rungs: Sequence[Rung]) -> Section:
         for rung, best in found
     ]
     law = fit_rates(rungs)
-    if law is None:
-        few = f"At least {FEWEST_RUNGS} rungs of two sizes and two lengths with an optimum between "
-        notes = [f"{few}their rates are needed for a law."]
-    else:
-        notes = [f"{law}"]
+    few = "For a law, several rates are needed at two sizes and two lengths or more."
+    notes = [few if law is None else f"{law}."]
     if check := check_rates(rungs):
         notes.append(
             f"Checked: without {check.rung.runs[0].model} on {check.rung.tokens:,} tokens the law "
@@ -157,7 +155,7 @@ def _by_size(rungs: Sequence[Rung]) -> dict[str, list[tuple[float, float]]]:
 def _by_rung(rungs: Sequence[Rung]) -> dict[str, list[tuple[float, float]]]:
     return {
         f"{rung.runs[0].model}, {rung.tokens / 1e6:.2g}M": sorted(
-            (run.learning_rate, run.bpb) for run in rung.runs if run.bpb is not None
+            (run.learning_rate, run.bpb - rung.best) for run in rung.runs if run.bpb is not None
         )
         for rung in rungs
         if len(rung.runs) > 1

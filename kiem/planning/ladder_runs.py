@@ -6,12 +6,13 @@ beside this file are those of kiem's own ladder.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -39,7 +40,7 @@ class LadderRun(msgspec.Struct, frozen=True):
         seconds: of updates.
         wall_seconds: of the whole training.
         recipe: kiem's RECIPE_VERSION.
-        data: SHA-256 of the chunk directory's manifest.
+        data: of the chunk directory, by `text_hash`.
         text: what the text is.
         hardware: device and precision.
         date: of the day, as in 2026-11-30.
@@ -94,8 +95,8 @@ class Rung:
         """Bits per byte of the best run."""
         return min(run.reached for run in self.runs)
 
-    def parabola(self) -> np.ndarray | None:
-        """Returns the coefficients of the parabola of bits per byte over the log of the rate.
+    def optimum(self) -> Optimum | None:
+        """Returns the vertex of a parabola of bits per byte over the logarithm of the rate.
 
         It goes through the best run and its neighbours; None if the best run has no neighbour on
         one side, so that the optimum is not between them.
@@ -107,13 +108,7 @@ class Rung:
         if not 0 < best < len(runs) - 1 or not np.isfinite(values[near]).all():
             return None
         logs = np.log([run.learning_rate for run in runs[near]])
-        return np.polyfit(logs, values[near], 2)
-
-    def optimum(self) -> Optimum | None:
-        """Returns the vertex of the parabola, if there is one."""
-        parabola = self.parabola()
-        if parabola is None:
-            return None
+        parabola = np.polyfit(logs, values[near], 2)
         place = -parabola[1] / (2 * parabola[0])
         return Optimum(float(np.exp(place)), float(np.polyval(parabola, place)))
 
@@ -161,6 +156,14 @@ def extent(rungs: Sequence[Rung]) -> str:
 def runs_like_the_last(runs: Sequence[LadderRun]) -> list[LadderRun]:
     """Returns the runs that can be compared with the last one: of its text, vocabulary, recipe."""
     return [run for run in runs if (run.data, run.recipe) == (runs[-1].data, runs[-1].recipe)]
+
+
+def text_hash(manifest: dict[str, Any]) -> str:
+    """Returns a hash of tokens and vocabulary of a chunk directory, wherever it was made."""
+    content = [manifest["tokenizer"]["sha256"]]
+    for split in ("train", "test"):
+        content += [shard["sha256"] for shard in manifest["splits"][split]["shards"]]
+    return hashlib.sha256("".join(content).encode()).hexdigest()[:16]
 
 
 def ladder_folder(dataset_path: Path) -> Path:

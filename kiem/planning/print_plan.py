@@ -256,6 +256,8 @@ def _time_table(title: str, plan: TrainingPlan, step_seconds: float, price: floa
     table = _table(title)
     table.add_row("batch size x accumulation x devices", passes)
     table.add_row("tokens per update", f"{plan.tokens_per_step:,}")
+    rate = f"{recipe.learning_rate:g}, {recipe.learning_rate_from}"
+    table.add_row("highest learning rate", rate)
     table.add_row("updates", f"{num_steps:,}")
     table.add_row("tokens", f"{num_steps * plan.tokens_per_step:,}")
     table.add_row("tokens per second", f"{plan.tokens_per_step / step_seconds:,.0f}")

@@ -9,7 +9,7 @@ import torch
 
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode, UserError, bad_option, no_effect
-from kiem.model.config import preset
+from kiem.model.config import PRESETS, preset
 from kiem.model.gemma3 import Gemma3, Recompute, initialize
 from kiem.model.io import find_model, read_model
 from kiem.planning.memory_estimate import (
@@ -18,9 +18,11 @@ from kiem.planning.memory_estimate import (
     least_recompute,
     recompute_choices,
 )
+from kiem.planning.transfer import transfer_rate
 from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
-# To raise when a default changes what a training reaches: ladders do not mix versions.
+# To raise when a default other than size, batch and learning rate changes what a training reaches:
+# a ladder does not mix versions.
 RECIPE_VERSION = 1
 SECONDS_BETWEEN_SAVES = 1800  # without --save-steps
 # Small data gets small batches: a run of whole epochs should have at least this many updates.
@@ -32,20 +34,24 @@ GPU_PASS_TOKENS, _SMALLEST_GPU_PASS_TOKENS = 16_384, 4_096
 
 @dataclass(frozen=True)
 class _Defaults:
-    """What suits a model; more than `tokens_per_pass` make a CPU no faster."""
+    """What suits a model; more than `tokens_per_pass` make a CPU no faster.
+
+    The learning rate was tried on the model `tried_on`; None: it is published for such sizes.
+    """
 
     tokens_per_pass: int
     tokens_per_step: int
     learning_rate: float
+    tried_on: str | None = None
 
 
-# By the largest number of parameters without the embedding: for the presets micro, nano, 270m and
-# 1b, and for models that training starts from.
+# By the largest number of parameters in layers: for the presets micro, nano, 270m and 1b, and for
+# models that training starts from.
 _DEFAULTS = {
-    3_000_000: _Defaults(tokens_per_pass=4_096, tokens_per_step=1_024, learning_rate=4e-3),
-    30_000_000: _Defaults(tokens_per_pass=4_096, tokens_per_step=4_096, learning_rate=1e-2),
-    300_000_000: _Defaults(tokens_per_pass=2_048, tokens_per_step=131_072, learning_rate=1e-3),
-    10**12: _Defaults(tokens_per_pass=1_024, tokens_per_step=262_144, learning_rate=1e-3),
+    3_000_000: _Defaults(4_096, tokens_per_step=1_024, learning_rate=4e-3, tried_on="gemma3-micro"),
+    30_000_000: _Defaults(4_096, tokens_per_step=4_096, learning_rate=1e-2, tried_on="gemma3-nano"),
+    300_000_000: _Defaults(2_048, tokens_per_step=131_072, learning_rate=1e-3),
+    10**12: _Defaults(1_024, tokens_per_step=262_144, learning_rate=1e-3),
 }
 
 
@@ -61,6 +67,7 @@ class Recipe:
         max_steps: updates at most, or None.
         max_seconds: training time at most, or None; never both None.
         recompute: what the backward pass computes again.
+        learning_rate_from: where the learning rate comes from, for people.
     """
 
     batch_size: int
@@ -70,6 +77,7 @@ class Recipe:
     max_steps: int | None
     max_seconds: float | None
     recompute: Recompute
+    learning_rate_from: str = "given"
 
 
 def resolve_recipe(
@@ -86,7 +94,7 @@ def resolve_recipe(
         usable: bytes that tensors may take on a device.
     """
     config, chunk_size, world_size = setting.config, setting.chunk_size, setting.world_size
-    size = config.num_parameters() - config.vocab_size * config.hidden_size
+    size = config.num_layer_parameters()
     defaults = next(defaults for limit, defaults in _DEFAULTS.items() if size <= limit)
     has_budget = options.max_steps is not None or options.max_minutes is not None
     wanted_chunks = defaults.tokens_per_step / chunk_size
@@ -108,15 +116,30 @@ def resolve_recipe(
     max_steps = options.max_steps
     if not has_budget:
         max_steps = math.ceil(options.epochs * num_chunks / chunks_per_step)
+    learning_rate, learning_rate_from = options.learning_rate, "given"
+    if learning_rate is None:
+        learning_rate, learning_rate_from = _default_rate(size, defaults)
     return Recipe(
         batch_size=batch_size,
         accumulation=accumulation,
         chunks_per_step=chunks_per_step,
-        learning_rate=options.learning_rate or defaults.learning_rate,
+        learning_rate=learning_rate,
         max_steps=max_steps,
         max_seconds=options.max_minutes * 60 if options.max_minutes is not None else None,
         recompute=recompute,
+        learning_rate_from=learning_rate_from,
     )
+
+
+def _default_rate(size: int, defaults: _Defaults) -> tuple[float, str]:
+    """Returns the learning rate of a size in layers, and where it comes from."""
+    if defaults.tried_on is None:
+        return defaults.learning_rate, "published for such sizes"
+    tried_size = PRESETS[defaults.tried_on].num_layer_parameters()
+    if size == tried_size:
+        return defaults.learning_rate, "tried at this size"
+    rate = transfer_rate(defaults.learning_rate, tried_size, size)
+    return rate, f"extrapolated from {defaults.tried_on}"
 
 
 def tracker_names(options: TrainingOptions) -> list[str]:

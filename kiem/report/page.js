@@ -20,6 +20,11 @@ function number(value) {
     maximumSignificantDigits: 4 }).format(value);
 }
 
+// Of the many ticks of a logarithmic axis those that have room.
+function oneTwoFive(value) {
+  return "125".includes(value.toExponential()[0]) ? number(value) : "";
+}
+
 function lines(data, severalRuns) {
   const label = { training: "training", test: "test", noise: "every update" };
   const name = (series) => (series.kind in label ? `${series.run}, ${label[series.kind]}` : series.run);
@@ -47,7 +52,7 @@ function lines(data, severalRuns) {
     options: {
       parsing: false,
       scales: {
-        x: { type: data.scale ?? "linear", ticks: { callback: number, maxRotation: 0 }, grid: { display: false } },
+        x: { type: data.scale ?? "linear", ticks: { callback: data.scale ? oneTwoFive : number, maxRotation: 0 }, grid: { display: false } },
         y: { ticks: { callback: number } },
       },
       interaction: { mode: "nearest", axis: "x", intersect: false },
