@@ -45,6 +45,9 @@ del order["arguments"][place:place + 2]
 OTHER = """
 os.environ["LOCAL_RANK"] = "0"
 if os.environ["RANK"] == "1":
+    if "--dataset-path" in {arguments!r}:  # in place of the other one, not beside it
+        place = order["arguments"].index("--dataset-path")
+        del order["arguments"][place : place + 2]
     order["arguments"] += {arguments!r}
 from kiem.parallel import agreement
 agreement._MAX_SECONDS_UNTIL_SEEN = 0.2
@@ -131,7 +134,7 @@ def test_two_launchers_that_start_apart(sample_chunks: Path, tmp_path: Path) -> 
     ("rank", "module", "name"),
     [
         (0, "setup", "verify_shards"),
-        (1, "setup", "read_manifest"),
+        (1, "setup", "read_mixture"),
         (0, "setup", "run_name"),
         (0, "setup", "locked_folder"),
         (1, "setup", "check_space"),

@@ -65,7 +65,7 @@ def check_same_start(
     found = {
         "version of kiem": kiem.__version__,
         **{option_flag(name): value for name, value in vars(options).items() if name not in _PATHS},
-        "sha256 of the manifests of the chunk directories": data,
+        "sha256 of the chunk directories": data,
         "sum over the weights": sum(sums),
     }
     check_same(found, distributed)
