@@ -80,6 +80,7 @@ def test_a_stopped_branch_goes_on_with_its_own_checkpoints(
         ("@6", ("--optimizer", "adamw"), "optimizer was 'muon', is 'adamw'"),
         ("@7", (), "has checkpoints of these steps: 3, 6, 9, 12."),
         ("@x", (), "is not RUN@STEP"),
+        ("@" + 5000 * "9", (), "is not RUN@STEP"),
         ("", (), "is not RUN@STEP"),
         ("@6", ("--resume", "x"), "contradicts --resume"),
         ("@6", ("--run-name", "trunk"), "a run cannot branch from itself"),

@@ -113,7 +113,7 @@ def check_same_run(
 def _branch_point(text: str, directory: Path) -> Path:
     """Returns the checkpoint that RUN@STEP names, of another run than that of the directory."""
     run, _, step = text.rpartition("@")
-    if not run or not (step.isascii() and step.isdecimal()):
+    if not run or not (step.isascii() and step.isdecimal() and len(step) < 19):
         fix = "Name a run directory and one of its steps, such as trained_models/first@1000."
         raise bad_option("--branch-from", f"{text!r} is not RUN@STEP", fix)
     if Path(run).resolve() == directory.resolve():
