@@ -19,8 +19,7 @@ _PEAK_SECONDS = 0.4
 # one that is large enough to compare the others.
 _SMALL_SHAPE = (64, 512, 512)
 _COMPARED_SHAPE = (256, 1024, 1024)
-_COMPARED_SECONDS = 0.02
-_COMPARED_DTYPES = torch.float32, torch.bfloat16
+_COMPARED_SECONDS = 0.01
 # CPUs without instructions for bf16 multiply it at a half to a fiftieth of the speed of fp32, those
 # with them at two to eight times. Less than this is not worth the smaller precision.
 _WORTHWHILE_SPEEDUP = 1.5
@@ -49,17 +48,19 @@ def prefers_bf16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    small = [
-        _matrix_flops(_SMALL_SHAPE, device, dtype, _COMPARED_SECONDS) for dtype in _COMPARED_DTYPES
-    ]
-    if small[1] < small[0] / 2:
-        return False
-    best = dict.fromkeys(_COMPARED_DTYPES, 0.0)
+    speedup = _bf16_speedup(_SMALL_SHAPE, device)
+    if speedup > 0.5:
+        speedup = _bf16_speedup(_COMPARED_SHAPE, device)
+    return speedup > _WORTHWHILE_SPEEDUP
+
+
+def _bf16_speedup(shape: tuple[int, int, int], device: torch.device) -> float:
+    """Returns how many times as fast as in fp32 a product is in bf16."""
+    best = dict.fromkeys((torch.float32, torch.bfloat16), 0.0)
     for _ in range(5):  # by turns, so that what else the machine does slows both
         for dtype, flops in best.items():
-            new = _matrix_flops(_COMPARED_SHAPE, device, dtype, _COMPARED_SECONDS)
-            best[dtype] = max(flops, new)
-    return best[torch.bfloat16] > _WORTHWHILE_SPEEDUP * best[torch.float32]
+            best[dtype] = max(flops, _matrix_flops(shape, device, dtype, _COMPARED_SECONDS))
+    return best[torch.bfloat16] / best[torch.float32]
 
 
 def check_bf16(device: torch.device) -> None:
