@@ -23,7 +23,14 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.ladder.order import Place, Trial, default_lengths, next_trial
 from kiem.model.config import preset
 from kiem.planning.forecast import check_law, fit_law
-from kiem.planning.ladder_runs import LadderRun, Rung, read_runs, rungs_of
+from kiem.planning.ladder_runs import (
+    LadderRun,
+    Rung,
+    built_in_runs,
+    read_runs,
+    rungs_of,
+    runs_like_the_last,
+)
 from kiem.planning.print_forecast import Budget, find_ladder, print_forecast
 from kiem.planning.time_estimate import flops_per_token
 from kiem.planning.transfer import check_rates, fit_rates
@@ -217,6 +224,18 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         path.write_bytes(whole + text + b"\n")
         with pytest.raises(UserError, match=r"runs.jsonl:3"):
             read_runs(path)
+
+
+def test_kiems_own_ladder_tells_something() -> None:
+    runs = built_in_runs()
+    assert runs_like_the_last(runs) == runs
+    law = fit_law(rungs_of(runs))
+    assert law is not None
+    # gemma3-nano on 2 million tokens of the same text, with a vocabulary of 16 384: docs/recipe.md.
+    expected = law.forecast(preset("gemma3-nano", 1).num_layer_parameters(), 500 * 4096)
+    assert expected.low < 1.730 < expected.high
+    for run in runs:
+        assert run.num_layer_parameters == preset(run.model, 1).num_layer_parameters()
 
 
 def test_a_plan_says_what_to_expect(

@@ -29,7 +29,7 @@ _NUM_DRAWS = 300
 _SMALLEST_NOISE = 0.005
 _NUM_STEPS = 60
 _INTERVAL = (2.5, 97.5)
-FEWEST_RUNGS = 6
+FEWEST_RUNGS = 5
 
 
 class Forecast(NamedTuple):
