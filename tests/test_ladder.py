@@ -282,7 +282,7 @@ def test_a_true_ladder_is_trained_once(sample_chunks: Path, tmp_path: Path) -> N
     assert all(0.5 < run["bpb"] < 8 for run in runs)
     assert {*output.iterdir()} == {output / "runs.jsonl", output / "report.html"}
     page = (output / "report.html").read_text()
-    for text in ("Rungs", "gemma3-0.09m", "4,096", f"{runs[0]['bpb']:.3f}"):
+    for text in ("Rungs", "gemma3-0.09m", "4,096", f"{min(run['bpb'] for run in runs):.3f}"):
         assert text in page
     # With another length only that is trained, and with none left nothing.
     done = run_script(*command, "4096", "8192", "--minutes", "0")
