@@ -291,6 +291,7 @@ def test_a_true_ladder_is_trained_once(sample_chunks: Path, tmp_path: Path) -> N
     assert "0.09m" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_stopped_ladder_goes_on_with_its_training(sample_chunks: Path, tmp_path: Path) -> None:
     output = tmp_path / "ladder"
     words = [

@@ -223,6 +223,7 @@ def lives(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Li
     lives.close()
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_mixture_ends_the_same(
     folder: Path, lives: Lives, tmp_path: Path
 ) -> None:
@@ -247,6 +248,7 @@ def test_killed_at_any_moment_a_mixture_ends_the_same(
     assert "sha256 of books" in (run / "final_model" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_read_what_one_does(folder: Path, lives: Lives, tmp_path: Path) -> None:
     words = ("--dataset-path", str(folder / "web"), "--weights", "3", "1", "--optimizer", "adamw")
     assert lives.run(tmp_path / "two", *words, "--batch-size", "1", processes=2) == [0, 0]

@@ -48,6 +48,7 @@ def test_how_many_more_runs_would_decide() -> None:
     assert compare([1.0, 2.0], [1.0, 2.0]).num_more is None
 
 
+@pytest.mark.slow
 def test_the_benchmark_does_only_what_is_missing(sample_texts: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "text"
     folder.mkdir()
