@@ -1,6 +1,6 @@
 # make demo       the whole way from text to a tiny model that writes Dutch words, in a few minutes
 # make test       format, lint, types and tests
-# make test-slow  the tests that take long (CI runs them)
+# make test-slow  the tests that take long (CI runs a part of them)
 # make test-avx2  a part of the tests as if the processor had AVX2 alone (CI runs them)
 # make export-check MODEL=...   llama.cpp against kiem on an exported model (builds it, minutes)
 # make chaos      the tests that kill and damage things, in full counts (some 20 minutes)
@@ -48,7 +48,7 @@ test: $(VENV)/installed gemma-tokenizer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile \
 	    --no-loadscope-reorder -m "not slow"
 
-# What takes long: the true 1B shape, several processes, the pages' commands. CI runs it.
+# What takes long: the true 1B shape, several processes, the pages' commands. CI runs the last.
 SLOW_TESTS ?= tests
 test-slow: $(VENV)/installed gemma-tokenizer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m slow $(SLOW_TESTS)
