@@ -147,9 +147,9 @@ def test_gpus_recompute_as_little_as_fits() -> None:
         recipe = resolve_recipe(options, setting, 1000, usable)
         assert (recipe.batch_size, recipe.recompute) == (batch_size, recompute)
         assert recipe.chunks_per_step * 2048 == 131_072
-        given = replace(options, activation_checkpointing="selective", batch_size=4)
-        recipe = resolve_recipe(given, setting, 1000, usable)
-        assert (recipe.batch_size, recipe.recompute) == (4, "selective")
+    given = replace(options, activation_checkpointing="selective", batch_size=4)
+    recipe = resolve_recipe(given, setting, 1000, usable)
+    assert (recipe.batch_size, recipe.recompute) == (4, "selective")
 
 
 def test_what_a_cpu_recomputes_does_not_depend_on_free_memory() -> None:
