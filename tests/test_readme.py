@@ -61,7 +61,7 @@ def test_the_three_commands(checkout: Path, tmp_path: Path, sample_texts: list[s
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "vocabulary of 600" in done.stdout
-    assert re.search(r"\d+ tokens, [\d.]+ tokens/s\n", done.stdout)
+    assert re.search(r"\d+ tokens, [\d.]+ tokens/s", done.stdout)
     (model,) = (checkout / "trained_models").glob("gemma3-*-dutch-latest")
     assert (model / "final_model" / "model.safetensors").is_file()
 
