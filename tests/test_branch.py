@@ -44,6 +44,27 @@ def test_a_branch_without_a_change_is_the_run(lives: Lives, parent: Path, tmp_pa
     assert (record["run"], record["step"], record["differences"]) == ("trunk", 6, [])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_or_branch_keeps_its_precision(
+    precision: str, lives: Lives, tmp_path: Path
+) -> None:
+    """Which one is faster is measured once: a second look could find the other one."""
+    first = (*SAVES, "--precision", precision, "--max-steps", "6")
+    assert lives.run(tmp_path / "whole", *first) == [0], lives.log.read_text()
+    code = lives.run_until(3, tmp_path / "stopped", *first, processes=1)
+    assert code in ([ExitCode.STOPPED], [0])
+    again = (*first, "--precision", "auto")
+    if code != [0]:
+        assert lives.run(tmp_path / "stopped", *again) == [0], lives.log.read_text()
+    branched = (*again, "--branch-from", f"{tmp_path / 'whole' / 'run'}@3")
+    assert lives.run(tmp_path / "branch", *branched) == [0], lives.log.read_text()
+    expected = without_branch(outcome(tmp_path / "whole" / "run"))
+    for name in ("stopped", "branch"):
+        run = tmp_path / name / "run"
+        assert without_branch(outcome(run)) == expected
+        assert json.loads((run / "run.json").read_text())["hardware"]["precision"] == precision
+
+
 def test_a_stopped_branch_goes_on_with_its_own_checkpoints(
     lives: Lives, parent: Path, sample_chunks: Path, tmp_path: Path
 ) -> None:

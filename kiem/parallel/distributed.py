@@ -186,14 +186,38 @@ def init_distributed(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Dis
                     device_id=device if by_nccl else None,  # NCCL connects now, not when first used
                 )
             with distributed.raise_on_all_ranks():
-                chosen = _choose_precision(precision, device)
-            # The main process decides for all, and its speed counts for every device.
-            chosen = distributed.broadcast_from_main(chosen)
-            flops = distributed.broadcast_from_main(measure_matrix_flops(device, _DTYPES[chosen]))
-            yield replace(distributed, precision=chosen, matrix_flops=flops * world_size)
+                chosen = _chosen_precision(precision, device)
+                if chosen is None:
+                    chosen = "bf16" if prefers_bf16(device) else "fp32"
+            # The main process decides for all.
+            yield with_precision(distributed, distributed.broadcast_from_main(chosen))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def with_precision(distributed: Distributed, precision: Precision) -> Distributed:
+    """Returns the same place with another precision; all processes call it alike."""
+    # The main process's speed counts for every device.
+    flops = measure_matrix_flops(distributed.device, _DTYPES[precision])
+    flops = distributed.broadcast_from_main(flops) * distributed.world_size
+    return replace(distributed, precision=precision, matrix_flops=flops)
+
+
+def keep_precision(
+    distributed: Distributed, precision: Literal["auto", "fp32", "bf16"], before: Precision
+) -> Distributed:
+    """Returns the place with the precision that a run had before, if none is chosen now.
+
+    Which one is faster may come out otherwise on a busy machine, and then the run would go on with
+    another result. Raises a UserError if the device does not have the precision.
+    """
+    with distributed.raise_on_all_ranks():
+        is_kept = _chosen_precision(precision, distributed.device) is None
+        if is_kept and before == "bf16":
+            check_bf16(distributed.device)
+    is_other = is_kept and before != distributed.precision
+    return with_precision(distributed, before) if is_other else distributed
 
 
 def _with_place(failure: Exception, rank: int) -> UserError:
@@ -251,10 +275,10 @@ def _check_kind(rank: int, kind: str, of_main: str) -> None:
         )
 
 
-def _choose_precision(
+def _chosen_precision(
     precision: Literal["auto", "fp32", "bf16"], device: torch.device
-) -> Precision:
-    """Returns the precision of the options or the launcher, else the faster one."""
+) -> Precision | None:
+    """Returns the precision of the options or the launcher; None if both leave it open."""
     where = "accelerate config"
     for plugin in _ACCELERATE_PLUGINS:
         if is_true(f"ACCELERATE_USE_{plugin}"):
@@ -265,10 +289,9 @@ def _choose_precision(
         if launcher not in ("no", "bf16"):
             what = f"mixed precision {launcher} is not supported"
             raise bad_option(where, what, "Use bf16 or no.")
-        if launcher == "bf16":  # "no" is also the launcher's own default
-            precision = "bf16"
-    if precision == "auto":
-        return "bf16" if prefers_bf16(device) else "fp32"
+        if launcher == "no":  # which is also the launcher's own default
+            return None
+        precision = "bf16"
     if precision == "bf16":
         check_bf16(device)
     return precision

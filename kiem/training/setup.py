@@ -29,7 +29,7 @@ from kiem.model.config import name_of
 from kiem.model.gemma3 import Gemma3
 from kiem.optim.optimizer import make_optimizers
 from kiem.parallel.agreement import check_same_start, check_writable
-from kiem.parallel.distributed import Distributed
+from kiem.parallel.distributed import Distributed, keep_precision
 from kiem.parallel.parallel_model import ParallelModel, shard_parameters
 from kiem.planning.memory_estimate import setting_of, usable_bytes
 from kiem.planning.probe import Probe
@@ -70,12 +70,18 @@ def setup(
         data = _open_data(options, distributed, console)
         usable = distributed.broadcast_from_main(usable_bytes(distributed))
         model = _open_model(options, data, distributed)
-        setting = setting_of(model.config, options, distributed, data.train.chunk_size)
-        recipe = resolve_recipe(options, setting, data.mixture.num_chunks, usable)
 
         # The run directory: locked, writable, and with a checkpoint or without.
         directory = _open_directory(options, model, distributed, stack)
         checkpoint = choose_checkpoint(options, directory, distributed, console)
+
+        # The numbers that options leave open; what was measured once is kept.
+        if checkpoint is not None:
+            with distributed.raise_on_all_ranks():
+                before = read_state(checkpoint)["changeable"]["precision"]
+            distributed = keep_precision(distributed, options.precision, before)
+        setting = setting_of(model.config, options, distributed, data.train.chunk_size)
+        recipe = resolve_recipe(options, setting, data.mixture.num_chunks, usable)
         with distributed.raise_on_all_ranks():
             check_space(options, recipe, directory, model.config.num_parameters())
 
