@@ -33,6 +33,7 @@ PER_STEP = 4
 READ = {
     *("initialized_from", "branched_from", "data", "directories", "anneal", "manifest_sha256"),
     *("recipe", "chunks_per_step", "max_steps", "steps", "fingerprint", "seed"),
+    *("first_weights", "commit"),
 }
 
 
@@ -246,6 +247,38 @@ def test_a_branch_names_the_run_before_it(made: Made) -> None:
     assert "changed      first checkpoint <- --branch-from" in made.audit()
     shutil.rmtree(made.folder / "first")
     assert "missing      first checkpoint <- --branch-from" in made.audit()
+
+
+def test_first_weights_are_those_of_the_model(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (made.folder / "run").rename(made.folder / "first")
+    done = run_script(
+        *(Path("training.py").absolute(), "--init-from", "first/final_model", "--output-dir", "."),
+        *("--dataset-path", "chunks", "more", "--weights", "3", "1", "--run-name", "run"),
+        *("--max-steps", "1", "--eval-steps", "0", "--batch-size", "1", "--precision", "fp32"),
+        *("--gradient-accumulation-steps", "1", "--minimal-pairs", "never"),
+        cwd=made.folder,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "proved       first weights <- --init-from" in made.audit()
+    made.flip("first/final_model/model.safetensors")
+    assert "changed      first weights <- --init-from" in made.audit()
+    (made.folder / "first" / "final_model").rename(made.folder / "elsewhere")
+    assert "missing      first weights <- --init-from" in made.audit()
+    # A model of the Hub is looked for in its cache.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name in ("run/run.json", "run/final_model/training_summary.json"):
+        content = json.loads((made.folder / name).read_text())
+        weights = {**content["first_weights"], "commit": "0" * 40}
+        content |= {"initialized_from": "google/gemma", "first_weights": weights}
+        write_json(made.folder / name, content)
+    reseal(made.folder / "run/final_model", lambda _: None)
+    assert "not checked  first weights <- --init-from" in made.audit()
+    snapshot = tmp_path / "cache" / "models--google--gemma" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    (made.folder / "elsewhere").rename(snapshot)
+    assert "changed      first weights <- --init-from" in made.audit()
 
 
 def test_any_change_of_what_a_run_says(made: Made) -> None:

@@ -9,7 +9,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from kiem.audit.record import CHECKPOINTS, FINAL_MODEL, FIX, STATE_FILE, RunRecord, State
+from kiem.audit.record import (
+    CHECKPOINTS,
+    FINAL_MODEL,
+    FIX,
+    STATE_FILE,
+    Metadata,
+    RunRecord,
+    State,
+)
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import sha256_file
 from kiem.core.json_input import read_json
@@ -66,9 +74,8 @@ def find_links(run: RunRecord) -> Iterator[Link]:
         yield Link(FINAL_MODEL, [Check("missing", str(final), what)])
     for checkpoint in run.checkpoints:
         yield Link(f"{checkpoint.name} <- its manifest", _check_folder(checkpoint))
-    if (start := run.metadata.initialized_from) != "random weights":
-        why = "kiem does not record the hash of the weights that a training starts from"
-        yield Link("first weights <- --init-from", [Check("not checked", start, why)])
+    if run.metadata.initialized_from != "random weights":
+        yield Link("first weights <- --init-from", [*_check_first_weights(run.metadata)])
     if run.metadata.branched_from is not None:
         yield Link("first checkpoint <- --branch-from", [_check_branch(run)])
     for number, path in enumerate(run.chunk_directories):
@@ -119,6 +126,26 @@ def _check_final(run: RunRecord) -> Check:
     except (UserError, KeyError) as error:
         return Check("changed", str(last / MANIFEST_FILE), str(error).splitlines()[0])
     return _check_file(file, expected)
+
+
+def _check_first_weights(metadata: Metadata) -> Iterator[Check]:
+    """Compares the files of the model that a run began with, as far as they are at hand."""
+    name, recorded = metadata.initialized_from, metadata.first_weights
+    if recorded is None:
+        yield Check("not checked", name, "an earlier version of kiem did not record its hashes")
+        return
+    folder = Path(name)
+    if recorded.commit is not None:
+        folder = Repo("model", name).snapshot(recorded.commit)
+    for file, sha256 in recorded.sha256.items():
+        if (folder / file).exists():
+            yield _check_file(folder / file, sha256)
+        elif recorded.commit is not None:
+            why = f"not in the Hub's cache; the Hub itself keeps commit {recorded.commit}"
+            yield Check("not checked", f"{name}: {file}", why)
+        else:
+            why = "not there; names without a leading / are looked for in the current folder"
+            yield Check("missing", str(folder / file), why)
 
 
 def _check_branch(run: RunRecord) -> Check:

@@ -20,7 +20,7 @@ CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"
 FIX = "Restore the file, or audit another run."
 _Positive = Annotated[int, msgspec.Meta(ge=1, lt=1 << 62)]
-_FolderName = Annotated[str, msgspec.Meta(pattern=r"^[^./\\][^/\\]*$")]  # in the same folder
+_FileName = Annotated[str, msgspec.Meta(pattern=r"^[^./\\][^/\\]*$")]  # in the same folder
 
 
 class _Directory(msgspec.Struct):
@@ -40,9 +40,14 @@ class _Recipe(msgspec.Struct):
 
 
 class _Branch(msgspec.Struct):
-    run: _FolderName
+    run: _FileName
     step: _Positive
     checkpoint_sha256: str
+
+
+class _FirstWeights(msgspec.Struct):
+    sha256: dict[_FileName, str]
+    commit: _FileName | None = None
 
 
 class Metadata(msgspec.Struct):
@@ -53,6 +58,7 @@ class Metadata(msgspec.Struct):
     recipe: _Recipe
     steps: _Positive | None = None
     branched_from: _Branch | None = None
+    first_weights: _FirstWeights | None = None
 
     @property
     def manifests(self) -> list[str]:

@@ -272,6 +272,7 @@ def save(run: Run, state: TrainState, *, is_last: bool) -> None:
         "run": state.to_save(),
         "fingerprint": spec.fingerprint(),
         "changeable": spec.changeable(),
+        "first_weights": spec.first_weights,
         "branched_from": spec.branched_from,
     }
     special_ids = spec.data.tokenizer.special_ids

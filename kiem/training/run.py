@@ -71,6 +71,7 @@ class RunSpec:
         is_compiled: whether torch.compile made the layers' kernels.
         directory: the run directory.
         branched_from: of a branch: run, step and checkpoint, and in what it differs from there on.
+        first_weights: of --init-from: `resume.find_first_weights`.
     """
 
     options: TrainingOptions
@@ -81,6 +82,7 @@ class RunSpec:
     is_compiled: bool
     directory: Path
     branched_from: dict[str, Any] | None = None
+    first_weights: dict[str, Any] | None = None
 
     @property
     def model_name(self) -> str:
@@ -133,6 +135,7 @@ class RunSpec:
             "model": self.model_name,
             "parameters": self.config.num_parameters(),
             "initialized_from": self.options.init_from or "random weights",
+            "first_weights": self.first_weights,
             "branched_from": self.branched_from,
             "data": {
                 "source": self.data.manifest["source"],

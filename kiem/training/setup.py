@@ -47,6 +47,7 @@ from kiem.training.resume import (
     choose_checkpoint,
     copy_log,
     find_branch,
+    find_first_weights,
     is_branch_point,
     restore,
 )
@@ -106,7 +107,9 @@ def setup(
         is_compiled = probe.is_compiled
         spec = RunSpec(options, recipe, model.config, data, distributed, is_compiled, directory)
         with distributed.raise_on_all_ranks():
-            spec = replace(spec, branched_from=find_branch(spec, checkpoint))
+            first_weights = find_first_weights(spec, checkpoint) if distributed.is_main else None
+            branched_from = find_branch(spec, checkpoint)
+        spec = replace(spec, first_weights=first_weights, branched_from=branched_from)
         stops_run = options.on_save_failure == "stop"
         log = RunLog(directory, distributed, console, stops_run=stops_run)
         run = Run(spec, parallel_model, optimizers, log, checkpoint)
