@@ -84,6 +84,9 @@ class PreprocessOptions:
     none: for text that is clean already, such as the Hub dataset."""
     near_duplicates: bool = False
     """Remove near duplicates of earlier documents (pip install rensa)."""
+    replace_personal_data: tuple[Literal["email", "iban", "bsn", "phone"], ...] = ()
+    """Replace e-mail addresses, account numbers, Dutch citizen service numbers and phone numbers by
+    placeholders (pip install phonenumberslite python-stdnum). See docs/cleaning.md."""
     decontaminate: tuple[Path, ...] = ()
     """Remove documents that share 13 consecutive words with these evaluation files."""
     keep_rejected: bool = False

@@ -106,11 +106,13 @@ def _overview(manifest: dict[str, Any]) -> Section:
     cleaning = [options.get("clean", "none")]
     cleaning += ["near duplicates"] if options.get("near_duplicates") else []
     cleaning += ["decontaminated"] if options.get("decontaminate") else []
+    replaced = manifest.get("personal_data_replaced", {})
     rows += [
         ("tokenizer", f"{manifest['tokenizer']['origin']}"),
         ("chunks", f"{splits['train']['chunks']:,} of {options['chunk_size']:,} tokens"),
         ("packing", options.get("packing", "concat")),
         ("cleaning", ", ".join(cleaning)),
+        *((f"{kind} replaced", f"{number:,}") for kind, number in replaced.items()),
         ("documents read", f"{manifest['documents_read']:,}"),
         ("for training", f"{splits['train']['documents']:,}"),
         ("for testing", f"{splits['test']['documents']:,}"),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 
@@ -18,6 +18,11 @@ from kiem.core.errors import not_installed
 from kiem.data.clean.contamination import MIN_EVALUATION_WORDS, EvaluationNgrams, read_evaluation
 from kiem.data.clean.filters import reject_reasons
 from kiem.data.clean.ngrams import WordHashes
+from kiem.data.clean.personal_data import (
+    PLACEHOLDERS,
+    replace_personal_data,
+    require_libraries,
+)
 from kiem.data.read.rows import Document
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
@@ -27,19 +32,35 @@ _IS_WIDE = bytes(byte >= 0x80 for byte in range(256))  # whether it is of a char
 _MANY_WIDE = bytes([True]) * 200  # of so many marks each takes two bytes or more
 
 
+class CleanedDocument(NamedTuple):
+    """A document after cleaning.
+
+    Attributes:
+        text: as it is hashed and encoded.
+        reason: why it is rejected; None: it is kept.
+        num_replaced: how often personal data is replaced, for each kind.
+    """
+
+    text: str
+    reason: str | None
+    num_replaced: list[int]
+
+
 @dataclass(frozen=True)
 class Cleaning:
-    """What is normalized and rejected.
+    """What is normalized, replaced and rejected.
 
     Attributes:
         filters: the language whose filters are used.
         near_duplicates: whether near duplicates of an earlier document are rejected.
         evaluation: n-grams that documents must not contain, if any.
+        personal_data: the kinds of it that are replaced.
     """
 
     filters: Literal["none", "dutch"] = "none"
     near_duplicates: bool = False
     evaluation: EvaluationNgrams | None = None
+    personal_data: tuple[str, ...] = ()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -48,37 +69,51 @@ class Cleaning:
             "clean": self.filters,
             "near_duplicates": self.near_duplicates,
             "decontaminate": list(self.evaluation.sha256) if self.evaluation else [],
+            "replace_personal_data": [*self.personal_data] or None,
         }
 
-    def normalize(self, text: str) -> str:
+    def final_text(self, text: str) -> str:
         """Returns the text of a document as `clean` does."""
+        return self.hide_personal_data(self._normalize(text))[0]
+
+    def hide_personal_data(self, text: str) -> tuple[str, list[int]]:
+        """Returns a text with placeholders for personal data, and how many there are of a kind."""
+        return replace_personal_data(text, self.personal_data)
+
+    def _normalize(self, text: str) -> str:
         return normalize(text) if self.filters == "dutch" else text
 
-    def clean(
-        self, documents: Sequence[Document], hashes: WordHashes
-    ) -> list[tuple[str, str | None]]:
-        """Returns the normalized text of every document, and why it is rejected; None: it is kept.
+    def clean(self, documents: Sequence[Document], hashes: WordHashes) -> list[CleanedDocument]:
+        """Normalizes documents, replaces personal data, and finds reasons to reject some.
 
         A document with a problem is rejected for that.
         """
-        texts = [self.normalize(document.text) for document in documents]
+        normalized = [self._normalize(document.text) for document in documents]
+        replaced = [self.hide_personal_data(text) for text in normalized]
+        texts = [text for text, _ in replaced]
         reasons = [document.problem.reason if document.problem else None for document in documents]
         if self.filters == "dutch":
             found = reject_reasons(texts)
             reasons = [reason or other for reason, other in zip(reasons, found, strict=True)]
         if self.evaluation is not None:
-            for number, text in enumerate(texts):
+            # Evaluation texts are compared as they are, with what is personal in them.
+            for number, text in enumerate(normalized):
                 if reasons[number] is None and self.evaluation.overlaps(text, hashes):
                     reasons[number] = "contaminated"
-        return list(zip(texts, reasons, strict=True))
+        return [
+            CleanedDocument(text, reason, num_replaced)
+            for (text, num_replaced), reason in zip(replaced, reasons, strict=True)
+        ]
 
 
 def make_cleaning(options: PreprocessOptions, console: Console) -> Cleaning:
     """Returns what the options ask for; the console shows which evaluation texts are not used.
 
     Raises:
-        UserError: rensa is missing, or an evaluation file cannot be read.
+        UserError: a library is missing, or an evaluation file cannot be read.
     """
+    if options.replace_personal_data:
+        require_libraries()
     if options.near_duplicates and find_spec("rensa") is None:
         raise not_installed("rensa", "--near-duplicates")
     evaluation = None
@@ -87,7 +122,8 @@ def make_cleaning(options: PreprocessOptions, console: Console) -> Cleaning:
         if evaluation.num_ignored:
             what = f"evaluation texts of fewer than {MIN_EVALUATION_WORDS} words, not looked for"
             warn(console, f"--decontaminate: {what}: {evaluation.num_ignored}")
-    return Cleaning(options.clean, options.near_duplicates, evaluation)
+    kinds = tuple(kind for kind in PLACEHOLDERS if kind in options.replace_personal_data)
+    return Cleaning(options.clean, options.near_duplicates, evaluation, kinds)
 
 
 def normalize(text: str) -> str:

@@ -90,6 +90,8 @@ def decide(job: Job) -> DocumentDecisions:
         "rejected_per_file": {n: m for n, m in rejected_per_file.items() if m},
     }
     per_unit = np.split(code, np.cumsum([len(part) for part in columns["code"]])[:-1])
+    if job.cleaning.personal_data:
+        counts["personal_data_replaced"] = _count_replaced(job, units, per_unit)
     num_cut = int(np.count_nonzero(code == CUT))
     return DocumentDecisions(units, per_unit, rows_before, reasons, split, num_cut, counts)
 
@@ -138,6 +140,18 @@ def _read_units(
             break
         num_words += summary.words
     return columns, rows_before, reasons, limit or None
+
+
+def _count_replaced(
+    job: Job, units: Sequence[Unit], per_unit: Sequence[np.ndarray]
+) -> dict[str, int]:
+    """Returns how often each kind of personal data is replaced in the documents that are kept."""
+    counts = dict.fromkeys(job.cleaning.personal_data, 0)
+    for unit, code in zip(units, per_unit, strict=True):
+        batches, _ = read_unit(job.path(unit))
+        for kind in counts:
+            counts[kind] += int(read_column(batches, kind)[code < BEYOND].sum())
+    return counts
 
 
 def _reject_repeated(code: np.ndarray, keys: np.ndarray, reason: int) -> None:

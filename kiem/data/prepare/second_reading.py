@@ -63,7 +63,7 @@ class TrainingTexts:
     def __iter__(self) -> Iterator[str]:
         cut_bytes = self.decisions.split.cut_bytes
         for code, _, document in read_again(self.job, self.decisions, (TRAIN, CUT)):
-            text = self.job.cleaning.normalize(document.text)
+            text = self.job.cleaning.final_text(document.text)
             if code == TRAIN:
                 yield text
             elif cut_bytes and (border := find_border(text, cut_bytes)) is not None:
@@ -84,7 +84,7 @@ def cut_documents(job: Job, decisions: DocumentDecisions) -> tuple[UnitDocuments
     rows: list[int] = []
     for _, part, document in read_again(job, decisions, (CUT,)):
         if not labels:
-            text = job.cleaning.normalize(document.text)
+            text = job.cleaning.final_text(document.text)
         labels.append(document.source)
         files.append(part.file)
         rows.append(document.number)
@@ -126,7 +126,11 @@ def cut_documents(job: Job, decisions: DocumentDecisions) -> tuple[UnitDocuments
 
 
 def write_rejected(job: Job, decisions: DocumentDecisions, folder: Path) -> dict[str, Any]:
-    """Writes the rejected documents as they were read; returns the manifest's entry about them."""
+    """Writes the rejected documents as they were read, but for personal data that is replaced.
+
+    Returns:
+        The manifest's entry about them.
+    """
     path = folder / REJECTED_FILE
     wanted = range(REJECTED, REJECTED + len(decisions.reasons))
     num_lines = 0
@@ -137,7 +141,7 @@ def write_rejected(job: Job, decisions: DocumentDecisions, folder: Path) -> dict
                 "place": f"{name}:{document.number}",
                 "source": document.source,
                 "reason": decisions.reasons[code - REJECTED],
-                "text": document.text or None,
+                "text": job.cleaning.hide_personal_data(document.text)[0] or None,
             }
             file.write(msgspec.json.encode(line) + b"\n")
             num_lines += 1

@@ -82,5 +82,9 @@ def _account(manifest: dict[str, Any]) -> Iterator[str]:
             f"{p['source']} {p['weight'] / total:.0%} ({p['chunks']:,} chunks)" for p in parts
         )
         yield f"training reads {', '.join(shares)}"
+    if "personal_data_replaced" in manifest:
+        replaced = manifest["personal_data_replaced"]
+        found = ", ".join(f"{number:,} {kind}" for kind, number in replaced.items())
+        yield f"personal data replaced in the documents that are kept: {found}"
     if rejected:
         yield f"rejected {num_rejected:,} of {num_read:,} documents: {_reasons(rejected)}"

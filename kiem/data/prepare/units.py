@@ -11,6 +11,7 @@ file with a row for every row of the source:
                                         earlier units
     source, reason  int32               numbers of names in the summary; reason -1: kept
     band_0 ...      uint64              keys of near duplicates, with --near-duplicates
+    email ...       int32               how often it is replaced, with --replace-personal-data
 
 A rejected row counts as an empty text. The last record batch is empty and carries the summary. The
 file ends with its SHA-256.
@@ -141,7 +142,9 @@ class Job:
     def schema(self) -> pa.Schema:
         """Returns the columns of unit files."""
         names = band_names() if self.cleaning.near_duplicates else []
-        return pa.schema([*SCHEMA, *((name, pa.uint64()) for name in names)])
+        bands = ((name, pa.uint64()) for name in names)
+        replaced = ((kind, pa.int32()) for kind in self.cleaning.personal_data)
+        return pa.schema([*SCHEMA, *bands, *replaced])
 
 
 def digest(*content: Any) -> str:
@@ -254,11 +257,11 @@ def _build_batch(
     """Cleans and encodes rows, of these numbers, and adds them to the summary."""
     # Clean: a reason says why a row is rejected.
     cleaned = job.cleaning.clean([document for _, document in rows], hashes)
-    texts = ["" if reason else text for text, reason in cleaned]
+    texts = ["" if document.reason else document.text for document in cleaned]
     # Count.
     sources, reasons = summary.sources, summary.reasons
     source = [sources.setdefault(document.source, len(sources)) for _, document in rows]
-    reason = [reasons.setdefault(r, len(reasons)) if r else -1 for _, r in cleaned]
+    reason = [reasons.setdefault(r, len(reasons)) if r else -1 for _, r, _ in cleaned]
     words = np.array([count_words(text) for text in texts], np.int64)
     summary.words += int(words.sum())
     # Encode.
@@ -280,4 +283,7 @@ def _build_batch(
     ]
     if job.cleaning.near_duplicates:
         columns += map(from_numpy, band_keys(texts, hashes).T)
+    if job.cleaning.personal_data:
+        num_replaced = np.array([document.num_replaced for document in cleaned], np.int32)
+        columns += map(from_numpy, num_replaced.T)
     return pa.record_batch(columns, schema=job.schema())
