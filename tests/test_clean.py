@@ -6,6 +6,8 @@ import random
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,8 +16,15 @@ from hypothesis import strategies as st
 
 from kiem.data.clean import filters
 from kiem.data.clean.cleaner import normalize
-from kiem.data.clean.filters import MAX_DUPLICATE_NGRAMS, MAX_TOP_NGRAM, reject_reasons
+from kiem.data.clean.frequent_words import LANGUAGES, MIN_DUTCH_WORDS
+from kiem.data.clean.languages import Language, find_language, list_languages
 from kiem.data.clean.ngrams import repeated
+
+DUTCH = next(language for language in list_languages() if language.name == "dutch")
+DUTCH_WORDS = ("de", "het", "een", "van", "zijn", "dat", "niet", "ik")
+MAX_TOP_NGRAM = dict(DUTCH.thresholds.top_n_grams)
+MAX_DUPLICATE_NGRAMS = dict(DUTCH.thresholds.dup_n_grams)
+reject_reasons = partial(filters.reject_reasons, language=DUTCH)
 
 _CONSONANTS = "bcdfghklmnprstvw"
 # Different words of five letters, none of them a frequent word of any language.
@@ -177,14 +186,23 @@ def duplicate_share(tokens: list[str], text: str, n: int) -> float:
     return num_characters / len(text)
 
 
-def all_reasons(text: str) -> list[str]:
+def is_foreign(words: list[str], language: Language) -> bool:
+    """Says whether the frequent words of a document are those of another language."""
+    found = [word.lower() for word in words]
+    if language == DUTCH:
+        known = [sum(word in chosen.split() for word in found) for chosen in LANGUAGES.values()]
+        return max(known[1:]) > known[0] or known[0] < MIN_DUTCH_WORDS * len(words)
+    others = [other.stop_words for other in list_languages() if other != language]
+    others.append(frozenset(LANGUAGES["English"].split()))
+    own = sum(word in language.stop_words for word in found)
+    return max(sum(word in other for word in found) for other in others) > 1.5 * own
+
+
+def all_reasons(text: str, language: Language = DUTCH) -> list[str]:
     """Returns every reason against a document, in the order in which they are looked at."""
+    limits = language.thresholds
     tokens = tokenize(text)
     words = [token for token in tokens if any(c.isalnum() for c in token)]
-    known = [
-        sum(word.lower() in language.split() for word in words)
-        for language in filters.LANGUAGES.values()
-    ]
     mean_length = sum(map(len, words)) / max(1, len(words))
     with_letter = sum(any(c.isalpha() for c in word) for word in words)
     ellipses = text.count("...") + text.count("…")
@@ -195,19 +213,20 @@ def all_reasons(text: str) -> list[str]:
     marked = sum(line[-1] in ".!?…:;\"'”’»)" for line in stripped)
     bullets = sum(line[0] in "•-*" for line in stripped)
     cut_off = sum(line.endswith(("...", "…")) for line in stripped)
-    stop_words = {word.lower() for word in words} & set(filters.STOP_WORDS)
-    top = [top_ngram_share(tokens, text, n) > most for n, most in MAX_TOP_NGRAM.items()]
-    passages = [duplicate_share(tokens, text, n) > m for n, m in MAX_DUPLICATE_NGRAMS.items()]
+    stop_words = {word.lower() for word in words} & language.stop_words
+    top = [top_ngram_share(tokens, text, n) > most for n, most in limits.top_n_grams]
+    passages = [duplicate_share(tokens, text, n) > most for n, most in limits.dup_n_grams]
     found = {
         "too short": len(words) < 50,
-        "not Dutch": max(known[1:]) > known[0] or known[0] < filters.MIN_DUTCH_WORDS * len(words),
+        f"not {language.title}": is_foreign(words, language),
         "few stop words": len(stop_words) < 2,
-        "word length": not 3 <= mean_length <= 16,
-        "few letters": with_letter < 0.828 * len(words),
+        "word length": not limits.min_avg_word_length <= mean_length <= limits.max_avg_word_length,
+        "few letters": with_letter < limits.max_non_alpha_words_ratio * len(words),
         "many symbols": max(text.count("#"), ellipses) > 0.1 * len(tokens),
-        "repeated lines": len(duplicates) / total > 0.333 or duplicate_characters > 0.1,
-        "line ends": marked / total < 0.238,
-        "short lines": total - 1 > 0.194 * len(tokens),
+        "repeated lines": len(duplicates) / total > limits.dup_line_frac
+        or duplicate_characters > 0.1,
+        "line ends": marked / total < limits.line_punct_thr,
+        "short lines": total - 1 > limits.new_line_ratio * len(tokens),
         "bullets": bullets / total > 0.9,
         "cut-off lines": cut_off / total > 0.3,
         "repeated phrase": any(top),
@@ -216,20 +235,20 @@ def all_reasons(text: str) -> list[str]:
     return [reason for reason, is_found in found.items() if is_found]
 
 
-def random_document(seed: int) -> str:
+def random_document(seed: int, stop_words: Sequence[str] = DUTCH_WORDS) -> str:
     """A document that has, by chance, more or less of what the filters look at."""
     draw = random.Random(seed)
     vocabulary = draw.sample(NEUTRAL, draw.choice((5, 20, 200, 1000)))
     letters = draw.choice((1, 2, 5, 5, 5, 20))
     vocabulary = [(word * 4)[:letters] for word in vocabulary]
     oddities = draw.choice((0.01, 0.05, 0.5))
-    frequent = ["de", "het", "een", "van", "zijn", "dat", "niet", "ik", "and", "of", "der"]
+    frequent = [*stop_words, "and", "of", "der"]
     share = draw.choice((0.02, 0.1, 0.3))
     words: list[str] = []
     for _ in range(draw.randint(20, 400)):
         kind = draw.random()
         if kind < share:
-            words.append(draw.choice(frequent[: draw.choice((1, 3, 11))]))
+            words.append(draw.choice(frequent[: draw.choice((1, 3, len(frequent)))]))
         elif kind < share + oddities:
             words.append(
                 draw.choice(
@@ -267,13 +286,20 @@ def random_document(seed: int) -> str:
     return text
 
 
-def test_filters_are_those_of_a_plain_reference() -> None:
-    texts = [random_document(seed) for seed in range(600)]
-    expected = [all_reasons(text) for text in texts]
-    found = reject_reasons(texts)
+@pytest.mark.parametrize(
+    ("language", "stop_words"),
+    [("dutch", DUTCH_WORDS), ("frisian", ["fan", "yn", "it", "mei"]), ("german", ["und", "im"])],
+)
+def test_filters_are_those_of_a_plain_reference(language: str, stop_words: list[str]) -> None:
+    known = find_language(language)
+    assert known is not None
+    texts = [random_document(seed, stop_words) for seed in range(600)]
+    expected = [all_reasons(text, known) for text in texts]
+    found = filters.reject_reasons(texts, known)
     assert found == [reasons[0] if reasons else None for reasons in expected]
     # No filter was left out by chance.
-    names = {name.split(",")[0] for name in FILTERS}
+    names = {name.split(",")[0].replace("Dutch", known.title) for name in FILTERS}
+    names -= {"line ends"} if known.thresholds.line_punct_thr == 0 else set()  # not used
     assert {r for reasons in expected for r in reasons} >= names
 
 

@@ -91,7 +91,7 @@ def test_every_odd_document_is_accounted_for(
         tokenizer=str(tmp_path / "tokenizer.json"),
         chunk_size=64,
         output_dir=tmp_path / "out",
-        clean=filters,  # type: ignore[arg-type]
+        clean=filters,
         near_duplicates=filters != "none",
         num_proc=1,
     )

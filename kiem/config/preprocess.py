@@ -79,9 +79,10 @@ class PreprocessOptions:
     a chunk, place the others where they fit best, and pad the chunks."""
     on_bad_document: Literal["stop", "skip"] = "stop"
     """At a line or row that is not a document: stop with an error, or skip and count it."""
-    clean: Literal["none", "dutch"] = "none"
-    """dutch: normalize characters, apply FineWeb-2's filters for Dutch, and remove duplicates.
-    none: for text that is clean already, such as the Hub dataset."""
+    clean: Name = "none"
+    """A language, such as dutch, fy or fry_Latn, or a config file of FineWeb-2 (docs/cleaning.md):
+    normalize characters, apply FineWeb-2's filters for the language, and remove duplicates. none:
+    for text that is clean already, such as the Hub dataset."""
     near_duplicates: bool = False
     """Remove near duplicates of earlier documents (pip install rensa)."""
     replace_personal_data: tuple[Literal["email", "iban", "bsn", "phone"], ...] = ()

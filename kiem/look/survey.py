@@ -15,7 +15,7 @@ from kiem.core.errors import damaged
 from kiem.core.files import format_bytes
 from kiem.core.manifest import MANIFEST_FILE
 from kiem.data.chunks import MAKE_AGAIN, read_manifest, read_tokenizer
-from kiem.data.clean.filters import identify_languages
+from kiem.data.clean.frequent_words import identify_languages
 from kiem.data.clean.ngrams import duplicated, hash_ngrams
 from kiem.data.source_record import describe_source, list_sources, show_licence
 from kiem.look.frequent import frequent_ngrams, tokens_that_cover
@@ -103,7 +103,7 @@ def _overview(manifest: dict[str, Any]) -> Section:
         ("text", f"{describe_source(entry)}; licence: {show_licence(entry.get('licence'))}")
         for entry in list_sources(manifest["source"])
     ]
-    cleaning = [options.get("clean", "none")]
+    cleaning = [options.get("clean", "none").split()[0]]  # of a file without its hash
     cleaning += ["near duplicates"] if options.get("near_duplicates") else []
     cleaning += ["decontaminated"] if options.get("decontaminate") else []
     replaced = manifest.get("personal_data_replaced", {})

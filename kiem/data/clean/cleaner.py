@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -17,6 +17,7 @@ from kiem.core.console import warn
 from kiem.core.errors import not_installed
 from kiem.data.clean.contamination import MIN_EVALUATION_WORDS, EvaluationNgrams, read_evaluation
 from kiem.data.clean.filters import reject_reasons
+from kiem.data.clean.languages import NO_CLEANING, Language, find_language
 from kiem.data.clean.ngrams import WordHashes
 from kiem.data.clean.personal_data import (
     PLACEHOLDERS,
@@ -51,13 +52,13 @@ class Cleaning:
     """What is normalized, replaced and rejected.
 
     Attributes:
-        filters: the language whose filters are used.
+        language: whose filters are used, and text normalized; None: neither.
         near_duplicates: whether near duplicates of an earlier document are rejected.
         evaluation: n-grams that documents must not contain, if any.
         personal_data: the kinds of it that are replaced.
     """
 
-    filters: Literal["none", "dutch"] = "none"
+    language: Language | None = None
     near_duplicates: bool = False
     evaluation: EvaluationNgrams | None = None
     personal_data: tuple[str, ...] = ()
@@ -66,7 +67,7 @@ class Cleaning:
     def identity(self) -> dict[str, Any]:
         """What a chunk directory's manifest records of it."""
         return {
-            "clean": self.filters,
+            "clean": self.language.recorded if self.language else NO_CLEANING,
             "near_duplicates": self.near_duplicates,
             "decontaminate": list(self.evaluation.sha256) if self.evaluation else [],
             "replace_personal_data": [*self.personal_data] or None,
@@ -81,7 +82,7 @@ class Cleaning:
         return replace_personal_data(text, self.personal_data)
 
     def _normalize(self, text: str) -> str:
-        return normalize(text) if self.filters == "dutch" else text
+        return normalize(text) if self.language else text
 
     def clean(self, documents: Sequence[Document], hashes: WordHashes) -> list[CleanedDocument]:
         """Normalizes documents, replaces personal data, and finds reasons to reject some.
@@ -92,8 +93,8 @@ class Cleaning:
         replaced = [self.hide_personal_data(text) for text in normalized]
         texts = [text for text, _ in replaced]
         reasons = [document.problem.reason if document.problem else None for document in documents]
-        if self.filters == "dutch":
-            found = reject_reasons(texts)
+        if self.language is not None:
+            found = reject_reasons(texts, self.language)
             reasons = [reason or other for reason, other in zip(reasons, found, strict=True)]
         if self.evaluation is not None:
             # Evaluation texts are compared as they are, with what is personal in them.
@@ -110,8 +111,10 @@ def make_cleaning(options: PreprocessOptions, console: Console) -> Cleaning:
     """Returns what the options ask for; the console shows which evaluation texts are not used.
 
     Raises:
-        UserError: a library is missing, or an evaluation file cannot be read.
+        UserError: there are no filters for the language, a library is missing, or an evaluation
+            file cannot be read.
     """
+    language = find_language(options.clean)
     if options.replace_personal_data:
         require_libraries()
     if options.near_duplicates and find_spec("rensa") is None:
@@ -123,7 +126,7 @@ def make_cleaning(options: PreprocessOptions, console: Console) -> Cleaning:
             what = f"evaluation texts of fewer than {MIN_EVALUATION_WORDS} words, not looked for"
             warn(console, f"--decontaminate: {what}: {evaluation.num_ignored}")
     kinds = tuple(kind for kind in PLACEHOLDERS if kind in options.replace_personal_data)
-    return Cleaning(options.clean, options.near_duplicates, evaluation, kinds)
+    return Cleaning(language, options.near_duplicates, evaluation, kinds)
 
 
 def normalize(text: str) -> str:

@@ -60,7 +60,7 @@ def decide(job: Job) -> DocumentDecisions:
     units = job.units[: len(columns["code"])]
     # Reject what came before. Equal texts have equal positions; that two different ones have, too,
     # is to be expected once in some 6 billion documents, since positions are hashes of 64 bits.
-    if job.cleaning.filters != "none":
+    if job.cleaning.language is not None:
         _reject_repeated(code, position, _DUPLICATE)
     if job.cleaning.near_duplicates:
         for name in band_names():

@@ -24,6 +24,7 @@ from kiem.core.files import new_folder, read_sealed, require_free_space, sealed_
 from kiem.core.values import check_name, given_options, option_flag
 from kiem.data.chunks import finish_directory
 from kiem.data.clean.cleaner import Cleaning, make_cleaning
+from kiem.data.clean.languages import find_language
 from kiem.data.licences import with_licences
 from kiem.data.prepare.decisions import DocumentDecisions, decide
 from kiem.data.prepare.downloads import (
@@ -96,8 +97,8 @@ def preprocess(options: PreprocessOptions, console: Console) -> Path:
         console.print(f"{options.verify}: every hash and count is right")
         return options.verify
     _check_options(options)
-    source, tokenizer = _resolve(options, console)
     cleaning = make_cleaning(options, console)
+    source, tokenizer = _resolve(options, console)
     identity = _identity(options, source, tokenizer, cleaning)
     folder = options.output_dir / directory_name(options)
     with work_directory(folder, identity, options.overwrite) as work:
@@ -130,7 +131,7 @@ def _check_options(options: PreprocessOptions) -> None:
         check_hub_size(options.dataset_size or DEFAULT_HUB_SIZE)
     else:
         word_limit(options.dataset_size)
-    is_cleaned = options.clean != "none" or options.near_duplicates or options.decontaminate
+    is_cleaned = find_language(options.clean) or options.near_duplicates or options.decontaminate
     if options.ray_address is not None and options.executor != "ray":
         raise no_effect("--ray-address", "without --executor ray")
     if options.executor == "ray" and STANDARD_INPUT in options.source:

@@ -1,0 +1,72 @@
+"""The words and punctuation marks of many documents, numbered."""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import chain, count
+
+import numpy as np
+
+
+class Tokens:
+    """The words and punctuation marks of some documents, numbered.
+
+    Attributes:
+        vocabulary: the different tokens, in the order of their ids.
+        ids: int64 [T].
+        document: which document a token is in, int64 [T].
+        starts: each document's first token, then T, int64 [D + 1].
+        offsets: characters in the tokens before each one, then in all, int64 [T + 1].
+        num_tokens, num_characters: of each document, int64 [D].
+    """
+
+    def __init__(self, texts: Sequence[str]):
+        # No token goes across white space: what is between it is numbered, and each different one
+        # is cut into tokens once.
+        words: defaultdict[str, int] = defaultdict(count().__next__)
+        parts = [np.empty(0, np.int64)]
+        for text in texts:
+            found = text.split()
+            parts.append(np.fromiter(map(words.__getitem__, found), np.int64, len(found)))
+        word_ids = np.concatenate(parts)
+        numbers: defaultdict[str, int] = defaultdict(count().__next__)
+        find_tokens = _token_finder()
+        cut = [[word] if word.isalnum() else find_tokens(word) for word in words]
+        lengths = np.fromiter(map(len, cut), np.int64, len(cut))  # tokens of each different word
+        flat = np.fromiter(map(numbers.__getitem__, chain.from_iterable(cut)), np.int64)
+        # Put the tokens of each word where it occurs.
+        num_tokens = lengths[word_ids]
+        ends = np.concatenate([[0], np.cumsum(num_tokens)])
+        shifts = (np.cumsum(lengths) - lengths)[word_ids] - ends[:-1]
+        self.ids = flat[np.repeat(shifts, num_tokens) + np.arange(ends[-1])]
+        self.vocabulary = list(numbers)
+        self.starts = ends[np.cumsum([len(part) for part in parts])]
+        self.num_tokens = np.diff(self.starts)
+        self.document = np.repeat(np.arange(len(texts)), self.num_tokens)
+        sizes = np.fromiter(map(len, self.vocabulary), np.int64)[self.ids]
+        self.offsets = np.concatenate([[0], np.cumsum(sizes)])
+        self.num_characters = np.array([len(text) for text in texts], np.int64)
+
+    def count(self, of_vocabulary: np.ndarray) -> np.ndarray:
+        """Returns the sum over each document's tokens of a value that tokens have: [V] -> [D]."""
+        return self.total(of_vocabulary[self.ids])
+
+    def total(self, values: np.ndarray) -> np.ndarray:
+        """Returns the sum over each document's tokens: [T] -> int64 [D]."""
+        sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+        return np.diff(sums[self.starts])
+
+
+@functools.cache
+def _token_finder() -> Callable[[str], list[str]]:
+    """Returns a function that cuts text without white space into words and marks."""
+    # Vowel signs of Indic and other scripts are part of a word, but not in \w. Two invisible
+    # characters join or separate the letters of one.
+    candidates = map(chr, chain(range(0x483, 0x1D00), range(0xA000, 0xAC00)))
+    signs = "".join(c for c in candidates if unicodedata.category(c).startswith("M"))
+    word = rf"[\w{signs}]+"
+    return re.compile(rf"'n\b|{word}(?:['’.\-\u200c\u200d]{word})*|[^\w\s]+").findall
