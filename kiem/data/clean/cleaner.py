@@ -14,9 +14,10 @@ from rich.console import Console
 
 from kiem.config import PreprocessOptions
 from kiem.core.console import warn
-from kiem.core.errors import not_installed
+from kiem.core.errors import no_effect, not_installed
 from kiem.data.clean.contamination import MIN_EVALUATION_WORDS, EvaluationNgrams, read_evaluation
 from kiem.data.clean.filters import reject_reasons
+from kiem.data.clean.language_model import LanguageModel, find_model
 from kiem.data.clean.languages import NO_CLEANING, Language, find_language
 from kiem.data.clean.ngrams import WordHashes
 from kiem.data.clean.personal_data import (
@@ -56,12 +57,14 @@ class Cleaning:
         near_duplicates: whether near duplicates of an earlier document are rejected.
         evaluation: n-grams that documents must not contain, if any.
         personal_data: the kinds of it that are replaced.
+        model: tells the language of documents; None: frequent words do.
     """
 
     language: Language | None = None
     near_duplicates: bool = False
     evaluation: EvaluationNgrams | None = None
     personal_data: tuple[str, ...] = ()
+    model: LanguageModel | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -71,6 +74,7 @@ class Cleaning:
             "near_duplicates": self.near_duplicates,
             "decontaminate": list(self.evaluation.sha256) if self.evaluation else [],
             "replace_personal_data": [*self.personal_data] or None,
+            "identify_language": self.model.identity if self.model else None,
         }
 
     def final_text(self, text: str) -> str:
@@ -94,7 +98,7 @@ class Cleaning:
         texts = [text for text, _ in replaced]
         reasons = [document.problem.reason if document.problem else None for document in documents]
         if self.language is not None:
-            found = reject_reasons(texts, self.language)
+            found = reject_reasons(texts, self.language, self.model)
             reasons = [reason or other for reason, other in zip(reasons, found, strict=True)]
         if self.evaluation is not None:
             # Evaluation texts are compared as they are, with what is personal in them.
@@ -111,14 +115,19 @@ def make_cleaning(options: PreprocessOptions, console: Console) -> Cleaning:
     """Returns what the options ask for; the console shows which evaluation texts are not used.
 
     Raises:
-        UserError: there are no filters for the language, a library is missing, or an evaluation
-            file cannot be read.
+        UserError: there are no filters for the language, the model does not know it, a library is
+            missing, or an evaluation file cannot be read.
     """
     language = find_language(options.clean)
     if options.replace_personal_data:
         require_libraries()
     if options.near_duplicates and find_spec("rensa") is None:
         raise not_installed("rensa", "--near-duplicates")
+    model = None
+    if options.identify_language is not None:
+        if language is None:
+            raise no_effect("--identify-language", "without --clean and a language")
+        model = find_model(options.identify_language, language)
     evaluation = None
     if options.decontaminate:
         evaluation = read_evaluation(options.decontaminate, options.text_column, console)
@@ -126,7 +135,7 @@ def make_cleaning(options: PreprocessOptions, console: Console) -> Cleaning:
             what = f"evaluation texts of fewer than {MIN_EVALUATION_WORDS} words, not looked for"
             warn(console, f"--decontaminate: {what}: {evaluation.num_ignored}")
     kinds = tuple(kind for kind in PLACEHOLDERS if kind in options.replace_personal_data)
-    return Cleaning(language, options.near_duplicates, evaluation, kinds)
+    return Cleaning(language, options.near_duplicates, evaluation, kinds, model)
 
 
 def normalize(text: str) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from kiem.data.clean.frequent_words import count_words, is_other_language
+from kiem.data.clean.language_model import LanguageModel
 from kiem.data.clean.languages import Language, Thresholds
 from kiem.data.clean.ngrams import hash_ngrams, mix_hashes, repeated
 from kiem.data.clean.tokens import Tokens
@@ -29,23 +30,37 @@ MIN_STOP_WORDS = 2
 # FineWeb-2's pipeline, the same for all languages.
 MAX_DUPLICATE_LINE_CHARACTERS = 0.1
 
-# The second line has those of other scripts.
+_TOO_SHORT = "too short"
+# The second text has those of other scripts.
 _LINE_ENDS = ".!?…:;\"'”’»)" + "।॥؟۔։"
 
 
-def reject_reasons(texts: Sequence[str], language: Language) -> list[str | None]:
-    """Returns why each normalized document is rejected, in a few words; None if it is kept."""
+def reject_reasons(
+    texts: Sequence[str], language: Language, model: LanguageModel | None = None
+) -> list[str | None]:
+    """Returns why each normalized document is rejected, in a few words; None if it is kept.
+
+    Args:
+        texts: the documents.
+        language: the one that they should be in.
+        model: tells whether they are; None: frequent words do.
+    """
     tokens, thresholds = Tokens(texts), language.thresholds
-    rejected = {"empty": tokens.num_tokens == 0, **_check_words(tokens, language)}
+    rejected = {"empty": tokens.num_tokens == 0, **_check_words(tokens, language, model is None)}
     rejected |= _check_lines(texts, tokens, thresholds) | _check_ngrams(tokens, thresholds)
     reasons: list[str | None] = [None] * len(texts)
     for reason, is_rejected in reversed(rejected.items()):  # the first reason counts
         for number in np.flatnonzero(is_rejected):
             reasons[number] = reason
+    if model is not None:
+        reasons = [
+            reason if reason in ("empty", _TOO_SHORT) else model.reject_reason(text) or reason
+            for text, reason in zip(texts, reasons, strict=True)
+        ]
     return reasons
 
 
-def _check_words(tokens: Tokens, language: Language) -> dict[str, np.ndarray]:
+def _check_words(tokens: Tokens, language: Language, identify: bool) -> dict[str, np.ndarray]:
     """Returns reason -> rejected documents, bool [D], for reasons about single words."""
     words = tokens.vocabulary
     is_word = np.fromiter(map(str.isalpha, words), bool, len(words))
@@ -68,9 +83,10 @@ def _check_words(tokens: Tokens, language: Language) -> dict[str, np.ndarray]:
     )
     limits = language.thresholds
     shortest, longest = limits.min_avg_word_length, limits.max_avg_word_length
-    return {
-        "too short": num_words < MIN_WORDS,
-        f"not {language.title}": is_other_language(tokens, num_words, language),
+    rejected = {_TOO_SHORT: num_words < MIN_WORDS}
+    if identify:
+        rejected[f"not {language.title}"] = is_other_language(tokens, num_words, language)
+    return rejected | {
         "few stop words": num_stop_words < MIN_STOP_WORDS,
         "word length": (mean_length < shortest) | (mean_length > longest),
         "few letters": num_with_letter < limits.max_non_alpha_words_ratio * num_words,
