@@ -18,6 +18,7 @@ from kiem.data.chunks import open_split, read_manifest, read_tokenizer
 from kiem.data.clean.contamination import read_evaluation
 from kiem.data.clean.near_duplicates import SHINGLE_WORDS, band_keys
 from kiem.data.clean.ngrams import WordHashes, lowercase_words
+from kiem.data.prepare import decisions
 from kiem.data.prepare.preprocess import preprocess
 
 
@@ -174,6 +175,37 @@ def test_the_first_of_equal_documents_is_kept(tmp_path: Path, sample_texts: list
     assert read_manifest(folder)["rejected"] == {"duplicate": 21}
     once = preprocess(options(tmp_path, good, name="once"), Console(quiet=True))
     assert chunked_texts(folder) == chunked_texts(once)
+
+
+@pytest.mark.parametrize("sorted_at_once", [decisions.SORTED_AT_ONCE, 7])
+def test_a_document_is_a_near_duplicate_of_any_earlier_one(
+    sorted_at_once: int,
+    tmp_path: Path,
+    sample_texts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also of one that is a near duplicate itself, and for any part of the keys that is sorted."""
+    draw = random.Random(5)
+    texts = documents(sample_texts)[:12]
+    while len(texts) < 60:
+        changed = draw.choice(texts).split(" ")
+        for _ in range(draw.choice((0, 1, 3, 10))):
+            changed[draw.randrange(len(changed))] = "anders"
+        texts.append(" ".join(changed))
+    monkeypatch.setattr(decisions, "SORTED_AT_ONCE", sorted_at_once)
+    given = options(tmp_path, texts, near_duplicates=True, keep_rejected=True)
+    rejected = preprocess(given, Console(quiet=True)) / "rejected.jsonl"
+    found = [json.loads(line) for line in rejected.read_bytes().splitlines()]
+    expected, seen = [], set()
+    for number, (text, keys) in enumerate(zip(texts, band_keys(texts, WordHashes()), strict=True)):
+        pairs = {*enumerate(keys.tolist())}
+        if text in texts[:number]:
+            expected.append((text, "duplicate"))
+        elif pairs & seen:
+            expected.append((text, "near duplicate"))
+        seen |= pairs
+    assert [(line["text"], line["reason"]) for line in found] == expected
+    assert {reason for _, reason in expected} == {"duplicate", "near duplicate"}
 
 
 def test_near_duplicates_need_rensa(tmp_path: Path) -> None:

@@ -337,7 +337,9 @@ def test_every_split_has_text(sizes: list[tuple[str, int]], test_share: float) -
     texts = [text for text, _ in sizes]
     num_bytes = np.array([of_text[text] for text in texts], np.int64)
     positions = np.array([split_position(text, 42) for text in texts], np.uint64)
-    split = decide_split(positions, num_bytes, test_share, chunk_size=64)
+    split = decide_split([(positions, num_bytes)], test_share, chunk_size=64)
+    halves = zip(np.array_split(positions, 2), np.array_split(num_bytes, 2), strict=True)
+    assert decide_split(halves, test_share, chunk_size=64) == split
     num_test = int(num_bytes[positions < np.uint64(split.limit)].sum())
     total = int(num_bytes.sum())
     if split.cut_bytes is not None:

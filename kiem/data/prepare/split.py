@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -66,7 +67,7 @@ def split_limit(test_share: float, lowest_position: int) -> int:
 
 
 def decide_split(
-    positions: np.ndarray, num_bytes: np.ndarray, test_share: float, chunk_size: int
+    documents: Iterable[Sequence[np.ndarray]], test_share: float, chunk_size: int
 ) -> Split:
     """Decides which documents are for testing, and whether one of them is cut.
 
@@ -76,15 +77,26 @@ def decide_split(
     the text, if that is less): the one that is too much is cut.
 
     Args:
-        positions: of the documents, uint64 [documents].
-        num_bytes: of their text, int64 [documents].
+        documents: the positions, uint64, and bytes, int64, of some documents at a time. Only those
+            that may be for testing are kept in memory.
         test_share: share of the documents for testing, in (0, 1).
+        chunk_size: tokens in a chunk.
     """
-    if len(positions) == 0:
+    parts = [(np.empty(0, np.uint64), np.empty(0, np.int64))]
+    total, lowest = 0, 2**64
+    for positions, num_bytes in documents:
+        if len(positions) == 0:
+            continue
+        total += int(num_bytes.sum())
+        lowest = min(lowest, int(positions.min()))
+        may_test = positions <= np.uint64(max(int(test_share * 2**64), lowest))
+        parts.append((positions[may_test], num_bytes[may_test]))
+    if lowest == 2**64:
         return Split(0)
-    by_documents = Split(min(split_limit(test_share, int(positions.min())), 2**64 - 1))
+    positions, num_bytes = map(np.concatenate, zip(*parts, strict=True))
+    by_documents = Split(min(split_limit(test_share, lowest), 2**64 - 1))
     is_test = positions < np.uint64(by_documents.limit)
-    total, num_test = int(num_bytes.sum()), int(num_bytes[is_test].sum())
+    num_test = int(num_bytes[is_test].sum())
     enough = _BYTES_PER_TOKEN * chunk_size
     most = max(enough, int((test_share + _MAX_EXCESS * (1 - test_share)) * total))
     if num_test <= most and total - num_test >= enough:
