@@ -30,7 +30,7 @@ from kiem import cli
 from kiem.core.errors import UserError
 from kiem.data.clean.cleaner import normalize
 from kiem.data.clean.filters import reject_reasons
-from kiem.data.clean.frequent_words import is_other_language
+from kiem.data.clean.frequent_words import compared_words, count_words, is_other_language
 from kiem.data.clean.language_model import find_model
 from kiem.data.clean.languages import Language, list_languages
 from kiem.data.clean.tokens import Tokens
@@ -84,7 +84,8 @@ def pieces(folder: Path, language: Language) -> list[str]:
 def by_words(texts: Sequence[str], language: Language) -> list[bool]:
     """Tells languages by frequent words."""
     tokens = Tokens(texts)
-    return np.logical_not(is_other_language(tokens, tokens.num_tokens, language)).tolist()
+    counts = count_words(tokens, compared_words(language))
+    return np.logical_not(is_other_language(counts, tokens.num_tokens, language)).tolist()
 
 
 def by_model(name: str) -> Passes:

@@ -7,6 +7,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
@@ -15,6 +16,7 @@ from rich.console import Console
 from kiem.config import PreprocessOptions
 from kiem.core.errors import ExitCode, UserError
 from kiem.data.chunks import read_manifest
+from kiem.data.clean import frequent_words
 from kiem.data.clean.filters import reject_reasons
 from kiem.data.clean.languages import Language, find_language, list_languages
 from kiem.data.clean.tokens import Tokens
@@ -280,3 +282,12 @@ def test_one_language_makes_one_directory(tmp_path: Path, trained: Tokenizer) ->
     config.write_text(FINEWEB["fry_Latn"].replace("0.723", "0.724"))
     with pytest.raises(UserError, match=r"--clean was 'fry_Latn\.yml "):
         make(str(config), "b")
+
+
+def test_words_are_counted_in_parts_of_many_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    lists = [frozenset(["de", "een"]), frozenset(["een", "und"]), frozenset(["nergens"])]
+    texts = [" ".join(["De", "een", "und", "x"] * (n % 5)) for n in range(50)]
+    expected = np.array([[2, 2, 0]]).T * np.array([n % 5 for n in range(50)])
+    for most_cells in (1, 30, 10**6):
+        monkeypatch.setattr(frequent_words, "MOST_CELLS", most_cells)
+        assert frequent_words.count_words(Tokens(texts), lists).tolist() == expected.tolist()

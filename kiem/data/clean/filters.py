@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from kiem.data.clean.frequent_words import count_words, is_other_language
+from kiem.data.clean.frequent_words import compared_words, count_words, is_other_language
 from kiem.data.clean.language_model import LanguageModel
 from kiem.data.clean.languages import Language, Thresholds
 from kiem.data.clean.ngrams import hash_ngrams, mix_hashes, repeated
@@ -78,14 +78,15 @@ def _check_words(tokens: Tokens, language: Language, identify: bool) -> dict[str
     num_with_letter = tokens.count(has_letter)
     num_hashes, num_ellipses = tokens.count(hashes), tokens.count(ellipses)
     num_symbols = np.maximum(num_hashes, num_ellipses)
-    num_stop_words = np.count_nonzero(
-        count_words(tokens, [frozenset([word]) for word in language.stop_words]), axis=0
-    )
+    stop_words = [frozenset([word]) for word in language.stop_words]
+    counts = count_words(tokens, [*stop_words, *(compared_words(language) if identify else [])])
+    num_stop_words = np.count_nonzero(counts[: len(stop_words)], axis=0)
     limits = language.thresholds
     shortest, longest = limits.min_avg_word_length, limits.max_avg_word_length
     rejected = {_TOO_SHORT: num_words < MIN_WORDS}
     if identify:
-        rejected[f"not {language.title}"] = is_other_language(tokens, num_words, language)
+        counts = counts[len(stop_words) :]
+        rejected[f"not {language.title}"] = is_other_language(counts, num_words, language)
     return rejected | {
         "few stop words": num_stop_words < MIN_STOP_WORDS,
         "word length": (mean_length < shortest) | (mean_length > longest),

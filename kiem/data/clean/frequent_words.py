@@ -28,17 +28,30 @@ LANGUAGES = {
 }
 # The words of related languages overlap: a document is another's only with so many times its words.
 MARGIN = 1.5
+MOST_CELLS = 8_000_000  # words times documents that are counted at once
 
 
-def is_other_language(tokens: Tokens, num_words: np.ndarray, language: Language) -> np.ndarray:
-    """Returns which documents are in another language, bool [D]; `num_words` are their words."""
+def compared_words(language: Language) -> list[frozenset[str]]:
+    """Returns the frequent words of a language and of those that it is told from."""
     if language.name == "dutch":
-        dutch, *others = count_words(tokens, _chosen_words())
-        return (np.max(others, axis=0) > dutch) | (dutch < MIN_DUTCH_WORDS * num_words)
-    known = [other.stop_words for other in list_languages() if other.label != language.label]
-    english = frozenset(LANGUAGES["English"].split())
-    own, *others = count_words(tokens, [language.stop_words, english, *known])
-    return np.max(others, axis=0) > MARGIN * own
+        return _chosen_words()
+    others = [other.stop_words for other in list_languages() if other.label != language.label]
+    return [language.stop_words, frozenset(LANGUAGES["English"].split()), *others]
+
+
+def is_other_language(counts: np.ndarray, num_words: np.ndarray, language: Language) -> np.ndarray:
+    """Returns which documents are in another language, bool [D].
+
+    Args:
+        counts: of `compared_words` in each document.
+        num_words: all words of each document.
+        language: the one that they should be in.
+    """
+    own, *others = counts
+    most = np.max(others, axis=0)
+    if language.name == "dutch":
+        return (most > own) | (own < MIN_DUTCH_WORDS * num_words)
+    return most > MARGIN * own
 
 
 def identify_languages(texts: Sequence[str]) -> list[str]:
@@ -60,23 +73,22 @@ def _chosen_words() -> list[frozenset[str]]:
 
 def count_words(tokens: Tokens, lists: Sequence[frozenset[str]]) -> np.ndarray:
     """Returns how many words of each document are in each list, int64 [lists, D]."""
-    members: dict[str, list[int]] = {}
-    for number, words in enumerate(lists):
-        for word in words:
-            members.setdefault(word, []).append(number)
-    places = {word: place for place, word in enumerate(members)}  # K words
+    places = {word: n for n, word in enumerate(sorted(frozenset().union(*lists)))}  # K words
+    columns = [[places[word] for word in words] for words in lists]
     longest = max(map(len, places))  # in lower case no word is shorter
     get = places.get
     of_vocabulary = [get(w.lower(), -1) if len(w) <= longest else -1 for w in tokens.vocabulary]
     found = np.array(of_vocabulary, np.int64)[tokens.ids]
     is_known = found >= 0
     found, document = found[is_known], tokens.document[is_known]
-    # A word counts for each list that it is in.
-    num_lists = np.array([len(numbers) for numbers in members.values()])
-    flat = np.concatenate([np.array(numbers) for numbers in members.values()])
-    times = num_lists[found]
-    shifts = (np.cumsum(num_lists) - num_lists)[found] - (np.cumsum(times) - times)
-    of_list = flat[np.repeat(shifts, times) + np.arange(times.sum())]
-    cells = of_list * len(tokens.num_tokens) + np.repeat(document, times)
-    counts = np.bincount(cells, minlength=len(lists) * len(tokens.num_tokens))
-    return counts.reshape(len(lists), -1)
+    num_documents = len(tokens.num_tokens)
+    counts = np.empty((len(lists), num_documents), np.int64)
+    step = max(1, MOST_CELLS // len(places))
+    for first in range(0, num_documents, step):
+        size = min(step, num_documents - first)
+        begin, end = np.searchsorted(document, [first, first + size])
+        here = (document[begin:end] - first) * len(places) + found[begin:end]
+        of_words = np.bincount(here, minlength=size * len(places)).reshape(size, -1)
+        for number, chosen in enumerate(columns):
+            counts[number, first : first + size] = of_words[:, chosen].sum(1)
+    return counts
