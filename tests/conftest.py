@@ -65,6 +65,7 @@ LONG_FILES = tuple(
     for name in (
         *("readme", "training", "plan", "interruptions", "ray", "checkpoint", "guard", "export"),
         *("portability", "shard_parameters", "faults", "ddp", "processes", "restart", "bad_input"),
+        "ray_nodes",
     )
 )
 

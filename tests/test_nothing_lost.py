@@ -20,11 +20,12 @@ from kiem.config import PreprocessOptions
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import sealed_file
 from kiem.data.chunks import finish_directory, open_split, read_manifest, read_tokenizer
-from kiem.data.prepare import units, workers
+from kiem.data.prepare import units
 from kiem.data.prepare.decisions import decide
 from kiem.data.prepare.preprocess import preprocess
 from kiem.data.prepare.split import decide_split, find_border, split_position
 from kiem.data.prepare.verify import verify_directory
+from kiem.data.prepare.workers import local
 from kiem.data.prepare.write_splits import write_splits
 from kiem.tokenizer.tokenizer import Tokenizer
 
@@ -123,7 +124,7 @@ def stop_after(patch: pytest.MonkeyPatch, num_units: int) -> None:
         done[0] += 1
         return finish(*arguments)
 
-    patch.setattr(workers, "finish_unit", finish_or_stop)
+    patch.setattr(local, "finish_unit", finish_or_stop)
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, num_units: int) -> None:
         done[0] += 1
         return original(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("kiem.data.prepare.workers.finish_unit", stop_after)
+    monkeypatch.setattr("kiem.data.prepare.workers.local.finish_unit", stop_after)
 
 
 def test_unfinished_work_is_not_reused_for_other_text_or_options(

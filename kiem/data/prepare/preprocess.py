@@ -40,7 +40,7 @@ from kiem.data.prepare.summary import describe_left_out, print_summary
 from kiem.data.prepare.units import Job, Unit, digest, open_unit, read_rows
 from kiem.data.prepare.verify import verify_directory
 from kiem.data.prepare.work_directory import recorded_source, work_directory
-from kiem.data.prepare.workers import run_units
+from kiem.data.prepare.workers.run import run_units
 from kiem.data.prepare.write_splits import (
     UnitDocuments,
     check_weights,
