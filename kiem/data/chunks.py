@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +37,7 @@ NO_SOURCE = -1  # of padding
 MAKE_AGAIN = "Make the chunk directory again with preprocess.py --overwrite."
 _SHARD_TOKENS = 1 << 26
 _BATCH_ROWS = 1000
+_BLOCKS_MAPPED = 64
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -259,11 +260,15 @@ class Chunks:
     def read(self, numbers: np.ndarray) -> np.ndarray:
         """Returns chunks by number as an int32 copy [len(numbers), chunk_size]."""
         copy = np.stack(self._views(numbers))
-        # The system keeps what was read in its own cache. Mapped as well, it would count as memory
-        # of this program, which in a long training would seem to grow by the size of the data.
-        for mapping in self.mappings:
-            mapping.madvise(mmap.MADV_DONTNEED)
+        self._unmap()
         return copy
+
+    def read_all(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields the number of the first token of each block, and the block."""
+        for number, (row, block) in enumerate(zip(self.first_rows, self.blocks, strict=True)):
+            yield int(row) * self.chunk_size, block
+            if number % _BLOCKS_MAPPED == 0:
+                self._unmap()
 
     def read_ahead(self, numbers: np.ndarray) -> None:
         """Has the system read chunks from the disk while this program goes on."""
@@ -272,6 +277,12 @@ class Chunks:
             start = view.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
             size = view.ctypes.data + view.nbytes - start
             library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_WILLNEED)
+
+    def _unmap(self) -> None:
+        # The system keeps what was read in its own cache. Mapped as well, it would count as memory
+        # of this program, which in a long training would seem to grow by the size of the data.
+        for mapping in self.mappings:
+            mapping.madvise(mmap.MADV_DONTNEED)
 
     def _views(self, numbers: np.ndarray) -> list[np.ndarray]:
         """Returns chunks by number, without reading them."""

@@ -121,11 +121,6 @@ class Documents:
     chunk_size: int
     num_chunks: int
 
-    def column(self, name: str) -> np.ndarray:
-        """Returns a whole column, as a copy."""
-        parts = [columns[name] for columns in self.columns]
-        return np.concatenate([np.empty(0, np.int64), *parts])
-
     def in_chunk(self, number: int) -> Iterator[Piece]:
         """Yields the pieces of a chunk in order, without padding."""
         first, end = number * self.chunk_size, (number + 1) * self.chunk_size

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import reprlib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ def _verify_split(path: Path, manifest: dict[str, Any], split: str) -> None:
     """Checks the counts of a split against its chunks."""
     special, counts = manifest["special_ids"], manifest["splits"][split]
     found: Counter[str] = Counter()
-    for block in open_split(path, manifest, split).blocks:
+    for _, block in open_split(path, manifest, split).read_all():
         found["chunks"] += len(block)
         found["documents"] += int(np.count_nonzero(block == special["bos"]))
         found["ends of documents"] += int(np.count_nonzero(block == special["eos"]))
@@ -90,16 +92,25 @@ def _verify_split(path: Path, manifest: dict[str, Any], split: str) -> None:
 
 def _verify_documents(path: Path, manifest: dict[str, Any], split: str) -> None:
     """Checks the record of a split's documents: its hash, and that each begins with <bos>."""
-    counts = manifest["splits"][split]
+    counts, bos = manifest["splits"][split], manifest["special_ids"]["bos"]
     documents = open_verified_documents(path, manifest, split)
-    is_begin = (documents.column("start") == 0) & (documents.column("file") != NO_SOURCE)
-    found, position = [], 0
-    for block in open_split(path, manifest, split).blocks:
-        found.append(position + np.flatnonzero(block == manifest["special_ids"]["bos"]))
-        position += block.size
-    if not np.array_equal(documents.column("position")[is_begin], np.concatenate(found)):
+    begins = (
+        columns["position"][(columns["start"] == 0) & (columns["file"] != NO_SOURCE)]
+        for columns in documents.columns
+    )
+    blocks = open_split(path, manifest, split).read_all()
+    found = (first + np.flatnonzero(block == bos) for first, block in blocks)
+    if _digest(begins) != _digest(found):
         what = f"does not have the {counts['documents']} documents of the {split} split"
         raise damaged(str(path / DOCUMENTS), what, MAKE_AGAIN)
+
+
+def _digest(positions: Iterable[np.ndarray]) -> bytes:
+    """Returns the SHA-256 of positions, of which there may be more than fit into memory."""
+    digest = hashlib.sha256()
+    for some in positions:
+        digest.update(some.astype(np.int64).tobytes())
+    return digest.digest()
 
 
 def _verify_sums(path: Path, manifest: dict[str, Any]) -> None:
@@ -145,7 +156,7 @@ def _verify_sources(path: Path, manifest: dict[str, Any]) -> None:
         return
     names = counts["source_names"]
     found = np.zeros(len(names), dtype=np.int64)
-    for block in sources.blocks:
+    for _, block in sources.read_all():
         found += np.bincount(block[block != NO_SOURCE], minlength=len(names))
     if dict(zip(names, found.tolist(), strict=True)) != counts["tokens_per_source"]:
         what = "does not have as many tokens of each source as counted"

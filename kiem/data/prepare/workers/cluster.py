@@ -32,7 +32,7 @@ from kiem.tokenizer.tokenizer import TOKENIZER_FILE, parse_tokenizer
 _CONNECT_SECONDS = 10.0
 # How often to look whether the cluster has changed.
 _LOOK_SECONDS = 1.0
-# A unit that was lost with so many workers is itself the reason.
+# A unit that was lost with so many workers, not with their nodes, is itself the reason.
 _MOST_CRASHES = 4
 # Network disks show a new file to other machines a little later.
 _SECONDS_UNTIL_SEEN = 5.0
