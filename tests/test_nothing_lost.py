@@ -25,7 +25,6 @@ from kiem.data.prepare.decisions import decide
 from kiem.data.prepare.preprocess import preprocess
 from kiem.data.prepare.split import decide_split, find_border, split_position
 from kiem.data.prepare.verify import verify_directory
-from kiem.data.prepare.workers import local
 from kiem.data.prepare.write_splits import write_splits
 from kiem.tokenizer.tokenizer import Tokenizer
 
@@ -124,7 +123,7 @@ def stop_after(patch: pytest.MonkeyPatch, num_units: int) -> None:
         done[0] += 1
         return finish(*arguments)
 
-    patch.setattr(local, "finish_unit", finish_or_stop)
+    patch.setattr("kiem.data.prepare.workers.local.finish_unit", finish_or_stop)
 
 
 @dataclass(frozen=True)

