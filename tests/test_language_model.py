@@ -10,8 +10,8 @@ from pathlib import Path
 import fasttext
 import pytest
 from fasttext_model import model_bytes, write_model
+from language_cases import DECLARATION, FINEWEB, language
 from rich.console import Console
-from test_languages import DECLARATION, FINEWEB, language
 
 from kiem.config import PreprocessOptions
 from kiem.core.errors import ExitCode, UserError
