@@ -93,6 +93,7 @@ def test_every_odd_document_is_accounted_for(
         output_dir=tmp_path / "out",
         clean=filters,
         near_duplicates=filters != "none",
+        replace_personal_data=("email", "iban", "bsn", "phone"),
         num_proc=1,
     )
     folder = preprocess(options, Console(quiet=True))
