@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kiem.optim.muon import orthogonalize
-from kiem.optim.optimizer import BETAS, is_hidden_matrix
+from kiem.optim.optimizer import BETAS_BESIDE_MUON, is_hidden_matrix
 from kiem.training.run import Run
 
 # Polar Express (arXiv:2505.16932): each step's own best coefficients, for singular values from 1e-3
@@ -49,7 +49,10 @@ class Settings:
             with `look_ahead_beta`, between a tenth and four fifths of the training (EMA-Nesterov,
             arXiv:2605.25395).
         row_beta2: of the second moment of each row's update, by which it is divided (NorMuon,
-            arXiv:2510.05491).
+            arXiv:2510.05491); 0: without that.
+        row_long: 1 takes columns for rows in matrices that have more of them (nanochat).
+        row_size: 1 lets that division alone decide the size of the update, as Adam's does; 0 scales
+            it to what it was before.
         polar: 1 takes the coefficients of Polar Express (arXiv:2505.16932).
         soap: beta of the second moments in the eigenbasis of the smaller side, by which momentum is
             divided before it is orthogonalized (SOAP-Muon; SOAP: arXiv:2409.11321).
@@ -62,9 +65,9 @@ class Settings:
     embedding_rate: float = 1
     norm_rate: float = 1
     matrix_rate: float = 1
-    beta1: float = BETAS[0]
-    beta2: float = BETAS[1]
-    norm_beta2: float = BETAS[1]
+    beta1: float = BETAS_BESIDE_MUON[0]
+    beta2: float = BETAS_BESIDE_MUON[1]
+    norm_beta2: float = BETAS_BESIDE_MUON[1]
     momentum: float = 0.95
     first_momentum: float = 0
     last_momentum: float = 0
@@ -73,7 +76,9 @@ class Settings:
     fading_decay: float = 0
     look_ahead: float = 0
     look_ahead_beta: float = 0.99
-    row_beta2: float = 0
+    row_beta2: float = 0.95
+    row_long: float = 0
+    row_size: float = 0
     polar: float = 0
     soap: float = 0
     soap_embedding: float = 0
@@ -154,7 +159,8 @@ class Trial(torch.optim.Optimizer):
         settings = self._settings
         gradients = torch.stack([p.grad for p in stack if p.grad is not None])  # S m n
         weights = torch.stack([p.data for p in stack])  # S m n
-        state = self._state(kind, average=gradients, rows=gradients[:, :, :1])
+        across = 1 if settings.row_long and kind[0][0] < kind[0][1] else 2
+        state = self._state(kind, average=gradients, rows=gradients.narrow(across, 0, 1))
         momentum = self._momentum(progress)
         state["average"].lerp_(gradients, 1 - momentum)
         update = gradients.lerp(state["average"], momentum)
@@ -163,9 +169,13 @@ class Trial(torch.optim.Optimizer):
         update = (polar if settings.polar else orthogonalize)(update.to(self._dtype)).float()
         if settings.row_beta2:
             size = update.norm(dim=(1, 2), keepdim=True)
-            state["rows"].lerp_(update.square().mean(2, keepdim=True), 1 - settings.row_beta2)
-            update = update / (state["rows"] + _EPSILON).sqrt()
-            update = update * (size / update.norm(dim=(1, 2), keepdim=True))
+            state["rows"].lerp_(update.square().mean(across, keepdim=True), 1 - settings.row_beta2)
+            rows = state["rows"] / (1 - settings.row_beta2 ** (self._step + 1))
+            update = update / (rows + _EPSILON).sqrt()
+            if settings.row_size:
+                update /= math.sqrt(max(kind[0]))
+            else:
+                update = update * (size / update.norm(dim=(1, 2), keepdim=True))
         rate = self._highest_rate * share * settings.matrix_rate
         is_scale_invariant = kind[1]
         if settings.fixed_norm and is_scale_invariant:

@@ -1,7 +1,7 @@
 """The optimizer Muon (https://kellerjordan.github.io/posts/muon): orthogonalized momentum.
 
-The same update as torch.optim.Muon, with the same state, but faster: it multiplies in the precision
-that is fast on the device, and matrices of one shape together.
+With NorMuon's division by rows (arXiv:2510.05491). It multiplies in the precision that is fast on
+the device, and matrices of one shape together.
 Shapes: S matrices at a time, m rows and n columns.
 """
 
@@ -15,11 +15,18 @@ import torch
 from torch import Tensor
 
 from kiem.compute.device import device_type
-from kiem.parallel.parallel_model import is_sharded, local_part, num_shards, on_whole_matrices
+from kiem.parallel.parallel_model import (
+    is_sharded,
+    local_part,
+    num_shards,
+    on_whole_matrices,
+    sum_over_shards,
+)
 
 # Coefficients of the quintic that takes singular values to about 1 in five steps (same source).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _NUM_STEPS = 5
+_SMALLEST = 1e-20  # in place of zero in a divisor
 # The most values in a batch of matrices. On a CPU more do not stay in its cache. A GPU is busy with
 # several matrices only; there a batch takes 0.8 GB, when the activations are gone.
 _MAX_BATCH_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
@@ -34,6 +41,9 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate.
         weight_decay: share of the weights, times the learning rate, that an update takes away.
         momentum: of the average of gradients.
+        row_beta2: of the average of each row's squared size. Orthogonalized rows differ in size
+            where a matrix has more rows than columns; divided by that average, all neurons learn at
+            about one rate. 0: without that.
         dtype: precision of the products. bf16 is exact enough, but many CPUs are slow at it.
     """
 
@@ -43,13 +53,17 @@ class Muon(torch.optim.Optimizer):
         lr: float = 1e-3,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
+        row_beta2: float = 0.95,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self._dtype = dtype
+        self._row_beta2, self._dtype = row_beta2, dtype
         for group in self.param_groups:
             for parameter in group["params"]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                state = self.state[parameter]
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+                if row_beta2:
+                    state["row_squares"] = torch.zeros_like(parameter[:, 0])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -72,10 +86,28 @@ class Muon(torch.optim.Optimizer):
             x = on_whole_matrices(orthogonalize, x, num_rows)
         else:
             x = orthogonalize(x)
+        if self._row_beta2:
+            self._divide_rows(x, parameters)
         # The root mean square of AdamW's updates is about 0.2 (arXiv:2502.16982, section 2.2).
         scale = 0.2 * math.sqrt(max(num_rows, num_columns))
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(weights, x.unbind(), alpha=-scale * group["lr"])
+
+    def _divide_rows(self, x: Tensor, parameters: list[Tensor]) -> None:
+        """Divides the rows of updates, in place, by their usual size; the whole keeps its size.
+
+        Args:
+            x: the updates [S, m, n], or this process's rows of them.
+            parameters: what they are for.
+        """
+        squares = torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).square()  # S m
+        averages = [local_part(self.state[p]["row_squares"]) for p in parameters]
+        torch._foreach_lerp_(averages, squares.unbind(), 1 - self._row_beta2)
+        divisors = torch.stack(averages).clamp_(min=_SMALLEST)  # S m, squared
+        sizes = torch.stack([squares.sum(1), (squares / divisors).sum(1)])  # 2 S, squared
+        before, after = sum_over_shards(sizes, parameters[0])
+        factors = (before / after.clamp(min=_SMALLEST))[:, None] / divisors
+        x.mul_(factors.sqrt_()[:, :, None])
 
 
 def orthogonalize(x: Tensor) -> Tensor:

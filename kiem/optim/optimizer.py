@@ -12,6 +12,9 @@ from torch import nn
 from kiem.optim.muon import Muon
 
 BETAS = (0.9, 0.95)
+# Beside Muon, AdamW has the embedding and the norms. Most rows of an embedding have no gradient in
+# most updates, so their second moments need a longer memory (docs/recipe.md).
+BETAS_BESIDE_MUON = (0.9, 0.99)
 _COSINE_FLOOR = 0.1
 _WSD_DECAY_SHARE = 0.2
 
@@ -26,9 +29,9 @@ def make_optimizers(
     """Returns what updates the parameters; the loop sets the learning rate.
 
     adamw: AdamW (arXiv:1711.05101) for all, which decays the hidden matrices, but not embeddings
-    and norms. muon: Muon (https://kellerjordan.github.io/posts/muon) for the hidden matrices, AdamW
-    for the rest. Muon's updates are scaled to the size of AdamW's (arXiv:2502.16982, section 2.2),
-    so both take the same learning rate.
+    and norms. muon: Muon (kiem/optim/muon.py) for the hidden matrices, AdamW for the rest. Muon's
+    updates are scaled to the size of AdamW's (arXiv:2502.16982, section 2.2), so both take the same
+    learning rate.
 
     Args:
         model: what is trained.
@@ -49,13 +52,13 @@ def make_optimizers(
     if kind == "muon" and hidden:
         optimizers.append(Muon(hidden, weight_decay=weight_decay, dtype=matrix_dtype))
     if by_adamw:
-        optimizers.append(_adamw(by_adamw))
+        optimizers.append(_adamw(by_adamw, BETAS if kind == "adamw" else BETAS_BESIDE_MUON))
     return optimizers
 
 
-def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
     """Returns AdamW with moments, all zero, which torch would make in the first step only."""
-    optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]

@@ -152,6 +152,13 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def sum_over_shards(values: Tensor, tensor: Tensor) -> Tensor:
+    """Returns the sum of what each process found in its part of a tensor; all call it alike."""
+    if is_sharded(tensor):
+        dist.all_reduce(values)
+    return values
+
+
 def on_whole_matrices(compute: Callable[[Tensor], Tensor], shards: Tensor, num_rows: int) -> Tensor:
     """Applies a function to matrices of which each process holds some rows.
 

@@ -23,7 +23,7 @@ from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 # To raise when a default other than size, batch and learning rate changes what a training reaches:
 # a ladder does not mix versions.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 SECONDS_BETWEEN_SAVES = 1800  # without --save-steps
 # Small data gets small batches: a run of whole epochs should have at least this many updates.
 _MIN_STEPS = 50
@@ -48,7 +48,9 @@ class _Defaults:
 # By the largest number of parameters in layers: for the presets micro, nano, 270m and 1b, and for
 # models that training starts from.
 _DEFAULTS = {
-    3_000_000: _Defaults(4_096, tokens_per_step=1_024, learning_rate=4e-3, tried_on="gemma3-micro"),
+    3_000_000: _Defaults(
+        4_096, tokens_per_step=1_024, learning_rate=3.2e-2, tried_on="gemma3-micro"
+    ),
     30_000_000: _Defaults(4_096, tokens_per_step=4_096, learning_rate=1e-2, tried_on="gemma3-nano"),
     300_000_000: _Defaults(2_048, tokens_per_step=131_072, learning_rate=1e-3),
     10**12: _Defaults(1_024, tokens_per_step=262_144, learning_rate=1e-3),
