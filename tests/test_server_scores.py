@@ -80,6 +80,19 @@ def test_what_is_said_of_a_prompt_is_the_models(
     assert answer["usage"] == without["usage"]
 
 
+def test_tokens_after_bytes_that_are_no_character_begin_where_they_are_written(
+    server: RunningServer, loaded: LoadedModel
+) -> None:
+    half = loaded.tokenizer.implementation.token_to_id("<0xC3>")
+    ids = [BOS, half, *loaded.tokenizer.encode("een zee")]
+    _, answer = server.complete(prompt=ids, max_tokens=0, logprobs=0, echo=True)
+    text, told = answer["choices"][0]["text"], answer["choices"][0]["logprobs"]
+    assert text == "\ufffdeen zee"
+    assert told["tokens"][1] == "bytes:\\xc3"
+    for token, place in [*zip(told["tokens"], told["text_offset"], strict=True)][2:]:
+        assert text.startswith(token, place)
+
+
 def test_a_stream_says_the_same(server: RunningServer) -> None:
     asked: dict[str, Any] = {"prompt": TEXTS[:3], "max_tokens": 3, "logprobs": 1, "n": 2, "seed": 1}
     asked["echo"] = True

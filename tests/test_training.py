@@ -222,6 +222,18 @@ def test_training_can_go_on_from_a_model(
     ] == str(trained_run / "final_model")
 
 
+def test_a_long_evaluation_at_the_end_has_a_checkpoint_before_it(
+    sample_chunks: Path, tmp_path: Path
+) -> None:
+    """One that takes as many tokens as the training did: a kill in it must not cost the run."""
+    num_test = json.loads((sample_chunks / "manifest.json").read_text())["splits"]["test"]["chunks"]
+    options = ("--model", "gemma3-micro", "--max-steps", "1", "--eval-steps", "0")
+    for num_chunks, expected in ((num_test - 1, ["step-1"]), (num_test, [])):
+        size = ("--batch-size", str(num_chunks), "--gradient-accumulation-steps", "1")
+        run = train(sample_chunks, tmp_path / str(num_chunks), *options, *size)
+        assert [path.name for path in run.glob("checkpoints/*")] == expected
+
+
 def test_minutes_end_the_run(sample_chunks: Path, tmp_path: Path) -> None:
     run = train(sample_chunks, tmp_path, *MICRO[:2], "--max-minutes", "0.05", *SMALL_BATCH)
     lines = [line for line in metrics(run) if "loss" in line]

@@ -72,7 +72,8 @@ class TrainingOptions:
     eval_chunks: Count = 64
     """Test chunks in an evaluation during training; the last evaluation uses all."""
     save_steps: CountOrZero | None = None
-    """Updates between checkpoints. Default: one every half hour. 0: none."""
+    """Updates between checkpoints. Default: one every half hour, and one before a long evaluation
+    at the end. 0: none."""
     save_total_limit: CountOrZero = 2
     """Number of newest checkpoints to keep, in addition to the one with the lowest test loss."""
     on_save_failure: Literal["continue", "stop"] = "continue"

@@ -249,7 +249,9 @@ def _save_is_due(spec: RunSpec, state: TrainState, before: TrainState) -> bool:
     if every is not None:
         return every > 0 and (is_last or state.step % every == 0)
     now, then = (s.seconds // SECONDS_BETWEEN_SAVES for s in (state, before))
-    return now > then or (is_last and now > 0)
+    test = spec.data.test
+    is_long_test = test.num_chunks * test.chunk_size > state.tokens
+    return now > then or (is_last and (now > 0 or is_long_test))
 
 
 def save(run: Run, state: TrainState, *, is_last: bool) -> None:

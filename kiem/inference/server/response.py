@@ -93,13 +93,22 @@ class CompletionResponse:
             stream, offset = TextStream(self._tokenizer), 0
             # The first has no score: OpenAI's API knows of nothing before it.
             for token, score in zip(ids, [None, *known], strict=False):
-                yield token, score, min(offset, len(self._asked.prompts[number]))
-                offset += len(stream.add(token))
-        offset = self._num_characters[index]
+                added = stream.add(token)
+                offset += len(added)
+                place = self._place(token, added, offset)
+                yield token, score, min(place, len(self._asked.prompts[number]))
         self._num_characters[index] += len(output.text)
         if output.token is not None:
+            end = self._num_characters[index]
             is_eos = output.finish_reason == "eos"
-            yield output.token, output.score, self._num_characters[index] if is_eos else offset
+            place = end if is_eos else self._place(output.token, output.text, end)
+            yield output.token, output.score, place
+
+    def _place(self, token: int, added: str, end: int) -> int:
+        """Returns where a token begins in the text, which ends at `end` with what it has added."""
+        own = self._tokenizer.decode([token])
+        # Bytes before it that are no character become one only now.
+        return end - len(own if added.endswith(own) else added)
 
     def _by_text(self, score: Score) -> dict[str, float]:
         """Returns the probabilities of tokens by their text; of equal texts the first token's."""
