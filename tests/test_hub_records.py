@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import run_script
 from hub_layouts import json_lines
@@ -53,3 +56,23 @@ def test_an_audit_looks_into_the_cache(hub: HubServer, tmp_path: Path, trained_r
     assert f"changed: {file}: expected git's sha1" in shown
     shown = run_script(*audit, env=hub.environment(tmp_path / "empty", None)).stdout
     assert "not checked  made <- source files (1 of 6 files)" in shown
+
+
+def test_the_files_of_the_default_dataset_are_proved_too(
+    sample_texts: list[str], tmp_path: Path, trained_run: Path
+) -> None:
+    content = io.BytesIO()
+    pq.write_table(pa.table({"text": sample_texts}), content)
+    files = {"10k/train-00000-of-00001.parquet": content.getvalue()}
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    line = ["--dataset-size", "10k", *OPTIONS, "--output-dir", out, "--name", "made"]
+    with HubServer({"datasets/BramVanroy/wikipedia_culturax_dutch": files}) as hub:
+        (run,) = run_all(hub, cache, [line])
+        assert run.code == 0, run.err
+        audit = ("-m", "kiem", "audit", trained_run, "--dataset-path", out / "made")
+        shown = run_script(*audit, env=hub.environment(cache, None)).stdout
+        assert "proved       made <- source files" in shown
+        file = next(cache.rglob("snapshots/*/10k/*.parquet"))
+        file.resolve().write_bytes(b"x" + file.read_bytes()[1:])
+        shown = run_script(*audit, env=hub.environment(cache, None)).stdout
+        assert f"changed: {file}: expected" in shown

@@ -214,9 +214,8 @@ def _check_hub_files(entry: dict[str, Any]) -> Iterator[Check]:
     """Compares the files of a dataset, as far as they are in the Hub's cache."""
     where = f"{entry['dataset']} at {entry['revision']}"
     if "blobs" not in entry:
-        yield Check(
-            "not checked", where, "on the Hub; its commit is recorded, but no hashes of files"
-        )
+        why = "an earlier version of kiem recorded the commit, but no hashes of files"
+        yield Check("not checked", where, why)
         return
     folder = Repo("dataset", entry["dataset"]).snapshot(entry["revision"])
     for name, blob in zip(entry["files"], entry["blobs"], strict=True):

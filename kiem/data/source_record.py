@@ -1,14 +1,15 @@
 """The manifest's entry `source`: which text a chunk directory was made of.
 
     {"kind": "sample" or "files", "sha256": {NAME: SHA-256, ...}}
-    {"kind": "hub", "dataset": OWNER/NAME, "config": ..., "revision": COMMIT, "files": [...]}
+    {"kind": "hub", "dataset": OWNER/NAME, "config": ..., "revision": COMMIT, "files": [...],
+     "blobs": [...]}
     {"kind": "several", "sources": [...]}     of the two kinds above, in reading order
 
-With `--licence` each has a `licence`. Of `--source hub:OWNER/NAME` there is also:
+`blobs` are, for each of the files, the SHA-256 of its content (64 digits), or git's SHA-1 (40),
+which the file that was read had. With `--licence` each has a `licence`. Of `--source
+hub:OWNER/NAME` there is also:
 
     split       the name of the split
-    blobs       for each of the files, the SHA-256 of its content (64 digits), or git's SHA-1 (40),
-                which the file that was read had
     licence     what the dataset's card says: the Hub's id of a licence, or several; or null
 
 `files` are names in the repository. In all other entries, such as `documents_per_file`, and in

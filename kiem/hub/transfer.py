@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fnmatch import filter as matching
+from itertools import compress
 from pathlib import Path
 
 from rich.console import Console
 
 from kiem.core.errors import ExitCode
+from kiem.hub.dataset import local_path, verify_download
 from kiem.hub.repo import Repo
 
 _MODEL_FILES = (
@@ -31,11 +33,19 @@ def looks_like_hub_id(name: str) -> bool:
 
 @dataclass(frozen=True)
 class HubFiles:
-    """Downloaded files: their commit, where they are on disk, and their names on the Hub."""
+    """Downloaded files of a commit.
+
+    Attributes:
+        revision: the commit's id.
+        paths: where they are on the disk.
+        names: their names on the Hub.
+        blobs: what identifies their content there; see `RemoteFile`.
+    """
 
     revision: str
     paths: list[Path]
     names: list[str]
+    blobs: list[str]
 
 
 def download_dataset_files(
@@ -50,7 +60,8 @@ def download_dataset_files(
         console: for a line about what is downloaded.
 
     Raises:
-        UserError: not there, no access, no network, or no room on the disk.
+        UserError: not there, no access, no network, no room on the disk, or a file that is not the
+            one on the Hub.
     """
     repo, pattern = Repo("dataset", dataset, revision), f"{config}/train-*.parquet"
     commit, files = repo.list_files(pattern)
@@ -58,8 +69,12 @@ def download_dataset_files(
     if not chosen:
         raise repo.lacks(pattern, list(files))
     repo.require_all_parts(chosen)
-    folder = repo.download([files[name] for name in chosen], console)
-    return HubFiles(commit, [folder / name for name in chosen], chosen)
+    remote = [files[name] for name in chosen]
+    is_new = [not local_path(file).exists() for file in remote]
+    folder = repo.download(remote, console)
+    for file in compress(remote, is_new):
+        verify_download(file, folder / file.name)
+    return HubFiles(commit, [folder / name for name in chosen], chosen, [f.blob for f in remote])
 
 
 def download_tokenizer(repo: str, revision: str | None = None) -> HubFiles:
@@ -72,7 +87,7 @@ def download_tokenizer(repo: str, revision: str | None = None) -> HubFiles:
     commit, files = model.list_files(name)
     if name not in files:
         raise model.lacks(name, list(files))
-    return HubFiles(commit, [model.download([files[name]]) / name], [name])
+    return HubFiles(commit, [model.download([files[name]]) / name], [name], [files[name].blob])
 
 
 def download_model(repo: str) -> Path:

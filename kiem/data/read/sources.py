@@ -246,6 +246,7 @@ def _resolve_hub(dataset_size: str, revision: str | None, console: Console | Non
         "config": dataset_size,
         "revision": files.revision,
         "files": files.names,
+        "blobs": files.blobs,
     }
     found = zip(files.paths, files.names, strict=True)
     parquet = [SourceFile(p, name, "parquet", None, None, file_stamp(p)) for p, name in found]
