@@ -22,7 +22,7 @@ LLAMA := .cache/llama-cpp
 demo: $(VENV)/installed
 	$(BIN)/python preprocess.py --source demo/dutch.jsonl.gz --tokenizer train:8192 --chunk-size 128 \
 	    --test-split 0.03 --output-dir processed_data --name demo --overwrite
-	$(BIN)/python training.py --dataset-path processed_data/demo --model gemma3-micro --learning-rate 8e-3 \
+	$(BIN)/python training.py --dataset-path processed_data/demo --model gemma3-micro \
 	    --max-minutes $(DEMO_MINUTES) --run-name demo-$$(date -u +%Y%m%dT%H%M%SZ) --save-steps 0 \
 	    --minimal-pairs never --sample-prompt "Als u een afbeelding"
 	$(BIN)/python inference.py --model-path trained_models/gemma3-micro-dutch-latest/final_model \
