@@ -32,6 +32,7 @@ from kiem.tokenizer.tokenizer import TOKENIZER_FILE
 
 CheckState = Literal["proved", "not checked", "missing", "changed"]
 _WEIGHTS_FILE = "model.safetensors"
+_NOT_THERE = "not there; names without a leading / are looked for in the current folder"
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,7 @@ def _check_first_weights(metadata: Metadata) -> Iterator[Check]:
             why = f"not in the Hub's cache; the Hub itself keeps commit {recorded.commit}"
             yield Check("not checked", f"{name}: {file}", why)
         else:
-            why = "not there; names without a leading / are looked for in the current folder"
-            yield Check("missing", str(folder / file), why)
+            yield Check("missing", str(folder / file), _NOT_THERE)
 
 
 def _check_branch(run: RunRecord) -> Check:
@@ -204,8 +204,7 @@ def _check_sources(manifest: dict[str, Any]) -> Iterator[Check]:
                 sample = resources.files("kiem.data.read") / "sample" / "dutch.jsonl"
                 yield _check_file(Path(str(sample)), sha256)
             elif not Path(name).exists():
-                why = "not there; names without a leading / are looked for in the current folder"
-                yield Check("missing", name, why)
+                yield Check("missing", name, _NOT_THERE)
             else:
                 yield _check_file(Path(name), sha256)
 
