@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from conftest import ROOT, run_bash, run_script
 from rich.console import Console
 from transformers import Gemma3ForCausalLM
 
-from kiem.compute.speed import prefers_bf16
 from kiem.config import InferenceOptions
 from kiem.core.console import printable
 from kiem.core.errors import ExitCode, UserError
@@ -244,15 +242,12 @@ def test_tokenizer_that_does_not_fit_is_refused(trained_run: Path, tmp_path: Pat
 
 
 @pytest.fixture
-def old_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU without bf16, as far as questions about it go."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    prefers_bf16.cache_clear()
-    yield
-    prefers_bf16.cache_clear()
 
 
 @pytest.mark.usefixtures("old_gpu")

@@ -14,6 +14,11 @@ from conftest import ROOT
 
 from kiem.core.processors import num_cores, num_processors
 
+PREFERS_BF16 = """
+import torch
+from kiem.compute.speed import prefers_bf16
+print(prefers_bf16(torch.device("cpu")))
+"""
 CPU_GROUPS = Path("/sys/fs/cgroup/cpu")  # of version 1
 # Says the threads of torch, and of OpenMP in the C++ kernels.
 COUNT_THREADS = """
@@ -135,3 +140,17 @@ def test_a_launcher_does_not_choose_the_threads(program: Path) -> None:
         f"{num_cores()} threads, not the launcher's 1; OMP_NUM_THREADS changes that",
         f"{num_cores()} {num_cores()}",
     ]
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_precision_follows_from_the_instructions(capability: str) -> None:
+    is_capable = capability == "avx512" and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    done = subprocess.run(
+        [sys.executable, "-c", PREFERS_BF16],
+        cwd=ROOT,
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{is_capable}\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 
@@ -15,14 +14,6 @@ from kiem.core.errors import bad_option
 _CPU_SHAPES = ((4096, 256, 1024), (1024, 640, 2048), (1024, 1152, 6912), (512, 1152, 16_384))
 _GPU_SHAPES = ((8192, 1152, 6912), (8192, 2048, 8192), (8192, 8192, 8192))
 _PEAK_SECONDS = 0.4
-# To compare precisions: a small product tells where bf16 is emulated, which takes half a second for
-# one that is large enough to compare the others.
-_SMALL_SHAPE = (64, 512, 512)
-_COMPARED_SHAPE = (256, 1024, 1024)
-_COMPARED_SECONDS = 0.01
-# CPUs without instructions for bf16 multiply it at a half to a fiftieth of the speed of fp32, those
-# with them at two to eight times. Less than this is not worth the smaller precision.
-_WORTHWHILE_SPEEDUP = 1.5
 
 
 def measure_matrix_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -40,27 +31,19 @@ def measure_matrix_flops(device: torch.device, dtype: torch.dtype) -> float:
     return peak
 
 
-@functools.cache
 def prefers_bf16(device: torch.device) -> bool:
-    """Says whether a device multiplies bf16 so much faster than fp32 that it should.
+    """Says whether a device has instructions that multiply bf16.
 
-    GPUs are asked; CPUs are measured, since neither their name nor their instructions tell.
+    x86 processors with them multiply bf16 at two to eight times the speed of fp32, those without at
+    a half to a fiftieth. They are asked, not measured: what a run computes must not depend on what
+    else the machine does. ARM processors have not been measured, and get fp32.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    speedup = _bf16_speedup(_SMALL_SHAPE, device)
-    if speedup > 0.5:
-        speedup = _bf16_speedup(_COMPARED_SHAPE, device)
-    return speedup > _WORTHWHILE_SPEEDUP
-
-
-def _bf16_speedup(shape: tuple[int, int, int], device: torch.device) -> float:
-    """Returns how many times as fast as in fp32 a product is in bf16."""
-    best = dict.fromkeys((torch.float32, torch.bfloat16), 0.0)
-    for _ in range(5):  # by turns, so that what else the machine does slows both
-        for dtype, flops in best.items():
-            best[dtype] = max(flops, _matrix_flops(shape, device, dtype, _COMPARED_SECONDS))
-    return best[torch.bfloat16] / best[torch.float32]
+    # ATEN_CPU_CAPABILITY makes torch use fewer instructions than the processor has.
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    return torch.cpu.get_capabilities()["avx512_bf16"]
 
 
 def check_bf16(device: torch.device) -> None:

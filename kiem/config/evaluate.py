@@ -38,5 +38,5 @@ class EvaluationOptions:
     seed: Seed = 42
     """Seed of the bootstrap intervals."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the weights. auto: bf16 on GPUs that support it; on CPUs as stored, or fp32 if
-    bf16 is slow."""
+    """Precision of the weights. auto: bf16 on GPUs that support it; on CPUs as stored, or fp32
+    without AVX512_BF16."""

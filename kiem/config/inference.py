@@ -66,8 +66,8 @@ class InferenceOptions:
     """With --serve: most continuations in the queue; more are refused."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of what is computed. auto: bf16 on GPUs that support it; on CPUs as the weights are
-    stored, or fp32 if bf16 is slow. Weights in bf16 take no more memory for fp32 on a CPU with a
-    C++ compiler."""
+    stored, or fp32 without AVX512_BF16. For fp32, weights in bf16 take no more memory on a CPU with
+    a C++ compiler."""
     quantize: Literal["none", "int8", "int4"] = "none"
     """On CPUs: quantize the matrices and the embedding; --precision then applies to the rest (auto:
-    bf16 where it is faster)."""
+    bf16 with AVX512_BF16)."""

@@ -93,7 +93,7 @@ class TrainingOptions:
     """Let tokens attend only to their own document."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of matrix products; weights stay fp32. auto: bf16 on GPUs that support it, and on
-    CPUs where a measurement shows that it is faster; a resumed run keeps what it had."""
+    x86 processors with AVX512_BF16 (as all with AMX); a resumed run keeps what it had."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Use torch.compile, which takes up to a minute at the start. auto: on GPUs, and on CPUs when
     the training is long enough to gain from it."""

@@ -162,8 +162,8 @@ def init_distributed(precision: Literal["auto", "fp32", "bf16"]) -> Iterator[Dis
     """Joins the process group that the launcher prepared, and leaves it at the end.
 
     Args:
-        precision: "auto" follows `accelerate launch --mixed_precision`, else uses bf16 where it is
-            faster.
+        precision: "auto" follows `accelerate launch --mixed_precision`, else uses bf16 where the
+            device has instructions for it.
 
     Raises:
         UserError: the device or kiem does not have the precision, `accelerate config` names a
@@ -209,8 +209,8 @@ def keep_precision(
 ) -> Distributed:
     """Returns the place with the precision that a run had before, if none is chosen now.
 
-    Which one is faster may come out otherwise on a busy machine, and then the run would go on with
-    another result. Raises a UserError if the device does not have the precision.
+    The run may have begun on a machine that prefers another. Raises a UserError if the device does
+    not have the precision.
     """
     with distributed.raise_on_all_ranks():
         is_kept = _chosen_precision(precision, distributed.device) is None

@@ -76,7 +76,7 @@ def setup(
         directory = _open_directory(options, model, distributed, stack)
         checkpoint = choose_checkpoint(options, directory, distributed, console)
 
-        # The numbers that options leave open; what was measured once is kept.
+        # The numbers that options leave open; a run that goes on keeps its precision.
         if checkpoint is not None:
             with distributed.raise_on_all_ranks():
                 before = read_state(checkpoint)["changeable"]["precision"]
@@ -124,7 +124,7 @@ def _open_data(
         check_options(options, distributed.world_size)
         is_bf16 = distributed.is_main and distributed.precision == "bf16"
         if is_bf16 and not prefers_bf16(distributed.device):
-            warn(console, "bf16 is hardly faster on this processor; try --precision fp32")
+            warn(console, "bf16 is slow without AVX512_BF16; try --precision fp32")
         mixture = read_mixture(options)
         if distributed.is_local_main:
             for directory in {d.path: d for d in (*mixture.directories, *mixture.anneal)}.values():
