@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from kiem.data.chunks import read_manifest
 from kiem.data.clean import frequent_words
 from kiem.data.clean.filters import reject_reasons
 from kiem.data.clean.languages import find_language, list_languages
+from kiem.data.clean.ngrams import lowercase_words
 from kiem.data.clean.tokens import Tokens
 from kiem.data.prepare.preprocess import preprocess
 from kiem.tokenizer.tokenizer import Tokenizer
@@ -127,11 +129,40 @@ def test_a_language_is_told_from_others() -> None:
         assert reject_reasons([DECLARATION[other]], known) == [f"not {known.title}"]
 
 
-def test_vowel_signs_are_in_words() -> None:
-    text = "हिन्दी में है। বাংলা, தமிழ் می\u200cشود קָדוֹשׁ"
-    tokens = Tokens([text]).vocabulary
-    expected = "हिन्दी में है । বাংলা , தமிழ் می\u200cشود קָדוֹשׁ"
-    assert tokens == expected.split()
+@pytest.mark.parametrize(
+    "text",
+    [
+        "foto's één 'n",  # Dutch
+        "हिन्दी में है",  # Hindi
+        "বাংলা ভাষা",  # Bengali
+        "தமிழ் மொழி",  # Tamil
+        "മലയാളം ഭാഷ",  # Malayalam
+        "සිංහල ශ්\u200dරී",  # Sinhala, with a joiner
+        "می\u200cشود",  # Persian, with a separator
+        "קָדוֹשׁ",  # Hebrew with vowels
+        "مُحَمَّد",  # Arabic with vowels
+        "İstanbul",  # Turkish; in lower case it has a dot of its own
+        "kọ́ ẹ̀kọ́",  # Yoruba: no characters for letter and tone
+    ],
+)
+def test_accents_and_vowel_signs_are_in_words(text: str) -> None:
+    assert Tokens([f"{text}! ({text})"]).vocabulary == [*text.split(), "!", "(", ")"]
+    bare = re.sub("[\u200c\u200d]", "", text.lower().replace("'", " "))
+    assert lowercase_words(f"{text}! ({text})") == 2 * bare.split()
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("ภาษาไทย เป็น", "ภาษาไทย เป น"),  # Thai
+        ("ພາສາລາວ ດີ", "ພາສາລາວ ດ"),  # Lao
+        ("ភាសាខ្មែរ", "ភ ស ខ ម រ"),  # Khmer
+        ("မြန်မာ", "မ န မ"),  # Burmese
+    ],
+)
+def test_ngrams_of_text_without_spaces_are_of_pieces(text: str, pieces: str) -> None:
+    assert Tokens([text]).vocabulary == text.split()
+    assert lowercase_words(text) == pieces.split()
 
 
 def test_one_language_makes_one_directory(tmp_path: Path, trained: Tokenizer) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
+from collections.abc import Callable
 
 import numpy as np
+
+from kiem.data.clean.tokens import word_signs
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -25,8 +29,16 @@ class WordHashes(dict[str, int]):
 
 
 def lowercase_words(text: str) -> list[str]:
-    """Returns the words of a text in lower case, without punctuation."""
-    return re.findall(r"\w+", text.lower())
+    """Returns the words of a text in lower case, without punctuation and invisible joiners."""
+    return _word_finder()(text.lower().replace("\u200c", "").replace("\u200d", ""))
+
+
+@functools.cache
+def _word_finder() -> Callable[[str], list[str]]:
+    # Thai, Lao, Burmese and Khmer have no spaces between words, so a word would be a phrase, and
+    # few n-grams would be left. Between their signs are pieces that are about as long as a word.
+    signs = re.sub("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]", "", word_signs())
+    return re.compile(rf"[\w{signs}]+").findall
 
 
 def hash_ngrams(hashes: np.ndarray, n: int) -> np.ndarray:

@@ -62,11 +62,16 @@ class Tokens:
 
 
 @functools.cache
+def word_signs() -> str:
+    """Returns the characters that are part of a word but not in \\w: accents that have no letter of
+    their own with them, and vowel signs of Indic and other scripts."""
+    candidates = map(chr, chain(range(0x300, 0x1E00), range(0xA000, 0xAC00)))
+    return "".join(c for c in candidates if unicodedata.category(c).startswith("M"))
+
+
+@functools.cache
 def _token_finder() -> Callable[[str], list[str]]:
     """Returns a function that cuts text without white space into words and marks."""
-    # Vowel signs of Indic and other scripts are part of a word, but not in \w. Two invisible
-    # characters join or separate the letters of one.
-    candidates = map(chr, chain(range(0x483, 0x1D00), range(0xA000, 0xAC00)))
-    signs = "".join(c for c in candidates if unicodedata.category(c).startswith("M"))
-    word = rf"[\w{signs}]+"
+    word = rf"[\w{word_signs()}]+"
+    # Two invisible characters join or separate the letters of one word.
     return re.compile(rf"'n\b|{word}(?:['’.\-\u200c\u200d]{word})*|[^\w\s]+").findall

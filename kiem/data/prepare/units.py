@@ -47,7 +47,7 @@ from kiem.tokenizer.tokenizer import Tokenizer
 
 UNIT_BYTES = 4_000_000
 # Increased whenever an older version would have made other unit files.
-UNIT_VERSION = 7
+UNIT_VERSION = 8
 SCHEMA = pa.schema(
     [
         ("ids", pa.large_list(pa.int32())),
