@@ -98,6 +98,51 @@ def test_a_signal_saves_at_once_and_has_its_own_code(
     assert found["final_model/model.safetensors"] == one[0]["final_model/model.safetensors"]
 
 
+# A process gets a signal when it calls a function for the n-th time; then none calls it again.
+SIGNAL = """
+import os, signal
+from kiem.training import loop, validation
+owner, calls = {owner}, []
+original = owner.{name}
+def interrupt(*arguments, **named):
+    calls.append(1)
+    if len(calls) > {call}:
+        os._exit(99)
+    if len(calls) == {call} and os.environ["RANK"] == "{rank}":
+        os.kill(os.getpid(), signal.{signal})
+    return original(*arguments, **named)
+owner.{name} = interrupt
+"""
+EVALUATES = (
+    *("--max-steps", "4", "--eval-steps", "2", "--eval-chunks", "8", *SAVES),
+    *("--minimal-pairs", "always", "--sample-prompt", "Nederland is", "Er was eens"),
+)
+
+
+def test_a_signal_ends_an_evaluation_which_is_then_done_once(lives: Lives, tmp_path: Path) -> None:
+    codes = lives.run(tmp_path / "whole", *EVALUATES, processes=2)
+    assert codes == [0, 0], lives.log.read_text()[-3000:]
+    for owner, name, call, step in (
+        ("validation", "token_cross_entropy", 1, 2),  # the evaluation after step 2
+        ("loop", "save", 1, 2),  # killed when the evaluation is in the log, not in a checkpoint
+        ("validation", "prefers_good", 2, 4),
+        ("validation", "complete", 1, 4),
+    ):
+        kind = "SIGKILL" if name == "save" else "SIGTERM"
+        rank = 0 if name == "complete" else 1
+        patch = SIGNAL.format(owner=owner, name=name, call=call, signal=kind, rank=rank)
+        begins = len(lives.log.read_text())
+        codes = lives.run(tmp_path, *EVALUATES, processes=2, patch=patch)
+        said = lives.log.read_text()[begins:]
+        if name == "save":
+            assert codes[rank] == -signal.SIGKILL, said
+        else:
+            assert codes == [ExitCode.STOPPED] * 2, said
+            assert f"after step {step}; a checkpoint is saved" in said
+    assert lives.run(tmp_path, *EVALUATES, processes=2) == [0, 0]
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole" / "run")
+
+
 def test_a_second_signal_ends_at_once(lives: Lives, tmp_path: Path) -> None:
     long_updates = ("--gradient-accumulation-steps", "2000")
     pids = lives.start(tmp_path, *long_updates)

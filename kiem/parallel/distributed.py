@@ -100,6 +100,8 @@ class Distributed:
 
     def any(self, value: bool) -> bool:
         """Returns whether `value` is true in any process."""
+        if self.world_size == 1:
+            return value
         return bool(self.all_reduce_sum(self._number(int(value))))
 
     def broadcast_from_main(self, value: T) -> T:

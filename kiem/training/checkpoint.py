@@ -78,9 +78,9 @@ def save_checkpoint(
     with contextlib.ExitStack() as commit:
         with distributed.raise_on_all_ranks():
             if distributed.is_main:
-                if path.exists():  # of a commit that failed at the very end
-                    move_folder(path, _ASIDE + path.name)
-                commit.enter_context(new_folder(path, temporary=unfinished))
+                # It exists if a commit failed at the very end, or if only its evaluation is new.
+                exists = path.exists()
+                commit.enter_context(new_folder(path, overwrite=exists, temporary=unfinished))
         # Side by side: one core computes SHA-256 no faster than a good disk writes.
         with distributed.raise_on_all_ranks(), ThreadPoolExecutor() as pool:
             suffix = f"{distributed.rank + 1:05d}-of-{distributed.world_size:05d}.safetensors"

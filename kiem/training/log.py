@@ -61,13 +61,15 @@ class RunLog:
         self._trackers: dict[str, BackgroundTracker] = {}
         self._failed: set[str] = set()
 
-    def open(self, options: TrainingOptions, metadata: Mapping[str, Any], *, is_last: bool) -> None:
+    def open(
+        self, options: TrainingOptions, metadata: Mapping[str, Any], *, repeats_evaluation: bool
+    ) -> None:
         """Writes config.yaml and run.json, ends an older log at `step`, and starts the trackers.
 
         Args:
             options: all options of training.py.
             metadata: the content of run.json.
-            is_last: whether all updates are done, so that only the last evaluation is repeated.
+            repeats_evaluation: whether the run goes on with the evaluation after `step`.
 
         Raises:
             UserError: the disk refuses, or a tracker does not start. When a launcher restarts the
@@ -75,7 +77,7 @@ class RunLog:
         """
         write_text(self._directory / CONFIG_FILE, to_yaml(options))
         write_json(self._directory / METADATA_FILE, metadata)
-        self._shorten(is_last)
+        self._shorten(repeats_evaluation)
         config = {**to_dict(options), **metadata}
         is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         for name in tracker_names(options):
@@ -178,8 +180,8 @@ class RunLog:
         with contextlib.suppress(Exception):  # the screen may be what failed
             warn(self.console, message)
 
-    def _shorten(self, is_last: bool = False) -> None:
-        """Removes the lines after a checkpoint's step, which will be repeated."""
+    def _shorten(self, repeats_evaluation: bool = False) -> None:
+        """Removes the lines after a checkpoint's step, or its evaluation, that will be repeated."""
         if not self._path.exists():
             return
         step = self.step
@@ -188,7 +190,7 @@ class RunLog:
             for line in read_metrics(self._path, dict[str, Any])[0]
             if step > 0
             and line["step"] <= step
-            and not (is_last and line["step"] == step and "test_loss" in line)
+            and not (repeats_evaluation and line["step"] == step and "samples" in line)
         ]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
         write_bytes(self._path, text.encode(errors="replace"))

@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from rich.console import Console
@@ -17,6 +17,7 @@ from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode, UserError
 from kiem.core.files import format_bytes
 from kiem.data.order import chunk_numbers
+from kiem.model.gemma3 import Gemma3
 from kiem.optim.batch import Batch, micro_batches, own_numbers
 from kiem.optim.optimizer import learning_rate_share
 from kiem.optim.step import StepResult, train_step
@@ -43,7 +44,7 @@ from kiem.training.outputs import (
 from kiem.training.resume import restore
 from kiem.training.run import Run, RunSpec, TrainState
 from kiem.training.setup import setup
-from kiem.training.signals import HangWatch, StopSignals
+from kiem.training.signals import HangWatch
 from kiem.training.validation import evaluate, measure_minimal_pairs, sample_texts
 
 _EVALUATIONS_PER_RUN = 5
@@ -80,12 +81,10 @@ def _train(run: Run, state: TrainState) -> None:
     if run.resumed_from is None:
         log.warn_of(_CHECKS, lambda: warnings_before(run))
     try:
-        state = train_updates(run, state)
-        model = run.model.full_model()
-        figures = evaluate(run, model, max_chunks=None)
-        figures |= measure_minimal_pairs(run, state, model)
-        figures |= sample_texts(run, model, "the sample of text at the end")
-        figures["memory_bytes"] = peak_memory_bytes(run.spec.distributed.device)
+        with run.signals:
+            state = train_updates(run, state)
+            model = run.model.full_model()
+            figures = _evaluate_at_end(run, state, model)
         with run.spec.distributed.raise_on_all_ranks():
             if is_main:
                 log.write(figures)
@@ -115,11 +114,11 @@ def train_updates(run: Run, state: TrainState) -> TrainState:
     with ExitStack() as stack:
         watch = HangWatch(is_enabled=distributed.world_size > 1)
         stack.callback(watch.end)
-        signals = StopSignals(is_main=distributed.is_main, is_enabled=options.save_steps != 0)
-        stack.enter_context(signals)
         anomalies = Anomalies(run, watch)
         log.attempt(_DISPLAY, display.start)
         stack.callback(log.attempt, "the end of the display", display.stop)
+        if state.awaits_evaluation:  # a signal ended it
+            _end_update(run, state, state, watch, display)
         while state.progress(recipe) < 1:
             watch.begin()
             started, before = time.perf_counter(), replace(state)
@@ -151,21 +150,10 @@ def train_updates(run: Run, state: TrainState) -> TrainState:
             state.seconds += seconds
             log.step = state.step
 
-            # Log, evaluate.
+            # Log, evaluate, save, report; stop after a signal.
             _log_step(run, state, display, result, learning_rate, seconds)
-            if _evaluation_is_due(spec, state, before):
-                watch.end()
-                state.test_loss = _evaluate(run, state, display)
-
-            # Save, and stop after a signal.
-            is_stopping = signals.is_asked(distributed)
-            watch.end()
-            if is_stopping or _save_is_due(spec, state, before):
-                save(run, state, is_last=is_stopping or state.progress(recipe) >= 1)
-            if is_stopping:
-                raise _stopped(run, state, signals.name)
-            if _passes_part(spec, state, before, _REPORTS_PER_RUN):
-                _report(run)
+            state.awaits_evaluation = _evaluation_is_due(spec, state, before)
+            _end_update(run, state, before, watch, display)
     return state
 
 
@@ -211,6 +199,24 @@ def _log_step(
         log.raise_refusal()
 
 
+def _end_update(
+    run: Run, state: TrainState, before: TrainState, watch: HangWatch, display: Display
+) -> None:
+    """Evaluates, saves and reports what is due after an update; ends the run after a signal."""
+    spec = run.spec
+    if state.awaits_evaluation:
+        watch.end()
+        _evaluate(run, state, display)
+    is_stopping = run.signals.is_asked()
+    watch.end()
+    if is_stopping:
+        _stop(run, state)
+    if _save_is_due(spec, state, before):
+        save(run, state, is_last=state.progress(spec.recipe) >= 1)
+    if _passes_part(spec, state, before, _REPORTS_PER_RUN):
+        _report(run)
+
+
 def _evaluation_is_due(spec: RunSpec, state: TrainState, before: TrainState) -> bool:
     """Returns whether to evaluate after this update; never after the last one."""
     every = spec.options.eval_steps
@@ -225,14 +231,27 @@ def _passes_part(spec: RunSpec, state: TrainState, before: TrainState, num_parts
     return then < now < num_parts
 
 
-def _evaluate(run: Run, state: TrainState, display: Display) -> float | None:
-    """Evaluates on some of the test split; returns the test loss, None if that failed."""
+def _evaluate(run: Run, state: TrainState, display: Display) -> None:
+    """Evaluates on some of the test split; after a signal the state still awaits it."""
+    state.test_loss = None  # that of an earlier update would count for this one's checkpoint
     model = run.model.full_model()
     figures = evaluate(run, model, max_chunks=run.spec.options.eval_chunks)
     figures |= sample_texts(run, model, "the sample of text")
+    if run.signals.is_asked():
+        return
+    state.test_loss, state.awaits_evaluation = figures.get("test_loss"), False
     run.log.write(figures)
     run.log.attempt(_DISPLAY, partial(display.show_evaluation, state, figures))
-    return figures.get("test_loss")
+
+
+def _evaluate_at_end(run: Run, state: TrainState, model: Gemma3) -> dict[str, Any]:
+    """Returns the figures of the final model; after a signal it ends the run."""
+    figures = evaluate(run, model, max_chunks=None)
+    figures |= measure_minimal_pairs(run, state, model)
+    figures |= sample_texts(run, model, "the sample of text at the end")
+    if run.signals.is_asked():
+        _stop(run, state)
+    return {**figures, "memory_bytes": peak_memory_bytes(run.spec.distributed.device)}
 
 
 def _report(run: Run) -> None:
@@ -255,7 +274,7 @@ def _save_is_due(spec: RunSpec, state: TrainState, before: TrainState) -> bool:
 
 
 def save(run: Run, state: TrainState, *, is_last: bool) -> None:
-    """Commits a checkpoint and removes old ones, if this update has none yet.
+    """Commits a checkpoint and removes old ones.
 
     All processes call it. With `--on-save-failure continue` a refusal is a warning if the run has
     a checkpoint to resume from (without one, days of work could be lost), or if it ends here anyway
@@ -265,8 +284,6 @@ def save(run: Run, state: TrainState, *, is_last: bool) -> None:
         UserError: the disk refuses and --on-save-failure is stop, or it is the first checkpoint;
             names what and how much.
     """
-    if state.saved_step == state.step:
-        return
     spec, distributed = run.spec, run.spec.distributed
     folder, model = spec.directory / CHECKPOINTS, run.model.module
     content = {
@@ -296,12 +313,14 @@ def save(run: Run, state: TrainState, *, is_last: bool) -> None:
         run.log.warn(f"{error.where}: {error.what}; training goes on")
 
 
-def _stopped(run: Run, state: TrainState, signal_name: str) -> UserError:
-    """Returns the error that ends a run after a signal."""
+def _stop(run: Run, state: TrainState) -> NoReturn:
+    """Ends a run after a signal, with a checkpoint."""
+    if state.saved_step != state.step:
+        save(run, state, is_last=True)
     is_saved = state.saved_step == state.step
     outcome = "a checkpoint is saved" if is_saved else "no checkpoint could be saved"
-    return UserError(
-        f"stopped by {signal_name} after step {state.step}; {outcome}",
+    raise UserError(
+        f"stopped by {run.signals.name} after step {state.step}; {outcome}",
         where=str(run.spec.directory),
         fix="The same command with this --run-name resumes from the newest checkpoint.",
         exit_code=ExitCode.STOPPED if is_saved else ExitCode.DISK_SPACE,

@@ -25,6 +25,7 @@ from kiem.parallel.parallel_model import ParallelModel
 from kiem.planning.recipe import Recipe
 from kiem.tokenizer.tokenizer import Tokenizer
 from kiem.training.log import RunLog
+from kiem.training.signals import StopSignals
 
 # Options that may change when a run is resumed, with another result.
 _CHANGEABLE = (
@@ -171,6 +172,7 @@ class TrainState:
         step, tokens: updates and tokens so far.
         seconds: time of the updates so far, without evaluations.
         test_loss: of the latest evaluation.
+        awaits_evaluation: whether an evaluation after this update is due and not yet complete.
         recent_losses: of the latest updates; see `anomalies.spike_limit`.
         num_skipped: updates that were skipped because of their loss.
         saved_step: the step of the newest checkpoint; the only value that is not saved.
@@ -180,6 +182,7 @@ class TrainState:
     tokens: int = 0
     seconds: float = 0.0
     test_loss: float | None = None
+    awaits_evaluation: bool = False
     recent_losses: list[float] = field(default_factory=list)
     num_skipped: int = 0
     saved_step: int | None = None
@@ -215,4 +218,5 @@ class Run:
     model: ParallelModel
     optimizers: list[torch.optim.Optimizer]
     log: RunLog
+    signals: StopSignals
     resumed_from: Path | None

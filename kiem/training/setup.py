@@ -52,6 +52,7 @@ from kiem.training.resume import (
     restore,
 )
 from kiem.training.run import Run, RunSpec, TrainingData, TrainState
+from kiem.training.signals import StopSignals
 from kiem.training.validation import check_sample_prompts
 
 
@@ -112,7 +113,8 @@ def setup(
         spec = replace(spec, first_weights=first_weights, branched_from=branched_from)
         stops_run = options.on_save_failure == "stop"
         log = RunLog(directory, distributed, console, stops_run=stops_run)
-        run = Run(spec, parallel_model, optimizers, log, checkpoint)
+        signals = StopSignals(distributed, is_enabled=options.save_steps != 0)
+        run = Run(spec, parallel_model, optimizers, log, signals, checkpoint)
         yield run, _open_state(run, console)
 
 
@@ -223,7 +225,7 @@ def _open_state(run: Run, console: Console) -> TrainState:
     run.log.step = state.step
     with distributed.raise_on_all_ranks():
         if distributed.is_main:
-            is_last = state.progress(spec.recipe) >= 1
-            run.log.open(spec.options, spec.metadata(), is_last=is_last)
+            repeats = state.awaits_evaluation or state.progress(spec.recipe) >= 1
+            run.log.open(spec.options, spec.metadata(), repeats_evaluation=repeats)
             set_aside_after(spec.directory / CHECKPOINTS, state.step)
     return state

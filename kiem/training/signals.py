@@ -26,12 +26,13 @@ _STEPS_TO_WARM_UP = 1
 class StopSignals:
     """Notes SIGTERM, SIGINT and SIGHUP (the terminal is gone); use it as a context manager.
 
-    A signal asks for a checkpoint and the end of the run after the update in progress. A second
-    one ends the process at once. Without checkpoints (`is_enabled`) signals end it anyway.
+    A signal asks for a checkpoint and the end of the run after the update, or the batch of an
+    evaluation, in progress. A second one ends the process at once. Without checkpoints
+    (`is_enabled`) signals end it anyway.
     """
 
-    def __init__(self, *, is_main: bool, is_enabled: bool):
-        self._is_main = is_main
+    def __init__(self, distributed: Distributed, *, is_enabled: bool):
+        self._distributed = distributed
         self._is_enabled = is_enabled and threading.current_thread() is threading.main_thread()
         self._signal: signal.Signals | None = None
         self._time = 0.0
@@ -48,9 +49,9 @@ class StopSignals:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def is_asked(self, distributed: Distributed) -> bool:
-        """Returns whether any process got a signal; all call this."""
-        return distributed.any(self._signal is not None)
+    def is_asked(self) -> bool:
+        """Returns whether any process got a signal; all call this. Once true, it stays so."""
+        return self._distributed.any(self._signal is not None)
 
     @property
     def name(self) -> str:
@@ -61,9 +62,9 @@ class StopSignals:
         now = time.monotonic()
         if self._signal is None:
             self._signal, self._time = signal.Signals(number), now
-            if self._is_main:  # not by the console, which may be in the middle of a line
-                _print(
-                    f"\n{self._signal.name}: stopping after this update with a checkpoint; "
+            if self._distributed.is_main:
+                _print(  # not by the console, which may be in the middle of a line
+                    f"\n{self._signal.name}: stopping with a checkpoint as soon as possible; "
                     "a second signal stops at once\n"
                 )
         elif now - self._time > _SAME_REQUEST_SECONDS:

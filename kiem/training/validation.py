@@ -1,14 +1,16 @@
 """Evaluation during training: loss on the test split, samples of text, minimal pairs.
 
 Nothing here takes random numbers or changes the model. The functions take the model apart from the
-run: with `--shard parameters` it is gathered for them.
+run: with `--shard parameters` it is gathered for them. After a signal they end early, between two
+batches and in all processes, and what they return is incomplete.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from kiem.compute.memory import give_back_free_memory
 from kiem.config import TrainingOptions
 from kiem.core.errors import bad_option
 from kiem.evaluation.language_model import own_language_model
-from kiem.evaluation.minimal_pairs import BUILT_IN, Pair, prefers_good, read_suite, summarize
+from kiem.evaluation.minimal_pairs import BUILT_IN, prefers_good, read_suite, summarize
 from kiem.inference.engine import complete
 from kiem.inference.sampling import SamplingParams
 from kiem.model.config import Gemma3Config
@@ -28,12 +30,14 @@ from kiem.tokenizer.tokenizer import Tokenizer
 from kiem.training.log import try_before
 from kiem.training.run import Run, TrainState
 
+T = TypeVar("T")
 # Tokens that the model adds to a `--sample-prompt`.
 _SAMPLE_TOKENS = 40
 _MAX_SOURCES = 20
 _PER_SOURCE = ("tokens_per_source", "documents_per_source", "bytes_per_source")
 # In shorter runs the minimal pairs, some 10 000 tokens, would take more than 3 % of the time.
 _MIN_TOKENS_FOR_PAIRS = 100_000
+_PAIRS_PER_BATCH = 32  # some 800 tokens, so that a signal need not wait long
 _PAIRS = "measuring the minimal pairs"
 
 
@@ -59,41 +63,63 @@ def evaluate(run: Run, model: Gemma3, max_chunks: int | None) -> dict[str, Any]:
     give_back_free_memory()  # training's blocks have other sizes
     num_chunks = min(max_chunks or run.spec.data.test.num_chunks, run.spec.data.test.num_chunks)
     numbers = np.linspace(0, run.spec.data.test.num_chunks - 1, num_chunks).round().astype(np.int64)
-    own = numbers[distributed.rank :: distributed.world_size]
-    totals = run.log.attempt_on_all_ranks(name, lambda: _totals(run, model, own))
+    totals = _in_batches(
+        run, name, numbers, run.spec.recipe.batch_size, partial(_totals, run, model)
+    )
     if totals is None:
         return {}
-    sums = distributed.all_reduce_sum(totals).tolist()
+    sums = distributed.all_reduce_sum(torch.stack(totals).sum(0)).tolist()
     found = run.log.attempt(name, lambda: _figures(run.spec.data.manifest["splits"]["test"], sums))
     return {**found, "test_chunks": num_chunks} if found is not None else {}
 
 
-def _totals(run: Run, model: Gemma3, numbers: np.ndarray) -> Tensor:
+def _in_batches(
+    run: Run, name: str, numbers: np.ndarray, batch_size: int, measure: Callable[[np.ndarray], T]
+) -> list[T] | None:
+    """Returns what `measure` returns for batches of this process's part of `numbers`.
+
+    All processes take as many batches, of which the last can be empty. None after a signal, or a
+    failure, of which it warns with the `name`.
+    """
+    distributed, found = run.spec.distributed, list[T]()
+    num_of_all = batch_size * distributed.world_size
+    for start in range(0, len(numbers), num_of_all):
+        if run.signals.is_asked():
+            return None
+        own = numbers[start : start + num_of_all][distributed.rank :: distributed.world_size]
+        of_batch = run.log.attempt_on_all_ranks(name, partial(measure, own))
+        if of_batch is None:
+            return None
+        found.append(of_batch)
+    return found
+
+
+def _totals(run: Run, model: Gemma3, rows: np.ndarray) -> Tensor:
     """Returns nats and number of the predicted tokens of test chunks, in all and by source.
 
     float64 [1 + sources, 2], of the largest sources.
     """
-    device, batch_size = run.spec.distributed.device, run.spec.recipe.batch_size
+    device = run.spec.distributed.device
     sources = _largest_sources(run.spec.data.manifest["splits"]["test"])
     totals = torch.zeros(len(sources) + 1, 2, dtype=torch.float64, device=device)
-    for start in range(0, len(numbers), batch_size):
-        rows = numbers[start : start + batch_size]
-        batch = run.spec.collate(run.spec.data.test.read(rows))
-        targets = batch.targets.flatten()
-        counted = targets != IGNORE
-        with torch.no_grad(), run.spec.distributed.autocast():
-            hidden = model.hidden_states(batch.ids, document_starts=batch.document_starts)
-            weight = model.model.embed_tokens.weight
-            # All of them, then those that count: tensors of the same sizes fit where others were.
-            nats = token_cross_entropy(hidden.flatten(0, 1), weight, targets).double()[counted]
-        figures = torch.stack([nats, torch.ones_like(nats)], dim=1)
-        totals[0] += figures.sum(0)
-        if run.spec.data.test_sources is not None and sources:
-            # Shifted as the targets are: the source of the token that is predicted.
-            of_tokens = torch.from_numpy(run.spec.data.test_sources.read(rows)).roll(-1, 1)
-            of_tokens = of_tokens.to(device).flatten()[counted]
-            for place, number in enumerate(sources.values(), start=1):
-                totals[place] += figures[of_tokens == number].sum(0)
+    if not len(rows):
+        return totals
+    batch = run.spec.collate(run.spec.data.test.read(rows))
+    targets = batch.targets.flatten()
+    counted = targets != IGNORE
+    with torch.no_grad(), run.spec.distributed.autocast():
+        hidden = model.hidden_states(batch.ids, document_starts=batch.document_starts)
+        weight = model.model.embed_tokens.weight
+        # All of them, then those that count: tensors of the same sizes fit where others were.
+        nats = token_cross_entropy(hidden.flatten(0, 1), weight, targets).double()[counted]
+    figures = torch.stack([nats, torch.ones_like(nats)], dim=1)
+    totals[0] = figures.sum(0)
+    if run.spec.data.test_sources is not None and sources:
+        # Shifted as the targets are: the source of the token that is predicted.
+        of_tokens = torch.from_numpy(run.spec.data.test_sources.read(rows)).roll(-1, 1)
+        of_tokens = of_tokens.to(device).flatten()[counted]
+        for place, number in enumerate(sources.values(), start=1):
+            totals[place] = figures[of_tokens == number].sum(0)
     return totals
 
 
@@ -137,21 +163,21 @@ def measure_minimal_pairs(run: Run, state: TrainState, model: Gemma3) -> dict[st
         message += "--minimal-pairs always measures them."
         log.attempt(_PAIRS, partial(log.console.print, message))
         return {}
-    rank, world_size = distributed.rank, distributed.world_size
-
-    def measure() -> tuple[list[Pair], np.ndarray]:
-        pairs, data = read_suite((BUILT_IN,)), run.spec.data
-        language_model = own_language_model(model, data.tokenizer, data.train.chunk_size)
-        with distributed.autocast():
-            return pairs, prefers_good(language_model, pairs[rank::world_size])
-
-    found = log.attempt_on_all_ranks(_PAIRS, measure)
-    if found is None:
+    pairs, data = log.attempt_on_all_ranks(_PAIRS, lambda: read_suite((BUILT_IN,))), run.spec.data
+    if pairs is None:
         return {}
-    pairs, own = found
+    language_model = own_language_model(model, data.tokenizer, data.train.chunk_size)
+
+    def measure(numbers: np.ndarray) -> np.ndarray:
+        with distributed.autocast():
+            return prefers_good(language_model, [pairs[number] for number in numbers])
+
+    own = _in_batches(run, _PAIRS, np.arange(len(pairs)), _PAIRS_PER_BATCH, measure)
+    if own is None:
+        return {}
     is_correct = np.empty(len(pairs), dtype=bool)
-    for number, part in enumerate(distributed.all_gather(own.tolist())):
-        is_correct[number::world_size] = part
+    for rank, part in enumerate(distributed.all_gather(np.concatenate(own).tolist())):
+        is_correct[rank :: distributed.world_size] = part
     return {"minimal_pairs": summarize(pairs, is_correct)}
 
 
@@ -175,17 +201,17 @@ def check_sample_prompts(
 def sample_texts(run: Run, model: Gemma3, name: str) -> dict[str, Any]:
     """Returns `samples`: `prompt` and `text` for every `--sample-prompt`.
 
-    There are none in other processes than the main one, or after a failure; `name` is what they are
-    called in the warning of it.
+    There are none in other processes than the main one, and no more after a failure; `name` is what
+    they are called in the warning of it.
     """
     options, tokenizer = run.spec.options, run.spec.data.tokenizer
-    if not run.spec.distributed.is_main:
-        return {"samples": []}
     params = SamplingParams(max_new_tokens=_SAMPLE_TOKENS)
-
-    def write(prompt: str) -> dict[str, str]:
-        text = complete(model, tokenizer, prompt, params, options.seed)
-        return {"prompt": prompt, "text": text}
-
-    written = run.log.attempt(name, lambda: [*map(write, options.sample_prompt)])
-    return {"samples": written or []}
+    samples = []
+    for prompt in options.sample_prompt:
+        is_stopping = run.signals.is_asked()  # all processes ask
+        if not is_stopping and run.spec.distributed.is_main:
+            write = partial(complete, model, tokenizer, prompt, params, options.seed)
+            text = run.log.attempt(name, write)
+            if text is not None:
+                samples.append({"prompt": prompt, "text": text})
+    return {"samples": samples}
