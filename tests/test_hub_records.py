@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +58,26 @@ def test_an_audit_looks_into_the_cache(hub: HubServer, tmp_path: Path, trained_r
     assert f"changed: {file}: expected git's sha1" in shown
     shown = run_script(*audit, env=hub.environment(tmp_path / "empty", None)).stdout
     assert "not checked  made <- source files (1 of 6 files)" in shown
+
+
+def test_a_run_from_a_model_asks_for_it_once(
+    hub: HubServer, tmp_path: Path, sample_chunks: Path, trained_run: Path
+) -> None:
+    model, out = trained_run / "final_model", tmp_path / "out"
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    commit = hub.commit("some/model", files)
+    done = run_script(
+        *("training.py", "--dataset-path", sample_chunks, "--init-from", "some/model"),
+        *("--output-dir", out, "--run-name", "run", "--max-steps", "1", "--batch-size", "1"),
+        *("--gradient-accumulation-steps", "1", "--minimal-pairs", "never", "--sample-prompt"),
+        env=hub.environment(tmp_path / "cache", None),
+    )
+    assert done.returncode == 0, done.stderr
+    asked = [path for _, path, _ in hub.log if path.startswith("/api/")]
+    assert len(asked) == len(set(asked)) > 0
+    sha256 = hashlib.sha256(files["model.safetensors"]).hexdigest()
+    recorded = json.loads((out / "run" / "run.json").read_text())["first_weights"]
+    assert recorded == {"commit": commit, "sha256": {"model.safetensors": sha256}}
 
 
 def test_the_files_of_the_default_dataset_are_proved_too(

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from kiem.core.disk import fsync
 from kiem.core.errors import ExitCode, UserError, damaged
-from kiem.core.files import new_file, write_json
-from kiem.core.manifest import MANIFEST_FILE, verify_manifest
+from kiem.core.files import new_file, sha256_file, write_json
+from kiem.core.manifest import MANIFEST_FILE, read_manifest, verify_manifest
 from kiem.hub.transfer import download_model, looks_like_hub_id
 from kiem.model.config import (
     CONFIG_FILE,
@@ -47,6 +47,7 @@ _SAFETENSORS_DTYPES = {
 # A tensor of this size leaves the page cache before the next one, which then reuses its pages: for
 # new ones a virtual machine takes twice as long.
 _SYNC_BYTES = 8 << 20
+_FIX = "Copy or download it again, or train it again."
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _OUTPUT_LAYER = "lm_head.weight"
 
@@ -197,13 +198,25 @@ def verify_model(folder: Path, without: tuple[str, ...] = ()) -> None:
     """
     check_folder(folder)
     if (folder / MANIFEST_FILE).exists():
-        verify_manifest(folder, "Copy or download it again, or train it again.", without)
+        verify_manifest(folder, _FIX, without)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """Returns the files of a model directory that have its weights."""
     whole = folder / WEIGHTS_FILE
     return [whole] if whole.is_file() else sorted(folder.glob(_PARTS))
+
+
+def hash_weights(folder: Path) -> dict[str, str]:
+    """Returns the SHA-256 of the files with weights, by name, of a model directory that was read.
+
+    The manifest, if there is one, names them: `read_model` has compared them.
+    """
+    known = read_manifest(folder, _FIX) if (folder / MANIFEST_FILE).exists() else {}
+    return {
+        file.name: known[file.name].sha256 if file.name in known else sha256_file(file)
+        for file in weight_files(folder)
+    }
 
 
 def read_model_tokenizer(folder: Path, config: Gemma3Config) -> Tokenizer:

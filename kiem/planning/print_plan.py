@@ -138,7 +138,7 @@ def _measure(
     """Returns the plan with what updates on this device alone take, with passes that fit."""
     # Prepare the model as the training would.
     mixture, tokenizer = plan.mixture, plan.mixture.tokenizer
-    model = build_model(options, tokenizer).to(distributed.device)
+    model = build_model(options, tokenizer)[0].to(distributed.device)
     alone = replace(distributed, rank=0, world_size=1)
     probe = Probe(model, options, _alone(plan.setting), alone, console)
     recipe = probe.prepare(plan.recipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -191,12 +192,13 @@ def check_options(options: TrainingOptions, world_size: int) -> None:
         raise no_effect("--model", "with --init-from, which brings its own shape")
 
 
-def build_model(options: TrainingOptions, tokenizer: Tokenizer) -> Gemma3:
-    """Returns a new model for the tokenizer's vocabulary, or that of --init-from.
+def build_model(options: TrainingOptions, tokenizer: Tokenizer) -> tuple[Gemma3, Path | None]:
+    """Returns a new model for the tokenizer's vocabulary, or that of --init-from with its folder.
 
     Raises:
         UserError: that is no Gemma 3 text model, or has another tokenizer.
     """
+    folder = None
     if options.init_from is None:
         with torch.device("meta"):  # torch's own first weights would be drawn in vain
             model = Gemma3(preset(options.model, tokenizer.num_rows))
@@ -215,4 +217,4 @@ def build_model(options: TrainingOptions, tokenizer: Tokenizer) -> Gemma3:
                 exit_code=ExitCode.TOKENIZER_MISMATCH,
             )
     model.model.embed_tokens.adds_to_gradient = options.shard != "parameters"
-    return model
+    return model, folder

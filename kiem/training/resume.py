@@ -14,7 +14,7 @@ from kiem.core.errors import ExitCode, already_exists, bad_option, not_found
 from kiem.core.files import sha256_file, write_bytes
 from kiem.core.json_input import convert
 from kiem.core.manifest import MANIFEST_FILE
-from kiem.model.io import find_model, weight_files
+from kiem.model.io import hash_weights
 from kiem.parallel.agreement import check_same
 from kiem.parallel.distributed import Distributed
 from kiem.report.record import CONFIG_FILE, METRICS_FILE
@@ -171,19 +171,20 @@ def find_branch(spec: RunSpec, checkpoint: Path | None) -> dict[str, Any] | None
     }
 
 
-def find_first_weights(spec: RunSpec, checkpoint: Path | None) -> dict[str, Any] | None:
+def find_first_weights(
+    spec: RunSpec, folder: Path | None, checkpoint: Path | None
+) -> dict[str, Any] | None:
     """Returns the record of the weights of --init-from, as a run had them at its first start.
 
-    None if it began with random ones. `commit` is the one on the Hub, `sha256` those of the files.
+    None if it began with random ones. `commit` is the one on the Hub, `sha256` those of the files
+    in the `folder` that they were read from just now.
     """
     if checkpoint is not None:
         return read_state(checkpoint).get("first_weights")
-    if spec.options.init_from is None:
+    if folder is None:
         return None
-    folder = find_model(spec.options.init_from)
-    is_of_hub = not Path(spec.options.init_from).exists()
-    files = {file.name: sha256_file(file) for file in weight_files(folder)}
-    return {"commit": folder.name if is_of_hub else None, "sha256": files}
+    is_of_hub = folder != Path(str(spec.options.init_from))
+    return {"commit": folder.name if is_of_hub else None, "sha256": hash_weights(folder)}
 
 
 def copy_log(checkpoint: Path, directory: Path) -> None:

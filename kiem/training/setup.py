@@ -71,7 +71,7 @@ def setup(
         # Options, data and weights: the same in all processes.
         data = _open_data(options, distributed, console)
         usable = distributed.broadcast_from_main(usable_bytes(distributed))
-        model = _open_model(options, data, distributed)
+        model, first_folder = _open_model(options, data, distributed)
 
         # The run directory: locked, writable, and with a checkpoint or without.
         directory = _open_directory(options, model, distributed, stack)
@@ -108,7 +108,9 @@ def setup(
         is_compiled = probe.is_compiled
         spec = RunSpec(options, recipe, model.config, data, distributed, is_compiled, directory)
         with distributed.raise_on_all_ranks():
-            first_weights = find_first_weights(spec, checkpoint) if distributed.is_main else None
+            first_weights = None
+            if distributed.is_main:
+                first_weights = find_first_weights(spec, first_folder, checkpoint)
             branched_from = find_branch(spec, checkpoint)
         spec = replace(spec, first_weights=first_weights, branched_from=branched_from)
         stops_run = options.on_save_failure == "stop"
@@ -135,15 +137,17 @@ def _open_data(
         return TrainingData(mixture, train, test, mixture.test_sources())
 
 
-def _open_model(options: TrainingOptions, data: TrainingData, distributed: Distributed) -> Gemma3:
-    """Returns the first weights; all processes must have the same ones, and the same data."""
+def _open_model(
+    options: TrainingOptions, data: TrainingData, distributed: Distributed
+) -> tuple[Gemma3, Path | None]:
+    """Returns what `build_model` does; all processes must have the same weights and data."""
     with distributed.raise_on_all_ranks():
-        model = build_model(options, data.tokenizer)
+        model, folder = build_model(options, data.tokenizer)
         check_sample_prompts(options, data.tokenizer, model.config)
     check_same_start(options, data.mixture.identity(), model, distributed)
     if options.shard != "parameters":  # which puts only its shards on the device
         model.to(distributed.device)
-    return model
+    return model, folder
 
 
 def _open_directory(
