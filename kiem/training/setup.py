@@ -113,8 +113,7 @@ def setup(
                 first_weights = find_first_weights(spec, first_folder, checkpoint)
             branched_from = find_branch(spec, checkpoint)
         spec = replace(spec, first_weights=first_weights, branched_from=branched_from)
-        stops_run = options.on_save_failure == "stop"
-        log = RunLog(directory, distributed, console, stops_run=stops_run)
+        log = RunLog(directory, distributed, console, stops_run=options.on_save_failure == "stop")
         signals = StopSignals(distributed, is_enabled=options.save_steps != 0)
         run = Run(spec, parallel_model, optimizers, log, signals, checkpoint)
         yield run, _open_state(run, console)
