@@ -12,7 +12,7 @@ from conftest import ROOT, run_script
 
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode
-from kiem.model.config import preset
+from kiem.model.config import Gemma3Config, preset
 from kiem.model.gemma3 import Gemma3, Recompute
 from kiem.optim.optimizer import make_optimizers
 from kiem.parallel.parallel_model import Shard
@@ -49,10 +49,10 @@ sys.exit(run(TrainingOptions, "training.py", main, sys.argv[2:]))
 """
 
 
-def make_model() -> Gemma3:
+def make_model(config: Gemma3Config = MICRO) -> Gemma3:
     """Returns a model with gradients to add to."""
     torch.manual_seed(0)
-    model = Gemma3(MICRO)
+    model = Gemma3(config)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return model
@@ -85,11 +85,13 @@ def saved_bytes(model: Gemma3, bf16: bool) -> int:
 
 
 @pytest.mark.parametrize("shard", ["none", "parameters"])
-def test_dry_run_counts_what_autograd_keeps(shard: Shard) -> None:
-    model = make_model()
+@pytest.mark.parametrize("num_layers", [6, 20])
+def test_dry_run_counts_what_autograd_keeps(shard: Shard, num_layers: int) -> None:
+    config = replace(MICRO, num_hidden_layers=num_layers)
+    model = make_model(config)
     model.model.embed_tokens.adds_to_gradient = shard == "none"
-    found = dry_run(replace(SETTING, shard=shard))
-    held = 2 * 4 * MICRO.num_parameters()
+    found = dry_run(replace(SETTING, shard=shard, config=config))
+    held = 2 * 4 * config.num_parameters()
     assert found.kept_bytes - held == pytest.approx(saved_bytes(model, False), rel=0.03)
     assert found.peak_bytes > found.kept_bytes
 

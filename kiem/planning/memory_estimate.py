@@ -1,8 +1,9 @@
 """Estimates of the memory that training takes, from a pass on tensors that have no data.
 
 torch's fake tensors go through the true operations of the true model, and their sizes are counted:
-nothing here depends on layers, masks, recomputation or blocks of the loss. Memory within an
-operation is not seen, nor what an allocator loses.
+nothing here depends on layers, masks, recomputation or blocks of the loss. Only that every layer of
+a deep model adds as much as the one before it. Memory within an operation is not seen, nor what an
+allocator loses.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kiem.config import TrainingOptions
 from kiem.model.config import Gemma3Config
-from kiem.model.gemma3 import Gemma3, Recompute
+from kiem.model.gemma3 import Gemma3, Recompute, run_layer
 from kiem.optim.optimizer import make_optimizers
 from kiem.parallel.distributed import Distributed
 from kiem.parallel.parallel_model import Shard, owners
@@ -35,6 +36,9 @@ GPU_USABLE_SHARE = 0.95
 # What fully_shard gathers at once: the layer that computes, and the next one.
 _GATHERED_LAYERS = 2
 _RECOMPUTE_ABOVE_PARAMETERS = 500_000_000  # on a CPU
+# What a model of more layers takes follows from two models of few layers.
+_DEEP = 8
+_FEW_LAYERS = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -239,13 +243,25 @@ def dry_update(
 @functools.cache
 def dry_run(setting: Setting) -> PassCost:
     """Runs a forward and a backward pass on fake tensors."""
+    config = setting.config
+    is_partitioned = setting.is_compiled and setting.recompute == "none"
+    run = _partitioned(run_layer) if is_partitioned else run_layer
+    if config.num_hidden_layers <= _DEEP:
+        return _dry_run(setting, config, run)
+    # Of one kind of layer, so that torch.compile is needed once: the others keep as much.
+    config = replace(config, sliding_window_pattern=_FEW_LAYERS[1] + 1)
+    few, more = (_dry_run(setting, replace(config, num_hidden_layers=n), run) for n in _FEW_LAYERS)
+    further_layers = setting.config.num_hidden_layers - _FEW_LAYERS[1]
+    return PassCost(*(b + further_layers * (b - a) for a, b in zip(few, more, strict=True)))
+
+
+def _dry_run(setting: Setting, config: Gemma3Config, run: Callable[..., Tensor]) -> PassCost:
+    """Runs the passes for a model, whose layers `run` runs."""
     with warnings.catch_warnings(), _FakeDevice(setting.device_type), _Counter() as counter:
         warnings.filterwarnings("ignore", "The .grad attribute")  # torch.compile looks at it
-        model = Gemma3(setting.config)
-        model.recompute = setting.recompute
+        model = Gemma3(config)
+        model.recompute, model.run_layer = setting.recompute, run
         model.model.embed_tokens.adds_to_gradient = setting.shard != "parameters"
-        if setting.is_compiled and setting.recompute == "none":
-            model.run_layer = _partitioned(model.run_layer)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         ids = torch.zeros(setting.batch_size, setting.chunk_size, dtype=torch.int64)
@@ -261,7 +277,7 @@ def dry_run(setting: Setting) -> PassCost:
     return PassCost(kept_bytes, counter.peak_bytes)
 
 
-def _partitioned(run_layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _partitioned(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Returns a layer that keeps what torch.compile's partitioner decides, without its kernels.
 
     The partitioner repeats cheap operations in the backward pass rather than keep their results, so
@@ -279,7 +295,7 @@ def _partitioned(run_layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
         partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
         decompositions=select_decomp_table(),
     )
-    return torch.compile(run_layer, backend=backend, dynamic=False)
+    return torch.compile(run, backend=backend, dynamic=False)
 
 
 class _FakeDevice(FakeTensorMode):
