@@ -5,8 +5,10 @@
 
 The first table is of the Universal Declaration of Human Rights, cut into pieces of 60 words or more
 for each language that kiem knows and the package has: which share of the pieces passes as its own
-language, and as another one, on average over languages and pairs of them. The second is of JSON
-Lines files in Dutch: documents that do not pass, and megabytes for a second of processor time.
+language, and as another one, on average over languages and pairs of them. The second is of the
+names that `kiem look` gives to pieces of several sizes: the language's own or those of relatives
+with it, "unclear", and others. The third is of JSON Lines files in Dutch: documents that do not
+pass, what `kiem look` calls their beginnings, and megabytes for a second of processor time.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +33,19 @@ from kiem import cli
 from kiem.core.errors import UserError
 from kiem.data.clean.cleaner import normalize
 from kiem.data.clean.filters import reject_reasons
-from kiem.data.clean.frequent_words import compared_words, count_words, is_other_language
+from kiem.data.clean.frequent_words import (
+    RELATIVES,
+    compared_words,
+    count_words,
+    identify_languages,
+    is_other_language,
+)
 from kiem.data.clean.language_model import find_model
 from kiem.data.clean.languages import Language, list_languages
 from kiem.data.clean.tokens import Tokens
 
 PIECE_WORDS = 60
+_BEGINNING = 1000  # characters, about as many as kiem look reads
 # Where the package has several of a language, or another code.
 FILES = {
     "deu_Latn": "deu_1996",
@@ -65,8 +75,9 @@ class LanguagesOptions:
     """What --identify-language takes, to compare with frequent words."""
 
 
-def pieces(folder: Path, language: Language) -> list[str]:
-    """Returns the declaration in pieces; [] if it is not there in this language."""
+def pieces(folder: Path, language: Language, num_words: int = PIECE_WORDS) -> list[str]:
+    """Returns the declaration in pieces of so many words or more; [] if it is not there in this
+    language."""
     script = language.label.partition("_")[2].lower()
     codes = [language.label[:3], *language.codes]
     names = [FILES.get(language.label, ""), *(n for c in codes for n in (f"{c}_{script}", c))]
@@ -75,10 +86,10 @@ def pieces(folder: Path, language: Language) -> list[str]:
         return []
     found: list[str] = [""]
     for paragraph in re.findall(r"<(?:p|li)\b[^>]*>(.*?)</(?:p|li)>", file.read_text(), re.S):
-        if len(found[-1].split()) >= PIECE_WORDS:
+        if len(found[-1].split()) >= num_words:
             found.append("")
         found[-1] += normalize(html.unescape(re.sub(r"<[^>]+>", "", paragraph))).strip() + "\n"
-    return found[: None if len(found[-1].split()) >= PIECE_WORDS else -1]
+    return found[: None if len(found[-1].split()) >= num_words else -1]
 
 
 def by_words(texts: Sequence[str], language: Language) -> list[bool]:
@@ -126,11 +137,32 @@ def compare(options: LanguagesOptions, ways: dict[str, Passes], console: Console
     console.print(table)
 
 
+def identify(options: LanguagesOptions, console: Console) -> None:
+    """Prints the second table, and the languages of which many pieces have the name of another."""
+    relatives = {name: " or ".join(group) for group in RELATIVES for name in group}
+    table = Table("words", "named", "unclear", "another")
+    for num_words in (PIECE_WORDS, 25, 12):
+        shares: dict[str, list[float]] = {}
+        for language in list_languages():
+            if names := identify_languages(pieces(options.declaration, language, num_words)):
+                own = names.count(relatives.get(language.title, language.title)) / len(names)
+                unclear = names.count("unclear") / len(names)
+                shares[language.title] = [own, unclear, 1 - own - unclear]
+        table.add_row(str(num_words), *(f"{x:.1%}" for x in np.mean(list(shares.values()), axis=0)))
+        high = ", ".join(
+            f"{name} {share[2]:.0%}" for name, share in shares.items() if share[2] > 0.1
+        )
+        console.print(f"{num_words} words, above 10 %: {high or 'none'}")
+    console.print(table)
+
+
 def measure(options: LanguagesOptions, console: Console) -> None:
-    """Prints the second table."""
+    """Prints the third table, and what `kiem look` calls the documents."""
     assert options.text is not None
     lines = [line for f in sorted(options.text.glob("*.jsonl")) for line in f.open()]
     texts = [normalize(json.loads(line)["text"]) for line in lines]
+    names = Counter(identify_languages([text[:_BEGINNING] for text in texts]))
+    console.print(f"kiem look: {dict(names.most_common())}")
     dutch = next(each for each in list_languages() if each.name == "dutch")
     table = Table("by", "not Dutch", "of documents", "MB/s with all filters")
     for way in ("words", *options.models):
@@ -150,6 +182,7 @@ def main(options: LanguagesOptions, console: Console) -> None:
     console.print(machine())
     ways: dict[str, Passes] = {"words": by_words}
     compare(options, ways | {name: by_model(name) for name in options.models}, console)
+    identify(options, console)
     if options.text is not None:
         measure(options, console)
 

@@ -20,6 +20,7 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.data.chunks import read_manifest
 from kiem.data.clean import frequent_words
 from kiem.data.clean.filters import reject_reasons
+from kiem.data.clean.frequent_words import RELATIVES, identify_languages
 from kiem.data.clean.languages import find_language, list_languages
 from kiem.data.clean.ngrams import lowercase_words
 from kiem.data.clean.tokens import Tokens
@@ -127,6 +128,19 @@ def test_a_language_is_told_from_others() -> None:
     for name, other in permutations(DECLARATION, 2):
         known = language(name)
         assert reject_reasons([DECLARATION[other]], known) == [f"not {known.title}"]
+
+
+def test_languages_are_identified(sample_texts: list[str]) -> None:
+    texts = {each.title: " ".join(each.stop_words) for each in list_languages()}
+    texts["English"] = frequent_words.LANGUAGES["English"]
+    relatives = {name: " or ".join(group) for group in RELATIVES for name in group}
+    assert relatives.keys() <= texts.keys()
+    assert identify_languages([*texts.values()]) == [relatives.get(n, n) for n in texts]
+    assert identify_languages([*DECLARATION.values()]) == [language(n).title for n in DECLARATION]
+    assert identify_languages(sample_texts) == ["Dutch"] * len(sample_texts)
+    # No words, none that is known, and as many of German as of Turkish.
+    assert identify_languages(["", "1 kg", "die und ve bir"]) == ["unclear"] * 3
+    assert identify_languages([]) == []
 
 
 @pytest.mark.parametrize(

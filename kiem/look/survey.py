@@ -174,8 +174,9 @@ def _languages(texts: list[str]) -> Section:
     counts = Counter(identify_languages(texts))
     rows = [(name, f"{n:,}", f"{n / len(texts):.1%}") for name, n in counts.most_common()]
     notes = [
-        f"By the frequent words of nine languages at the beginning of {len(texts):,} documents, "
-        "chosen by chance. Lists and short texts are often unclear."
+        f"By the frequent words of 80 languages at the beginning of {len(texts):,} documents, "
+        "chosen by chance. Lists and short texts are often unclear, and a small language may be "
+        "taken for its neighbour."
     ]
     return Section("Languages", ("language", "documents", "share"), rows, notes)
 

@@ -26,6 +26,15 @@ LANGUAGES = {
     "Frisian": "it fan yn foar oan troch ek wie wurdt har dy mei út hat jo kin kinne wurde dizze "
     "binne sil",
 }
+# So few words do not tell these apart.
+RELATIVES = (
+    ("Danish", "Norwegian", "Nynorsk"),
+    ("Bosnian", "Croatian", "Serbian Latin"),
+    ("Czech", "Slovak"),
+    ("Belarusian", "Ukrainian"),
+    ("Indonesian", "Malay"),
+    ("Xhosa", "Zulu"),
+)
 # The words of related languages overlap: a document is another's only with so many times its words.
 MARGIN = 1.5
 MOST_CELLS = 8_000_000  # words times documents that are counted at once
@@ -55,15 +64,21 @@ def is_other_language(counts: np.ndarray, num_words: np.ndarray, language: Langu
 
 
 def identify_languages(texts: Sequence[str]) -> list[str]:
-    """Returns the language of each text of which most frequent words are in it; "unclear" if those
-    are too few."""
+    """Returns the language of each text of which most frequent words are in it, or the names of
+    relatives that these do not tell apart; "unclear" if those are too few, or two have as many."""
+    words = {language.title: language.stop_words for language in list_languages()}
+    for name, chosen in zip(LANGUAGES, _chosen_words(), strict=True):
+        words[name] = chosen | words.get(name, frozenset())
     tokens = Tokens(texts)
-    counts = count_words(tokens, _chosen_words())
-    is_clear = counts.max(0) >= MIN_DUTCH_WORDS * np.maximum(tokens.num_tokens, 1)
-    names = [*LANGUAGES]
+    counts = dict(zip(words, count_words(tokens, [*words.values()]), strict=True))
+    for group in RELATIVES:
+        counts[" or ".join(group)] = np.max([counts.pop(name) for name in group], axis=0)
+    names, of_names = [*counts], np.array([*counts.values()])
+    second, most = np.sort(of_names, axis=0)[-2:]
+    is_clear = (most > second) & (most >= MIN_DUTCH_WORDS * tokens.num_tokens)
     return [
         names[place] if clear else "unclear"
-        for place, clear in zip(counts.argmax(0).tolist(), is_clear.tolist(), strict=True)
+        for place, clear in zip(of_names.argmax(0).tolist(), is_clear.tolist(), strict=True)
     ]
 
 
