@@ -52,7 +52,7 @@ _DEFAULTS = {
     3_000_000: _Defaults(
         4_096, tokens_per_step=1_024, learning_rate=3.2e-2, tried_on="gemma3-micro"
     ),
-    30_000_000: _Defaults(4_096, tokens_per_step=4_096, learning_rate=1e-2, tried_on="gemma3-nano"),
+    30_000_000: _Defaults(4_096, tokens_per_step=4_096, learning_rate=2e-2, tried_on="gemma3-nano"),
     300_000_000: _Defaults(2_048, tokens_per_step=131_072, learning_rate=1e-3),
     10**12: _Defaults(1_024, tokens_per_step=262_144, learning_rate=1e-3),
 }
