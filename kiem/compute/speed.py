@@ -1,4 +1,4 @@
-"""Speed of matrix products on a device, by measurement."""
+"""How fast a device multiplies, and in which precision it should."""
 
 from __future__ import annotations
 
