@@ -1,9 +1,9 @@
 """Estimates of the memory that training takes, from a pass on tensors that have no data.
 
-torch's fake tensors go through the true operations of the true model, and their sizes are counted:
-nothing here depends on layers, masks, recomputation or blocks of the loss. Only that every layer of
-a deep model adds as much as the one before it. Memory within an operation is not seen, nor what an
-allocator loses.
+torch's fake tensors go through the true operations of the model, and their sizes are counted:
+nothing here depends on what is in a layer, masks, recomputation or blocks of the loss. Of a deep
+model a few layers are run, and each further one is taken to add as much. Memory within an operation
+is not seen, nor what an allocator loses.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GPU_USABLE_SHARE = 0.95
 _GATHERED_LAYERS = 2
 _RECOMPUTE_ABOVE_PARAMETERS = 500_000_000  # on a CPU
 # What a model of more layers takes follows from two models of few layers.
-_DEEP = 8
+_MOST_LAYERS_RUN = 8
 _FEW_LAYERS = (2, 3)
 
 
@@ -242,11 +242,11 @@ def dry_update(
 
 @functools.cache
 def dry_run(setting: Setting) -> PassCost:
-    """Runs a forward and a backward pass on fake tensors."""
+    """Returns the cost of a forward and a backward pass, by running them on fake tensors."""
     config = setting.config
     is_partitioned = setting.is_compiled and setting.recompute == "none"
     run = _partitioned(run_layer) if is_partitioned else run_layer
-    if config.num_hidden_layers <= _DEEP:
+    if config.num_hidden_layers <= _MOST_LAYERS_RUN:
         return _dry_run(setting, config, run)
     # Of one kind of layer, so that torch.compile is needed once: the others keep as much.
     config = replace(config, sliding_window_pattern=_FEW_LAYERS[1] + 1)
