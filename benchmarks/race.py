@@ -3,17 +3,19 @@
     python benchmarks/race.py --text FOLDER --heldout FOLDER
 
 The same texts, the same 16 384-entry vocabulary, the same shape (gemma3-nano, 9.9 million
-parameters), the same machine. Trainer has AdamW at 1e-3 with a cosine schedule over as many updates
-as fit the time. What counts is bits per byte on texts that no side trained on, measured by
+parameters), the same machine and precision. kiem has its defaults. Trainer has AdamW with a cosine
+schedule over as many updates as fit the time, at the best of several learning rates: all are tried
+with the first seed. What counts is bits per byte on texts that no side trained on, measured by
 evaluate.py for both. Time is that of the updates on both sides; what compiling takes is shown.
 
-Free class: kiem with another vocabulary and recipe, of the same texts; only time, machine and what
-counts are the same. Settings were found on a split of the training texts (docs/recipe.md).
+Each finished run is a line of --runs, and a second start does only those that are missing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -21,18 +23,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peers import TRAINER_REQUIREMENTS, environment, machine, make_chunks, run_peer, run_script
 from rich.console import Console
 from rich.table import Table
 
 from kiem import cli
+from kiem.compute.speed import prefers_bf16
+from kiem.evaluation.significance import compare
 
 _VOCABULARY = 16_384
 _CHUNK_SIZE = 512
 _BATCH_SIZE = 8
 _MODEL = "gemma3-nano"
-_FREE_VOCABULARY = 32_768
-_FREE_OPTIONS = ("--schedule", "wsd")
 
 
 @dataclass(frozen=True)
@@ -43,111 +46,145 @@ class Options:
     """Folder with .jsonl files to train on."""
     heldout: Path
     """Folder with .jsonl files to measure on."""
-    trainer_minutes: float = 10
-    """Time of Trainer; 0 leaves it out."""
+    runs: Path = Path("race_runs.jsonl")
+    """File of finished runs."""
+    chunks: Path = Path("processed_data")
+    """Folder of the chunk directory, which is made when it is not there."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of runs."""
     minutes: tuple[float, ...] = (2, 10)
     """Times of kiem."""
-    free_minutes: tuple[float, ...] = (10,)
-    """Times of kiem in the free class."""
-    output: Path | None = None
-    """Keep models here. Default: nowhere."""
+    trainer_minutes: float = 10
+    """Time of Trainer."""
+    trainer_learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    """Learning rates of Trainer, of which the best counts."""
 
 
 @dataclass(frozen=True)
-class Result:
-    """Where a side ended.
+class Run:
+    """One side's training.
 
     Attributes:
-        seconds: of updates.
-        wall_seconds: of the program, its start, compiling and evaluation included.
-        tokens: trained on.
-        bpb, low, high: bits per byte on the held-out texts, with the ends of its interval.
+        machine: as machine() says it.
+        side: "kiem" or "Trainer".
+        minutes: time of the updates.
+        learning_rate: the highest; None for kiem's default.
+        seed: of first weights and the order of the text.
     """
 
-    seconds: float
-    wall_seconds: float
-    tokens: int
-    bpb: float
-    low: float
-    high: float
+    machine: str
+    side: str
+    minutes: float
+    learning_rate: float | None
+    seed: int
 
 
 def main(options: Options, console: Console) -> None:
-    console.print(machine())
-    with tempfile.TemporaryDirectory() as name:
-        folder = options.output or Path(name)
-        data = make_chunks(options.text, f"train:{_VOCABULARY}", _CHUNK_SIZE, folder, "data")
-        results = {}
-        if options.trainer_minutes:
-            name = f"Trainer, {options.trainer_minutes:g} minutes"
-            results[name] = run_trainer(options, data, folder / "trainer", console)
-            console.print(name, results[name])
-        for minutes in options.minutes:
-            name = f"kiem, {minutes:g} minutes"
-            results[name] = run_kiem(options, data, folder / "kiem", minutes)
-            console.print(name, results[name])
-        for minutes in options.free_minutes:
-            name = f"kiem, free class, {minutes:g} minutes"
-            tokenizer = f"train:{_FREE_VOCABULARY}"
-            free_data = make_chunks(options.text, tokenizer, _CHUNK_SIZE, folder, "free-data")
-            results[name] = run_kiem(options, free_data, folder / "free", minutes, *_FREE_OPTIONS)
-            console.print(name, results[name])
-    first = next(iter(results.values()))
-    table = Table("", "updates", "whole program", "tokens", "bits per byte", "better by")
-    for name, result in results.items():
+    here = machine()
+    console.print(here)
+    data = make_chunks(options.text, f"train:{_VOCABULARY}", _CHUNK_SIZE, options.chunks, "race")
+
+    def result(side: str, minutes: float, rate: float | None, seed: int) -> dict[str, Any]:
+        return find_or_do(Run(here, side, minutes, rate, seed), options, data, console)
+
+    minutes, first = options.trainer_minutes, options.seeds[0]
+    rates = {
+        rate: result("Trainer", minutes, rate, first) for rate in options.trainer_learning_rates
+    }
+    best = min(rates, key=lambda rate: float(rates[rate]["bpb"]))
+    trainer = [result("Trainer", minutes, best, seed) for seed in options.seeds]
+    sides = {f"Trainer, {minutes:g} minutes at {best:g}": trainer}
+    for minutes in options.minutes:
+        runs = [result("kiem", minutes, None, seed) for seed in options.seeds]
+        sides[f"kiem, {minutes:g} minutes"] = runs
+    for rate in rates.keys() - {best}:
+        sides[f"Trainer, {options.trainer_minutes:g} minutes at {rate:g}"] = [rates[rate]]
+    console.print(side_by_side(sides))
+
+
+def side_by_side(sides: dict[str, list[dict[str, Any]]]) -> Table:
+    """Returns the runs of each side, and how they differ from those of the first."""
+    names = ("", "seeds", "updates", "whole program", "tokens", "bits per byte", "than the first")
+    table = Table(*names, title="means; differences ± standard error")
+    first = next(iter(sides.values()))
+    for name, runs in sides.items():
+        seconds, wall_seconds, tokens, bpb = (
+            statistics.fmean(run[key] for run in runs)
+            for key in ("seconds", "wall_seconds", "tokens", "bpb")
+        )
+        pairs = [[run["bpb"] for run in side[: len(runs)]] for side in (first, runs)]
         table.add_row(
             name,
-            f"{result.seconds:.0f} s",
-            f"{result.wall_seconds:.0f} s",
-            f"{result.tokens:,}",
-            f"{result.bpb:.3f} ({result.low:.3f} to {result.high:.3f})",
-            f"{first.bpb - result.bpb:+.3f}",
+            str(len(runs)),
+            f"{seconds:.0f} s",
+            f"{wall_seconds:.0f} s",
+            f"{tokens:,.0f}",
+            f"{bpb:.3f}",
+            str(compare(*pairs)) if runs is not first else "",
         )
-    console.print(table)
+    return table
 
 
-def run_trainer(options: Options, data: Path, output: Path, console: Console) -> Result:
+def find_or_do(run: Run, options: Options, data: Path, console: Console) -> dict[str, Any]:
+    """Returns the result of a run from the file of runs, or trains and adds it."""
+    wanted = dataclasses.asdict(run)
+    text = options.runs.read_text(encoding="utf-8") if options.runs.exists() else ""
+    for line in map(json.loads, text.splitlines()):
+        if line.items() >= wanted.items():
+            return line
+    with tempfile.TemporaryDirectory() as name:
+        train = run_kiem if run.side == "kiem" else run_trainer
+        started = time.perf_counter()
+        figures, model = train(run, data, Path(name), console)
+        figures["wall_seconds"] = round(time.perf_counter() - started, 1)
+        figures |= measure(model, options.heldout)
+    result = {**wanted, **figures}
+    with options.runs.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+    console.print(result)
+    return result
+
+
+def run_trainer(
+    run: Run, data: Path, folder: Path, console: Console
+) -> tuple[dict[str, Any], Path]:
+    """Trains by Trainer; returns tokens and the seconds of updates, and the model's folder."""
     python = environment("peer-transformers", TRAINER_REQUIREMENTS, console)
-    started = time.perf_counter()
     result = run_peer(
         python,
         "trainer_peer.py",
         _MODEL,
         _VOCABULARY,
         data=str(data),
-        output=str(output),
+        output=str(folder),
         chunk_size=_CHUNK_SIZE,
         batch_size=_BATCH_SIZE,
         accumulation=1,
         checkpointing=False,
-        bf16=False,
-        seconds=options.trainer_minutes * 60,
+        bf16=prefers_bf16(torch.device("cpu")),
+        seconds=run.minutes * 60,
+        learning_rate=run.learning_rate,
+        seed=run.seed,
         save=True,
     )
-    wall_seconds = time.perf_counter() - started
-    return Result(
-        result["seconds"], wall_seconds, result["tokens"], *measure(output, options.heldout)
-    )
+    return {"seconds": round(result["seconds"], 1), "tokens": result["tokens"]}, folder
 
 
-def run_kiem(options: Options, data: Path, output: Path, minutes: float, *words: str) -> Result:
-    run = output / f"{minutes:g}-minutes"
-    started = time.perf_counter()
+def run_kiem(run: Run, data: Path, folder: Path, _: Console) -> tuple[dict[str, Any], Path]:
+    """Trains by training.py; returns tokens and the seconds of updates, and the model's folder."""
     run_script(
         "training.py",
-        *("--dataset-path", data, "--output-dir", output, "--run-name", run.name),
-        *("--model", _MODEL, "--max-minutes", str(minutes), "--compile", "always"),
-        *("--minimal-pairs", "never", "--eval-steps", "0", "--save-steps", "0", *words),
+        *("--dataset-path", data, "--output-dir", folder, "--run-name", "run"),
+        *("--model", _MODEL, "--max-minutes", str(run.minutes), "--seed", str(run.seed)),
+        *("--compile", "always", "--minimal-pairs", "never", "--eval-steps", "0"),
+        *("--save-steps", "0"),
     )
-    wall_seconds = time.perf_counter() - started
-    model = run / "final_model"
-    summary: dict[str, Any] = json.loads((model / "training_summary.json").read_text())
-    return Result(
-        summary["seconds"], wall_seconds, summary["tokens"], *measure(model, options.heldout)
-    )
+    model = folder / "run" / "final_model"
+    summary = json.loads((model / "training_summary.json").read_text())
+    return {"seconds": round(summary["seconds"], 1), "tokens": summary["tokens"]}, model
 
 
-def measure(model: Path, heldout: Path) -> tuple[float, float, float]:
+def measure(model: Path, heldout: Path) -> dict[str, float]:
     """Returns bits per byte and its interval's ends."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "result.json")
@@ -157,7 +194,7 @@ def measure(model: Path, heldout: Path) -> tuple[float, float, float]:
             *("--json", output),
         )
         result = json.loads(output.read_text())
-    return result["bpb"], result["bpb_low"], result["bpb_high"]
+    return {name: round(result[name], 5) for name in ("bpb", "bpb_low", "bpb_high")}
 
 
 if __name__ == "__main__":

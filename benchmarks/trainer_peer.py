@@ -1,7 +1,8 @@
 """transformers' Trainer on a chunk directory: what kiem is measured against.
 
 Runs in an environment of its own, with one JSON argument, and prints one line of JSON. It is the
-usual recipe: Gemma3ForCausalLM, AdamW at 1e-3 with a cosine schedule, the whole chunk as labels.
+usual recipe: Gemma3ForCausalLM, AdamW with a cosine schedule, at 1e-3 unless another learning rate
+is given, and the whole chunk as labels.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def train(options: dict[str, Any], max_steps: int) -> tuple[Gemma3ForCausalLM, Clock, float]:
     """Trains for `max_steps` updates; returns the model, the steps' times and the last loss."""
-    set_seed(42)
+    set_seed(options.get("seed", 42))
     model = Gemma3ForCausalLM(Gemma3TextConfig(**options["config"]))
     clock = Clock()
     arguments = TrainingArguments(
@@ -57,7 +58,8 @@ def train(options: dict[str, Any], max_steps: int) -> tuple[Gemma3ForCausalLM, C
         max_steps=max_steps,
         per_device_train_batch_size=options["batch_size"],
         gradient_accumulation_steps=options["accumulation"],
-        learning_rate=1e-3,
+        learning_rate=options.get("learning_rate", 1e-3),
+        seed=options.get("seed", 42),
         lr_scheduler_type="cosine",
         warmup_steps=round(0.05 * max_steps),
         weight_decay=0.1,

@@ -21,7 +21,7 @@ from kiem.data.chunks import open_split, read_manifest, read_tokenizer
 from kiem.data.prepare.preprocess import preprocess
 from kiem.data.prepare.verify import verify_directory
 from kiem.look import rejected, sample
-from kiem.look.command import look, render
+from kiem.look.command import look, print_section, render
 from kiem.look.frequent import frequent_ngrams, tokens_that_cover
 from kiem.look.survey import Section, survey
 
@@ -191,6 +191,17 @@ def test_the_command(sample_chunks: Path, tmp_path: Path) -> None:
     done = run_script("-m", "kiem", "look", tmp_path)
     assert done.returncode == ExitCode.BAD_INPUT
     assert not tmp_path.with_suffix(".html").exists()
+
+
+def test_a_narrow_terminal_cuts_names_alone() -> None:
+    heads = ("source", "documents", "text", "share", "bytes/token")
+    rows = [("a very long name of a source, " * 3, "12,345", "957.9 kB", "6.1%", "3.28")]
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_section(Section("Sources", heads, rows, chart=[1.0]), console)
+    lines = console.export_text().splitlines()
+    assert all(head in lines[2] for head in heads), lines
+    assert all(cell in lines[3] for cell in rows[0][1:]), lines
+    assert lines[3].startswith("a very lo") and "…" in lines[3]
 
 
 def test_directories_of_earlier_versions(chunks: Path) -> None:

@@ -18,6 +18,7 @@ messages, files have the names that `list_source_files` returns.
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any
 
 
@@ -47,10 +48,13 @@ def hub_file_name(dataset: str, name: str) -> str:
 
 def describe_source(entry: dict[str, Any]) -> str:
     """Returns what one of the entries is, in a few words."""
-    kinds = {"sample": "the built-in sample", "files": "local files"}
+    if entry["kind"] == "files":
+        files = list_source_files(entry)
+        name = PurePath(files[0]).name
+        return f"{len(files):,} local files, such as {name}" if files[1:] else f"local file {name}"
     keys = ("dataset", "config", "split", "revision")
     parts = [f"{key} {entry[key]}" for key in keys if entry.get(key)]
-    return ", ".join(parts) or kinds.get(entry["kind"], entry["kind"])
+    return ", ".join(parts) or {"sample": "the built-in sample"}.get(entry["kind"], entry["kind"])
 
 
 def show_licence(licence: str | list[str] | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from kiem.data.mixture import Mixture
@@ -39,7 +38,7 @@ def list_texts(mixture: Mixture, order: ChunkOrder, num_steps: int) -> list[dict
             texts.append(
                 {
                     "directory": directory.name,
-                    "text": _name(entry),
+                    "text": describe_source(entry),
                     "licence": entry.get("licence"),
                     "documents": _count(train, "documents", files),
                     "tokens": _count(train, "tokens", files),
@@ -57,14 +56,6 @@ def _share(order: ChunkOrder, num_steps: int, first: int, num_chunks: int) -> fl
             end = min(first + num_chunks, part.first + part.num_chunks)
             reads += count * max(0, end - max(first, part.first)) / part.num_chunks
     return reads / max(1, num_steps * order.chunks_per_step)
-
-
-def _name(entry: dict[str, Any]) -> str:
-    if entry["kind"] != "files":
-        return describe_source(entry)
-    files = list_source_files(entry)
-    name = Path(files[0]).name
-    return f"{len(files):,} local files, such as {name}" if len(files) > 1 else f"local file {name}"
 
 
 def _count(train: dict[str, Any], name: str, files: list[str]) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kiem.config import LookOptions
 from kiem.core.console import printable
@@ -16,7 +17,7 @@ from kiem.look.survey import Section, survey
 from kiem.report.page import fill_page
 
 # In the terminal; the page has more.
-_BAR_WIDTH = 20
+_BAR_WIDTH = 12
 _NAME_WIDTH = 40
 _MOST_ROWS = 12
 _MOST_TEXTS = 12
@@ -40,7 +41,7 @@ def look(options: LookOptions, console: Console) -> None:
     check_new_file(output)
     sections = survey(directory, options.samples, options.seed)
     for section in sections:
-        _print_section(section, console)
+        print_section(section, console)
     write_text(output, render(name, sections))
     console.print(f"\n{output}")
 
@@ -76,7 +77,8 @@ def _without_controls(section: Section) -> Section:
     return replace(section, rows=rows, texts=texts)
 
 
-def _print_section(section: Section, console: Console) -> None:
+def print_section(section: Section, console: Console) -> None:
+    """Prints a section; its name column gets what a narrow terminal leaves."""
     console.print(f"\n{section.title}", style="bold")
     for note in section.notes:
         console.print(note, style="dim")
@@ -94,13 +96,14 @@ def _print_section(section: Section, console: Console) -> None:
 def _table(section: Section) -> Table:
     heads = section.heads or [""] * len(section.rows[0])
     table = Table(box=None, show_header=bool(section.heads), pad_edge=False)
-    table.add_column(heads[0], no_wrap=True, max_width=_NAME_WIDTH)
+    table.add_column(heads[0], max_width=_NAME_WIDTH)  # the only one that a narrow terminal cuts
     for head in heads[1:]:
-        table.add_column(head, justify="right" if section.heads else "left")
+        table.add_column(head, justify="right" if section.heads else "left", no_wrap=True)
     if section.chart:
         table.add_column("", no_wrap=True)
     highest = max(section.chart, default=0) or 1
     for place, row in enumerate(section.rows[:_MOST_ROWS]):
         share = section.chart[place] / highest if section.chart else 0
-        table.add_row(*row, *(["█" * round(_BAR_WIDTH * share)] if section.chart else []))
+        name = Text(row[0], no_wrap=True, overflow="ellipsis")
+        table.add_row(name, *row[1:], *(["█" * round(_BAR_WIDTH * share)] if section.chart else []))
     return table
