@@ -85,4 +85,4 @@ def test_several_sources_are_all_named(summary: dict[str, Any]) -> None:
     assert ModelCard(text).data.datasets == ["a/b", "c/d"]
     assert "held-out documents of a/b and files and c/d" in text
     a, c = (rf"dataset {name}, config nl, split train, revision 0123" for name in ("a/b", "c/d"))
-    assert f"| text | {a}; local files; {c} |" in text
+    assert f"| text | {a}; local file x.txt; {c} |" in text
