@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,16 +167,27 @@ def test_what_a_cpu_recomputes_does_not_depend_on_free_memory() -> None:
 def test_a_recipe_says_where_its_learning_rate_comes_from() -> None:
     options = TrainingOptions(dataset_path=(Path(),), batch_size=1)
 
-    def recipe(model: str, **given: float) -> Recipe:
+    def recipe(model: str, **given: Any) -> Recipe:
         setting = replace(SETTING, config=preset(model, 1024))
-        return resolve_recipe(replace(options, **given), setting, 100, 10**12)  # type: ignore[arg-type]
+        return resolve_recipe(replace(options, **given), setting, 100, 10**12)
 
     assert recipe("gemma3-micro").learning_rate_from == "tried at this size"
     assert recipe("gemma3-20m").learning_rate_from == "extrapolated from gemma3-nano"
-    assert recipe("gemma3-1b").learning_rate_from == "published for such sizes"
     assert recipe("gemma3-1b", learning_rate=0.5).learning_rate_from == "given"
-    rates = [recipe(model).learning_rate for model in ("gemma3-3.2m", "gemma3-nano", "gemma3-20m")]
+    for given in ({"optimizer": "adamw"}, {"init_from": "google/gemma-3-1b-pt"}):
+        large = recipe("gemma3-1b", **given)
+        assert (large.learning_rate, large.learning_rate_from) == (1e-3, "published for such sizes")
+
+
+def test_larger_models_get_lower_learning_rates() -> None:
+    """Down to what nanochat gives Muon at the width of gemma3-1b: 0.1 / sqrt(1152) in our units."""
+    options = TrainingOptions(dataset_path=(Path(),), batch_size=1)
+    rates = []
+    for name in ("0.36m", "micro", "3.2m", "nano", "12m", "40m", "270m", "1b"):
+        setting = replace(SETTING, config=preset(f"gemma3-{name}", 1024))
+        rates.append(resolve_recipe(options, setting, 100, 10**12).learning_rate)
     assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(0.1 / 1152**0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -37,25 +37,26 @@ GPU_PASS_TOKENS, _SMALLEST_GPU_PASS_TOKENS = 16_384, 4_096
 class _Defaults:
     """What suits a model; more than `tokens_per_pass` make a CPU no faster.
 
-    The learning rate was tried on the model `tried_on`; None: it is published for such sizes.
+    The learning rate follows from the one of `tried_on`.
     """
 
     tokens_per_pass: int
     tokens_per_step: int
-    learning_rate: float
-    tried_on: str | None = None
+    tried_on: str
 
 
 # By the largest number of parameters in layers: for the presets micro, nano, 270m and 1b, and for
 # models that training starts from.
 _DEFAULTS = {
-    3_000_000: _Defaults(
-        4_096, tokens_per_step=1_024, learning_rate=3.2e-2, tried_on="gemma3-micro"
-    ),
-    30_000_000: _Defaults(4_096, tokens_per_step=4_096, learning_rate=2e-2, tried_on="gemma3-nano"),
-    300_000_000: _Defaults(2_048, tokens_per_step=131_072, learning_rate=1e-3),
-    10**12: _Defaults(1_024, tokens_per_step=262_144, learning_rate=1e-3),
+    3_000_000: _Defaults(4_096, tokens_per_step=1_024, tried_on="gemma3-micro"),
+    30_000_000: _Defaults(4_096, tokens_per_step=4_096, tried_on="gemma3-nano"),
+    300_000_000: _Defaults(2_048, tokens_per_step=131_072, tried_on="gemma3-nano"),
+    10**12: _Defaults(1_024, tokens_per_step=262_144, tried_on="gemma3-nano"),
 }
+_TRIED_RATES = {"gemma3-micro": 3.2e-2, "gemma3-nano": 2e-2}
+# What is published for models of more parameters in layers: for AdamW alone, whose best rate falls
+# faster with the size, and taken for models that have been trained before, too.
+_PUBLISHED_RATE, _PUBLISHED_ABOVE = 1e-3, 30_000_000
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def resolve_recipe(
         max_steps = math.ceil(options.epochs * num_chunks / chunks_per_step)
     learning_rate, learning_rate_from = options.learning_rate, "given"
     if learning_rate is None:
-        learning_rate, learning_rate_from = _default_rate(size, defaults)
+        learning_rate, learning_rate_from = _default_rate(size, defaults.tried_on, options)
     return Recipe(
         batch_size=batch_size,
         accumulation=accumulation,
@@ -134,15 +135,15 @@ def resolve_recipe(
     )
 
 
-def _default_rate(size: int, defaults: _Defaults) -> tuple[float, str]:
+def _default_rate(size: int, tried_on: str, options: TrainingOptions) -> tuple[float, str]:
     """Returns the learning rate of a size in layers, and where it comes from."""
-    if defaults.tried_on is None:
-        return defaults.learning_rate, "published for such sizes"
-    tried_size = PRESETS[defaults.tried_on].num_layer_parameters()
+    is_trained = options.init_from is not None
+    if size > _PUBLISHED_ABOVE and (is_trained or options.optimizer == "adamw"):
+        return _PUBLISHED_RATE, "published for such sizes"
+    rate, tried_size = _TRIED_RATES[tried_on], PRESETS[tried_on].num_layer_parameters()
     if size == tried_size:
-        return defaults.learning_rate, "tried at this size"
-    rate = transfer_rate(defaults.learning_rate, tried_size, size)
-    return rate, f"extrapolated from {defaults.tried_on}"
+        return rate, "tried at this size"
+    return transfer_rate(rate, tried_size, size), f"extrapolated from {tried_on}"
 
 
 def tracker_names(options: TrainingOptions) -> list[str]:
