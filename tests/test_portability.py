@@ -120,12 +120,13 @@ def test_a_compilation_is_said_once(
         assert capsys.readouterr() == ("", said)
 
 
-def test_kernels_multiply_right_on_arm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["armv8-a", "armv8.2-a+dotprod"])
+def test_kernels_multiply_right_on_arm(architecture: str, tmp_path: Path) -> None:
     compiler, machine = "aarch64-linux-gnu-g++", "qemu-aarch64"
     if not (shutil.which(compiler) and shutil.which(machine)):
         pytest.skip("needs an ARM compiler: apt install g++-aarch64-linux-gnu qemu-user")
     program = tmp_path / "program"
-    flags = ["-O2", "-march=armv8.2-a", "-ffp-contract=off", "-fopenmp", "-std=c++17", "-static"]
+    flags = f"-O2 -march={architecture} -ffp-contract=off -fopenmp -std=c++17 -static".split()
     source = Path(__file__).with_name("kernels_program.cpp")
     words = [compiler, *flags, f"-I{SOURCE.parent}", source, "-o", program]
     subprocess.run(words, check=True, capture_output=True)

@@ -7,7 +7,7 @@
 // int8 and int4 weights are multiplied in whole numbers. 16 rows of the matrix lie interleaved, so that a
 // vector holds four values of each of 16 rows, multiplied with the same four values of x. Weights are
 // stored plus an offset that makes them unsigned; x is rounded to int8 with a scale for every 32 values,
-// and a sum begins at minus the offset times the sum of these x.
+// and a sum begins at minus the offset times the sum of these x, unless the products leave the offset out.
 
 #pragma once
 
@@ -42,7 +42,7 @@ struct Rows {
     float *values;    // [batch, k]
     void *numbers;    // [batch, k], of the type and in the order that `Products` takes
     float *scales;    // [batch, k / GROUP]
-    int32_t *starts;  // [batch, k / GROUP]: -offset times the sum of a group's numbers
+    int32_t *starts;  // [batch, k / GROUP]: -offset times the sum of a group's numbers; 0 for signed products
 };
 
 // fp32 or bf16, row after row.
@@ -236,7 +236,7 @@ template <int BITS> static void round_row(const Rows &x, long b) {
             total += whole[i];
         }
         x.scales[at / GROUP] = most / 127;
-        x.starts[at / GROUP] = -Packed<BITS>::OFFSET * total;
+        x.starts[at / GROUP] = P::IS_SIGNED ? 0 : -Packed<BITS>::OFFSET * total;
     }
 }
 
