@@ -8,7 +8,8 @@ schedule over as many updates as fit the time, at the best of several learning r
 with the first seed. What counts is bits per byte on texts that no side trained on, measured by
 evaluate.py for both. Time is that of the updates on both sides; what compiling takes is shown.
 
-Each finished run is a line of --runs, and a second start does only those that are missing.
+Each finished run is a line of --runs, and a second start does only those that are missing. A line
+does not tell the text or kiem's version: after a change of these take another file.
 """
 
 from __future__ import annotations
@@ -87,18 +88,17 @@ def main(options: Options, console: Console) -> None:
     def result(side: str, minutes: float, rate: float | None, seed: int) -> dict[str, Any]:
         return find_or_do(Run(here, side, minutes, rate, seed), options, data, console)
 
-    minutes, first = options.trainer_minutes, options.seeds[0]
-    rates = {
-        rate: result("Trainer", minutes, rate, first) for rate in options.trainer_learning_rates
-    }
-    best = min(rates, key=lambda rate: float(rates[rate]["bpb"]))
-    trainer = [result("Trainer", minutes, best, seed) for seed in options.seeds]
-    sides = {f"Trainer, {minutes:g} minutes at {best:g}": trainer}
+    def trainer(rate: float, seed: int) -> dict[str, Any]:
+        return result("Trainer", options.trainer_minutes, rate, seed)
+
+    first = {rate: trainer(rate, options.seeds[0]) for rate in options.trainer_learning_rates}
+    best = min(first, key=lambda rate: float(first[rate]["bpb"]))
+    name = f"Trainer, {options.trainer_minutes:g} minutes at"
+    sides = {f"{name} {best:g}": [trainer(best, seed) for seed in options.seeds]}
     for minutes in options.minutes:
         runs = [result("kiem", minutes, None, seed) for seed in options.seeds]
         sides[f"kiem, {minutes:g} minutes"] = runs
-    for rate in rates.keys() - {best}:
-        sides[f"Trainer, {options.trainer_minutes:g} minutes at {rate:g}"] = [rates[rate]]
+    sides |= {f"{name} {rate:g}": [run] for rate, run in first.items() if rate != best}
     console.print(side_by_side(sides))
 
 

@@ -52,9 +52,11 @@ def describe_source(entry: dict[str, Any]) -> str:
         files = list_source_files(entry)
         name = PurePath(files[0]).name
         return f"{len(files):,} local files, such as {name}" if files[1:] else f"local file {name}"
+    if entry["kind"] == "sample":
+        return "the built-in sample"
     keys = ("dataset", "config", "split", "revision")
     parts = [f"{key} {entry[key]}" for key in keys if entry.get(key)]
-    return ", ".join(parts) or {"sample": "the built-in sample"}.get(entry["kind"], entry["kind"])
+    return ", ".join(parts) or str(entry["kind"])
 
 
 def show_licence(licence: str | list[str] | None) -> str:
