@@ -86,6 +86,7 @@ class Muon(torch.optim.Optimizer):
             x = on_whole_matrices(orthogonalize, x, num_rows)
         else:
             x = orthogonalize(x)
+        x = x.float()  # once, and not in each operation below
         if self._row_beta2:
             self._divide_rows(x, parameters)
         # The root mean square of AdamW's updates is about 0.2 (arXiv:2502.16982, section 2.2).
@@ -100,7 +101,7 @@ class Muon(torch.optim.Optimizer):
             x: the updates [S, m, n], or this process's rows of them.
             parameters: what they are for.
         """
-        squares = torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).square()  # S m
+        squares = torch.linalg.vector_norm(x, dim=2).square()  # S m
         averages = [local_part(self.state[p]["row_squares"]) for p in parameters]
         torch._foreach_lerp_(averages, squares.unbind(), 1 - self._row_beta2)
         divisors = torch.stack(averages).clamp_(min=_SMALLEST)  # S m, squared
@@ -113,36 +114,42 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(x: Tensor) -> Tensor:
     """Returns matrices with the singular vectors of x [S, m, n] and singular values of about 1.
 
-    Five Newton-Schulz steps, X <- P X with P = a I + b X X^T + c (X X^T)^2, for m <= n.
+    Five Newton-Schulz steps, X <- P X with P = a I + b X X^T + c (X X^T)^2, for m <= n. For m > n
+    they are X <- X P with X^T X, since transposing costs as much as the products.
     """
-    if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT.contiguous()).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most 1
-    if x.dtype == torch.float32 and x.shape[2] >= 2 * x.shape[1]:
-        return _orthogonalize_wide(x)
+    is_tall, (short, long) = x.shape[1] > x.shape[2], sorted(x.shape[1:])
+    if x.dtype == torch.float32 and long >= 2 * short:
+        return _orthogonalize_oblong(x)
     for _ in range(_NUM_STEPS):
-        gram = x @ x.mT  # S m m
-        x = torch.baddbmm(x, _polynomial(gram), x, beta=_A)
+        factor = _polynomial(_gram(x))
+        pair = (x, factor) if is_tall else (factor, x)
+        x = torch.baddbmm(x, *pair, beta=_A)
     return x
 
 
-def _orthogonalize_wide(x: Tensor) -> Tensor:
-    """Takes the steps on the small X X^T, and multiplies X once, by the product of all P.
+def _gram(x: Tensor) -> Tensor:
+    """Returns the smaller of X X^T and X^T X, symmetric and k x k for k = min(m, n) [S, k, k]."""
+    return x.mT @ x if x.shape[1] > x.shape[2] else x @ x.mT
+
+
+def _orthogonalize_oblong(x: Tensor) -> Tensor:
+    """Takes the steps on the small product of X with itself, and multiplies X once, by all P.
 
     P commutes with X X^T, so the next X X^T is P P X X^T. It squares the singular values, for which
     bf16 has too few digits.
     """
-    gram = x @ x.mT  # S m m
-    product = factor = _step_factor(gram)  # S m m
+    gram = _gram(x)
+    product = factor = _step_factor(gram)  # S k k
     for _ in range(_NUM_STEPS - 1):
         gram = factor @ (factor @ gram)
         factor = _step_factor(gram)
         product = factor @ product
-    return product @ x
+    return x @ product if x.shape[1] > x.shape[2] else product @ x
 
 
 def _step_factor(gram: Tensor) -> Tensor:
-    """Returns P of a step, from X X^T [S, m, m]."""
+    """Returns P of a step, from X X^T [S, k, k]."""
     factor = _polynomial(gram)
     factor.diagonal(dim1=1, dim2=2).add_(_A)
     return factor
