@@ -165,6 +165,14 @@ def test_accents_and_vowel_signs_are_in_words(text: str) -> None:
     assert lowercase_words(f"{text}! ({text})") == 2 * bare.split()
 
 
+def test_white_space_is_what_python_takes_for_it() -> None:
+    """Every other character is in a token."""
+    characters = [chr(n) for n in range(0x20000) if not 0xD800 <= n < 0xE000]
+    tokens = Tokens([f"a{character}b" for character in characters])
+    in_tokens = np.diff(tokens.offsets[tokens.starts])
+    assert in_tokens.tolist() == [3 - character.isspace() for character in characters]
+
+
 @pytest.mark.parametrize(
     ("text", "pieces"),
     [

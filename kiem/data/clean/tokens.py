@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from itertools import chain, count
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 
 class Tokens:
@@ -26,25 +28,25 @@ class Tokens:
 
     def __init__(self, texts: Sequence[str]):
         # No token goes across white space: what is between it is numbered, and each different one
-        # is cut into tokens once.
-        words: defaultdict[str, int] = defaultdict(count().__next__)
-        parts = [np.empty(0, np.int64)]
-        for text in texts:
-            found = text.split()
-            parts.append(np.fromiter(map(words.__getitem__, found), np.int64, len(found)))
-        word_ids = np.concatenate(parts)
-        numbers: defaultdict[str, int] = defaultdict(count().__next__)
-        find_tokens = _token_finder()
-        cut = [[word] if word.isalnum() else find_tokens(word) for word in words]
-        lengths = np.fromiter(map(len, cut), np.int64, len(cut))  # tokens of each different word
-        flat = np.fromiter(map(numbers.__getitem__, chain.from_iterable(cut)), np.int64)
+        # is cut into tokens once. Arrow's white space is Python's; beside it there are empty words.
+        texts_utf8 = [text.encode(errors="replace") for text in texts]
+        split = pc.utf8_split_whitespace(pa.array(texts_utf8, pa.large_string()))
+        words = split.flatten().dictionary_encode()
+        word_ids = words.indices.to_numpy()
+        # One line for each word. The end of a line is numbered, too: as 0, before all tokens.
+        numbers: defaultdict[str, int] = defaultdict(count(1).__next__, {"\n": 0})
+        lines = "".join(f"{word}\n" for word in words.dictionary.to_pylist())
+        flat = np.fromiter(map(numbers.__getitem__, _token_finder()(lines)), np.int64)
+        ends_of_lines = np.flatnonzero(flat == 0)
+        lengths = np.diff(ends_of_lines, prepend=-1) - 1  # tokens of each different word
+        flat = np.delete(flat, ends_of_lines) - 1
         # Put the tokens of each word where it occurs.
         num_tokens = lengths[word_ids]
         ends = np.concatenate([[0], np.cumsum(num_tokens)])
         shifts = (np.cumsum(lengths) - lengths)[word_ids] - ends[:-1]
         self.ids = flat[np.repeat(shifts, num_tokens) + np.arange(ends[-1])]
-        self.vocabulary = list(numbers)
-        self.starts = ends[np.cumsum([len(part) for part in parts])]
+        self.vocabulary = list(numbers)[1:]
+        self.starts = ends[split.offsets.to_numpy()]
         self.num_tokens = np.diff(self.starts)
         self.document = np.repeat(np.arange(len(texts)), self.num_tokens)
         sizes = np.fromiter(map(len, self.vocabulary), np.int64)[self.ids]
@@ -71,7 +73,7 @@ def word_signs() -> str:
 
 @functools.cache
 def _token_finder() -> Callable[[str], list[str]]:
-    """Returns a function that cuts text without white space into words and marks."""
+    """Returns a function that cuts text into words, marks and the ends of lines."""
     word = rf"[\w{word_signs()}]+"
     # Two invisible characters join or separate the letters of one word.
-    return re.compile(rf"'n\b|{word}(?:['’.\-\u200c\u200d]{word})*|[^\w\s]+").findall
+    return re.compile(rf"'n\b|{word}(?:['’.\-\u200c\u200d]{word})*|[^\w\s]+|\n").findall
