@@ -9,7 +9,7 @@ from kiem.config import InferenceOptions
 
 
 def main(options: InferenceOptions, console: Console) -> None:
-    from kiem.inference.generate import generate  # slow to import: not before the options are right
+    from kiem.inference.generate import generate  # not before the options are right
 
     generate(options, console)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 from itertools import chain
 from pathlib import Path
@@ -20,14 +19,7 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.data.prepare.packing import frame
 from kiem.data.prepare.preprocess import preprocess
 from kiem.tokenizer import encoding
-from kiem.tokenizer.encoding import (
-    Encoder,
-    cut_long,
-    fast_path,
-    reference_process,
-    serve,
-    set_apart,
-)
+from kiem.tokenizer.encoding import Encoder, cut_long, fast_path, set_apart
 from kiem.tokenizer.tokenizer import Tokenizer, parse_tokenizer
 from kiem.tokenizer.train import train_tokenizer
 
@@ -131,31 +123,6 @@ def test_memory_of_words_is_bounded(gemma: Tokenizer, monkeypatch: pytest.Monkey
     assert most < 100_000_000  # without a bound: 160 million
 
 
-def test_the_reference_process_answers_several_workers(trained: Tokenizer) -> None:
-    with reference_process(trained, 2) as (first, second):
-        for texts in (["Een dag", "in mei"], ["<eos>", ""], []):
-            assert first(texts) == second(texts) == trained.encode_batch(texts)
-
-
-def test_the_reference_process_may_be_killed(trained: Tokenizer) -> None:
-    others = psutil.Process().children()  # of other tests
-    with reference_process(trained, 1) as (reference,):
-        reference(["Een dag"])
-        (child,) = (child for child in psutil.Process().children() if child not in others)
-        child.kill()
-        child.wait()
-        with pytest.raises(UserError, match="ended from outside") as caught:
-            reference(["in mei"])
-    assert caught.value.exit_code == ExitCode.OUT_OF_MEMORY
-
-
-def test_the_reference_process_says_what_is_wrong(trained: Tokenizer) -> None:
-    model = {"merges": [["heel", "nergens"]]}
-    broken = changed(trained, model=model)
-    with reference_process(broken, 1) as (reference,), pytest.raises(UserError, match="not a tok"):
-        reference(["Een dag"])
-
-
 def changed(tokenizer: Tokenizer, **changes: Any) -> Tokenizer:
     description = json.loads(tokenizer.json_bytes)
     description["model"].update(changes.pop("model", {}))
@@ -215,11 +182,3 @@ def test_frame_puts_control_tokens_around_every_document(trained: Tokenizer) -> 
     assert framed.lengths.tolist() == [len(first) + 2, len(second) + 2]
     nothing = Encoder(trained, "slow").encode([], str)
     assert frame(nothing, 2, 1).ids.tolist() == []
-
-
-def test_worker_that_is_stopped_before_it_reads_its_answer(trained: Tokenizer) -> None:
-    """As happens when another worker met a mistake: no traceback beside its message."""
-    ours, theirs = multiprocessing.Pipe()
-    ours.send(["een tekst"])
-    ours.close()
-    serve(trained, theirs)

@@ -20,7 +20,7 @@ from kiem.inference.engine import Engine, Request
 from kiem.inference.generate import generate
 from kiem.inference.loading import LoadedModel, load_for_inference
 from kiem.inference.sampling import SamplingParams
-from kiem.inference.text import TextStream
+from kiem.tokenizer.text_stream import TextStream
 
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=20)
 
@@ -212,6 +212,20 @@ def test_impossible_options_are_found_before_anything_else(
         generate(InferenceOptions("nergens", **options), Console(quiet=True))
     assert found.value.exit_code == code
     assert message in str(found.value)
+
+
+def test_impossible_options_are_told_before_torch_is_imported() -> None:
+    code = (
+        "import sys\n"
+        "from kiem.cli import run\n"
+        "from kiem.config import InferenceOptions\n"
+        "from kiem.inference.generate import generate\n"
+        "run(InferenceOptions, 'inference.py', generate, ['--model-path', 'x', '--json', 'y'])\n"
+        "print('torch' in sys.modules)"
+    )
+    done = run_script("-c", code)
+    assert "without --benchmark" in done.stderr
+    assert done.stdout == "False\n"
 
 
 def test_more_memory_than_there_is_is_told(trained_run: Path) -> None:

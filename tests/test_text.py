@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kiem.inference.text import TextStream
+from kiem.tokenizer.text_stream import TextStream
 from kiem.tokenizer.tokenizer import Tokenizer
 
 

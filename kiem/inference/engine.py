@@ -19,9 +19,9 @@ from torch import Tensor
 from kiem.core.randomness import derive_seed
 from kiem.inference.sampling import SamplingParams, choose_token
 from kiem.inference.slots import DeviceSlots, Slots
-from kiem.inference.text import TextStream
 from kiem.model.cache import CachePass
 from kiem.model.gemma3 import Gemma3
+from kiem.tokenizer.text_stream import TextStream
 from kiem.tokenizer.tokenizer import Tokenizer
 
 # Prompts are read in parts, which bounds the memory of a long prompt's attention.

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from kiem.compute.memory import is_out_of_memory
 from kiem.config import InferenceOptions
-from kiem.core.console import show, warn
-from kiem.core.errors import (
-    ExitCode,
-    UserError,
-    bad_input,
-    bad_option,
-    no_effect,
-    not_installed,
-)
+from kiem.core.console import warn
+from kiem.core.errors import ExitCode, UserError, bad_input, bad_option, no_effect
 from kiem.core.files import check_new_file
 from kiem.core.values import given_options, option_flag
-from kiem.inference.benchmark import run_benchmark
-from kiem.inference.engine import Engine, Request
-from kiem.inference.generate_file import generate_file
-from kiem.inference.loading import LoadedModel, load_for_inference
-from kiem.inference.repl import run_repl
-from kiem.inference.sampling import SamplingParams
-from kiem.parallel.launch import read_place, use_processors
+from kiem.parallel.launch import read_place
+from kiem.tokenizer.process import tokenizer_process
+from kiem.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 _DEFAULT_PROMPTS = (
     "Nederland is een land waar",
@@ -46,11 +33,10 @@ def generate(options: InferenceOptions, console: Console) -> None:
     Raises:
         UserError: an option, the prompts or the model cannot be used.
     """
-    # Check all that can be checked before the model is loaded.
+    # Check all that can be checked before torch is imported and the model loaded.
     _check_options(options)
-    params = SamplingParams(**{f.name: getattr(options, f.name) for f in fields(SamplingParams)})
     is_filtered = options.top_p != 0.9 or options.top_k != 0 or options.min_p != 0
-    if params.is_greedy and is_filtered:
+    if options.temperature == 0 and is_filtered:
         warn(console, "--top-k, --top-p and --min-p have no effect with --temperature 0")
     for file in filter(None, (options.json, options.output_file)):
         check_new_file(file)
@@ -63,29 +49,37 @@ def generate(options: InferenceOptions, console: Console) -> None:
         raise bad_option("--output-file", what, fix)
 
     # Load the model and run the chosen mode.
-    use_processors(console)
-    with contextlib.ExitStack() as stack, _memory_errors():
-        if options.serve:
-            try:
-                from kiem.inference.server.serve import prepare_server, serve
-            except ImportError as error:
-                raise not_installed("starlette uvicorn prometheus-client", "--serve") from error
-            listening = stack.enter_context(prepare_server(options))
-        loaded = load_for_inference(options.model_path, options.precision, options.quantize)
-        if loaded.warning is not None:
-            warn(console, loaded.warning)
-        if loaded.kept is not None:
-            console.print(f"{loaded.kept}: the {options.quantize} weights, for the next start")
-        if options.benchmark:
-            run_benchmark(loaded, options.json, options.model_path, console)
-        elif options.serve:
-            serve(loaded, params, options, listening, console)
-        elif options.interactive:
-            run_repl(loaded, params, options, console)
-        elif options.output_file is not None:
-            generate_file(loaded, prompts, params, options, place, console)
-        else:
-            _generate_to_screen(loaded, prompts, params, options, console)
+    is_read_as_it_comes = reads_prompts and options.output_file is None
+    with _tokenizer_ahead(options.model_path, is_read_as_it_comes) as tokenizer:
+        from kiem.inference.modes import run_mode  # slow to import, since it needs torch
+
+        run_mode(options, prompts, place, tokenizer, console)
+
+
+@contextlib.contextmanager
+def _tokenizer_ahead(model_path: str, is_read_as_it_comes: bool) -> Iterator[Tokenizer | None]:
+    """Yields the model's tokenizer if a process of its own loads it while this one imports torch.
+
+    Not in other modes: asking the process for each token takes longer, and an answer would be left
+    behind where Ctrl-C ends a text and not the program.
+    """
+    tokenizer = None
+    if is_read_as_it_comes and Path(model_path).is_dir():
+        with contextlib.suppress(UserError):  # comes again where the model is loaded
+            tokenizer = load_tokenizer(model_path)
+    if tokenizer is None or not tokenizer.loads_slowly:
+        yield None
+        return
+    with tokenizer_process(tokenizer, 1, _tokenizer_ended) as (client,):
+        yield replace(tokenizer, client=client)
+
+
+def _tokenizer_ended() -> UserError:
+    return UserError(
+        "the tokenizer's process was ended from outside",
+        fix="Run the same command again; if memory ran out, close other programs before.",
+        exit_code=ExitCode.OUT_OF_MEMORY,
+    )
 
 
 def read_prompts(
@@ -117,60 +111,6 @@ def read_prompts(
     if not prompts:
         raise bad_input(str(path), "the file has no prompts", fix)
     return prompts
-
-
-@contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Turns an allocator's refusal into a message."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            "there is not enough memory",
-            fix="Give smaller --max-context, --max-requests, --max-new-tokens or "
-            "--num-return-sequences; --quantize makes the model smaller.",
-            exit_code=ExitCode.OUT_OF_MEMORY,
-        ) from error
-
-
-def _generate_to_screen(
-    loaded: LoadedModel,
-    prompts: Sequence[str],
-    params: SamplingParams,
-    options: InferenceOptions,
-    console: Console,
-) -> None:
-    """Continues prompts one after the other, and streams the first continuation of each."""
-    num_sequences = options.num_return_sequences
-    encoded = loaded.tokenizer.encode_batch(prompts)
-    max_tokens = 1 + max(map(len, encoded)) + params.max_new_tokens
-    engine = Engine(
-        loaded.model, loaded.tokenizer, max_requests=num_sequences, max_tokens=max_tokens
-    )
-    for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-        started = time.perf_counter()
-        texts = [""] * num_sequences
-        num_tokens = 0
-        console.print("> " if number == 0 else "\n> ", style="bold", end="")
-        show(console, prompt)
-        prompt_ids = [loaded.tokenizer.bos_id, *ids]
-        requests = (
-            Request(prompt_ids, params, options.seed, number, sequence)
-            for sequence in range(num_sequences)
-        )
-        for sequence, output in engine.stream(requests):
-            texts[sequence] += output.text
-            num_tokens += output.num_tokens
-            if sequence == 0:
-                show(console, output.text)
-        show(console, "\n")
-        for sequence, text in enumerate(texts[1:], start=2):
-            console.print(f"({sequence}) ", style="dim", end="")
-            show(console, f"{prompt}{text}\n")
-        rate = num_tokens / (time.perf_counter() - started)
-        console.print(f"{num_tokens} tokens, {rate:.1f} tokens/s", style="dim")
 
 
 def _check_options(options: InferenceOptions) -> None:

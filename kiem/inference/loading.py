@@ -68,6 +68,7 @@ def load_for_inference(
     path: str,
     precision: Literal["auto", "fp32", "bf16"],
     quantize: Literal["none", "int8", "int4"] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> LoadedModel:
     """Loads a model directory, or downloads one when `path` is a Hub id and no folder.
 
@@ -77,6 +78,7 @@ def load_for_inference(
             weights, and as in the file for others.
         quantize: the form of the weights for the engine; None: as in the plain model, which
             decodes more slowly.
+        tokenizer: the model's, if it has been loaded.
 
     Raises:
         UserError: it is not a Gemma 3 text model, its tokenizer does not fit, it cannot be
@@ -91,12 +93,14 @@ def load_for_inference(
         check_bf16(device)
     if precision == "auto" and (on_gpu or not prefers_bf16(device)):
         dtype = torch.bfloat16 if prefers_bf16(device) else torch.float32
-    tokenizer = warning = kept = None
+    warning = kept = None
     if quantize is not None and quantize != "none":
         if on_gpu:
             what = "weights are quantized on CPUs only, and here is a GPU"
             raise bad_option(f"--quantize {quantize}", what, "Leave it out.")
-        model, tokenizer, kept = _load_quantized(folder, quantize, dtype or torch.bfloat16)
+        model, tokenizer, kept = _load_quantized(
+            folder, quantize, dtype or torch.bfloat16, tokenizer
+        )
     else:
         # Kernels for activations in fp32 read weights as they are stored.
         has_kernels = quantize == "none" and not on_gpu
@@ -107,13 +111,12 @@ def load_for_inference(
             model.to(dtype or model.dtype)
             warning = f"The fast matrix products are not used: {reason}."
     model.requires_grad_(False).eval()
-    if tokenizer is None:
-        tokenizer = read_model_tokenizer(folder, model.config)
+    tokenizer = read_model_tokenizer(folder, model.config, tokenizer)
     return LoadedModel(model, tokenizer, time.perf_counter() - started, warning, kept)
 
 
 def _load_quantized(
-    folder: Path, format: QuantizedFormat, dtype: torch.dtype
+    folder: Path, format: QuantizedFormat, dtype: torch.dtype, tokenizer: Tokenizer | None
 ) -> tuple[Gemma3, Tokenizer | None, Path | None]:
     """Returns a model with quantized weights, its tokenizer if loaded, and where weights were put.
 
@@ -125,13 +128,13 @@ def _load_quantized(
         kept = cache_folder() / f"quantized-{_identity(folder, format, dtype)}"
         with contextlib.suppress(UserError, ValueError):  # damaged: they are made again
             if kept.is_dir() and not isinstance(load_kernels(), str):
-                return *_read_kept(kept, folder, format, dtype), None
+                return *_read_kept(kept, folder, format, dtype, tokenizer), None
     model = read_model(folder)
     reason = use_kernels(model, format, dtype)
     if reason is not None:
         raise bad_option(f"--quantize {format}", f"{folder}: {reason}", "Leave it out.")
     if kept is None or sum(path.stat().st_size for path in weight_files(folder)) < KEPT_FROM_BYTES:
-        return model, None, None
+        return model, tokenizer, None
     try:
         with new_folder(kept, overwrite=True) as unfinished:
             hashed = write_weights(dict(model.state_dict()), unfinished / WEIGHTS_FILE)
@@ -140,8 +143,8 @@ def _load_quantized(
         for path in others[:-_MOST_KEPT]:
             remove_folder(path)
     except (UserError, OSError):  # the disk is full or read-only: it is made each time
-        return model, None, None
-    return model, None, kept
+        return model, tokenizer, None
+    return model, tokenizer, kept
 
 
 def _identity(folder: Path, format: str, dtype: torch.dtype) -> str:
@@ -158,7 +161,11 @@ def _identity(folder: Path, format: str, dtype: torch.dtype) -> str:
 
 
 def _read_kept(
-    kept: Path, folder: Path, format: QuantizedFormat, dtype: torch.dtype
+    kept: Path,
+    folder: Path,
+    format: QuantizedFormat,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
 ) -> tuple[Gemma3, Tokenizer]:
     """Returns a model with kept weights, and its tokenizer, which is loaded meanwhile.
 
@@ -179,8 +186,8 @@ def _read_kept(
         copying = pool.submit(
             LargePages().copy, torch.frombuffer(mapped, dtype=torch.uint8)[start:]
         )
-        tokenizer = read_model_tokenizer(folder, model.config)
-        _ = tokenizer.implementation
+        tokenizer = read_model_tokenizer(folder, model.config, tokenizer)
+        tokenizer.encode("")  # loads it
         if hashing.result().hexdigest() != sha256:
             raise damaged(str(kept / WEIGHTS_FILE), "damaged", fix="")
         tensors = split_tensors(mapped[8:start], copying.result())

@@ -219,13 +219,15 @@ def hash_weights(folder: Path) -> dict[str, str]:
     }
 
 
-def read_model_tokenizer(folder: Path, config: Gemma3Config) -> Tokenizer:
-    """Loads the tokenizer in a model directory.
+def read_model_tokenizer(
+    folder: Path, config: Gemma3Config, loaded: Tokenizer | None = None
+) -> Tokenizer:
+    """Loads the tokenizer in a model directory, if that is not done, and checks that it fits.
 
     Raises:
         UserError: there is none, or it can produce ids for which the model has no row.
     """
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = loaded or load_tokenizer(str(folder))
     if tokenizer.num_rows > config.vocab_size:
         raise UserError(
             f"the tokenizer has ids up to {tokenizer.num_rows - 1}, the model only "

@@ -3,25 +3,17 @@
 gigatoken is some ten times as fast, since it cuts texts before their spaces, encodes each word once
 and remembers it. The cuts are exact where no entry of the vocabulary goes across one. Gemma has one
 that does, "> </". So words with a "<" and those before them are left to the tokenizers library,
-which also checks a sample of the documents.
-
-For that it runs in a process of its own: loading Gemma's tokenizer holds Python's lock for a
-second, and so does loading gigatoken. So one is loaded beside the other, once for all workers.
+which also checks a sample of the documents, in a process of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import multiprocessing
-import os
 import re
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
-from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import msgspec
@@ -31,6 +23,7 @@ from msgspec.structs import replace
 from tokenizers import Regex, pre_tokenizers
 
 from kiem.core.errors import ExitCode, UserError
+from kiem.tokenizer.process import tokenizer_process
 from kiem.tokenizer.tokenizer import BYTE_TOKENS, Tokenizer
 from kiem.tokenizer.train import SPLIT_REGEX
 
@@ -195,31 +188,10 @@ def load_encoders(
         tokenizer.encode_batch([])  # loads it, once for all
         yield [Encoder(tokenizer, fast)] * num_workers
         return
-    with reference_process(tokenizer, num_workers) as references:
+    ended = partial(ended_from_outside, "the process that checks the encoding")
+    with tokenizer_process(tokenizer, num_workers, ended) as clients:
         encoder = Encoder(tokenizer, fast)
-        yield [encoder.checked_by(reference) for reference in references]
-
-
-@contextlib.contextmanager
-def reference_process(tokenizer: Tokenizer, num_workers: int) -> Iterator[list[Reference]]:
-    """Runs a forked process that loads a tokenizer, and yields a reference for each worker.
-
-    The workers may be forked from this process and use their references at the same time.
-    """
-    context = multiprocessing.get_context("fork")
-    pipes = [context.Pipe() for _ in range(num_workers)]
-    ours, theirs = [our for our, _ in pipes], [their for _, their in pipes]
-    process = context.Process(target=_serve_all, args=(tokenizer, theirs, ours))
-    process.start()
-    for connection in theirs:
-        connection.close()
-    try:
-        yield [partial(_ask, connection) for connection in ours]
-    finally:
-        for connection in ours:
-            connection.close()
-        process.terminate()
-        process.join()
+        yield [encoder.checked_by(client.encode_batch) for client in clients]
 
 
 def cut_long(text: str, part_characters: int) -> Iterator[str]:
@@ -268,41 +240,6 @@ def ended_from_outside(process: str) -> UserError:
     what = f"{process} was ended from outside"
     fix = "If memory ran out, use a lower number. Run the same command again: it goes on."
     return UserError(what, where="--num-proc", fix=fix, exit_code=ExitCode.OUT_OF_MEMORY)
-
-
-def _ask(connection: Connection, texts: Sequence[str]) -> list[list[int]]:
-    try:
-        connection.send(texts)
-        answer = connection.recv()
-    except (EOFError, OSError) as error:
-        raise ended_from_outside("the process that checks the encoding") from error
-    if isinstance(answer, UserError):
-        raise answer
-    return list(answer)
-
-
-def _serve_all(tokenizer: Tokenizer, theirs: list[Connection], ours: list[Connection]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers keep all processors busy
-    for connection in ours:
-        connection.close()  # so that this process sees when the parent and its workers have ended
-    with contextlib.suppress(UserError):  # which the first answer will be
-        tokenizer.encode("")  # loads it
-    with ThreadPoolExecutor(len(theirs)) as pool:
-        pool.map(partial(serve, tokenizer), theirs)
-
-
-def serve(tokenizer: Tokenizer, connection: Connection) -> None:
-    """Answers texts with their ids or a UserError, until the other end is closed."""
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            texts = connection.recv()
-            try:
-                answer: list[list[int]] | UserError = tokenizer.encode_batch(texts)
-            except UserError as error:  # the tokenizer cannot be loaded
-                answer = error
-            connection.send(answer)
 
 
 def _mismatch(where: str, what: str, fix: str) -> UserError:

@@ -21,12 +21,13 @@ from kiem.core.cache import kept
 from kiem.core.errors import ExitCode, UserError, not_found
 from kiem.core.files import write_bytes, write_json
 from kiem.hub.transfer import download_tokenizer, looks_like_hub_id
+from kiem.tokenizer.process import TokenizerClient
 
 TOKENIZER_FILE = "tokenizer.json"
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 MAX_ROWS = 1 << 24  # of an embedding; far beyond any vocabulary
 # What is known of a larger tokenizer.json is kept in the user's cache: Gemma's 33 MB take 0.3 s.
-_KEPT_FROM_BYTES = 8_000_000
+_LARGE_FROM_BYTES = 8_000_000
 _Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
@@ -98,6 +99,7 @@ class Tokenizer:
         num_rows: rows that an embedding needs for every id that text can become. Gemma's
             <image_soft_token> = 262144 is a special added token beyond the vocabulary: text never
             becomes it, and the 1B model has no row for it.
+        client: of a process that encodes and decodes in place of this one, if there is one.
     """
 
     json_bytes: bytes = field(repr=False)
@@ -108,6 +110,7 @@ class Tokenizer:
     bos_id: int
     has_unk: bool
     num_rows: int
+    client: TokenizerClient | None = None
 
     @cached_property
     def description(self) -> TokenizerJson:
@@ -127,6 +130,11 @@ class Tokenizer:
     def keep(self, what: str, make: Callable[[], bytes]) -> bytes:
         """Returns what `make` makes of a tokenizer, kept in the user's cache if that saves time."""
         return _keep(self.json_bytes, self.sha256, what, make)
+
+    @property
+    def loads_slowly(self) -> bool:
+        """Whether `implementation` takes more than a moment to make."""
+        return len(self.json_bytes) >= _LARGE_FROM_BYTES
 
     @property
     def is_gemma_style(self) -> bool:
@@ -165,6 +173,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text, without control tokens."""
+        if self.client is not None:
+            return self.client.encode_batch(texts)
         encodings = self.implementation.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -174,6 +184,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids; control tokens are left out."""
+        if self.client is not None:
+            return self.client.decode(ids)
         text: str = self.implementation.decode(list(ids), skip_special_tokens=True)
         return text
 
@@ -214,7 +226,7 @@ def parse_tokenizer(json_bytes: bytes, origin: str) -> Tokenizer:
 
 
 def _keep(json_bytes: bytes, sha256: str, what: str, make: Callable[[], bytes]) -> bytes:
-    if len(json_bytes) < _KEPT_FROM_BYTES:
+    if len(json_bytes) < _LARGE_FROM_BYTES:
         return make()
     return kept(f"tokenizer-{sha256[:16]}-{what}", f"{sha256}-{_code_sha256()}-".encode(), make)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from kiem.inference.engine import RequestOutput, Score
 from kiem.inference.server.completions import Completion, StreamOptions
-from kiem.inference.text import TextStream
+from kiem.tokenizer.text_stream import TextStream
 from kiem.tokenizer.tokenizer import BYTE_TOKENS, Tokenizer
 
 
