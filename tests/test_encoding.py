@@ -19,7 +19,7 @@ from kiem.core.errors import ExitCode, UserError
 from kiem.data.prepare.packing import frame
 from kiem.data.prepare.preprocess import preprocess
 from kiem.tokenizer import encoding
-from kiem.tokenizer.encoding import Encoder, cut_long, fast_path, set_apart
+from kiem.tokenizer.encoding import Encoder, cut_long, fast_path, load_encoders, set_apart
 from kiem.tokenizer.tokenizer import Tokenizer, parse_tokenizer
 from kiem.tokenizer.train import train_tokenizer
 
@@ -121,6 +121,18 @@ def test_memory_of_words_is_bounded(gemma: Tokenizer, monkeypatch: pytest.Monkey
         encoder.encode([" ".join(words)], str)
         most = max(most, psutil.Process().memory_info().rss - encoder._loaded_bytes)
     assert most < 100_000_000  # without a bound: 160 million
+
+
+def test_the_process_that_checks_may_be_killed(trained: Tokenizer) -> None:
+    others = psutil.Process().children()  # of other tests
+    with load_encoders(trained, fast_path(trained, "auto"), 1) as (encoder,):
+        encode(encoder, ["Een dag"])
+        (child,) = (child for child in psutil.Process().children() if child not in others)
+        child.kill()
+        child.wait()
+        with pytest.raises(UserError, match="ended from outside") as caught:
+            encode(encoder, ["in mei"])
+    assert caught.value.exit_code == ExitCode.OUT_OF_MEMORY
 
 
 def changed(tokenizer: Tokenizer, **changes: Any) -> Tokenizer:
