@@ -28,11 +28,12 @@ from kiem.core.manifest import write_content
 from kiem.data.chunks import open_split, read_manifest, read_tokenizer
 
 LAST = "run/checkpoints/step-6"
-PER_STEP = 4
+CHUNKS_READ = (1, 1, 2, 2, 4, 4)  # by each update: of the batch's warm-up, and after it
 # Of the keys of a run's files, those that an audit reads.
 READ = {
     *("initialized_from", "branched_from", "data", "directories", "anneal", "manifest_sha256"),
-    *("recipe", "chunks_per_step", "max_steps", "steps", "fingerprint", "seed"),
+    *("recipe", "chunks_per_step", "max_steps", "batch_warmup_steps"),
+    *("steps", "fingerprint", "seed"),
     *("first_weights", "commit"),
 }
 
@@ -83,8 +84,9 @@ def original(tmp_path_factory: pytest.TempPathFactory, sample_texts: list[str]) 
     done = run_script(
         *("training.py", "--dataset-path", folder / "chunks", folder / "more", "--weights", "3"),
         *("1", "--model", "gemma3-micro", "--output-dir", folder, "--run-name", "run"),
-        *("--max-steps", "6", "--eval-steps", "0", "--save-steps", "3", "--batch-size", "4"),
-        *("--gradient-accumulation-steps", "1", "--precision", "fp32"),
+        *("--max-steps", "6", "--eval-steps", "0", "--save-steps", "3", "--batch-size", "1"),
+        *("--gradient-accumulation-steps", "4", "--batch-warmup-steps", "4"),
+        *("--precision", "fp32"),
         *("--minimal-pairs", "never"),
     )
     assert done.returncode == 0, done.stderr
@@ -185,7 +187,7 @@ def test_documents_of_every_update(original: Made, sample_texts: list[str]) -> N
     run = read_run(original.folder / "run", chunks)
     texts = {"in/a.jsonl": sample_texts[:40], "in/b.jsonl": sample_texts[40:]}
     num_read = dict.fromkeys(chunks, 0)
-    for step in range(1, 7):
+    for step, num_chunks in enumerate(CHUNKS_READ, start=1):
         lengths = []
         for read in read_pieces(run, step):
             manifest = read_manifest(read.directory)
@@ -202,19 +204,19 @@ def test_documents_of_every_update(original: Made, sample_texts: list[str]) -> N
             assert read.source == Path(read.file).stem
             num_read[read.directory] += piece.length
             lengths.append(piece.length)
-        assert sum(lengths) == pytest.approx(PER_STEP * 64, abs=63)  # but for padding
+        assert sum(lengths) == pytest.approx(num_chunks * 64, abs=63)  # but for padding
     assert num_read[chunks[0]] > 2 * num_read[chunks[1]]
 
 
 def test_the_command_lists_documents(original: Made, tmp_path: Path) -> None:
     paths = ("--dataset-path", original.folder / "chunks", original.folder / "more")
     command = ("-m", "kiem", "audit", original.folder / "run", *paths)
-    done = run_script(*command, "--step", "2")
+    done = run_script(*command, "--step", "6")
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t") for line in done.stdout.splitlines()]
     assert {line[0] for line in lines} <= {"a", "b"}
     assert all(line[1].startswith(f"in/{line[0]}.jsonl:") for line in lines)
-    assert len({line[3] for line in lines}) == PER_STEP
+    assert len({line[3] for line in lines}) == CHUNKS_READ[5]
     done = run_script(*command, "--step", "7")
     assert done.returncode == ExitCode.BAD_OPTION
     assert "The run has 6 updates so far." in done.stderr

@@ -112,6 +112,26 @@ def test_stages_read_every_chunk_of_their_parts_once_an_epoch(
     assert sum(shorter[0]) == border // 2 * per_step and sum(shorter[1]) == 0
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 60), st.integers(0, 80), st.integers(0, 2**63 - 1))
+def test_small_updates_at_the_start_read_the_same_chunks_in_the_same_order(
+    quarter: int, warmup_steps: int, border: int, seed: int
+) -> None:
+    """Of one stage; the next one begins anew with its own, at whatever size it comes."""
+    stages = (Stage(0, parts([50], [1.0])), Stage(border, parts([30], [1.0], first=50)))
+    order = ChunkOrder(stages, 4 * quarter, seed, warmup_steps)
+    read = [chunk_numbers(order, step) for step in range(100)]
+    sizes = [quarter] * (warmup_steps // 2)
+    sizes += [2 * quarter] * (warmup_steps - warmup_steps // 2)
+    assert [len(numbers) for numbers in read] == (sizes + [4 * quarter] * 100)[:100]
+    assert order.count_chunks(100) == sum(map(len, read))
+    num_read = [sum(map(len, steps)) for steps in (read[:border], read[border:])]
+    assert count_reads(order, 100) == [[num_read[0]], [num_read[1]]]
+    before = ChunkOrder(stages[:1], 1, seed)
+    one_by_one = [chunk_numbers(before, step) for step in range(num_read[0])]
+    assert [n for step in read[:border] for n in step] == [int(number) for [number] in one_by_one]
+
+
 def test_processes_read_disjoint_places_of_an_update() -> None:
     order = ChunkOrder((Stage(0, parts([500, 500], [3, 1])),), 24, 7)
     numbers = chunk_numbers(order, 11)

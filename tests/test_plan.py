@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, run_script
+from rich.console import Console
 
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode
 from kiem.model.config import Gemma3Config, preset
 from kiem.model.gemma3 import Gemma3, Recompute
 from kiem.optim.optimizer import make_optimizers
+from kiem.parallel.distributed import Distributed
 from kiem.parallel.parallel_model import Shard
 from kiem.planning.memory_estimate import Setting, dry_run, estimate_memory
+from kiem.planning.print_plan import make_plan
 from kiem.planning.recipe import Recipe, resolve_recipe
 from kiem.planning.time_estimate import GPUS, calculate_step_seconds
 
@@ -281,6 +284,20 @@ def test_plan_is_printed_and_nothing_is_made(sample_chunks: Path, tmp_path: Path
     ):
         done = run_script(*given, *without_effect)
         assert done.returncode == ExitCode.NO_EFFECT
+
+
+def test_time_counts_the_smaller_updates_at_the_start(sample_chunks: Path) -> None:
+    options = TrainingOptions((sample_chunks,), model="gemma3-micro", plan=True, gpu="a10g")
+    options = replace(options, max_minutes=0.01, batch_warmup_steps=20)
+    distributed = Distributed(0, 1, torch.device("cpu"), "fp32", 1e12)
+    plan = make_plan(options, distributed, Console(quiet=True))
+    passes, chunk_size = plan.recipe.accumulation, plan.setting.chunk_size
+    of_updates = [passes // 4] * 10 + [passes // 2] * 10 + [passes] * 5
+    seconds = [calculate_step_seconds(plan.setting, n, GPUS["a10g"]) for n in of_updates]
+    assert plan.seconds(25) == pytest.approx(sum(seconds))
+    assert plan.tokens(25) == sum(of_updates) * plan.recipe.batch_size * chunk_size
+    assert plan.num_steps is not None
+    assert plan.seconds(plan.num_steps - 1) < 0.6 <= plan.seconds(plan.num_steps)
 
 
 @pytest.mark.slow

@@ -48,14 +48,16 @@ class HardToCompile(Gemma3):
 
 
 def prepare(
-    model: HardToCompile, batch_size: int, compiling: str = "always"
+    model: HardToCompile, batch_size: int, compiling: str = "always", batch_warmup_steps: int = 0
 ) -> tuple[Recipe, bool]:
     """Returns the recipe for passes that fit, and whether the layers are compiled."""
     options = TrainingOptions(dataset_path=(Path(),), compile=compiling)  # type: ignore[arg-type]
     distributed = Distributed(0, 1, torch.device("cpu"), "fp32", 1e12)
     setting = setting_of(model.config, options, distributed, 32)
     probe = Probe(model, options, setting, distributed, Console())
-    recipe = probe.prepare(Recipe(batch_size, 3, 3 * batch_size, 1e-3, 10, None, "none"))
+    passes = 4 if batch_warmup_steps else 3
+    recipe = Recipe(batch_size, passes, passes * batch_size, 1e-3, 10, None, "none")
+    recipe = probe.prepare(replace(recipe, batch_warmup_steps=batch_warmup_steps))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.recompute == recipe.recompute
     return recipe, probe.is_compiled
@@ -75,6 +77,12 @@ def test_out_of_memory_while_compiling_halves_the_passes(
     assert is_compiled
     said = " ".join(capsys.readouterr().out.split())
     assert "--batch-size 2 --gradient-accumulation-steps 12" in said
+
+
+def test_smaller_passes_still_divide_the_smallest_updates(model: HardToCompile) -> None:
+    model.most = 2
+    recipe, _ = prepare(model, 5, batch_warmup_steps=8)
+    assert (recipe.batch_size, recipe.accumulation) == (1, 20)  # 2 x 10 has no quarter
 
 
 def test_with_nothing_left_to_save_memory_it_is_an_error(

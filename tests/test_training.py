@@ -15,17 +15,19 @@ import torch
 import yaml
 from conftest import ROOT, run_script
 from datasets import load_from_disk
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Gemma3ForCausalLM
 
 from kiem.config import TrainingOptions
-from kiem.core.errors import ExitCode
+from kiem.core.errors import ExitCode, UserError
 from kiem.inference.loading import load_for_inference
 from kiem.model.config import preset
 from kiem.optim.optimizer import learning_rate_share
 from kiem.parallel.distributed import Distributed
 from kiem.planning.memory_estimate import setting_of
 from kiem.planning.recipe import resolve_recipe
+from kiem.training.resume import check_same_run
 
 # In fp32, since these tests compare the same sums in another order.
 QUICK = ("--eval-steps", "0", "--save-steps", "0", "--max-steps", "4", "--precision", "fp32")
@@ -242,6 +244,30 @@ def test_minutes_end_the_run(sample_chunks: Path, tmp_path: Path) -> None:
     assert lines[-1]["learning_rate"] < max(line["learning_rate"] for line in lines) / 2
 
 
+def test_small_updates_at_the_start_go_on_where_the_run_stopped(
+    sample_chunks: Path, tmp_path: Path
+) -> None:
+    """A run that is resumed keeps them, whether the option is given once more or not."""
+    eight = (*MICRO, "--max-steps", "8", "--save-steps", "4")
+    whole = train(sample_chunks, tmp_path, *eight, "--batch-warmup-steps", "6")
+    again = (*eight, "--resume", str(whole / "checkpoints" / "step-4"))
+    resumed = train(sample_chunks, tmp_path / "resumed", *again)
+    assert losses(resumed) == losses(whole)[4:]
+    tokens = [line["tokens"] for line in metrics(whole) if "loss" in line]
+    assert tokens == [64 * num_chunks for num_chunks in (4, 8, 12, 20, 28, 36, 52, 68)]
+    other = ("--dataset-path", sample_chunks, "--output-dir", tmp_path / "other", *again)
+    done = run_script("training.py", *other, "--batch-warmup-steps", "8")
+    assert done.returncode == ExitCode.ALREADY_EXISTS
+    assert "batch_warmup_steps was 6, is 8" in done.stderr
+
+
+def test_checkpoints_of_earlier_versions_suit_runs_without_small_updates() -> None:
+    state = {"fingerprint": {"seed": 1}, "changeable": {}}
+    check_same_run(Path(), state, {"seed": 1, "batch_warmup_steps": 0}, {}, Console())
+    with pytest.raises(UserError, match="batch_warmup_steps was 0, is 8"):
+        check_same_run(Path(), state, {"seed": 1, "batch_warmup_steps": 8}, {}, Console())
+
+
 def test_config_file_gives_options_and_the_command_line_goes_first(
     trained_run: Path, tmp_path: Path
 ) -> None:
@@ -341,3 +367,35 @@ def test_settled_recipe_keeps_the_usual_tokens_per_step() -> None:
         assert recipe.max_steps == math.ceil(10_000_000 / 256)
     small = resolve_recipe(options, replace(setting, world_size=4), 20, 10**11)
     assert (small.chunks_per_step, small.max_steps) == (4, 5)
+
+
+def test_runs_by_time_begin_with_small_updates() -> None:
+    """Where nothing says otherwise, and a quarter of an update can be divided over the devices."""
+    chosen = TrainingOptions(dataset_path=(Path("x"),), model="gemma3-nano", max_minutes=10)
+
+    def recipe(options: TrainingOptions, world_size: int = 1) -> tuple[int, int, int]:
+        distributed = Distributed(0, world_size, torch.device("cpu"), "fp32", 1e12)
+        config = preset(options.model, 16_384)
+        setting = setting_of(config, options, distributed, 512)
+        recipe = resolve_recipe(options, setting, 10_000, 10**11)
+        return recipe.batch_warmup_steps, recipe.batch_size, recipe.accumulation
+
+    assert recipe(chosen) == (400, 2, 4)
+    assert recipe(chosen, world_size=2) == (400, 1, 4)
+    assert recipe(chosen, world_size=4) == (0, 2, 1)
+    assert recipe(replace(chosen, batch_warmup_steps=0)) == (0, 8, 1)
+    assert recipe(replace(chosen, batch_warmup_steps=10, batch_size=3)) == (10, 3, 4)
+    for other in ({"max_steps": 9}, {"max_minutes": None}, {"batch_size": 8}):
+        assert recipe(replace(chosen, **other))[0] == 0
+    for model in ("gemma3-micro", "gemma3-270m"):  # have small ones anyway, or have not been tried
+        assert recipe(replace(chosen, model=model))[0] == 0
+
+
+def test_an_epoch_is_as_long_with_small_updates() -> None:
+    options = TrainingOptions(dataset_path=(Path("x"),), model="gemma3-nano", batch_warmup_steps=60)
+    distributed = Distributed(0, 1, torch.device("cpu"), "fp32", 1e12)
+    setting = setting_of(preset(options.model, 16_384), options, distributed, 512)
+    lengths = {8000: 60 + math.ceil((8000 - 30 * 2 - 30 * 4) / 8)}
+    lengths |= {100: 60 + math.ceil((100 - 30 * 1 - 30 * 2) / 4), 20: 20}  # of 4 chunks at most
+    for num_chunks, num_steps in lengths.items():
+        assert resolve_recipe(options, setting, num_chunks, 10**11).max_steps == num_steps

@@ -174,10 +174,14 @@ def _check_records(
             yield Check("changed", str(file), error.what)
             continue
         records.append((file, state.manifests))
-        said = (state.fingerprint.seed, state.fingerprint.chunks_per_step)
-        options = (run.options.seed, run.metadata.recipe.chunks_per_step)
+        before, recipe = state.fingerprint, run.metadata.recipe
+        said = (before.seed, before.chunks_per_step, before.batch_warmup_steps)
+        options = (run.options.seed, recipe.chunks_per_step, recipe.batch_warmup_steps)
         if said != options:
-            why = f"seed and chunks per update are {said}, but {options} in the run's options"
+            why = (
+                f"seed, chunks per update and updates of the batch's warm-up are {said}, but "
+                f"{options} in the run's options"
+            )
             yield Check("changed", str(file), why)
     for file, manifests in records:
         expected = manifests[number] if number < len(manifests) else "no such chunk directory"

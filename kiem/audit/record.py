@@ -20,6 +20,7 @@ CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"
 FIX = "Restore the file, or audit another run."
 _Positive = Annotated[int, msgspec.Meta(ge=1, lt=1 << 62)]
+_CountOrZero = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 _FileName = Annotated[str, msgspec.Meta(pattern=r"^[^./\\][^/\\]*$")]  # in the same folder
 
 
@@ -37,6 +38,7 @@ class _Data(msgspec.Struct):
 class _Recipe(msgspec.Struct):
     chunks_per_step: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
     max_steps: _Positive | None = None
+    batch_warmup_steps: _CountOrZero = 0
 
 
 class _Branch(msgspec.Struct):
@@ -72,6 +74,7 @@ class _Fingerprint(msgspec.Struct):
     data: str | tuple[str, ...]
     seed: int
     chunks_per_step: int
+    batch_warmup_steps: int = 0
     anneal: tuple[str, ...] | None = None
 
 

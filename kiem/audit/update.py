@@ -59,7 +59,9 @@ def read_pieces(run: RunRecord, step: int) -> Iterator[ReadPiece]:
             raise damaged(str(directory.path / MANIFEST_FILE), what, fix)
     documents = [open_verified_documents(d.path, d.manifest, "train") for d in directories]
     sizes = np.array([directory.num_chunks for directory in directories])
-    order = mixture.order(run.options, recipe.chunks_per_step, recipe.max_steps)
+    order = mixture.order(
+        run.options, recipe.chunks_per_step, recipe.max_steps, recipe.batch_warmup_steps
+    )
     for number in chunk_numbers(order, step - 1).tolist():
         place = int(np.searchsorted(np.cumsum(sizes), number, side="right"))
         directory = directories[place]

@@ -46,6 +46,10 @@ class TrainingOptions:
     """Chunks per device in one forward pass. Default: by model."""
     gradient_accumulation_steps: Annotated[int, Meta(ge=1, le=2**20)] | None = None
     """Forward passes per update. Default: by model, fewer for little data."""
+    batch_warmup_steps: CountOrZero | None = None
+    """Smaller updates at the start: the first half of these updates reads a quarter of the chunks
+    of a later one, the second half of them half. Default: by model; 0 unless --max-minutes alone
+    limits the training and the batch is left open."""
     learning_rate: Annotated[float, Meta(gt=0, le=10)] | None = None
     """Highest learning rate. Default: by model."""
     optimizer: Literal["adamw", "muon"] = "muon"

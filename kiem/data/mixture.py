@@ -117,19 +117,26 @@ class Mixture:
             for key, directories in (("directories", self.directories), ("anneal", self.anneal))
         }
 
-    def order(self, options: TrainingOptions, per_step: int, max_steps: int | None) -> ChunkOrder:
+    def order(
+        self,
+        options: TrainingOptions,
+        chunks_per_step: int,
+        max_steps: int | None,
+        batch_warmup_steps: int = 0,
+    ) -> ChunkOrder:
         """Returns the order in which a run reads the chunks.
 
         Args:
             options: all options of training.py.
-            per_step: chunks in an update.
+            chunks_per_step: chunks in an update after the batch's warm-up.
             max_steps: updates of the run; --anneal has an effect only if it is known.
+            batch_warmup_steps: updates of the batch's warm-up.
         """
         stages = [Stage(0, self.parts)]
         if self.anneal_parts and max_steps is not None:
             num_last = max(1, round(max_steps * options.anneal_share))
             stages.append(Stage(max_steps - num_last, self.anneal_parts))
-        return ChunkOrder(tuple(stages), per_step, options.seed)
+        return ChunkOrder(tuple(stages), chunks_per_step, options.seed, batch_warmup_steps)
 
     def train_chunks(self) -> Chunks:
         """Maps the chunks for training, those of --anneal behind the others."""

@@ -56,13 +56,37 @@ class ChunkOrder:
 
     Attributes:
         stages: one after the other, the first from update 0.
-        chunks_per_step: chunks in an update.
+        chunks_per_step: chunks in an update after the batch's warm-up.
         seed: the run's seed.
+        batch_warmup_steps: updates of the batch's warm-up; see `count_chunks`.
     """
 
     stages: tuple[Stage, ...]
     chunks_per_step: int
     seed: int
+    batch_warmup_steps: int = 0
+
+    def count_chunks(self, num_steps: int) -> int:
+        """Returns how many chunks the first updates read; see `count_chunks`."""
+        return count_chunks(num_steps, self.chunks_per_step, self.batch_warmup_steps)
+
+
+def count_chunks(num_steps: int, chunks_per_step: int, batch_warmup_steps: int) -> int:
+    """Returns how many chunks the first updates of a run read.
+
+    In the batch's warm-up the first half of its updates read a quarter of the chunks of a later
+    one, the second half of them half: at first a model learns as much from small updates (Merrill
+    et al. 2025, arXiv:2505.23971).
+
+    Args:
+        num_steps: how many updates.
+        chunks_per_step: chunks in an update after the warm-up, with one a multiple of 4.
+        batch_warmup_steps: updates of the warm-up.
+    """
+    num_quarter = min(num_steps, batch_warmup_steps // 2)
+    num_half = min(num_steps, batch_warmup_steps) - num_quarter
+    num_full = num_steps - num_quarter - num_half
+    return chunks_per_step * (num_quarter + 2 * num_half + 4 * num_full) // 4
 
 
 def chunk_numbers(order: ChunkOrder, step: int) -> np.ndarray:
@@ -75,14 +99,14 @@ def chunk_numbers(order: ChunkOrder, step: int) -> np.ndarray:
         step: the update, from 0.
 
     Returns:
-        int64 [chunks_per_step].
+        int64 [chunks of this update].
     """
     at = max(place for place, stage in enumerate(order.stages) if stage.first_step <= step)
     stage = order.stages[at]
-    first = (step - stage.first_step) * order.chunks_per_step
-    places = np.arange(first, first + order.chunks_per_step)
+    num_before = order.count_chunks(stage.first_step)
+    places = np.arange(order.count_chunks(step), order.count_chunks(step + 1)) - num_before
     which, draws = _draws(stage.parts, places, order.seed, at)
-    numbers = np.empty(order.chunks_per_step, np.int64)
+    numbers = np.empty_like(places)
     for place, part in enumerate(stage.parts):
         is_here = which == place
         shuffle = _shuffles(part.num_chunks, order.seed, at, place)
@@ -97,8 +121,8 @@ def count_reads(order: ChunkOrder, num_steps: int) -> list[list[int]]:
     ends = [*(stage.first_step for stage in order.stages[1:]), num_steps]
     counts = []
     for at, (stage, end) in enumerate(zip(order.stages, ends, strict=True)):
-        num_stage_steps = max(0, min(end, num_steps) - stage.first_step)
-        num_chunks = num_stage_steps * order.chunks_per_step
+        end = max(stage.first_step, min(end, num_steps))
+        num_chunks = order.count_chunks(end) - order.count_chunks(stage.first_step)
         if len(stage.parts) == 1:
             counts.append([num_chunks])
             continue

@@ -55,7 +55,7 @@ def _share(order: ChunkOrder, num_steps: int, first: int, num_chunks: int) -> fl
         for part, count in zip(stage.parts, counts, strict=True):
             end = min(first + num_chunks, part.first + part.num_chunks)
             reads += count * max(0, end - max(first, part.first)) / part.num_chunks
-    return reads / max(1, num_steps * order.chunks_per_step)
+    return reads / max(1, order.count_chunks(num_steps))
 
 
 def _count(train: dict[str, Any], name: str, files: list[str]) -> int:

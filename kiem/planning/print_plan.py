@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import get_args
@@ -17,7 +18,7 @@ from kiem.config import TrainingOptions
 from kiem.core.console import warn
 from kiem.core.files import format_bytes
 from kiem.data.mixture import Mixture, describe_reads, read_mixture, warnings_of_epochs
-from kiem.data.order import chunk_numbers
+from kiem.data.order import chunk_numbers, count_chunks
 from kiem.model.config import name_of, preset, read_config
 from kiem.model.gemma3 import Recompute
 from kiem.model.io import find_model
@@ -56,7 +57,9 @@ class TrainingPlan:
     Attributes:
         mixture, recipe, setting: what is trained on what, and how.
         usable: bytes that tensors may take on a device.
-        step_seconds: time of an update; None if it does not fit into this machine.
+        step_seconds: time of an update after the batch's warm-up; None if it does not fit into
+            this machine.
+        pass_seconds: by how much each further pass makes an update longer.
         program_bytes: memory beside the tensors, where that was measured.
     """
 
@@ -65,11 +68,12 @@ class TrainingPlan:
     setting: Setting
     usable: int
     step_seconds: float | None = None
+    pass_seconds: float = 0.0
     program_bytes: int = 0
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens in an update."""
+        """Tokens in an update after the batch's warm-up."""
         return self.recipe.chunks_per_step * self.setting.chunk_size
 
     @property
@@ -77,8 +81,23 @@ class TrainingPlan:
         """Updates; None if minutes limit them and the time of one is not known."""
         limits = [self.recipe.max_steps] if self.recipe.max_steps is not None else []
         if self.recipe.max_seconds is not None and self.step_seconds is not None:
-            limits.append(math.ceil(self.recipe.max_seconds / self.step_seconds))
+            most = self.recipe.batch_warmup_steps
+            most += math.ceil(self.recipe.max_seconds / self.step_seconds)
+            limits.append(bisect_left(range(most), self.recipe.max_seconds, key=self.seconds))
         return min(limits, default=None)
+
+    def tokens(self, num_steps: int) -> int:
+        """Returns the tokens of the first updates."""
+        recipe = self.recipe
+        num_chunks = count_chunks(num_steps, recipe.chunks_per_step, recipe.batch_warmup_steps)
+        return num_chunks * self.setting.chunk_size
+
+    def seconds(self, num_steps: int) -> float:
+        """Returns the time of the first updates."""
+        assert self.step_seconds is not None
+        num_missing = num_steps * self.tokens_per_step - self.tokens(num_steps)
+        passes_missing = self.recipe.accumulation * num_missing / self.tokens_per_step
+        return num_steps * self.step_seconds - passes_missing * self.pass_seconds
 
 
 def make_plan(options: TrainingOptions, distributed: Distributed, console: Console) -> TrainingPlan:
@@ -119,7 +138,8 @@ def make_plan(options: TrainingOptions, distributed: Distributed, console: Conso
     # Time.
     if gpu is not None:
         step_seconds = calculate_step_seconds(setting, recipe.accumulation, gpu)
-        return replace(plan, step_seconds=step_seconds)
+        one, two = (calculate_step_seconds(setting, num_passes, gpu) for num_passes in (1, 2))
+        return replace(plan, step_seconds=step_seconds, pass_seconds=two - one)
     if estimate_memory(_alone(setting)).total > usable:
         return plan
     return _measure(plan, options, distributed, console)
@@ -166,14 +186,17 @@ def _measure(
     deadline = time.monotonic() + _TIMING_SECONDS
     while two == math.inf or time.monotonic() < deadline:
         one, two = min(one, step(1)), min(two, step(2))
-    step_seconds = one + (recipe.accumulation - 1) * max(0.0, two - one)
+    pass_seconds = max(0.0, two - one)
+    step_seconds = one + (recipe.accumulation - 1) * pass_seconds
 
     setting = replace(plan.setting, batch_size=recipe.batch_size, recompute=recipe.recompute)
     program_bytes = 0
     if distributed.device.type == "cpu":  # elsewhere the peak is that of tensors
         tensor_bytes = estimate_memory(_alone(setting)).total
         program_bytes = max(0, peak_memory_bytes(distributed.device) - tensor_bytes)
-    return TrainingPlan(mixture, recipe, setting, plan.usable, step_seconds, program_bytes)
+    return TrainingPlan(
+        mixture, recipe, setting, plan.usable, step_seconds, pass_seconds, program_bytes
+    )
 
 
 def print_plan(options: TrainingOptions, distributed: Distributed, console: Console) -> None:
@@ -201,14 +224,17 @@ def print_plan(options: TrainingOptions, distributed: Distributed, console: Cons
         console.print("The training does not fit into this machine, so its time is not measured.")
     else:
         how = "calculated from published figures" if options.gpu else "measured"
-        console.print(_time_table(f"time, {how}", plan, plan.step_seconds, options.price))
+        console.print(_time_table(f"time, {how}", plan, options.price))
         if options.init_from is None:  # no ladder tells how much a trained model learns
             assert plan.num_steps is not None
             text_tokens = plan.mixture.num_chunks * setting.chunk_size
-            num_tokens = plan.num_steps * plan.tokens_per_step
+            num_tokens = plan.tokens(plan.num_steps)
             budget = Budget(config, num_tokens, text_tokens, setting.chunk_size)
             print_forecast(budget, find_ladder(options), console)
-    order = plan.mixture.order(options, plan.recipe.chunks_per_step, plan.recipe.max_steps)
+    recipe = plan.recipe
+    order = plan.mixture.order(
+        options, recipe.chunks_per_step, recipe.max_steps, recipe.batch_warmup_steps
+    )
     console.print(f"the training reads {describe_reads(order, plan.num_steps)}")
     for warning in warnings_of_epochs(order, plan.num_steps or 0):
         warn(console, warning)
@@ -248,19 +274,22 @@ def _fitting_table(plan: TrainingPlan, gpu: Gpu | None) -> Table:
     return table
 
 
-def _time_table(title: str, plan: TrainingPlan, step_seconds: float, price: float | None) -> Table:
+def _time_table(title: str, plan: TrainingPlan, price: float | None) -> Table:
     recipe, num_steps = plan.recipe, plan.num_steps
     assert num_steps is not None
-    hours = num_steps * step_seconds / 3600
+    seconds, num_tokens = plan.seconds(num_steps), plan.tokens(num_steps)
+    hours = seconds / 3600
     passes = f"{recipe.batch_size} x {recipe.accumulation} x {plan.setting.world_size}"
     table = _table(title)
     table.add_row("batch size x accumulation x devices", passes)
     table.add_row("tokens per update", f"{plan.tokens_per_step:,}")
+    if recipe.batch_warmup_steps:
+        table.add_row("smaller updates at the start", f"{recipe.batch_warmup_steps:,}")
     rate = f"{recipe.learning_rate:g}, {recipe.learning_rate_from}"
     table.add_row("highest learning rate", rate)
     table.add_row("updates", f"{num_steps:,}")
-    table.add_row("tokens", f"{num_steps * plan.tokens_per_step:,}")
-    table.add_row("tokens per second", f"{plan.tokens_per_step / step_seconds:,.0f}")
+    table.add_row("tokens", f"{num_tokens:,}")
+    table.add_row("tokens per second", f"{num_tokens / seconds:,.0f}")
     table.add_row("hours", f"{hours:,.2f}")
     if price is not None:
         table.add_row("cost", f"{hours * price:,.2f}")

@@ -99,10 +99,11 @@ class Probe:
             UserError: there is nothing left to save.
         """
         if recipe.batch_size > 1:
-            passes = recipe.batch_size * recipe.accumulation
+            num_chunks = recipe.batch_size * recipe.accumulation
+            smallest = num_chunks // 4 if recipe.batch_warmup_steps else num_chunks
             half = recipe.batch_size // 2
-            batch_size = next(size for size in range(half, 0, -1) if passes % size == 0)
-            recipe = replace(recipe, batch_size=batch_size, accumulation=passes // batch_size)
+            batch_size = next(size for size in range(half, 0, -1) if smallest % size == 0)
+            recipe = replace(recipe, batch_size=batch_size, accumulation=num_chunks // batch_size)
             smaller = f"--batch-size {batch_size}"
             smaller += f" --gradient-accumulation-steps {recipe.accumulation}"
         elif self.options.activation_checkpointing == "auto" and recipe.recompute != "full":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode, UserError, bad_option, no_effect
+from kiem.data.order import count_chunks
 from kiem.model.config import PRESETS, preset
 from kiem.model.gemma3 import Gemma3, Recompute, initialize
 from kiem.model.io import find_model, read_model
@@ -38,19 +40,21 @@ GPU_PASS_TOKENS, _SMALLEST_GPU_PASS_TOKENS = 16_384, 4_096
 class _Defaults:
     """What suits a model; more than `tokens_per_pass` make a CPU no faster.
 
-    The learning rate follows from the one of `tried_on`.
+    The learning rate follows from the one of `tried_on`. How many updates fit a time limit nobody
+    knows before, so there the first `batch_warmup_steps` are smaller.
     """
 
     tokens_per_pass: int
     tokens_per_step: int
     tried_on: str
+    batch_warmup_steps: int = 0
 
 
 # By the largest number of parameters in layers: for the presets micro, nano, 270m and 1b, and for
 # models that training starts from.
 _DEFAULTS = {
     3_000_000: _Defaults(4_096, tokens_per_step=1_024, tried_on="gemma3-micro"),
-    30_000_000: _Defaults(4_096, tokens_per_step=4_096, tried_on="gemma3-nano"),
+    30_000_000: _Defaults(4_096, 4_096, tried_on="gemma3-nano", batch_warmup_steps=400),
     300_000_000: _Defaults(2_048, tokens_per_step=131_072, tried_on="gemma3-nano"),
     10**12: _Defaults(1_024, tokens_per_step=262_144, tried_on="gemma3-nano"),
 }
@@ -67,12 +71,13 @@ class Recipe:
     Attributes:
         batch_size: chunks per device in one forward pass.
         accumulation: forward passes per update.
-        chunks_per_step: chunks in one update, over all devices.
+        chunks_per_step: chunks in one update after the batch's warm-up, over all devices.
         learning_rate: highest learning rate.
         max_steps: updates at most, or None.
         max_seconds: training time at most, or None; never both None.
         recompute: what the backward pass computes again.
         learning_rate_from: where the learning rate comes from, for people.
+        batch_warmup_steps: updates at the start that are smaller; see `count_chunks`.
     """
 
     batch_size: int
@@ -83,6 +88,7 @@ class Recipe:
     max_seconds: float | None
     recompute: Recompute
     learning_rate_from: str = "given"
+    batch_warmup_steps: int = 0
 
 
 def resolve_recipe(
@@ -106,7 +112,12 @@ def resolve_recipe(
     if not has_budget:
         wanted_chunks = min(wanted_chunks, options.epochs * num_chunks / _MIN_STEPS)
     tokens = GPU_PASS_TOKENS if setting.device_type == "cuda" else defaults.tokens_per_pass
-    wanted = max(1, min(tokens // chunk_size, round(wanted_chunks / world_size)))
+    batch_warmup_steps = options.batch_warmup_steps
+    if batch_warmup_steps is None:
+        can_shrink = _lets_updates_shrink(options) and wanted_chunks >= 4 * world_size
+        batch_warmup_steps = defaults.batch_warmup_steps if can_shrink else 0
+    passes = 4 if batch_warmup_steps else 1  # at least, so that a quarter of an update is possible
+    wanted = max(1, min(tokens // chunk_size, round(wanted_chunks / (passes * world_size))))
     batch_size = options.batch_size
     smallest = batch_size or min(wanted, max(1, _SMALLEST_GPU_PASS_TOKENS // chunk_size))
     choices = recompute_choices(setting, options.activation_checkpointing)
@@ -116,11 +127,15 @@ def resolve_recipe(
         batch_size = max(1, largest_batch(way, usable, wanted))
     accumulation = options.gradient_accumulation_steps
     if accumulation is None:
-        accumulation = max(1, round(wanted_chunks / (batch_size * world_size)))
+        accumulation = passes * max(1, round(wanted_chunks / (passes * batch_size * world_size)))
     chunks_per_step = batch_size * world_size * accumulation
     max_steps = options.max_steps
     if not has_budget:
-        max_steps = math.ceil(options.epochs * num_chunks / chunks_per_step)
+        needed = options.epochs * num_chunks
+        most = math.ceil(needed / chunks_per_step) + batch_warmup_steps
+        max_steps = bisect_left(
+            range(most), needed, key=lambda n: count_chunks(n, chunks_per_step, batch_warmup_steps)
+        )
     learning_rate, learning_rate_from = options.learning_rate, "given"
     if learning_rate is None:
         learning_rate, learning_rate_from = _default_rate(size, defaults.tried_on, options)
@@ -133,7 +148,14 @@ def resolve_recipe(
         max_seconds=options.max_minutes * 60 if options.max_minutes is not None else None,
         recompute=recompute,
         learning_rate_from=learning_rate_from,
+        batch_warmup_steps=batch_warmup_steps,
     )
+
+
+def _lets_updates_shrink(options: TrainingOptions) -> bool:
+    """Says whether time alone limits a run, and its updates may have any size."""
+    given = (options.max_steps, options.batch_size, options.gradient_accumulation_steps)
+    return options.max_minutes is not None and not any(given)
 
 
 def _default_rate(size: int, tried_on: str, options: TrainingOptions) -> tuple[float, str]:
@@ -171,6 +193,11 @@ def check_options(options: TrainingOptions, world_size: int) -> None:
         raise no_effect("--on-save-failure stop", "with --save-steps 0, which saves nothing")
     if has_budget and options.epochs != 1.0:
         raise no_effect("--epochs", "together with --max-steps or --max-minutes")
+    passes = options.gradient_accumulation_steps
+    if options.batch_warmup_steps and passes is not None and passes % 4:
+        what = f"{passes} passes cannot be divided by 4, as --batch-warmup-steps needs"
+        fix = "Give a multiple of 4, or leave it out."
+        raise bad_option(f"--gradient-accumulation-steps {passes}", what, fix)
     if options.anneal and options.max_minutes is not None:
         what = "which update is the first of its share cannot be known with --max-minutes"
         raise bad_option("--anneal", what, "Give --max-steps or --epochs instead.")

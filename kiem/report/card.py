@@ -89,7 +89,9 @@ def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "training tokens", f"{data['train_tokens']:,} in chunks of {chunk_size:,}"
     yield "test documents", f"{data['test_documents']:,}"
     yield "tokenizer", f"{tokenizer['origin']}, {tokenizer['num_rows']:,} rows"
-    yield "tokens per update", f"{recipe['chunks_per_step'] * chunk_size:,}"
+    num_small = recipe["batch_warmup_steps"]
+    fewer = f", fewer in the first {num_small:,} updates" if num_small else ""
+    yield "tokens per update", f"{recipe['chunks_per_step'] * chunk_size:,}{fewer}"
     yield "highest learning rate", f"{recipe['learning_rate']:g}"
     yield "hardware", f"{hardware['devices']} x {hardware['device']}, {hardware['precision']}"
     yield "versions", ", ".join(f"{name} {value}" for name, value in summary["versions"].items())

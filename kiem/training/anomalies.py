@@ -151,7 +151,7 @@ def warnings_before(run: Run) -> Iterator[str]:
             "each are usual (arXiv:2203.15556): a smaller model may do better"
         )
     if recipe.max_steps is not None:
-        used = recipe.max_steps * recipe.chunks_per_step / num_chunks
+        used = run.spec.order.count_chunks(recipe.max_steps) / num_chunks
         if used < _MIN_USED and len(run.spec.data.mixture.parts) == 1:
             yield f"the run ends after {used:.0%} of the chunks: the others are never learnt from"
         yield from warnings_of_epochs(run.spec.order, recipe.max_steps)

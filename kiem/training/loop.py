@@ -146,12 +146,13 @@ def train_updates(run: Run, state: TrainState) -> TrainState:
                 log.warn(f"{result.verdict.reason} ({state.num_skipped} so far)")
             seconds = distributed.broadcast_from_main(time.perf_counter() - started)
             state.step += 1
-            state.tokens += recipe.chunks_per_step * run.spec.data.train.chunk_size
+            num_tokens = len(numbers) * run.spec.data.train.chunk_size
+            state.tokens += num_tokens
             state.seconds += seconds
             log.step = state.step
 
             # Log, evaluate, save, report; stop after a signal.
-            _log_step(run, state, display, result, learning_rate, seconds)
+            _log_step(run, state, display, result, learning_rate, num_tokens / seconds)
             state.awaits_evaluation = _evaluation_is_due(spec, state, before)
             _end_update(run, state, before, watch, display)
     return state
@@ -175,12 +176,16 @@ def _learning_rate(spec: RunSpec, state: TrainState) -> float:
 
 
 def _log_step(
-    run: Run, state: TrainState, display: Display, result: StepResult, lr: float, seconds: float
+    run: Run,
+    state: TrainState,
+    display: Display,
+    result: StepResult,
+    lr: float,
+    tokens_per_second: float,
 ) -> None:
     """Writes and shows the figures of an update, and warns of what is wrong with its loss."""
-    spec, log, chunk_size = run.spec, run.log, run.spec.data.train.chunk_size
-    tokens_per_second = spec.recipe.chunks_per_step * chunk_size / seconds
-    flops = tokens_per_second * flops_per_token(spec.config, chunk_size)
+    spec, log = run.spec, run.log
+    flops = tokens_per_second * flops_per_token(spec.config, spec.data.train.chunk_size)
     figures: dict[str, Any] = {
         "tokens": state.tokens,
         "loss": result.loss,

@@ -97,6 +97,12 @@ def show_start(run: Run, state: TrainState) -> None:
         f"({recipe.batch_size} chunks x {recipe.accumulation} passes x {distributed.world_size} "
         f"devices), learning rate {recipe.learning_rate:g}"
     )
+    if recipe.batch_warmup_steps:
+        quarter = recipe.batch_warmup_steps // 2
+        console.print(
+            f"the first {quarter:,} updates are a quarter as large, the next "
+            f"{recipe.batch_warmup_steps - quarter:,} half as large (--batch-warmup-steps)"
+        )
     if (branch := spec.branched_from) is not None:
         different = "; ".join(branch["differences"]) or "without a difference"
         console.print(f"branch of {branch['run']} after step {branch['step']:,}: {different}")

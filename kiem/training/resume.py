@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def check_same_run(
     Raises:
         UserError: the fingerprint differs: it belongs to another run.
     """
-    different = _differences(state["fingerprint"], fingerprint)
+    different = _differences(_fingerprint(state), fingerprint)
     if different:
         raise already_exists(
             str(path),
@@ -148,7 +149,7 @@ def find_branch(spec: RunSpec, checkpoint: Path | None) -> dict[str, Any] | None
     state = read_state(checkpoint)
     if not is_branch_point(spec, checkpoint):
         return state.get("branched_from")
-    fingerprint, before = spec.fingerprint(), state["fingerprint"]
+    fingerprint, before = spec.fingerprint(), _fingerprint(state)
     fixed = {name: value for name, value in fingerprint.items() if name not in _MAY_BRANCH}
     if different := _differences(before, fixed):
         run = checkpoint.parent.parent
@@ -194,6 +195,19 @@ def copy_log(checkpoint: Path, directory: Path) -> None:
         what = f"not a run directory: no {METRICS_FILE}"
         raise not_found(str(file.parent), what, "Name the directory of a run with --branch-from.")
     write_bytes(directory / METRICS_FILE, file.read_bytes())
+
+
+def _fingerprint(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what must stay the same in the run of a state.json, also of an earlier version's."""
+    return {"batch_warmup_steps": 0, **state["fingerprint"]}
+
+
+def keep_batch_warmup(options: TrainingOptions, checkpoint: Path) -> TrainingOptions:
+    """Returns the options of a run that goes on: unless one is given, with its batch's warm-up."""
+    if options.batch_warmup_steps is not None:
+        return options
+    before = _fingerprint(read_state(checkpoint))["batch_warmup_steps"]
+    return replace(options, batch_warmup_steps=before)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -105,7 +105,9 @@ class RunSpec:
     def order(self) -> ChunkOrder:
         """Which chunks each update reads."""
         recipe = self.recipe
-        return self.data.mixture.order(self.options, recipe.chunks_per_step, recipe.max_steps)
+        return self.data.mixture.order(
+            self.options, recipe.chunks_per_step, recipe.max_steps, recipe.batch_warmup_steps
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns what must be the same when the run is resumed."""
@@ -116,6 +118,7 @@ class RunSpec:
             "seed": self.options.seed,
             "optimizer": self.options.optimizer,
             "chunks_per_step": self.recipe.chunks_per_step,
+            "batch_warmup_steps": self.recipe.batch_warmup_steps,
             "document_mask": self.options.document_mask,
         }
 

@@ -49,6 +49,7 @@ from kiem.training.resume import (
     find_branch,
     find_first_weights,
     is_branch_point,
+    keep_batch_warmup,
     restore,
 )
 from kiem.training.run import Run, RunSpec, TrainingData, TrainState
@@ -77,9 +78,10 @@ def setup(
         directory = _open_directory(options, model, distributed, stack)
         checkpoint = choose_checkpoint(options, directory, distributed, console)
 
-        # The numbers that options leave open; a run that goes on keeps its precision.
+        # The numbers that options leave open; a run that goes on keeps those that it had.
         if checkpoint is not None:
             with distributed.raise_on_all_ranks():
+                options = keep_batch_warmup(options, checkpoint)
                 before = read_state(checkpoint)["changeable"]["precision"]
             distributed = keep_precision(distributed, options.precision, before)
         setting = setting_of(model.config, options, distributed, data.train.chunk_size)
@@ -96,12 +98,9 @@ def setup(
         # Gradients and moments.
         parallel_model = ParallelModel(model, distributed, options.shard)
         stack.callback(parallel_model.close)
+        local_params = parallel_model.local_params
         optimizers = make_optimizers(
-            model,
-            options.optimizer,
-            options.weight_decay,
-            parallel_model.local_params,
-            distributed.matrix_dtype,
+            model, options.optimizer, options.weight_decay, local_params, distributed.matrix_dtype
         )
 
         # The run, and its state.
