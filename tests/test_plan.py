@@ -13,7 +13,7 @@ from conftest import ROOT, run_script
 from rich.console import Console
 
 from kiem.config import TrainingOptions
-from kiem.core.errors import ExitCode
+from kiem.core.errors import ExitCode, UserError
 from kiem.model.config import Gemma3Config, preset
 from kiem.model.gemma3 import Gemma3, Recompute
 from kiem.optim.optimizer import make_optimizers
@@ -21,7 +21,7 @@ from kiem.parallel.distributed import Distributed
 from kiem.parallel.parallel_model import Shard
 from kiem.planning.memory_estimate import Setting, dry_run, estimate_memory
 from kiem.planning.print_plan import make_plan
-from kiem.planning.recipe import Recipe, resolve_recipe
+from kiem.planning.recipe import Recipe, check_options, resolve_recipe
 from kiem.planning.time_estimate import GPUS, calculate_step_seconds
 
 MICRO = preset("gemma3-micro", 1024)
@@ -264,9 +264,9 @@ def test_calculated_time_counts_what_is_sent() -> None:
 
 
 def test_plan_is_printed_and_nothing_is_made(sample_chunks: Path, tmp_path: Path) -> None:
-    given = ("training.py", "--dataset-path", sample_chunks, "--output-dir", tmp_path / "runs")
     done = run_script(
-        *(*given, "--model", "gemma3-micro", "--plan", "--gpu", "a10g", "--num-gpus", "4"),
+        *("training.py", "--dataset-path", sample_chunks, "--output-dir", tmp_path / "runs"),
+        *("--model", "gemma3-micro", "--plan", "--gpu", "a10g", "--num-gpus", "4"),
         *("--price", "5.67"),
     )
     assert done.returncode == 0, done.stderr
@@ -277,13 +277,15 @@ def test_plan_is_printed_and_nothing_is_made(sample_chunks: Path, tmp_path: Path
         assert text in done.stdout, text
     assert "cost" in done.stdout
     assert not (tmp_path / "runs").exists()
-    for without_effect in (
-        ("--gpu", "a10g"),
-        ("--ladder", "x"),
-        ("--plan", "--shard", "optimizer"),
-    ):
-        done = run_script(*given, *without_effect)
-        assert done.returncode == ExitCode.NO_EFFECT
+
+
+@pytest.mark.parametrize(
+    "given", [{"gpu": "a10g"}, {"ladder": Path("x")}, {"plan": True, "shard": "optimizer"}]
+)
+def test_options_of_plans_without_effect_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        check_options(TrainingOptions(dataset_path=(Path("x"),), **given), world_size=1)
+    assert caught.value.exit_code == ExitCode.NO_EFFECT
 
 
 def test_time_counts_the_smaller_updates_at_the_start(sample_chunks: Path) -> None:

@@ -7,6 +7,8 @@ resumed run, and an audit can name them years later. Nothing here grows with the
 from __future__ import annotations
 
 import functools
+import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -87,6 +89,14 @@ def count_chunks(num_steps: int, chunks_per_step: int, batch_warmup_steps: int) 
     num_half = min(num_steps, batch_warmup_steps) - num_quarter
     num_full = num_steps - num_quarter - num_half
     return chunks_per_step * (num_quarter + 2 * num_half + 4 * num_full) // 4
+
+
+def count_steps(num_chunks: float, chunks_per_step: int, batch_warmup_steps: int) -> int:
+    """Returns the fewest updates that read so many chunks; see `count_chunks`."""
+    most = math.ceil(num_chunks / chunks_per_step) + batch_warmup_steps
+    return bisect_left(
+        range(most), num_chunks, key=lambda n: count_chunks(n, chunks_per_step, batch_warmup_steps)
+    )
 
 
 def chunk_numbers(order: ChunkOrder, step: int) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import torch
 
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode, UserError, bad_option, no_effect
-from kiem.data.order import count_chunks
+from kiem.data.order import count_steps
 from kiem.model.config import PRESETS, preset
 from kiem.model.gemma3 import Gemma3, Recompute, initialize
 from kiem.model.io import find_model, read_model
@@ -107,16 +105,19 @@ def resolve_recipe(
     config, chunk_size, world_size = setting.config, setting.chunk_size, setting.world_size
     size = config.num_layer_parameters()
     defaults = next(defaults for limit, defaults in _DEFAULTS.items() if size <= limit)
+
+    # An update, in chunks over all devices, and the smaller ones at the start.
     has_budget = options.max_steps is not None or options.max_minutes is not None
     wanted_chunks = defaults.tokens_per_step / chunk_size
     if not has_budget:
         wanted_chunks = min(wanted_chunks, options.epochs * num_chunks / _MIN_STEPS)
-    tokens = GPU_PASS_TOKENS if setting.device_type == "cuda" else defaults.tokens_per_pass
     batch_warmup_steps = options.batch_warmup_steps
     if batch_warmup_steps is None:
-        can_shrink = _lets_updates_shrink(options) and wanted_chunks >= 4 * world_size
-        batch_warmup_steps = defaults.batch_warmup_steps if can_shrink else 0
+        batch_warmup_steps = _default_batch_warmup(options, defaults, wanted_chunks / world_size)
     passes = 4 if batch_warmup_steps else 1  # at least, so that a quarter of an update is possible
+
+    # A pass.
+    tokens = GPU_PASS_TOKENS if setting.device_type == "cuda" else defaults.tokens_per_pass
     wanted = max(1, min(tokens // chunk_size, round(wanted_chunks / (passes * world_size))))
     batch_size = options.batch_size
     smallest = batch_size or min(wanted, max(1, _SMALLEST_GPU_PASS_TOKENS // chunk_size))
@@ -128,14 +129,12 @@ def resolve_recipe(
     accumulation = options.gradient_accumulation_steps
     if accumulation is None:
         accumulation = passes * max(1, round(wanted_chunks / (passes * batch_size * world_size)))
+
+    # The length, and the learning rate.
     chunks_per_step = batch_size * world_size * accumulation
     max_steps = options.max_steps
     if not has_budget:
-        needed = options.epochs * num_chunks
-        most = math.ceil(needed / chunks_per_step) + batch_warmup_steps
-        max_steps = bisect_left(
-            range(most), needed, key=lambda n: count_chunks(n, chunks_per_step, batch_warmup_steps)
-        )
+        max_steps = count_steps(options.epochs * num_chunks, chunks_per_step, batch_warmup_steps)
     learning_rate, learning_rate_from = options.learning_rate, "given"
     if learning_rate is None:
         learning_rate, learning_rate_from = _default_rate(size, defaults.tried_on, options)
@@ -152,10 +151,17 @@ def resolve_recipe(
     )
 
 
-def _lets_updates_shrink(options: TrainingOptions) -> bool:
-    """Says whether time alone limits a run, and its updates may have any size."""
+def _default_batch_warmup(
+    options: TrainingOptions, defaults: _Defaults, chunks_per_device: float
+) -> int:
+    """Returns the updates of the batch's warm-up; none unless time alone limits the run.
+
+    A quarter of an update must have a chunk for each device, and no option may say otherwise.
+    """
     given = (options.max_steps, options.batch_size, options.gradient_accumulation_steps)
-    return options.max_minutes is not None and not any(given)
+    if options.max_minutes is None or any(given) or chunks_per_device < 4:
+        return 0
+    return defaults.batch_warmup_steps
 
 
 def _default_rate(size: int, tried_on: str, options: TrainingOptions) -> tuple[float, str]:
