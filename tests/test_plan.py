@@ -288,6 +288,14 @@ def test_options_of_plans_without_effect_are_refused(given: dict[str, Any]) -> N
     assert caught.value.exit_code == ExitCode.NO_EFFECT
 
 
+def test_passes_must_suit_small_updates() -> None:
+    options = TrainingOptions(dataset_path=(Path("x"),), batch_warmup_steps=8)
+    check_options(replace(options, gradient_accumulation_steps=8), world_size=1)
+    with pytest.raises(UserError, match="6 passes cannot be divided by 4") as caught:
+        check_options(replace(options, gradient_accumulation_steps=6), world_size=1)
+    assert caught.value.exit_code == ExitCode.BAD_OPTION
+
+
 def test_time_counts_the_smaller_updates_at_the_start(sample_chunks: Path) -> None:
     options = TrainingOptions((sample_chunks,), model="gemma3-micro", plan=True, gpu="a10g")
     options = replace(options, max_minutes=0.01, batch_warmup_steps=20)

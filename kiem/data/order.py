@@ -20,6 +20,8 @@ from kiem.core.randomness import derive_seed
 PERIOD = 10_000
 # So many consecutive chunks are shuffled, so that no part always has the same place in an update.
 _BLOCK = 10
+# The smallest updates of the batch's warm-up are one of so many parts of a later one.
+WARMUP_PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,14 @@ def count_chunks(num_steps: int, chunks_per_step: int, batch_warmup_steps: int) 
 
     Args:
         num_steps: how many updates.
-        chunks_per_step: chunks in an update after the warm-up, with one a multiple of 4.
+        chunks_per_step: chunks in an update after the warm-up, with one a multiple of WARMUP_PARTS.
         batch_warmup_steps: updates of the warm-up.
     """
     num_quarter = min(num_steps, batch_warmup_steps // 2)
     num_half = min(num_steps, batch_warmup_steps) - num_quarter
     num_full = num_steps - num_quarter - num_half
-    return chunks_per_step * (num_quarter + 2 * num_half + 4 * num_full) // 4
+    num_parts = num_quarter + 2 * num_half + WARMUP_PARTS * num_full
+    return chunks_per_step * num_parts // WARMUP_PARTS
 
 
 def count_steps(num_chunks: float, chunks_per_step: int, batch_warmup_steps: int) -> int:

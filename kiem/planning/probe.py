@@ -20,6 +20,7 @@ from kiem.compute.memory import (
 from kiem.config import TrainingOptions
 from kiem.core.console import warn
 from kiem.core.errors import ExitCode, UserError
+from kiem.data.order import WARMUP_PARTS
 from kiem.model.gemma3 import Gemma3, run_layer
 from kiem.optim.batch import Collator
 from kiem.parallel.distributed import Distributed
@@ -100,7 +101,7 @@ class Probe:
         """
         if recipe.batch_size > 1:
             num_chunks = recipe.batch_size * recipe.accumulation
-            smallest = num_chunks // 4 if recipe.batch_warmup_steps else num_chunks
+            smallest = num_chunks // WARMUP_PARTS if recipe.batch_warmup_steps else num_chunks
             half = recipe.batch_size // 2
             batch_size = next(size for size in range(half, 0, -1) if smallest % size == 0)
             recipe = replace(recipe, batch_size=batch_size, accumulation=num_chunks // batch_size)

@@ -9,7 +9,7 @@ import torch
 
 from kiem.config import TrainingOptions
 from kiem.core.errors import ExitCode, UserError, bad_option, no_effect
-from kiem.data.order import count_steps
+from kiem.data.order import WARMUP_PARTS, count_steps
 from kiem.model.config import PRESETS, preset
 from kiem.model.gemma3 import Gemma3, Recompute, initialize
 from kiem.model.io import find_model, read_model
@@ -114,7 +114,7 @@ def resolve_recipe(
     batch_warmup_steps = options.batch_warmup_steps
     if batch_warmup_steps is None:
         batch_warmup_steps = _default_batch_warmup(options, defaults, wanted_chunks / world_size)
-    passes = 4 if batch_warmup_steps else 1  # at least, so that a quarter of an update is possible
+    passes = WARMUP_PARTS if batch_warmup_steps else 1  # at least, to be divided into the parts
 
     # A pass.
     tokens = GPU_PASS_TOKENS if setting.device_type == "cuda" else defaults.tokens_per_pass
@@ -159,7 +159,7 @@ def _default_batch_warmup(
     A quarter of an update must have a chunk for each device, and no option may say otherwise.
     """
     given = (options.max_steps, options.batch_size, options.gradient_accumulation_steps)
-    if options.max_minutes is None or any(given) or chunks_per_device < 4:
+    if options.max_minutes is None or any(given) or chunks_per_device < WARMUP_PARTS:
         return 0
     return defaults.batch_warmup_steps
 
@@ -200,9 +200,9 @@ def check_options(options: TrainingOptions, world_size: int) -> None:
     if has_budget and options.epochs != 1.0:
         raise no_effect("--epochs", "together with --max-steps or --max-minutes")
     passes = options.gradient_accumulation_steps
-    if options.batch_warmup_steps and passes is not None and passes % 4:
-        what = f"{passes} passes cannot be divided by 4, as --batch-warmup-steps needs"
-        fix = "Give a multiple of 4, or leave it out."
+    if options.batch_warmup_steps and passes is not None and passes % WARMUP_PARTS:
+        what = f"{passes} passes cannot be divided by {WARMUP_PARTS}, as --batch-warmup-steps needs"
+        fix = f"Give a multiple of {WARMUP_PARTS}, or leave it out."
         raise bad_option(f"--gradient-accumulation-steps {passes}", what, fix)
     if options.anneal and options.max_minutes is not None:
         what = "which update is the first of its share cannot be known with --max-minutes"
