@@ -22,12 +22,12 @@ def measure_matrix_flops(device: torch.device, dtype: torch.dtype) -> float:
     On a CPU it is the peak of this process's threads.
     """
     shapes = _GPU_SHAPES if device.type == "cuda" else _CPU_SHAPES
+    seconds = _PEAK_SECONDS / len(shapes)
     peak = 0.0
     for shape in shapes:
         # On slow devices the smaller shapes suffice.
-        if peak == 0 or 2 * math.prod(shape) / peak < _PEAK_SECONDS:
-            flops = _matrix_flops(shape, device, dtype, _PEAK_SECONDS / len(shapes))
-            peak = max(peak, flops)
+        if peak == 0 or 2 * math.prod(shape) / peak < seconds:
+            peak = max(peak, _matrix_flops(shape, device, dtype, seconds))
     return peak
 
 

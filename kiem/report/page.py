@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -78,19 +79,24 @@ def render(records: Sequence[Record], price: float | None = None) -> str:
 
 def fill_page(template: str, **values: Any) -> str:
     """Returns a page of one of the templates here, with the styles and scripts that it needs."""
-    environment = jinja2.Environment(
+    library = _read_resource("chart.umd.min.js").rsplit("//# sourceMappingURL", 1)[0]
+    return _environment().get_template(template).render(
+        style=Markup(_read_resource("page.css")),
+        library=Markup(library),
+        script=Markup(_read_resource("page.js")),
+        **values,
+    )
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """Returns what compiles the templates, each once: a training writes its report many times."""
+    return jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         loader=jinja2.FunctionLoader(_read_resource),
-    )
-    library = _read_resource("chart.umd.min.js").rsplit("//# sourceMappingURL", 1)[0]
-    return environment.get_template(template).render(
-        style=Markup(_read_resource("page.css")),
-        library=Markup(library),
-        script=Markup(_read_resource("page.js")),
-        **values,
     )
 
 
