@@ -19,6 +19,9 @@ IGNORE = -100
 
 # On a CPU: entries of the vocabulary whose weights are cast at a time,
 _VOCABULARY_SLICE = 8192
+# columns of logits that a product in fp32 writes at a time (MKL on AVX2: 10 to 20 % faster than
+# with all of a slice, whose rows lie on too many pages of memory),
+_FP32_COLUMNS = 512
 # and rows of a block. Fewer make the matrix products slow (80 GFLOP/s at 64 rows, 290 at 512, on
 # two cores), and each block adds to the weight's gradient once more; more take memory.
 _MAX_ROWS, _MIN_ROWS = 1024, 256
@@ -129,14 +132,15 @@ def add_on_cpu(
     Products go over a slice of the vocabulary at a time, so that neither the weights nor their
     gradients exist in low precision as a whole.
     """
-    slices = [slice(at, at + _VOCABULARY_SLICE) for at in range(0, len(weight), _VOCABULARY_SLICE)]
+    slices = _slices(len(weight), _VOCABULARY_SLICE)
+    columns = _slices(len(weight), _FP32_COLUMNS) if x.dtype == torch.float32 else slices
     # One buffer for all blocks, not up to a gigabyte of fresh pages for each.
     num_rows = _rows_on_cpu(len(weight), x.element_size())
     buffer = x.new_empty(min(len(x), num_rows), len(weight))
     for start in range(0, len(x), num_rows):
         rows = slice(start, start + num_rows)
         logits = buffer[: len(x[rows])]  # R V
-        for part in slices:
+        for part in columns:
             torch.mm(x[rows], weight[part].to(x.dtype).T, out=logits[:, part])
         totals = torch.zeros_like(sums.totals)
         for cached in _rows_in_cache(logits):
@@ -167,6 +171,10 @@ def nats_on_cpu(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
                 reduction="none",
             )
     return nats
+
+
+def _slices(total: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, total, size)]
 
 
 def _rows_on_cpu(vocab_size: int, entry_bytes: int) -> int:
