@@ -4,9 +4,9 @@
 
 The same texts, the same 16 384-entry vocabulary, the same shape (gemma3-nano, 9.9 million
 parameters), the same machine and precision. kiem has its defaults. Trainer has AdamW with a cosine
-schedule over as many updates as fit the time, at the best of several learning rates: all are tried
-with the first seed. What counts is bits per byte on texts that no side trained on, measured by
-evaluate.py for both. Time is that of the updates on both sides; what compiling takes is shown.
+schedule, which follows the clock as kiem's does, at the best of several learning rates: all are
+tried with the first seed. What counts is bits per byte on texts that no side trained on, measured
+by evaluate.py for both. Time is that of the updates on both sides; what compiling takes is shown.
 
 Each finished run is a line of --runs, and a second start does only those that are missing. A line
 does not tell the text or kiem's version: after a change of these take another file.

@@ -37,8 +37,8 @@ def test_the_three_commands(checkout: Path, tmp_path: Path, sample_texts: list[s
     """Exactly as printed, against a Hub on loopback: four documents and a tiny vocabulary.
 
     It is the true 1B body (698 million parameters beside the embedding), on the CPU: 12 GB. Where
-    bf16 is slow it is the 270M with AdamW, since an update of the 1B takes minutes there, and also
-    with KIEM_TEST_1B=no, as in CI, which has half an hour.
+    bf16 is slow it is gemma3-nano, since an update of the 1B takes minutes there, and also with
+    KIEM_TEST_1B=no, as in CI, which has half an hour.
     """
     columns = {"text": sample_texts[:4], "url": ["u"] * 4, "source": ["wikipedia"] * 4}
     pq.write_table(pa.table(columns), tmp_path / "train.parquet")
@@ -55,8 +55,8 @@ def test_the_three_commands(checkout: Path, tmp_path: Path, sample_texts: list[s
         script = commands("The three commands")
         assert "/chunked_10k\n" in script
         if os.environ.get("KIEM_TEST_1B") == "no" or not prefers_bf16(torch.device("cpu")):
-            smaller = "/chunked_10k --model gemma3-270m --optimizer adamw\n"
-            script = script.replace("/chunked_10k\n", smaller).replace("gemma3-1b", "gemma3-270m")
+            script = script.replace("/chunked_10k\n", "/chunked_10k --model gemma3-nano\n")
+            script = script.replace("gemma3-1b", "gemma3-nano")
         done = run_bash(script, checkout, env, stdin=prompt)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr

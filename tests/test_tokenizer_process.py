@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
 
 from kiem.core.errors import ExitCode, UserError
 from kiem.model.config import preset
@@ -60,18 +63,25 @@ def test_a_client_that_ends_before_it_reads_its_answer(trained: Tokenizer) -> No
     serve(trained, theirs)
 
 
-def test_inference_writes_the_same_with_and_without_a_process(
-    gemma: Tokenizer, tmp_path: Path
-) -> None:
-    """With a large tokenizer the screen takes what a process of its own encodes and decodes."""
+@pytest.fixture(scope="module")
+def model_folder(gemma: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with Gemma's tokenizer, which takes seconds to load."""
     assert gemma.loads_slowly
-    folder, output = tmp_path / "model", tmp_path / "output.jsonl"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("model")
     model = Gemma3(preset("gemma3-micro", gemma.num_rows))
     initialize(model, seed=0)
     write_model(model, folder, gemma.special_ids)
     write_tokenizer(gemma, folder)
-    options = ("--model-path", folder, "--prompt", "Één dag in <mei>", "--max-new-tokens", "20")
+    return folder
+
+
+def test_inference_writes_the_same_with_and_without_a_process(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    """With a large tokenizer the screen takes what a process of its own encodes and decodes."""
+    output = tmp_path / "output.jsonl"
+    options = ("--model-path", model_folder, "--prompt", "Één dag in <mei>")
+    options = (*options, "--max-new-tokens", "20")
     env = {"PYTHONWARNINGS": "error"}  # also: a Python of its own, which has not imported torch
     on_screen = run_script("inference.py", *options, env=env)
     assert on_screen.returncode == 0, on_screen.stderr
@@ -79,3 +89,15 @@ def test_inference_writes_the_same_with_and_without_a_process(
     assert in_file.returncode == 0, in_file.stderr
     (line,) = map(json.loads, output.read_text(encoding="utf-8").splitlines())
     assert line["text"] in on_screen.stdout
+
+
+def test_inference_tells_that_its_tokenizer_was_killed(model_folder: Path) -> None:
+    words = [sys.executable, "inference.py", "--model-path", str(model_folder), "--prompt", "Het"]
+    program = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (children := psutil.Process(program.pid).children()):
+        time.sleep(0.01)
+    children[0].kill()
+    _, said = program.communicate(timeout=300)
+    assert program.returncode == ExitCode.OUT_OF_MEMORY
+    assert "the tokenizer's process was ended from outside" in said
+    assert "Traceback" not in said

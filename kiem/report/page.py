@@ -79,8 +79,9 @@ def render(records: Sequence[Record], price: float | None = None) -> str:
 
 def fill_page(template: str, **values: Any) -> str:
     """Returns a page of one of the templates here, with the styles and scripts that it needs."""
+    found = _environment().get_template(template)
     library = _read_resource("chart.umd.min.js").rsplit("//# sourceMappingURL", 1)[0]
-    return _environment().get_template(template).render(
+    return found.render(
         style=Markup(_read_resource("page.css")),
         library=Markup(library),
         script=Markup(_read_resource("page.js")),
