@@ -275,6 +275,7 @@ def test_the_plan_says_how_often_each_is_read(folder: Path) -> None:
     done = run_script(
         *("training.py", "--dataset-path", folder / "wiki", folder / "web", "--weights", "1", "3"),
         *("--plan", "--gpu", "a10g", "--model", "gemma3-micro", "--max-steps", "2000"),
+        *("--compile", "never"),
     )
     assert done.returncode == 0, done.stderr
     assert "the training reads wiki " in done.stdout
