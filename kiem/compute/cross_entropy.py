@@ -19,8 +19,8 @@ IGNORE = -100
 
 # On a CPU: entries of the vocabulary whose weights are cast at a time,
 _VOCABULARY_SLICE = 8192
-# columns of logits that a product in fp32 writes at a time (MKL on AVX2 is 10 to 20 % faster so than
-# with a whole slice),
+# columns of logits that a product in fp32 writes at a time (MKL on AVX2 is 10 to 20 % faster at it
+# than with a whole slice),
 _FP32_COLUMNS = 512
 # and rows of a block. Fewer make the matrix products slow (80 GFLOP/s at 64 rows, 290 at 512, on
 # two cores), and each block adds to the weight's gradient once more; more take memory.
