@@ -47,7 +47,7 @@ def test_a_branch_without_a_change_is_the_run(lives: Lives, parent: Path, tmp_pa
 
 
 def test_a_resumed_run_or_branch_keeps_its_precision(lives: Lives, tmp_path: Path) -> None:
-    """Also the one that this processor would not choose; products in it may be slow."""
+    """The one that this processor would not choose by itself; products in it may be slow."""
     precision = "fp32" if prefers_bf16(torch.device("cpu")) else "bf16"
     first = (*SAVES, "--precision", precision, "--max-steps", "6", "--optimizer", "adamw")
     assert lives.run(tmp_path / "whole", *first) == [0], lives.log.read_text()

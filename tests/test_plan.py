@@ -298,7 +298,7 @@ def test_passes_must_suit_small_updates() -> None:
 
 def test_time_counts_the_smaller_updates_at_the_start(sample_chunks: Path) -> None:
     options = TrainingOptions((sample_chunks,), model="gemma3-micro", plan=True, gpu="a10g")
-    options = replace(options, max_minutes=0.01, batch_warmup_steps=20, compile="never")
+    options = replace(options, max_minutes=0.01, batch_warmup_steps=20)
     distributed = Distributed(0, 1, torch.device("cpu"), "fp32", 1e12)
     plan = make_plan(options, distributed, Console(quiet=True))
     passes, chunk_size = plan.recipe.accumulation, plan.setting.chunk_size

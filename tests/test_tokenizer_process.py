@@ -95,6 +95,7 @@ def test_inference_tells_that_its_tokenizer_was_killed(model_folder: Path) -> No
     words = [sys.executable, "inference.py", "--model-path", str(model_folder), "--prompt", "Het"]
     program = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not (children := psutil.Process(program.pid).children()):
+        assert program.poll() is None
         time.sleep(0.01)
     children[0].kill()
     _, said = program.communicate(timeout=300)
