@@ -118,7 +118,6 @@ def passed(
 
 @pytest.mark.parametrize(("recompute", "num_calls"), [("none", 1), ("selective", 1), ("full", 2)])
 @pytest.mark.parametrize("is_compiled", [False, True])
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated", "ignore:The .grad")
 def test_layers_attend_to_documents_as_with_a_mask(
     is_compiled: bool, recompute: Recompute, num_calls: int
 ) -> None:
@@ -233,7 +232,6 @@ def test_the_kernel_of_a_gpu_equals_the_masked_attention(
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated", "ignore:The .grad")
 @pytest.mark.parametrize("has_documents", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_a_model_on_a_gpu_has_the_gradients_of_fp32(

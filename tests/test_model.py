@@ -143,7 +143,6 @@ def test_recomputing_gives_the_same_gradients(model: Gemma3, recompute: Recomput
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated", "ignore:The .grad")
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_compiled_layers_give_the_same_gradients(recompute: Recompute) -> None:
     """Other tokens and documents compile nothing again."""

@@ -100,7 +100,6 @@ def test_dry_run_counts_what_autograd_keeps(shard: Shard, num_layers: int) -> No
     assert found.peak_bytes > found.kept_bytes
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated", "ignore:The .grad")
 @pytest.mark.slow
 def test_dry_run_counts_what_compiled_layers_keep() -> None:
     """Against what torch.compile's own kernels save; recomputed layers keep what eager ones do."""

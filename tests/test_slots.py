@@ -247,8 +247,9 @@ def test_the_host_does_not_wait_within_a_step() -> None:
 @pytest.mark.gpu
 def test_there_are_few_graphs() -> None:
     """For batches of 1, 2, 4 and 6, of up to 256, 512 and 600 tokens, greedy or not."""
+    model = small_model("cuda")
     with torch.inference_mode():
-        slots = DeviceSlots(small_model("cuda"), 6, 600)
+        slots = DeviceSlots(model, 6, 600)
         for temperature, length in itertools.product((0.0, 1.0), range(1, 600, 40)):
             params = SamplingParams(temperature, max_new_tokens=1)
             for slot in range(6):

@@ -158,8 +158,10 @@ class Probe:
         except TorchDynamoException as error:
             if is_out_of_memory(error):
                 raise
+            cause = getattr(error, "inner_exception", error)
+            why = f"{type(cause).__name__}: {str(cause).strip()}".split("\n")[0]
             what = "training goes on without --compile, which does not work here"
-            warn(self.console, f"{what}: {str(error).splitlines()[0]}")
+            warn(self.console, f"{what}: {why}")
         self.model.run_layer, self.model.logits_gradient = run_layer, logits_gradient
         return self._run_pass(recipe)
 
