@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -234,6 +235,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     if done.returncode != 0:
         pytest.skip(f"not allowed to mount a small disk: {done.stderr.strip()}")
     yield Disk(path)
+    gc.collect()  # errors that were caught hold mapped files
     subprocess.run(["umount", path], check=True)
 
 

@@ -89,7 +89,7 @@ class HubServer:
         self._lock = threading.Lock()
         for name, files in repos.items():
             self.commit(name, files)
-        # Big files come from another origin, as on the real Hub: tokens must not follow there.
+        # Big files come from another host, as on the real Hub: tokens must not follow there.
         self._servers = [_Server(self), _Server(self)]
 
     @property
@@ -98,7 +98,7 @@ class HubServer:
 
     @property
     def cdn_url(self) -> str:
-        return self._servers[1].url
+        return self._servers[1].url.replace("127.0.0.1", "localhost")
 
     def __enter__(self) -> HubServer:
         for server in self._servers:
@@ -122,7 +122,7 @@ class HubServer:
         )
         return {
             **dict.fromkeys(proxies, ""),
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
             "no_proxy": "127.0.0.1",
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(cache_dir),

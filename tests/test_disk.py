@@ -138,11 +138,12 @@ def test_read_only_disk(disk: Disk, made_of: dict[str, object]) -> None:
 def test_disk_that_becomes_read_only_midway(disk: Disk, made_of: dict[str, object]) -> None:
     """Work is under way; whatever the next run wants to do with it, the person is told why not."""
     disk.remount("size=700k")
-    with pytest.raises(UserError, match="the disk is full"):
+    with pytest.raises(UserError, match="the disk is full") as full:
         preprocess(options(made_of, disk.path), QUIET)
     finished = contents(disk.path / ".made.unfinished")
     assert finished
-    disk.remount("size=100M,ro")
+    disk.remount("size=100M,ro")  # which a file that is open for writing would prevent
+    assert full.value.exit_code == ExitCode.DISK_SPACE
     for changes in ({}, {"overwrite": True}):
         with pytest.raises(UserError) as caught:
             preprocess(options(made_of, disk.path, **changes), QUIET)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -164,7 +165,7 @@ def test_pieces_of_any_lengths_are_found(
     lengths.append(-sum(lengths) % chunk_size or chunk_size)
     ends = np.cumsum(lengths)
     folder = tmp_path_factory.mktemp("pieces")
-    writer = DocumentWriter(folder / "documents" / "train.arrow")
+    writer = DocumentWriter(folder / "documents" / "train.arrow", ExitStack())
     files = np.array([0] * (len(lengths) - 1) + [-1])
     rows = np.arange(len(lengths))
     columns = {"position": ends - lengths, "start": 0, "file": files, "row": rows, "source": 0}

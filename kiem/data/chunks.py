@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -109,19 +110,20 @@ class SplitWriter:
     Args:
         folder: the split's folder inside the unfinished chunk directory.
         chunk_size: tokens in a chunk.
+        files: closes the shard that is open when work ends with an error.
         column: name of the column.
     """
 
-    def __init__(self, folder: Path, chunk_size: int, column: str = "input_ids"):
+    def __init__(self, folder: Path, chunk_size: int, files: ExitStack, column: str = "input_ids"):
         folder.mkdir()
-        self._folder = folder
+        self._folder, self._files = folder, files
         self._schema = pa.schema([(column, pa.list_(pa.int32(), chunk_size))])
         # Record batches of one size, so that the shards do not depend on how the chunks arrive.
         shard_rows = max(1, _SHARD_TOKENS // chunk_size)
         self._batch_rows = min(_BATCH_ROWS, shard_rows)
         self._shard_rows = shard_rows // self._batch_rows * self._batch_rows
         self._rows: list[int] = []  # of each shard
-        self._writer: pa.RecordBatchStreamWriter | None = None
+        self._shard: tuple[pa.RecordBatchStreamWriter, pa.OSFile] | None = None
         self._waiting = np.empty((0, chunk_size), np.int32)
 
     def write(self, chunks: np.ndarray) -> None:
@@ -133,10 +135,9 @@ class SplitWriter:
 
     def close(self) -> list[dict[str, Any]]:
         """Finishes the split and returns the manifest's entry of every shard."""
-        if len(self._waiting) or self._writer is None:
+        if len(self._waiting) or not self._rows:
             self._write_batch(self._waiting)
-        assert self._writer is not None
-        self._writer.close()
+        self._close_shard()
         shards = []
         for index, rows in enumerate(self._rows):
             name = f"data-{index:05d}-of-{len(self._rows):05d}.arrow"
@@ -147,16 +148,21 @@ class SplitWriter:
         return shards
 
     def _write_batch(self, chunks: np.ndarray) -> None:
-        if self._writer is None or self._rows[-1] == self._shard_rows:
-            if self._writer is not None:
-                self._writer.close()
+        if not self._rows or self._rows[-1] == self._shard_rows:
+            self._close_shard()
             path = self._unfinished(len(self._rows))
-            self._writer = pa.ipc.new_stream(str(path), self._schema)
+            file = self._files.enter_context(pa.OSFile(str(path), "wb"))
+            self._shard = pa.ipc.new_stream(file, self._schema), file
             self._rows.append(0)
+        assert self._shard is not None
         column_type = self._schema.field(0).type
         column = pa.FixedSizeListArray.from_arrays(from_numpy(chunks.reshape(-1)), type=column_type)
-        self._writer.write_batch(pa.record_batch([column], schema=self._schema))
+        self._shard[0].write_batch(pa.record_batch([column], schema=self._schema))
         self._rows[-1] += len(chunks)
+
+    def _close_shard(self) -> None:
+        for opened in self._shard or ():
+            opened.close()
 
     def _unfinished(self, index: int) -> Path:
         return self._folder / f"{index:05d}.unfinished"

@@ -13,6 +13,7 @@ source     int32   number of the source in the split's `source_names`
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,12 +65,17 @@ class Piece(NamedTuple):
 
 
 class DocumentWriter:
-    """Writes the pieces of one split; `path` is in the unfinished chunk directory."""
+    """Writes the pieces of one split.
 
-    def __init__(self, path: Path):
+    Args:
+        path: of the file, in the unfinished chunk directory.
+        files: closes it.
+    """
+
+    def __init__(self, path: Path, files: ExitStack):
         path.parent.mkdir(exist_ok=True)
         self._path = path
-        self._writer = pa.ipc.new_stream(str(path), _SCHEMA)
+        self._writer = pa.ipc.new_stream(files.enter_context(pa.OSFile(str(path), "wb")), _SCHEMA)
         self._waiting = np.empty(0, _DTYPE)
         self._num_rows = 0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -309,9 +309,10 @@ def _write_chunks(job: Job, decisions: DocumentDecisions, result: Path) -> dict[
 
     file_names = [file.name for file in job.source.files]
     borders = find_borders(job, decisions)
-    splits, num_unused_rows, num_chunks = write_splits(
-        all_documents(), tokenizer, options, result, file_names, borders
-    )
+    with ExitStack() as files:
+        splits, num_unused_rows, num_chunks = write_splits(
+            all_documents(), tokenizer, options, result, files, file_names, borders
+        )
     if options.weights:
         splits["train"]["parts"] = describe_parts(options, borders, num_chunks, len(file_names))
     num_kept = sum(split["documents"] for split in splits.values()) - decisions.num_cut
