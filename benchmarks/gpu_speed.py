@@ -398,7 +398,7 @@ def plan(bench: Bench) -> None:
             optimizer=case["optimizer"],
         )
         setting = setting_of(sizes.config, options, bench.distributed, sizes.chunk_size)
-        setting = replace(setting, batch_size=case["batch_size"])
+        setting = replace(setting, batch_size=case["batch_size"], recompute=case["recompute"])
         num_bytes = estimate_memory(setting).total
         seconds = calculate_step_seconds(setting, case["accumulation"], gpu)
         speed = case["accumulation"] * case["batch_size"] * sizes.chunk_size / seconds
