@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from kiem.model.gemma3 import Context, DecoderLayer, Gemma3, Recompute, run_laye
 from kiem.optim.batch import Collator
 from kiem.optim.optimizer import make_optimizers
 from kiem.optim.step import Verdict, train_step
-from kiem.parallel.distributed import Distributed
+from kiem.parallel.distributed import Distributed, Precision
 from kiem.parallel.parallel_model import ParallelModel
 from kiem.planning.memory_estimate import estimate_memory, setting_of, usable_bytes
 from kiem.planning.probe import Probe
@@ -34,14 +35,18 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20
 
 
 class HardToCompile(Gemma3):
-    """A model whose layers cannot be compiled for more chunks than `most`: `failure` is raised."""
+    """A model whose layers cannot be compiled for more than `most`: `failure` is raised.
+
+    A chunk counts by what is recomputed.
+    """
 
     most = 0
+    chunk_cost: ClassVar[dict[Recompute, int]] = {"none": 1, "selective": 1, "full": 1}
     failure: Exception = OUT_OF_MEMORY
 
     def compile_layers(self) -> None:
         def run(layer: DecoderLayer, x: Tensor, context: Context, recompute: Recompute) -> Tensor:
-            if len(x) > self.most:
+            if len(x) * self.chunk_cost[recompute] > self.most:
                 if isinstance(self.failure, TorchDynamoException):
                     raise self.failure
                 raise InductorError(self.failure, None)
@@ -51,12 +56,18 @@ class HardToCompile(Gemma3):
 
 
 def prepare(
-    model: HardToCompile, batch_size: int, compiling: str = "always", batch_warmup_steps: int = 0
+    model: HardToCompile,
+    batch_size: int,
+    compiling: str = "always",
+    batch_warmup_steps: int = 0,
+    chunk_size: int = 32,
+    device_type: str = "cpu",
 ) -> tuple[Recipe, bool]:
     """Returns the recipe for passes that fit, and whether the layers are compiled."""
     options = TrainingOptions(dataset_path=(Path(),), compile=compiling)  # type: ignore[arg-type]
     distributed = Distributed(0, 1, torch.device("cpu"), "fp32", 1e12)
-    setting = setting_of(model.config, options, distributed, 32)
+    setting = setting_of(model.config, options, distributed, chunk_size)
+    setting = replace(setting, device_type=device_type)
     probe = Probe(model, options, setting, distributed, Console())
     passes = 4 if batch_warmup_steps else 3
     recipe = Recipe(batch_size, passes, passes * batch_size, 1e-3, 10, None, "none")
@@ -86,6 +97,21 @@ def test_smaller_passes_still_divide_the_smallest_updates(model: HardToCompile) 
     model.most = 2
     recipe, _ = prepare(model, 5, batch_warmup_steps=8)
     assert (recipe.batch_size, recipe.accumulation) == (1, 20)  # 2 x 10 has no quarter
+
+
+@pytest.mark.parametrize(
+    ("most", "batch_size", "recompute"), [(20, 8, "selective"), (4, 4, "full")]
+)
+def test_a_gpu_recomputes_before_its_passes_become_small(
+    model: HardToCompile, most: int, batch_size: int, recompute: Recompute
+) -> None:
+    """Passes of 16, 8 and 4 chunks, the last of which have fewer tokens than a GPU should get."""
+    model.most = most
+    model.chunk_cost = {"none": 4, "selective": 2, "full": 1}
+    recipe, is_compiled = prepare(model, 16, chunk_size=512, device_type="cuda")
+    assert (recipe.batch_size, recipe.recompute) == (batch_size, recompute)
+    assert recipe.batch_size * recipe.accumulation == recipe.chunks_per_step == 48
+    assert is_compiled
 
 
 def test_with_nothing_left_to_save_memory_it_is_an_error(
@@ -154,6 +180,18 @@ def test_what_is_usable_includes_what_the_process_holds() -> None:
     del held
     forget_peak_memory(distributed.device)
     assert peak_memory_bytes(distributed.device) < 1 << 30
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_layers_are_compiled_on_a_gpu_without_a_warning(precision: Precision) -> None:
+    model, device = Gemma3(preset("gemma3-micro", 1000)), torch.device("cuda", 0)
+    distributed = Distributed(0, 1, device, precision, 1e12)
+    options = TrainingOptions(dataset_path=(Path(),))
+    setting = setting_of(model.config, options, distributed, 64)
+    probe = Probe(model.to(device), options, setting, distributed, Console())
+    probe.prepare(Recipe(2, 1, 2, 1e-3, 10, None, "none"))
+    assert probe.is_compiled
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,11 +22,11 @@ from kiem.config import TrainingOptions
 from kiem.core.console import warn
 from kiem.core.errors import ExitCode, UserError
 from kiem.data.order import WARMUP_PARTS
-from kiem.model.gemma3 import Gemma3, run_layer
+from kiem.model.gemma3 import Gemma3, Recompute, run_layer
 from kiem.optim.batch import Collator
 from kiem.parallel.distributed import Distributed
 from kiem.planning.memory_estimate import GPU_USABLE_SHARE, Setting, update_cost
-from kiem.planning.recipe import Recipe
+from kiem.planning.recipe import SMALLEST_GPU_PASS_TOKENS, Recipe
 from kiem.planning.time_estimate import flops_per_token
 
 # Compiling takes up to a minute and saves a twelfth to a third of the time on a CPU; for a GPU
@@ -33,6 +34,9 @@ from kiem.planning.time_estimate import flops_per_token
 # decides alike. Two cores do the FLOP in five to nine minutes: in fp32 with AVX2, in bf16 with AMX.
 _COMPILE_SECONDS = 300
 _COMPILE_FLOP = {"fp32": 5e13, "bf16": 1e14}
+# Of a GPU's memory a pass that is tried leaves free a little less than the plan does, whose
+# estimate may be a percent too low: else it would refuse passes that the plan has just chosen.
+_SPARE_SHARE = 0.8 * (1 - GPU_USABLE_SHARE)
 
 
 @dataclass(frozen=True)
@@ -94,12 +98,20 @@ class Probe:
         return flop / self.distributed.world_size > _COMPILE_FLOP[self.distributed.precision]
 
     def _with_smaller_passes(self, recipe: Recipe) -> Recipe:
-        """Returns the recipe for less memory: passes of half the size, at last with recomputation.
+        """Returns the recipe for less memory: passes of half the size, or more recomputation.
+
+        Recomputation comes last, but on a GPU before passes that are too small to be fast.
 
         Raises:
             UserError: there is nothing left to save.
         """
-        if recipe.batch_size > 1:
+        more = self._more_recomputation(recipe)
+        least_tokens = SMALLEST_GPU_PASS_TOKENS if self.setting.device_type == "cuda" else 1
+        is_large = recipe.batch_size // 2 * self.setting.chunk_size >= least_tokens
+        if more is not None and not is_large:
+            recipe = replace(recipe, recompute=more)
+            smaller = f"--activation-checkpointing {more}"
+        elif recipe.batch_size > 1:
             num_chunks = recipe.batch_size * recipe.accumulation
             smallest = num_chunks // WARMUP_PARTS if recipe.batch_warmup_steps else num_chunks
             half = recipe.batch_size // 2
@@ -107,9 +119,6 @@ class Probe:
             recipe = replace(recipe, batch_size=batch_size, accumulation=num_chunks // batch_size)
             smaller = f"--batch-size {batch_size}"
             smaller += f" --gradient-accumulation-steps {recipe.accumulation}"
-        elif self.options.activation_checkpointing == "auto" and recipe.recompute != "full":
-            recipe = replace(recipe, recompute="full")
-            smaller = "--activation-checkpointing full"
         else:
             raise out_of_memory(recipe, "before the first step")
         warn(self.console, f"out of memory: going on with {smaller}, for the same updates")
@@ -118,6 +127,13 @@ class Probe:
             torch.compiler.reset()  # it compiles a function for so many shapes only
             self.model.compile_layers()
         return recipe
+
+    def _more_recomputation(self, recipe: Recipe) -> Recompute | None:
+        """Returns what to recompute instead; None if the option has decided, or all is already."""
+        if self.options.activation_checkpointing != "auto" or recipe.recompute == "full":
+            return None
+        is_step = recipe.recompute == "none" and self.setting.device_type == "cuda"
+        return "selective" if is_step else "full"
 
     def _fits(self, recipe: Recipe) -> bool:
         """Tries a pass beside gradients and moments, and says whether there was memory for it.
@@ -130,7 +146,7 @@ class Probe:
         held_bytes = update_cost(self.setting).moment_bytes
         if device.type == "cuda":
             _, total_bytes = torch.cuda.mem_get_info(device)
-            held_bytes += int(total_bytes * (1 - GPU_USABLE_SHARE))
+            held_bytes += int(total_bytes * _SPARE_SHARE)
         try:
             held = torch.empty(held_bytes, dtype=torch.uint8, device=device)
             for parameter in self.model.parameters():
@@ -151,10 +167,15 @@ class Probe:
             return self._run_pass(recipe)
         from torch._dynamo.exc import TorchDynamoException  # seconds, so only where needed
 
-        # It would warn of in-place operations in a checkpoint; the layers have none.
-        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+        # It would warn of in-place operations in a checkpoint, of which the layers have none, and
+        # on small GPUs of a search that kiem does not ask for.
+        for name in ("torch._higher_order_ops.wrap", "torch._inductor.utils"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         try:
-            return self._run_pass(recipe)
+            with warnings.catch_warnings():
+                # fp32 is chosen for its digits, which TF32 would not have.
+                warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+                return self._run_pass(recipe)
         except TorchDynamoException as error:
             if is_out_of_memory(error):
                 raise

@@ -31,7 +31,7 @@ SECONDS_BETWEEN_SAVES = 1800  # without --save-steps
 _MIN_STEPS = 400
 # More tokens in a pass make no GPU faster; fewer are taken where memory is short. A pass reads all
 # weights and adds to all gradients: below the smallest that takes longer than recomputation.
-GPU_PASS_TOKENS, _SMALLEST_GPU_PASS_TOKENS = 16_384, 4_096
+GPU_PASS_TOKENS, SMALLEST_GPU_PASS_TOKENS = 16_384, 4_096
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def resolve_recipe(
     tokens = GPU_PASS_TOKENS if setting.device_type == "cuda" else defaults.tokens_per_pass
     wanted = max(1, min(tokens // chunk_size, round(wanted_chunks / (passes * world_size))))
     batch_size = options.batch_size
-    smallest = batch_size or min(wanted, max(1, _SMALLEST_GPU_PASS_TOKENS // chunk_size))
+    smallest = batch_size or min(wanted, max(1, SMALLEST_GPU_PASS_TOKENS // chunk_size))
     choices = recompute_choices(setting, options.activation_checkpointing)
     recompute = least_recompute(replace(setting, batch_size=smallest), usable, choices)
     if batch_size is None:

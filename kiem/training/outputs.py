@@ -79,7 +79,7 @@ def show_start(run: Run, state: TrainState) -> None:
     data, distributed, chunk_size = spec.data, spec.distributed, spec.data.train.chunk_size
     console.print(
         f"{spec.model_name}: {spec.config.num_parameters():,} parameters, vocabulary of "
-        f"{spec.config.vocab_size:,}; {distributed.world_size} x {distributed.device.type} in "
+        f"{spec.config.vocab_size:,}; {distributed.world_size} x {distributed.name} in "
         f"{distributed.precision}, matrix products at {distributed.matrix_flops / 1e12:.2f} TFLOP/s"
     )
     for directory in (*data.mixture.directories, *data.mixture.anneal):
