@@ -64,11 +64,11 @@ PARTS = (
     Part("training", "gpu_speed.py", 170, True),
     Part("decoding", "gpu_speed.py", 60, True),
     Part("trainer", "gpu_speed.py", 110, True),
+    Part("tests", "gpu_runs.py", 170, False),
     Part("plan", "gpu_speed.py", 60, False),
     Part("resume", "gpu_runs.py", 100, False),
     Part("processes", "gpu_runs.py", 100, False),
     Part("memory", "gpu_runs.py", 100, False),
-    Part("tests", "gpu_runs.py", 100, False),
 )
 # Parts that train on the chunks of the part text.
 _NEED_TEXT = {"resume", "processes", "memory"}
