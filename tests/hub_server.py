@@ -123,7 +123,7 @@ class HubServer:
         return {
             **dict.fromkeys(proxies, ""),
             "NO_PROXY": "127.0.0.1,localhost",
-            "no_proxy": "127.0.0.1",
+            "no_proxy": "127.0.0.1,localhost",
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(cache_dir),
             "HF_HUB_CACHE": str(cache_dir / "hub"),

@@ -110,13 +110,13 @@ class SplitWriter:
     Args:
         folder: the split's folder inside the unfinished chunk directory.
         chunk_size: tokens in a chunk.
-        files: closes the shard that is open when work ends with an error.
+        open_files: closes the shard that is open when work ends with an error.
         column: name of the column.
     """
 
-    def __init__(self, folder: Path, chunk_size: int, files: ExitStack, column: str = "input_ids"):
+    def __init__(self, folder: Path, chunk_size: int, open_files: ExitStack, column: str):
         folder.mkdir()
-        self._folder, self._files = folder, files
+        self._folder, self._open_files = folder, open_files
         self._schema = pa.schema([(column, pa.list_(pa.int32(), chunk_size))])
         # Record batches of one size, so that the shards do not depend on how the chunks arrive.
         shard_rows = max(1, _SHARD_TOKENS // chunk_size)
@@ -151,7 +151,7 @@ class SplitWriter:
         if not self._rows or self._rows[-1] == self._shard_rows:
             self._close_shard()
             path = self._unfinished(len(self._rows))
-            file = self._files.enter_context(pa.OSFile(str(path), "wb"))
+            file = self._open_files.enter_context(pa.OSFile(str(path), "wb"))
             self._shard = pa.ipc.new_stream(file, self._schema), file
             self._rows.append(0)
         assert self._shard is not None

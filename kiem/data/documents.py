@@ -69,13 +69,14 @@ class DocumentWriter:
 
     Args:
         path: of the file, in the unfinished chunk directory.
-        files: closes it.
+        open_files: closes it.
     """
 
-    def __init__(self, path: Path, files: ExitStack):
+    def __init__(self, path: Path, open_files: ExitStack):
         path.parent.mkdir(exist_ok=True)
         self._path = path
-        self._writer = pa.ipc.new_stream(files.enter_context(pa.OSFile(str(path), "wb")), _SCHEMA)
+        file = open_files.enter_context(pa.OSFile(str(path), "wb"))
+        self._writer = pa.ipc.new_stream(file, _SCHEMA)
         self._waiting = np.empty(0, _DTYPE)
         self._num_rows = 0
 

@@ -132,8 +132,9 @@ class Probe:
         """Returns what to recompute instead; None if the option has decided, or all is already."""
         if self.options.activation_checkpointing != "auto" or recipe.recompute == "full":
             return None
-        is_step = recipe.recompute == "none" and self.setting.device_type == "cuda"
-        return "selective" if is_step else "full"
+        if recipe.recompute == "none" and self.setting.device_type == "cuda":
+            return "selective"
+        return "full"
 
     def _fits(self, recipe: Recipe) -> bool:
         """Tries a pass beside gradients and moments, and says whether there was memory for it.

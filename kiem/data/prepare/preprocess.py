@@ -309,9 +309,9 @@ def _write_chunks(job: Job, decisions: DocumentDecisions, result: Path) -> dict[
 
     file_names = [file.name for file in job.source.files]
     borders = find_borders(job, decisions)
-    with ExitStack() as files:
+    with ExitStack() as open_files:
         splits, num_unused_rows, num_chunks = write_splits(
-            all_documents(), tokenizer, options, result, files, file_names, borders
+            all_documents(), tokenizer, options, result, open_files, file_names, borders
         )
     if options.weights:
         splits["train"]["parts"] = describe_parts(options, borders, num_chunks, len(file_names))

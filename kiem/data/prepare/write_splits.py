@@ -51,7 +51,7 @@ class _SplitPacker:
         folder: of the shards, in the unfinished chunk directory.
         options: with the size of chunks and the way of packing.
         pad_id: what fills up chunks.
-        files: closes what is open when work ends with an error.
+        open_files: closes what is open when work ends with an error.
         documents: where the pieces of documents are written; None: nowhere.
         column: name of the shards' column.
     """
@@ -61,14 +61,14 @@ class _SplitPacker:
         folder: Path,
         options: PreprocessOptions,
         pad_id: int,
-        files: ExitStack,
+        open_files: ExitStack,
         documents: Path | None = None,
         column: str = "input_ids",
     ):
         self._chunk_size = options.chunk_size
         self._packer = make_packer(options.packing, options.chunk_size, pad_id)
-        self._writer = SplitWriter(folder, options.chunk_size, files, column)
-        self._documents = DocumentWriter(documents, files) if documents else None
+        self._writer = SplitWriter(folder, options.chunk_size, open_files, column)
+        self._documents = DocumentWriter(documents, open_files) if documents else None
         self._counts = {n: Counter[str]() for n in ("documents", "words", "bytes", "tokens")}
         self._numbers: dict[str, int] = {}
         self._per_file = {n: Counter[int]() for n in ("documents", "tokens")}
@@ -142,7 +142,7 @@ def write_splits(
     tokenizer: Tokenizer,
     options: PreprocessOptions,
     folder: Path,
-    files: ExitStack,
+    open_files: ExitStack,
     file_names: Sequence[str],
     borders: Sequence[int] = (),
 ) -> tuple[dict[str, dict[str, Any]], int, list[int]]:
@@ -153,7 +153,7 @@ def write_splits(
         tokenizer: the one that made the ids.
         options: with the size of chunks and the way of packing.
         folder: the unfinished chunk directory.
-        files: closes what is open when work ends with an error.
+        open_files: closes what is open when work ends with an error.
         file_names: of the source's files, in order.
         borders: numbers of files at which a chunk for training begins.
 
@@ -164,9 +164,9 @@ def write_splits(
     splits = {}
     for name, code in (("train", TRAIN), ("test", TEST)):
         pieces = folder / DOCUMENTS / f"{name}.arrow"
-        splits[code] = _SplitPacker(folder / name, options, tokenizer.pad_id, files, pieces)
+        splits[code] = _SplitPacker(folder / name, options, tokenizer.pad_id, open_files, pieces)
     # Packed as the test tokens are: for each token, the number of its document's source.
-    sources = _SplitPacker(folder / TEST_SOURCES, options, NO_SOURCE, files, column="source")
+    sources = _SplitPacker(folder / TEST_SOURCES, options, NO_SOURCE, open_files, column="source")
     is_used = np.zeros(tokenizer.num_rows, dtype=bool)
     ends: list[int] = []
     for unit in documents:
